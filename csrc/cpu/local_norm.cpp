@@ -1,0 +1,466 @@
+// Local normalization on the CPU.
+//
+// Bound by memory: subtractive reads the input twice (once for the mean, once to subtract) and
+// writes once; the second reading comes from cache where an image fits into it. The blurs touch one
+// plane per image, 1/C of the data. Reductions over channels add whole planes into one (NCHW) or
+// along a pixel (NHWC), always in the order of the channels.
+//
+// With at least as many images as threads each thread takes whole images; with fewer, the rows of
+// each image are shared out, step by step. Results do not depend on the number of threads.
+
+#include "../local_norm.h"
+
+#include "common.h"
+
+namespace mnist_ops::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // pixels handled at a time: the planes' parts stay in L1
+
+// ------------------------------------------------------------------- sums over channels, and back
+
+// sums[k][p] = sum over channels of terms_k(a, b, p), for the pixels [begin, end).
+template <bool kChannelsLast, typename T, typename A, typename... F>
+void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begin, int64_t end,
+                     A* const* sums, const F&... terms) {
+  if constexpr (kChannelsLast) {
+    std::vector<A> from_a(C), from_b(C);
+    for (int64_t p = begin; p < end; ++p) {
+      const A* as = load(a + p * C, from_a.data(), C);
+      const A* bs = b == a ? as : load(b + p * C, from_b.data(), C);
+      int k = 0;
+      const auto add_up = [&](const auto& term) {
+        A sum = A(0);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < C; ++c) sum += term(as[c], bs[c], p);
+        sums[k++][p] = sum;
+      };
+      (add_up(terms), ...);
+    }
+  } else {
+    A from_a[kChunk], from_b[kChunk];
+    for (int64_t p0 = begin; p0 < end; p0 += kChunk) {
+      const int64_t n = std::min(kChunk, end - p0);
+      for (int64_t c = 0; c < C; ++c) {
+        const A* as = load(a + c * HW + p0, from_a, n);
+        const A* bs = b == a ? as : load(b + c * HW + p0, from_b, n);
+        int k = 0;
+        const auto add_up = [&](const auto& term) {
+          A* sum = sums[k++] + p0;
+          if (c == 0) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) sum[j] = term(as[j], bs[j], p0 + j);
+          } else {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) sum[j] += term(as[j], bs[j], p0 + j);
+          }
+        };
+        (add_up(terms), ...);
+      }
+    }
+  }
+}
+
+// out = value(a, b, p) in every channel, for the pixels [begin, end).
+template <bool kChannelsLast, typename T, typename F>
+void map_channels(const T* a, const T* b, T* out, int64_t C, int64_t HW, int64_t begin, int64_t end,
+                  const F& value) {
+  using A = opmath_t<T>;
+  const auto run = [&](int64_t offset, int64_t n, A* from_a, A* from_b, A* to, auto&& pixel) {
+    const A* as = load(a + offset, from_a, n);
+    const A* bs = b == a ? as : load(b + offset, from_b, n);
+    A* ys = stage(out + offset, to);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) ys[j] = value(as[j], bs[j], pixel(j));
+    store(ys, out + offset, n);
+  };
+  if constexpr (kChannelsLast) {
+    std::vector<A> scratch(3 * C);
+    for (int64_t p = begin; p < end; ++p) {
+      run(p * C, C, scratch.data(), scratch.data() + C, scratch.data() + 2 * C,
+          [p](int64_t) { return p; });
+    }
+  } else {
+    A from_a[kChunk], from_b[kChunk], to[kChunk];
+    for (int64_t p0 = begin; p0 < end; p0 += kChunk) {
+      const int64_t n = std::min(kChunk, end - p0);
+      for (int64_t c = 0; c < C; ++c) {
+        run(c * HW + p0, n, from_a, from_b, to, [p0](int64_t j) { return p0 + j; });
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- blur
+
+// Correlation of a plane with the normalised kernel, and its adjoint.
+template <typename A>
+struct Blur {
+  int64_t H, W, taps_h, taps_w;
+  bool separable;
+  std::vector<A> weight[2];  // [adjoint]: taps (separable) or taps_h x taps_w, flipped for [1]
+  std::vector<A> coef;
+
+  Blur(const char* op, const Tensor& kernel, int64_t height, int64_t width) : H(height), W(width) {
+    const Tensor k = kernel_in_double(kernel);
+    separable = k.dim() == 1;
+    taps_h = k.size(0);
+    taps_w = k.size(k.dim() - 1);
+    const double* values = k.const_data_ptr<double>();
+    double sum = 0;
+    for (int64_t i = 0; i < k.numel(); ++i) sum += values[i];
+    STD_TORCH_CHECK(std::isfinite(sum) && sum != 0, op,
+                    ": the kernel's sum must be finite and not 0, got ", sum);
+    for (int64_t i = 0; i < k.numel(); ++i) weight[0].push_back(static_cast<A>(values[i] / sum));
+    weight[1].assign(weight[0].rbegin(), weight[0].rend());
+    coef.assign(H * W, A(1));
+    const std::vector<A> ones(coef);
+    std::vector<A> scratch(H * W);
+    apply(ones.data(), coef.data(), scratch.data(), false);
+  }
+
+  void rows(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
+    const int64_t radius = taps_w / 2;
+    std::vector<A> padded(W + 2 * radius);
+    for (int64_t h = begin; h < end; ++h) {
+      std::copy(in + h * W, in + (h + 1) * W, padded.begin() + radius);
+      A* sum = out + h * W;
+      std::fill(sum, sum + W, A(0));
+      for (int64_t k = 0; k < taps_w; ++k) {
+        const A weight_k = taps[k];
+        const A* x = padded.data() + k;
+#pragma omp simd
+        for (int64_t w = 0; w < W; ++w) sum[w] += x[w] * weight_k;
+      }
+    }
+  }
+
+  void columns(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
+    for (int64_t h = begin; h < end; ++h) {
+      A* sum = out + h * W;
+      std::fill(sum, sum + W, A(0));
+      for (int64_t k = 0; k < taps_h; ++k) {
+        const int64_t row = h + k - taps_h / 2;
+        if (row < 0 || row >= H) continue;
+        const A weight_k = taps[k];
+        const A* x = in + row * W;
+#pragma omp simd
+        for (int64_t w = 0; w < W; ++w) sum[w] = fmadd(x[w], weight_k, sum[w]);
+      }
+    }
+  }
+
+  void whole_kernel(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
+    const int64_t radius = taps_w / 2;
+    std::vector<A> padded(W + 2 * radius);
+    for (int64_t h = begin; h < end; ++h) {
+      A* sum = out + h * W;
+      std::fill(sum, sum + W, A(0));
+      for (int64_t kh = 0; kh < taps_h; ++kh) {
+        const int64_t row = h + kh - taps_h / 2;
+        if (row < 0 || row >= H) continue;
+        std::copy(in + row * W, in + (row + 1) * W, padded.begin() + radius);
+        for (int64_t kw = 0; kw < taps_w; ++kw) {
+          const A weight_k = taps[kh * taps_w + kw];
+          const A* x = padded.data() + kw;
+#pragma omp simd
+          for (int64_t w = 0; w < W; ++w) sum[w] = fmadd(x[w], weight_k, sum[w]);
+        }
+      }
+    }
+  }
+
+  // in, out and scratch are planes; in and out must differ.
+  void apply(const A* in, A* out, A* scratch, bool adjoint) const {
+    const A* taps = weight[adjoint].data();
+    const int64_t cost = W * taps_w * (separable ? 1 : taps_h);
+    if (separable) {
+      parallel_for(H, cost, [=, this](int64_t h0, int64_t h1) { rows(in, scratch, taps, h0, h1); });
+      parallel_for(H, cost,
+                   [=, this](int64_t h0, int64_t h1) { columns(scratch, out, taps, h0, h1); });
+    } else {
+      parallel_for(H, cost,
+                   [=, this](int64_t h0, int64_t h1) { whole_kernel(in, out, taps, h0, h1); });
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------- one
+// image
+
+template <typename T>
+struct Problem {
+  using A = opmath_t<T>;
+  int64_t C, HW;
+  const Blur<A>& blur;
+  LocalNormOptions options;
+
+  // The pixels of one image, shared out over the threads where they are free.
+  template <typename F>
+  void over_pixels(const F& body) const {
+    parallel_for(HW, 2 * C, body);
+  }
+  // Work on single planes.
+  template <typename F>
+  void over_plane(const F& body) const {
+    parallel_for(HW, 2, body);
+  }
+};
+
+// mean[p] = est(x) / coef from sum[p], the sum over channels; scratch is a plane.
+template <typename T, typename A>
+void mean_from_sum(const Problem<T>& problem, const A* sum, A* mean, A* scratch) {
+  problem.blur.apply(sum, mean, scratch, false);
+  const A channels = static_cast<A>(problem.C);
+  const A* coef = problem.blur.coef.data();
+  problem.over_plane([=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) mean[p] = mean[p] / channels / coef[p];
+  });
+}
+
+// The subtractive gradient's plane (*)^T(sum / coef) / C, in place of sum.
+template <typename T, typename A>
+void adjoint_mean(const Problem<T>& problem, A* sum, A* out, A* scratch) {
+  const A channels = static_cast<A>(problem.C);
+  const A* coef = problem.blur.coef.data();
+  problem.over_plane([=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) sum[p] /= coef[p];
+  });
+  problem.blur.apply(sum, out, scratch, true);
+  problem.over_plane([=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) out[p] /= channels;
+  });
+}
+
+template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
+void forward_image(const Problem<T>& problem, const T* x, T* y, A* planes) {
+  const int64_t C = problem.C, HW = problem.HW;
+  A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW;
+  const bool divides = problem.options.kind != LocalNorm::kSubtractive;
+  const bool subtracts = problem.options.kind != LocalNorm::kDivisive;
+
+  if (subtracts) {
+    problem.over_pixels([=](int64_t begin, int64_t end) {
+      reduce_channels<kChannelsLast>(x, x, C, HW, begin, end, &sum,
+                                     [](A value, A, int64_t) { return value; });
+    });
+    mean_from_sum(problem, sum, mean, scratch);
+  } else {
+    std::fill(mean, mean + HW, A(0));
+  }
+  if (divides) {
+    problem.over_pixels([=](int64_t begin, int64_t end) {
+      reduce_channels<kChannelsLast>(x, x, C, HW, begin, end, &sum, [=](A value, A, int64_t p) {
+        const A centred = value - mean[p];
+        return centred * centred;
+      });
+    });
+    problem.blur.apply(sum, d, scratch, false);
+    const A channels = static_cast<A>(C);
+    const A threshold = static_cast<A>(problem.options.threshold);
+    const A value = static_cast<A>(problem.options.value);
+    const A* coef = problem.blur.coef.data();
+    problem.over_plane([=](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        d[p] = divisor(local_deviation(d[p], channels, coef[p]), threshold, value);
+      }
+    });
+  }
+  problem.over_pixels([=](int64_t begin, int64_t end) {
+    if (divides) {
+      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
+                                  [=](A value, A, int64_t p) { return (value - mean[p]) / d[p]; });
+    } else {
+      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
+                                  [=](A value, A, int64_t p) { return value - mean[p]; });
+    }
+  });
+}
+
+template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
+void subtractive_backward_image(const Problem<T>& problem, const T* g, T* gx, A* planes) {
+  const int64_t C = problem.C, HW = problem.HW;
+  A *sum = planes, *scratch = planes + HW, *t = planes + 2 * HW;
+  problem.over_pixels([=](int64_t begin, int64_t end) {
+    reduce_channels<kChannelsLast>(g, g, C, HW, begin, end, &sum,
+                                   [](A grad, A, int64_t) { return grad; });
+  });
+  adjoint_mean(problem, sum, t, scratch);
+  problem.over_pixels([=](int64_t begin, int64_t end) {
+    map_channels<kChannelsLast>(g, g, gx, C, HW, begin, end,
+                                [=](A grad, A, int64_t p) { return grad - t[p]; });
+  });
+}
+
+// Divisive and contrastive: z = x - mean, with mean = 0 for the former. s is computed again from
+// the input, in the pass over it that q needs anyway; nothing was saved by the forward.
+template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
+void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, T* gx, A* planes) {
+  const int64_t C = problem.C, HW = problem.HW;
+  A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW,
+    *q = planes + 4 * HW, *squares = planes + 5 * HW, *grads = planes + 6 * HW,
+    *b = planes + 7 * HW, *t = planes + 8 * HW;
+  const bool contrastive = problem.options.kind == LocalNorm::kContrastive;
+  std::fill(mean, mean + HW, A(0));
+  if (contrastive) {
+    problem.over_pixels([=](int64_t begin, int64_t end) {
+      reduce_channels<kChannelsLast>(x, x, C, HW, begin, end, &sum,
+                                     [](A value, A, int64_t) { return value; });
+    });
+    mean_from_sum(problem, sum, mean, scratch);
+  }
+  problem.over_pixels([=](int64_t begin, int64_t end) {
+    A* const sums[3] = {q, squares, grads};
+    reduce_channels<kChannelsLast>(
+        g, x, C, HW, begin, end, sums,
+        [=](A grad, A value, int64_t p) { return grad * (value - mean[p]); },
+        [=](A, A value, int64_t p) { return (value - mean[p]) * (value - mean[p]); },
+        [](A grad, A, int64_t) { return grad; });
+  });
+  problem.blur.apply(squares, d, scratch, false);
+  const A channels = static_cast<A>(C);
+  const A threshold = static_cast<A>(problem.options.threshold);
+  const A value = static_cast<A>(problem.options.value);
+  const A* coef = problem.blur.coef.data();
+  problem.over_plane([=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const A s = local_deviation(d[p], channels, coef[p]);
+      q[p] = divisor_gradient(q[p], s, coef[p], threshold);
+      d[p] = divisor(s, threshold, value);
+    }
+  });
+  problem.blur.apply(q, b, scratch, true);
+  problem.over_plane([=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      b[p] /= channels;
+      // sum over channels of the divisive gradient, for the subtractive one
+      sum[p] = grads[p] / d[p] - (sum[p] - channels * mean[p]) * b[p];
+    }
+  });
+  if (contrastive) {
+    adjoint_mean(problem, sum, t, scratch);
+  } else {
+    std::fill(t, t + HW, A(0));
+  }
+  problem.over_pixels([=](int64_t begin, int64_t end) {
+    map_channels<kChannelsLast>(g, x, gx, C, HW, begin, end, [=](A grad, A in, int64_t p) {
+      return grad / d[p] - (in - mean[p]) * b[p] - t[p];
+    });
+  });
+}
+
+// ------------------------------------------------------------------------------------- operators
+
+// Runs body(problem, offset of the image, planes) for every image.
+template <typename T, typename F>
+void for_each_image(const char* op, const Images& images, const Tensor& kernel,
+                    const LocalNormOptions& options, int64_t planes, const F& body) {
+  if (images.data.numel() == 0) return;
+  using A = opmath_t<T>;
+  const int64_t HW = images.H * images.W;
+  const Blur<A> blur(op, kernel, images.H, images.W);
+  const Problem<T> problem{images.C, HW, blur, options};
+  const auto run = [&](int64_t begin, int64_t end) {
+    std::vector<A> workspace(planes * HW);
+    for (int64_t n = begin; n < end; ++n) body(problem, n * images.stride_n(), workspace.data());
+  };
+  if (images.N >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    parallel_for(images.N, 4 * images.stride_n(), run);
+  } else {
+    run(0, images.N);
+  }
+}
+
+Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
+               const LocalNormOptions& options) {
+  const Images x = images_of(op, "input", input);
+  check_norm_kernel(op, kernel, input);
+  check_norm_thresholds(op, options);
+  Tensor output = empty_images(x, x.H, x.W);
+  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* in = x.data.const_data_ptr<T>();
+    T* out = output.mutable_data_ptr<T>();
+    for_each_image<T>(op, x, kernel, options, 4, [&](const auto& problem, int64_t i, auto* planes) {
+      if (x.channels_last) {
+        forward_image<true>(problem, in + i, out + i, planes);
+      } else {
+        forward_image<false>(problem, in + i, out + i, planes);
+      }
+    });
+  });
+  return output;
+}
+
+Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
+                const Tensor& kernel, const LocalNormOptions& options) {
+  const Images x = images_of(op, "input", input);
+  check_norm_kernel(op, kernel, input);
+  check_norm_thresholds(op, options);
+  check_like(op, "grad_output", grad_output, "input", input);
+  const Tensor grad = dense(grad_output, x.channels_last);
+  Tensor grad_input = empty_images(x, x.H, x.W);
+  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* in = x.data.const_data_ptr<T>();
+    const T* go = grad.const_data_ptr<T>();
+    T* gi = grad_input.mutable_data_ptr<T>();
+    for_each_image<T>(op, x, kernel, options, 9, [&](const auto& problem, int64_t i, auto* planes) {
+      const bool subtractive = options.kind == LocalNorm::kSubtractive;
+      if (subtractive && x.channels_last) {
+        subtractive_backward_image<true>(problem, go + i, gi + i, planes);
+      } else if (subtractive) {
+        subtractive_backward_image<false>(problem, go + i, gi + i, planes);
+      } else if (x.channels_last) {
+        divisive_backward_image<true>(problem, go + i, in + i, gi + i, planes);
+      } else {
+        divisive_backward_image<false>(problem, go + i, in + i, gi + i, planes);
+      }
+    });
+  });
+  return grad_input;
+}
+
+Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
+  return forward("subtractive_norm2d", input, kernel, {LocalNorm::kSubtractive, 0, 0});
+}
+
+Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
+  // Linear: the gradient does not depend on the input.
+  return backward("subtractive_norm2d_backward", grad_output, grad_output, kernel,
+                  {LocalNorm::kSubtractive, 0, 0});
+}
+
+Tensor divisive_norm2d(const Tensor& input, const Tensor& kernel, double threshold, double value) {
+  return forward("divisive_norm2d", input, kernel, {LocalNorm::kDivisive, threshold, value});
+}
+
+Tensor divisive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
+                                const Tensor& kernel, double threshold, double value) {
+  return backward("divisive_norm2d_backward", grad_output, input, kernel,
+                  {LocalNorm::kDivisive, threshold, value});
+}
+
+Tensor contrastive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
+                          double value) {
+  return forward("contrastive_norm2d", input, kernel, {LocalNorm::kContrastive, threshold, value});
+}
+
+Tensor contrastive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
+                                   const Tensor& kernel, double threshold, double value) {
+  return backward("contrastive_norm2d_backward", grad_output, input, kernel,
+                  {LocalNorm::kContrastive, threshold, value});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CPU, m) {
+  m.impl("subtractive_norm2d", TORCH_BOX(&subtractive_norm2d));
+  m.impl("subtractive_norm2d_backward", TORCH_BOX(&subtractive_norm2d_backward));
+  m.impl("divisive_norm2d", TORCH_BOX(&divisive_norm2d));
+  m.impl("divisive_norm2d_backward", TORCH_BOX(&divisive_norm2d_backward));
+  m.impl("contrastive_norm2d", TORCH_BOX(&contrastive_norm2d));
+  m.impl("contrastive_norm2d_backward", TORCH_BOX(&contrastive_norm2d_backward));
+}
+
+}  // namespace mnist_ops::cpu

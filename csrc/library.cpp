@@ -1,0 +1,55 @@
+// Every operator's schema: the table of contents of csrc/.
+//
+// A family lives in five places under one name: its lines here, <family>.h (checks, shapes and the
+// arithmetic both backends share), cpu/<family>.cpp, cuda/<family>.cu, and
+// mnist_ops/ops/<family>.py (public function, fake kernel, autograd, vmap, autocast).
+//
+// "_backward" takes the gradient with respect to the output and gives the one with respect to the
+// input. Where the derivative of that is again an operator of this list, no other is needed: the
+// gradient of subtractive_norm2d_backward is subtractive_norm2d.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mnist_ops, m) {
+  // lp_pool
+  m.def(
+      "lp_pool2d(Tensor input, float norm_type, int[] kernel_size, int[] stride, int[] padding, "
+      "bool ceil_mode) -> Tensor");
+  m.def(
+      "lp_pool2d_backward(Tensor grad_output, Tensor input, Tensor output, float norm_type, "
+      "int[] kernel_size, int[] stride, int[] padding, bool ceil_mode) -> Tensor");
+  m.def(
+      "lp_pool2d_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor input, "
+      "Tensor output, float norm_type, int[] kernel_size, int[] stride, int[] padding, "
+      "bool ceil_mode) -> (Tensor, Tensor)");
+
+  // local_norm
+  m.def("subtractive_norm2d(Tensor input, Tensor kernel) -> Tensor");
+  m.def("subtractive_norm2d_backward(Tensor grad_output, Tensor kernel) -> Tensor");
+  m.def(
+      "divisive_norm2d(Tensor input, Tensor kernel, float threshold, float threshold_value) "
+      "-> Tensor");
+  m.def(
+      "divisive_norm2d_backward(Tensor grad_output, Tensor input, Tensor kernel, "
+      "float threshold, float threshold_value) -> Tensor");
+  m.def(
+      "contrastive_norm2d(Tensor input, Tensor kernel, float threshold, float threshold_value) "
+      "-> Tensor");
+  m.def(
+      "contrastive_norm2d_backward(Tensor grad_output, Tensor input, Tensor kernel, "
+      "float threshold, float threshold_value) -> Tensor");
+
+  // sigmoid
+  m.def("sigmoid(Tensor input) -> Tensor");
+  m.def("sigmoid_backward(Tensor grad_output, Tensor output) -> Tensor");
+
+  // softmax
+  m.def("softmax(Tensor input, int dim, float beta) -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, float beta) -> Tensor");
+  m.def("log_softmax(Tensor input, int dim, float beta) -> Tensor");
+  m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim, float beta) -> Tensor");
+  m.def("softmax_nll(Tensor input, Tensor target, float beta) -> (Tensor loss, Tensor logsumexp)");
+  m.def(
+      "softmax_nll_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor logsumexp, "
+      "float beta) -> Tensor");
+}

@@ -1,0 +1,108 @@
+// Local normalization: subtractive, divisive, contrastive (divisive after subtractive).
+//
+// With u the kernel divided by its sum, (*) the zero-padded 'same' cross-correlation of one plane
+// with u, and coef = (*) of a plane of ones:
+//   mean      est(x) = (*)(sum over c of x_c) / C             one plane for all channels
+//   subtractive  y_c = x_c - est(x) / coef
+//   divisive       s = sqrt(est(x^2)) / coef;  d = s where s > threshold, else value;  y_c = x_c /
+//   d
+// The blur commutes with the sum over channels, so one plane is blurred, not C of them.
+//
+// Gradients, with (*)^T the correlation with the flipped kernel, the adjoint of (*):
+//   subtractive  gx_c = g_c - (*)^T(sum_c g_c / coef) / C
+//   divisive     gx_c = g_c / d - x_c B,   B = (*)^T(h) / C,
+//                h = sum_c g_c x_c / (s^3 coef^2) where s > threshold and s > 0, else 0
+//   contrastive  the divisive gradient at z = subtractive(x), then the subtractive one, for which
+//                sum_c gz_c = (sum_c g_c) / d - (sum_c z_c) B needs no further pass.
+//
+// A 1-D kernel k means the 2-D kernel outer(k, k), applied as rows then columns.
+//
+// Bit for bit. In float32 with one channel the CPU kernel gives the very images that the original
+// system gave: the kernel is normalised in float64 and rounded once, rows are multiplied and added
+// in order of the taps, columns by fused multiply-adds in the same order.
+#pragma once
+
+#include "common.h"
+
+#include <cmath>
+
+namespace mnist_ops {
+
+enum class LocalNorm { kSubtractive, kDivisive, kContrastive };
+
+struct LocalNormOptions {
+  LocalNorm kind;
+  double threshold, value;
+};
+
+// ----------------------------------------------------------------------------- arithmetic, shared
+
+// s of one pixel from the blurred sum of squares.
+template <typename A>
+MNIST_OPS_HD A local_deviation(A blurred, A channels, A coef) {
+  return std::sqrt(blurred / channels) / coef;
+}
+
+// What the channels are divided by.
+template <typename A>
+MNIST_OPS_HD A divisor(A s, A threshold, A value) {
+  // A NaN is not above the threshold, but must not be hidden by the value either.
+  return s > threshold || s != s ? s : value;
+}
+
+// h of one pixel; q is the sum over channels of gradient times input. Divided step by step: s^3
+// would leave float32's range for deviations that are still in it.
+template <typename A>
+MNIST_OPS_HD A divisor_gradient(A q, A s, A coef, A threshold) {
+  if (s > threshold && s > A(0)) {
+    const A scaled = s * coef;
+    return q / scaled / scaled / s;
+  }
+  return s != s ? s : A(0);
+}
+
+// One output of a correlation along one dimension of length size: sum over k of
+// in[(i + k - radius) * step] * weight[k]. The CUDA kernels' rows and columns.
+template <typename A>
+MNIST_OPS_HD A correlate_at(const A* in, int64_t step, int64_t size, int64_t i, const A* weight,
+                            int64_t taps) {
+  const int64_t radius = taps / 2;
+  A sum = A(0);
+  for (int64_t k = 0; k < taps; ++k) {
+    const int64_t j = i + k - radius;
+    if (j >= 0 && j < size) sum += in[j * step] * weight[k];
+  }
+  return sum;
+}
+
+// ----------------------------------------------------------------------------- checks
+
+inline void check_norm_kernel(const char* op, const Tensor& kernel, const Tensor& input) {
+  STD_TORCH_CHECK(kernel.dim() == 1 || kernel.dim() == 2, op,
+                  ": kernel must have 1 dimension (separable) or 2, got the shape ",
+                  shape_string(kernel));
+  for (int64_t d = 0; d < kernel.dim(); ++d) {
+    STD_TORCH_CHECK(kernel.size(d) % 2 == 1, op, ": kernel sizes must be odd, got ",
+                    shape_string(kernel));
+  }
+  STD_TORCH_CHECK(kernel.device() == input.device(), op,
+                  ": kernel and input are on different devices");
+}
+
+inline void check_norm_thresholds(const char* op, const LocalNormOptions& o) {
+  if (o.kind == LocalNorm::kSubtractive) return;
+  STD_TORCH_CHECK(o.threshold >= 0, op, ": threshold must be >= 0, got ", o.threshold);
+  STD_TORCH_CHECK(o.value > 0, op, ": threshold_value must be > 0, got ", o.value);
+}
+
+// The kernel as contiguous float64, whatever it came as: it is normalised in float64.
+inline Tensor kernel_in_double(const Tensor& kernel) {
+  const ScalarType dtype = kernel.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "local normalization: kernel must be a floating-point tensor, got ",
+                  torch::headeronly::toString(dtype));
+  return torch::stable::contiguous(torch::stable::to(kernel, ScalarType::Double));
+}
+
+}  // namespace mnist_ops

@@ -1,0 +1,331 @@
+// LP pooling: y = (sum over the window of |x|^p)^(1/p), windows clipped to the image.
+//
+// Checks, shapes, and the arithmetic of one window and of one input element, for both backends. The
+// CUDA kernels are these functions with one thread per result; the CPU kernels use them for every
+// norm that is not 1 or 2, and vectorised rows for those two.
+//
+// Numerics. For p = 2 the plain sum of squares is used where it can be trusted and the window is
+// divided by its largest element where it cannot (overflow, underflow); for general p always.
+// Gradients are written with r = |x| / y, which lies in [0, 1]: dy/dx = sign(x) r^(p-1).
+// Conventions where the derivative is not defined: 0 where x = 0 and where y = 0; for p = inf the
+// gradient is shared evenly among equal maxima (the limit p -> inf).
+#pragma once
+
+#include "common.h"
+
+#include <cmath>
+#include <limits>
+
+namespace mnist_ops {
+
+enum class Norm { kOne, kTwo, kInf, kGeneral };
+
+inline Norm norm_of(double p) {
+  if (p == 1.0) return Norm::kOne;
+  if (p == 2.0) return Norm::kTwo;
+  return p == std::numeric_limits<double>::infinity() ? Norm::kInf : Norm::kGeneral;
+}
+
+// How windows lie on an image, and how far neighbours are apart in memory.
+struct PoolGeometry {
+  int64_t N, C, H, W, OH, OW;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  // Of the input; the output has the same memory layout.
+  int64_t in_n, in_c, in_h, in_w, out_n, out_c, out_h, out_w;
+
+  MNIST_OPS_HD int64_t input_offset(int64_t n, int64_t c) const { return n * in_n + c * in_c; }
+  MNIST_OPS_HD int64_t output_offset(int64_t n, int64_t c) const { return n * out_n + c * out_c; }
+
+  // The rows [first, last) of the window with index o along one dimension, clipped to the image.
+  MNIST_OPS_HD int64_t first_row(int64_t oh) const { return clip(oh * stride_h - padding_h, H); }
+  MNIST_OPS_HD int64_t last_row(int64_t oh) const {
+    return clip(oh * stride_h - padding_h + kernel_h, H);
+  }
+  MNIST_OPS_HD int64_t first_column(int64_t ow) const { return clip(ow * stride_w - padding_w, W); }
+  MNIST_OPS_HD int64_t last_column(int64_t ow) const {
+    return clip(ow * stride_w - padding_w + kernel_w, W);
+  }
+
+  // The windows [first, last) that hold the element with index i along one dimension.
+  MNIST_OPS_HD int64_t first_window(int64_t ih) const {
+    return window_from(ih + padding_h, kernel_h, stride_h);
+  }
+  MNIST_OPS_HD int64_t last_window(int64_t ih) const {
+    return lesser((ih + padding_h) / stride_h + 1, OH);
+  }
+  MNIST_OPS_HD int64_t first_window_column(int64_t iw) const {
+    return window_from(iw + padding_w, kernel_w, stride_w);
+  }
+  MNIST_OPS_HD int64_t last_window_column(int64_t iw) const {
+    return lesser((iw + padding_w) / stride_w + 1, OW);
+  }
+
+ private:
+  MNIST_OPS_HD static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+  MNIST_OPS_HD static int64_t clip(int64_t i, int64_t size) { return i < 0 ? 0 : lesser(i, size); }
+  MNIST_OPS_HD static int64_t window_from(int64_t i, int64_t kernel, int64_t stride) {
+    return i < kernel ? 0 : (i - kernel) / stride + 1;
+  }
+};
+
+// ----------------------------------------------------------------------------- arithmetic, shared
+
+// Square sums between these are as good as scaled ones: nothing that counts was lost to underflow,
+// nothing overflowed. (Subnormal squares lose relative precision only below the lower bound.)
+template <typename T>
+struct SafeSquares;
+template <>
+struct SafeSquares<float> {
+  static constexpr float lower = 1e-30f, upper = 1e37f;
+};
+template <>
+struct SafeSquares<double> {
+  static constexpr double lower = 1e-280, upper = 1e307;
+};
+
+template <typename T>
+MNIST_OPS_HD bool is_safe_square_sum(T sum) {
+  return sum >= SafeSquares<T>::lower && sum <= SafeSquares<T>::upper;
+}
+
+template <typename T>
+MNIST_OPS_HD T magnitude(T x) {
+  return x < T(0) ? -x : x;  // NaN stays NaN
+}
+
+template <typename T>
+MNIST_OPS_HD T sign_of(T x) {
+  return T(x > T(0)) - T(x < T(0));
+}
+
+// Largest magnitude of a window; NaN if there is one in it.
+template <typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_max(const T* plane, const PoolGeometry& g, int64_t oh, int64_t ow) {
+  A largest = A(0);
+  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      const A x = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w]));
+      if (!(x <= largest)) largest = x;  // NaN fails the comparison, and then stays
+    }
+  }
+  return largest;
+}
+
+// The p-norm of a window, by way of its largest element.
+template <Norm norm, typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometry& g, A p, int64_t oh,
+                                  int64_t ow) {
+  const A largest = window_max(plane, g, oh, ow);
+  // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
+  if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
+    return largest;
+  }
+  A sum = A(0);
+  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      const A r = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) / largest;
+      if (norm == Norm::kTwo) {
+        sum += r * r;
+      } else {
+        sum += std::pow(r, p);
+      }
+    }
+  }
+  return largest * (norm == Norm::kTwo ? std::sqrt(sum) : std::pow(sum, A(1) / p));
+}
+
+// y of one window: plane points at the channel's first element.
+template <Norm norm, typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometry& g, A p, int64_t oh, int64_t ow) {
+  if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
+    return scaled_window_norm<norm>(plane, g, p, oh, ow);
+  } else {
+    A sum = A(0);
+    for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+      for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+        const A x = static_cast<A>(plane[ih * g.in_h + iw * g.in_w]);
+        sum += norm == Norm::kTwo ? x * x : magnitude(x);
+      }
+    }
+    if (norm == Norm::kOne) return sum;
+    return is_safe_square_sum(sum) ? std::sqrt(sum) : scaled_window_norm<norm>(plane, g, p, oh, ow);
+  }
+}
+
+// How many elements of a window have its largest magnitude.
+template <typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_ties(const T* plane, const PoolGeometry& g, A y, int64_t oh, int64_t ow) {
+  A ties = A(0);
+  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      ties += A(magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) == y);
+    }
+  }
+  return ties;
+}
+
+// dy/dx for an element x of a window with norm y. For p = inf the caller divides by the ties.
+template <Norm norm, typename A>
+MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
+  if constexpr (norm == Norm::kOne) {
+    return sign_of(x);
+  } else if constexpr (norm == Norm::kTwo) {
+    return y == A(0) ? A(0) : x / y;
+  } else if constexpr (norm == Norm::kInf) {
+    if (y != y) return y;
+    return magnitude(x) == y ? sign_of(x) : A(0);
+  } else {
+    if (y == A(0)) return A(0);
+    const A r = magnitude(x) / y;
+    return r == A(0) ? A(0) : sign_of(x) * std::pow(r, p - A(1));
+  }
+}
+
+// The gradient of one input element: the sum over the windows that hold it, in a fixed order.
+template <Norm norm, typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* out_plane,
+                              const PoolGeometry& g, A p, int64_t ih, int64_t iw) {
+  const A x = static_cast<A>(in_plane[ih * g.in_h + iw * g.in_w]);
+  A sum = A(0);
+  for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
+    for (int64_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
+      const int64_t o = oh * g.out_h + ow * g.out_w;
+      const A y = static_cast<A>(out_plane[o]);
+      A slope = norm_gradient<norm>(x, y, p);
+      if constexpr (norm == Norm::kInf) {
+        if (slope != A(0) && slope == slope) slope /= window_ties(in_plane, g, y, oh, ow);
+      }
+      sum += static_cast<A>(grad_plane[o]) * slope;
+    }
+  }
+  return sum;
+}
+
+// Double backward, first part: D = sum over the window of v * dy/dx, the gradient with respect to
+// grad_output, where v is the gradient with respect to grad_input.
+template <Norm norm, typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A directional_derivative(const T* v_plane, const T* in_plane, A y,
+                                      const PoolGeometry& g, A p, int64_t oh, int64_t ow) {
+  A sum = A(0);
+  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      const int64_t i = ih * g.in_h + iw * g.in_w;
+      const A x = static_cast<A>(in_plane[i]);
+      sum += static_cast<A>(v_plane[i]) * norm_gradient<norm>(x, y, p);
+    }
+  }
+  if constexpr (norm == Norm::kInf) {
+    if (y == y && y != A(0)) sum /= window_ties(in_plane, g, y, oh, ow);
+  }
+  return sum;
+}
+
+// Double backward, second part: with r = |x| / y, the gradient with respect to x is
+//   (p - 1) sum over windows of g / y * (v r^(p-2) - D sign(x) r^(p-1)).
+// It is 0 for p = 1 and p = inf, which are piecewise linear. directional holds D.
+template <Norm norm, typename T, typename A = opmath_t<T>>
+MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* in_plane,
+                               const T* out_plane, const T* directional, const PoolGeometry& g, A p,
+                               int64_t ih, int64_t iw) {
+  if constexpr (norm == Norm::kOne || norm == Norm::kInf) {
+    return A(0);
+  } else {
+    const int64_t i = ih * g.in_h + iw * g.in_w;
+    const A x = static_cast<A>(in_plane[i]);
+    const A v = static_cast<A>(v_plane[i]);
+    A sum = A(0);
+    for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
+      for (int64_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
+        const int64_t o = oh * g.out_h + ow * g.out_w;
+        const A y = static_cast<A>(out_plane[o]);
+        if (y == A(0)) continue;
+        const A slope = norm_gradient<norm>(x, y, p);
+        const A r = magnitude(x) / y;
+        A curvature = A(1);
+        if constexpr (norm == Norm::kGeneral) {
+          // At r = 0 the power is 0 for p > 2; for p < 2 it is infinite and the convention is 0.
+          curvature = r == A(0) ? A(0) : std::pow(r, p - A(2));
+        }
+        const A change = v * curvature - static_cast<A>(directional[o]) * slope;
+        sum += static_cast<A>(grad_plane[o]) / y * change;
+      }
+    }
+    return (p - A(1)) * sum;
+  }
+}
+
+// ----------------------------------------------------------------------------- checks and shapes
+
+inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                           bool ceil_mode) {
+  const int64_t span = size + 2 * padding - kernel;
+  if (span < 0) return 0;
+  int64_t pooled = (span + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  // The last window must start inside the image or its left padding.
+  if (ceil_mode && (pooled - 1) * stride >= size + padding) --pooled;
+  return pooled;
+}
+
+struct PoolArguments {
+  double p;
+  std::vector<int64_t> kernel, stride, padding;
+  bool ceil_mode;
+};
+
+inline void check_pool_arguments(const char* op, const PoolArguments& a) {
+  STD_TORCH_CHECK(a.p > 0, op, ": norm_type must be > 0, got ", a.p);
+  STD_TORCH_CHECK(a.kernel.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2, op,
+                  ": kernel_size, stride and padding must have two elements");
+  for (int d = 0; d < 2; ++d) {
+    // 2^31 - 1 is no image's size, and keeps every product below clear of overflow.
+    STD_TORCH_CHECK(a.kernel[d] > 0 && a.kernel[d] < (int64_t{1} << 31), op,
+                    ": kernel_size must be positive, got ", a.kernel[d]);
+    STD_TORCH_CHECK(a.stride[d] > 0 && a.stride[d] < (int64_t{1} << 31), op,
+                    ": stride must be positive, got ", a.stride[d]);
+    STD_TORCH_CHECK(a.padding[d] >= 0 && a.padding[d] <= a.kernel[d] / 2, op,
+                    ": padding must be between 0 and half of kernel_size, got ", a.padding[d],
+                    " with kernel_size ", a.kernel[d]);
+  }
+}
+
+inline PoolGeometry pool_geometry(const char* op, const Images& input, const PoolArguments& a) {
+  check_pool_arguments(op, a);
+  PoolGeometry g{};
+  g.N = input.N, g.C = input.C, g.H = input.H, g.W = input.W;
+  g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
+  g.stride_h = a.stride[0], g.stride_w = a.stride[1];
+  g.padding_h = a.padding[0], g.padding_w = a.padding[1];
+  g.OH = pooled_size(g.H, g.kernel_h, g.stride_h, g.padding_h, a.ceil_mode);
+  g.OW = pooled_size(g.W, g.kernel_w, g.stride_w, g.padding_w, a.ceil_mode);
+  STD_TORCH_CHECK(g.OH > 0 && g.OW > 0, op, ": kernel_size (", g.kernel_h, ", ", g.kernel_w,
+                  ") does not fit into an image of (", g.H, ", ", g.W, ") with padding (",
+                  g.padding_h, ", ", g.padding_w, ")");
+  g.in_n = input.stride_n(), g.in_c = input.stride_c();
+  g.in_h = input.stride_h(), g.in_w = input.stride_w();
+  g.out_n = g.C * g.OH * g.OW;
+  g.out_c = input.channels_last ? 1 : g.OH * g.OW;
+  g.out_h = input.channels_last ? g.C * g.OW : g.OW;
+  g.out_w = input.channels_last ? g.C : 1;
+  return g;
+}
+
+// A tensor with the shape of the output, in the layout of the input.
+inline Tensor pooled_like(const char* op, const char* name, const Tensor& tensor,
+                          const Images& input, const PoolGeometry& g) {
+  const int64_t d = tensor.dim();
+  STD_TORCH_CHECK(d == (input.batched ? 4 : 3) && (!input.batched || tensor.size(0) == g.N) &&
+                      tensor.size(d - 3) == g.C && tensor.size(d - 2) == g.OH &&
+                      tensor.size(d - 1) == g.OW,
+                  op, ": ", name, " must have the shape of the output, (",
+                  (input.batched ? std::to_string(g.N) + ", " : ""), g.C, ", ", g.OH, ", ", g.OW,
+                  "), got ", shape_string(tensor));
+  STD_TORCH_CHECK(tensor.scalar_type() == input.data.scalar_type(), op, ": ", name,
+                  " must have the dtype of input, ",
+                  torch::headeronly::toString(input.data.scalar_type()), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.device() == input.data.device(), op, ": ", name,
+                  " and input are on different devices");
+  return dense(tensor, input.channels_last);
+}
+
+}  // namespace mnist_ops

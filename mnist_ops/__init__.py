@@ -1,0 +1,59 @@
+"""Torch7's classic vision layers as PyTorch operators with C++ and CUDA kernels.
+
+The operators are here and, as modules, in :mod:`mnist_ops.nn`; the networks, data and training of
+two reports of 2016 that used them are in :mod:`mnist_ops.models`, :mod:`mnist_ops.data`,
+:mod:`mnist_ops.training` and :mod:`mnist_ops.torch7`, which load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _libraries  # isort: skip  # registers the operators that ops refers to
+from . import nn
+from ._version import __version__
+from .ops import (
+    contrastive_norm2d,
+    divisive_norm2d,
+    gaussian1d,
+    gaussian2d,
+    log_softmax,
+    lp_pool2d,
+    sigmoid,
+    softmax,
+    softmax_nll,
+    subtractive_norm2d,
+)
+
+build_info = _libraries.build_info
+
+_LAZY = ("data", "models", "optim", "reports", "torch7", "training")
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "contrastive_norm2d",
+    "divisive_norm2d",
+    "gaussian1d",
+    "gaussian2d",
+    "log_softmax",
+    "lp_pool2d",
+    "nn",
+    "sigmoid",
+    "softmax",
+    "softmax_nll",
+    "subtractive_norm2d",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a submodule when it is first used: torchvision and the rest take seconds."""
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,87 @@
+"""Loads the compiled libraries that this machine can run, and remembers why not the others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from . import _C
+
+_HERE = Path(__file__).parent
+_CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
+
+
+def _load_cpu() -> str:
+    """Load the CPU kernels compiled for the best instruction set here; its name."""
+    built = [name for name in ("avx2", "baseline") if (_HERE / f"_cpu_{name}.so").exists()]
+    runs = [name for name in built if name != "avx2" or _C.cpu_has_avx2()]
+    if not runs:
+        raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
+    chosen = os.environ.get(_CPU_VARIABLE) or runs[0]
+    if chosen not in runs:
+        raise ImportError(
+            f"mnist_ops: {_CPU_VARIABLE} must be one of {', '.join(runs)} here, got {chosen!r}"
+        )
+    torch.ops.load_library(str(_HERE / f"_cpu_{chosen}.so"))
+    return chosen
+
+
+def _load_cuda() -> str:
+    """Load the CUDA kernels; why they are not there, or an empty string.
+
+    A torch without CUDA has none of the symbols they link to, so they are not even tried there.
+    """
+    path = _HERE / "_cuda.so"
+    if not path.exists():
+        return "not built: " + (_C.build_info()["cuda_reason"] or f"{path.name} is missing")
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return ""
+
+
+CPU_CAPABILITY = _load_cpu()
+CUDA_MISSING = _load_cuda()
+
+
+def build_info() -> dict[str, object]:
+    """How the extension was compiled and which of its libraries are in use.
+
+    Returns:
+        A dict with
+
+        - ``version``: of mnist_ops;
+        - ``compiler``, ``built_with_torch``, ``target_torch``: the C++ compiler, the torch whose
+          headers were used, and the oldest torch the libraries load into;
+        - ``torch``: the torch that is running;
+        - ``cpu_capability``: the instruction set of the CPU kernels in use, ``"avx2"`` or
+          ``"baseline"`` (the environment variable ``MNIST_OPS_CPU_CAPABILITY`` chooses);
+        - ``cuda_archs``: the CUDA architectures compiled for, as ``["8.0", "9.0+PTX"]``, empty
+          where the CUDA library is not in use;
+        - ``cuda``: ``"available"``, or the reason why CUDA tensors cannot be used.
+
+    Example:
+        >>> import mnist_ops
+        >>> mnist_ops.build_info()["target_torch"]
+        '2.10'
+    """
+    built = _C.build_info()
+    archs = [] if CUDA_MISSING else built["cuda_archs"].replace(" ", ";").split(";")
+    cuda = CUDA_MISSING
+    if not cuda:
+        cuda = "available" if torch.cuda.is_available() else "built and loaded; no GPU is visible"
+    return {
+        "version": built["version"],
+        "compiler": built["compiler"],
+        "built_with_torch": built["built_with_torch"],
+        "target_torch": built["target_torch"],
+        "torch": str(torch.__version__),
+        "cpu_capability": CPU_CAPABILITY,
+        "cuda_archs": archs,
+        "cuda": cuda,
+    }

@@ -1,0 +1,20 @@
+"""The operators, one module for each family: function, fake kernel, autograd, vmap, autocast."""
+
+from .kernels import gaussian1d, gaussian2d
+from .local_norm import contrastive_norm2d, divisive_norm2d, subtractive_norm2d
+from .lp_pool import lp_pool2d
+from .sigmoid import sigmoid
+from .softmax import log_softmax, softmax, softmax_nll
+
+__all__ = [
+    "contrastive_norm2d",
+    "divisive_norm2d",
+    "gaussian1d",
+    "gaussian2d",
+    "log_softmax",
+    "lp_pool2d",
+    "sigmoid",
+    "softmax",
+    "softmax_nll",
+    "subtractive_norm2d",
+]

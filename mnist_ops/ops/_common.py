@@ -1,0 +1,172 @@
+"""What the operator families share: argument checks, memory layout, batching rules of vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from .._libraries import CUDA_MISSING
+
+# Python's registrations for the operators whose schemas are in csrc/library.cpp.
+_library = torch.library.Library("mnist_ops", "FRAGMENT")
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_floating(op: str, name: str, tensor: object) -> None:
+    """Refuse what is not a floating-point tensor on a device that has kernels."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
+        )
+    if tensor.is_cuda and CUDA_MISSING:
+        raise RuntimeError(f"{op}: {name} is on {tensor.device}, but CUDA kernels: {CUDA_MISSING}")
+
+
+def check_images(op: str, tensor: object) -> None:
+    """Refuse what is not a floating-point image or batch of images."""
+    check_floating(op, "input", tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.dim() not in (3, 4):
+        raise ValueError(
+            f"{op}: input must be (N, C, H, W) or (C, H, W), got the shape {tuple(tensor.shape)}"
+        )
+
+
+def check_number(op: str, name: str, value: object) -> float:
+    """Return a real number as a float; NaN and infinity are the caller's to judge."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def pair(op: str, name: str, value: Any) -> list[int]:
+    """Return [height, width] from one int or two."""
+    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise TypeError(f"{op}: {name} must be an int or two ints, got {value!r}")
+    return values
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether channels are innermost in memory; the rule of ``is_channels_last`` in common.h."""
+    if tensor.dim() != 4 or tensor.numel() == 0:
+        return False
+    size, stride = tensor.shape, tensor.stride()
+    if size[1] == 1 or stride[1] != 1:
+        return False
+    inner = size[1]
+    for d in (3, 2, 0):
+        if size[d] != 1:
+            if stride[d] < inner:
+                return False
+            inner = stride[d] * size[d]
+        elif d != 0 and stride[d] < size[1]:
+            return False
+    return True
+
+
+def empty_images(like: Tensor, height: Any, width: Any) -> Tensor:
+    """Images like ``like`` of another size, in the layout the kernels give them."""
+    return torch.empty(
+        (*like.shape[:-2], height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format,
+    )
+
+
+def autocast_to_float32(name: str) -> None:
+    """Run ``mnist_ops::name`` in float32 under autocast, as PyTorch does with its kin."""
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(f"mnist_ops::{name}", device, torch.float32)
+
+
+def batch_first(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
+    """Return a vmapped tensor with its batch dimension first, adding one where it has none."""
+    if in_dim is None:
+        return tensor.expand(batch_size, *tensor.shape)
+    return tensor.movedim(in_dim, 0)
+
+
+def register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
+    """Register the derivative of ``mnist_ops::name``, for autograd and for ``torch.func``.
+
+    It is called like ``torch.library.register_autograd`` and does the same with the same parts of
+    PyTorch. That one builds on ``autograd.Function``, which handles all levels of nested
+    ``torch.func`` transforms at once and cannot do so in the middle of a dispatch: ``grad`` of a
+    registered operator is an error there (pytorch/pytorch issues 168393 and 179652). An Autograd
+    kernel is called once for each level, as those in C++ are, so it needs the function that handles
+    one; with it per-sample gradients, ``vmap(grad(f))``, work.
+    """
+    op = getattr(torch.ops.mnist_ops, name).default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with below_autograd():
+            output = op(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        return output
+
+    function: Any = type(
+        f"{name}_autograd",
+        (torch.autograd.function._SingleLevelFunction,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        tensors = (a for a in args if isinstance(a, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        with below_autograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def register_image_vmap(name: str, images: int, other_tensors: int = 0) -> None:
+    """Register a vmap rule by which images become one larger batch.
+
+    The operator's first ``images`` arguments, and all of its results, are images; then come
+    ``other_tensors`` tensors, which may be batched too (then there is one call for each), and
+    arguments that are not tensors.
+    """
+    op = getattr(torch.ops.mnist_ops, name)
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        batched = [batch_first(args[i], in_dims[i], size) for i in range(images)]
+        tensors = range(images, images + other_tensors)
+        if any(in_dims[i] is not None for i in tensors):
+            others = [batch_first(args[i], in_dims[i], size) for i in tensors]
+            return torch.stack(
+                [
+                    op(*(b[j] for b in batched), *(t[j] for t in others), *args[tensors.stop :])
+                    for j in range(size)
+                ]
+            ), 0
+        per_example = batched[0].shape[1:-3]  # () or (N,)
+        merged = [b.reshape(-1, *b.shape[-3:]) for b in batched]
+        result = op(*merged, *args[images:])
+        outputs = result if isinstance(result, tuple) else (result,)
+        split = tuple(r.reshape(size, *per_example, *r.shape[1:]) for r in outputs)
+        return (split, (0,) * len(split)) if isinstance(result, tuple) else (split[0], 0)
+
+    torch.library.register_vmap(f"mnist_ops::{name}", rule)
+
+
+def not_offered(name: str, what: str) -> None:
+    """Make differentiating ``mnist_ops::name`` an error that says so, not a silent zero."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"mnist_ops: {what} is not offered")
+
+    register_autograd(name, backward)

@@ -1,0 +1,333 @@
+"""Subtractive, divisive and contrastive local normalization: everything Python knows of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._common import (
+    autocast_to_float32,
+    check_floating,
+    check_images,
+    check_number,
+    empty_images,
+    register_autograd,
+    register_image_vmap,
+)
+
+_ops = torch.ops.mnist_ops
+
+
+def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
+    r"""Subtract from each pixel the weighted mean of its neighbourhood, over all channels.
+
+    With :math:`u` the kernel divided by its sum and :math:`\star` the zero-padded cross-correlation
+    of the same size,
+
+    .. math:: y_c = x_c - \frac{\frac{1}{C} \sum_{c'} u \star x_{c'}}{u \star 1}
+
+    so that the mean near the border is one over the pixels that are there. The channels are summed
+    before they are blurred: one plane is blurred, not C.
+
+    Args:
+        input: images (N, C, H, W) or one image (C, H, W); float64, float32, float16 or bfloat16
+            (the half types are computed in float32).
+        kernel: weights of the neighbourhood, on the device of ``input``, in any floating dtype
+            (normalised in float64): (k,) for the separable kernel ``outer(kernel, kernel)``, or
+            (k_h, k_w); sizes odd, sum not 0. It is a constant: one that requires grad is refused.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: a shape is wrong, ``kernel`` has an even size or requires grad.
+        RuntimeError: the kernel's sum is 0 (on the CPU; on CUDA, where checking would have to wait
+            for the device, the result is then infinite or NaN).
+
+    Source:
+        Torch7's ``nn.SpatialSubtractiveNormalization``. Differentiable any number of times. Under
+        autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> x = torch.full((1, 3, 5, 5), 7.0)
+        >>> mnist_ops.subtractive_norm2d(x, mnist_ops.gaussian1d(3)).abs().max() < 1e-5
+        tensor(True)
+    """
+    op = "subtractive_norm2d"
+    return _ops.subtractive_norm2d(input, _checked(op, input, kernel))
+
+
+def divisive_norm2d(
+    input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+) -> Tensor:
+    r"""Divide each pixel by the standard deviation of its neighbourhood, over all channels.
+
+    With :math:`u` and :math:`\star` as in :func:`subtractive_norm2d`,
+
+    .. math:: s = \frac{\sqrt{\frac{1}{C} \sum_c u \star x_c^2}}{u \star 1}, \qquad
+              y_c = \frac{x_c}{d}, \qquad d = \begin{cases} s & s > \text{threshold} \\
+              \text{threshold\_value} & \text{otherwise} \end{cases}
+
+    The border correction divides the root, not what is under it: so does Torch7. The gradient
+    flows through s only where s is above the threshold.
+
+    Args:
+        input: as in :func:`subtractive_norm2d`. The mean is taken as 0.
+        kernel: as in :func:`subtractive_norm2d`.
+        threshold: deviations up to here are replaced; >= 0.
+        threshold_value: by this, > 0; default ``threshold``.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`subtractive_norm2d`; ValueError too for a
+            threshold that is negative or a value that is not positive.
+
+    Source:
+        Torch7's ``nn.SpatialDivisiveNormalization``. Differentiable any number of times. Under
+        autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> x = torch.full((1, 3, 5, 5), 7.0, dtype=torch.float64)
+        >>> y = mnist_ops.divisive_norm2d(x, mnist_ops.gaussian1d(3))
+        >>> round(y[0, 0, 2, 2].item(), 6)
+        1.0
+    """
+    op = "divisive_norm2d"
+    kernel = _checked(op, input, kernel)
+    return _ops.divisive_norm2d(input, kernel, *_thresholds(op, threshold, threshold_value))
+
+
+def contrastive_norm2d(
+    input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+) -> Tensor:
+    r"""Normalize local contrast: :func:`divisive_norm2d` of :func:`subtractive_norm2d`, in one.
+
+    Args:
+        input: as in :func:`subtractive_norm2d`.
+        kernel: as in :func:`subtractive_norm2d`; both steps use it.
+        threshold: as in :func:`divisive_norm2d`.
+        threshold_value: as in :func:`divisive_norm2d`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`divisive_norm2d`.
+
+    Source:
+        Torch7's ``nn.SpatialContrastiveNormalization``; Jarrett, Kavukcuoglu, Ranzato and LeCun,
+        "What is the best multi-stage architecture for object recognition?", ICCV 2009.
+        Differentiable any number of times. Under autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> images = torch.rand(8, 1, 32, 32)
+        >>> mnist_ops.contrastive_norm2d(images, mnist_ops.gaussian1d(7), 1.0).shape
+        torch.Size([8, 1, 32, 32])
+    """
+    op = "contrastive_norm2d"
+    kernel = _checked(op, input, kernel)
+    return _ops.contrastive_norm2d(input, kernel, *_thresholds(op, threshold, threshold_value))
+
+
+def check_kernel(op: str, kernel: object) -> Tensor:
+    """Refuse a tensor that is no normalization kernel; return it."""
+    check_floating(op, "kernel", kernel)
+    assert isinstance(kernel, Tensor)
+    if kernel.dim() not in (1, 2):
+        raise ValueError(
+            f"{op}: kernel must have 1 dimension (separable) or 2, got the shape "
+            f"{tuple(kernel.shape)}"
+        )
+    if any(size % 2 == 0 for size in kernel.shape):
+        raise ValueError(f"{op}: kernel sizes must be odd, got {tuple(kernel.shape)}")
+    if kernel.requires_grad:
+        raise ValueError(
+            f"{op}: kernel requires grad, but no gradient with respect to it is offered; pass "
+            "kernel.detach()"
+        )
+    return kernel
+
+
+def _checked(op: str, input: Tensor, kernel: Tensor) -> Tensor:
+    check_images(op, input)
+    # A kernel made on the CPU serves input on any device; nothing is copied where it is there.
+    return check_kernel(op, kernel).to(input.device)
+
+
+def _thresholds(op: str, threshold: float, value: float | None) -> tuple[float, float]:
+    threshold = check_number(op, "threshold", threshold)
+    value = threshold if value is None else check_number(op, "threshold_value", value)
+    if not (threshold >= 0 and math.isfinite(threshold)):
+        raise ValueError(f"{op}: threshold must be >= 0 and finite, got {threshold}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(
+            f"{op}: threshold_value must be > 0 and finite, got {value} (it is what pixels are "
+            "divided by where the deviation is not above the threshold)"
+        )
+    return threshold, value
+
+
+# ------------------------------------------------------------------------------------------ fake
+
+
+def _fake_like_input(input, *rest):
+    return empty_images(input, *input.shape[-2:])
+
+
+def _fake_backward_with_input(grad_output, input, *rest):
+    return empty_images(input, *input.shape[-2:])
+
+
+for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
+    torch.library.register_fake(f"mnist_ops::{_name}", _fake_like_input)
+torch.library.register_fake("mnist_ops::subtractive_norm2d_backward", _fake_like_input)
+for _name in ("divisive_norm2d_backward", "contrastive_norm2d_backward"):
+    torch.library.register_fake(f"mnist_ops::{_name}", _fake_backward_with_input)
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _refuse_kernel_gradient(kernel: Tensor) -> None:
+    if kernel.requires_grad:
+        raise RuntimeError("mnist_ops: local normalization offers no gradient for its kernel")
+
+
+def _save_subtractive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _refuse_kernel_gradient(inputs[1])
+    ctx.save_for_backward(inputs[1])
+
+
+def _subtractive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    (kernel,) = ctx.saved_tensors
+    return _ops.subtractive_norm2d_backward(grad_output, kernel), None
+
+
+def _subtractive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, None]:
+    # The backward is linear in grad_output; its adjoint is the forward.
+    (kernel,) = ctx.saved_tensors
+    return _ops.subtractive_norm2d(grad_grad_input, kernel), None
+
+
+def _save_divisive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, kernel, threshold, value = inputs
+    _refuse_kernel_gradient(kernel)
+    ctx.save_for_backward(input, kernel)
+    ctx.options = threshold, value
+
+
+def _divisive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _ops.divisive_norm2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None
+
+
+def _contrastive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad = _ops.contrastive_norm2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, input, kernel, threshold, value = inputs
+    _refuse_kernel_gradient(kernel)
+    ctx.save_for_backward(grad_output, input, kernel)
+    ctx.options = threshold, value
+
+
+def _correlate(plane: Tensor, unit_kernel: Tensor, adjoint: bool = False) -> Tensor:
+    """Return one plane per image, (N, 1, H, W), correlated with a kernel of sum 1."""
+    if adjoint:
+        unit_kernel = unit_kernel.flip(list(range(unit_kernel.dim())))
+    if unit_kernel.dim() == 2:
+        k_h, k_w = unit_kernel.shape
+        return F.conv2d(plane, unit_kernel[None, None], padding=(k_h // 2, k_w // 2))
+    radius = unit_kernel.shape[0] // 2
+    rows = F.conv2d(plane, unit_kernel[None, None, None, :], padding=(0, radius))
+    return F.conv2d(rows, unit_kernel[None, None, :, None], padding=(radius, 0))
+
+
+def _divisive_second_order(
+    v: Tensor, g: Tensor, x: Tensor, kernel: Tensor, threshold: float, value: float
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of :math:`\sum v \cdot \mathrm{backward}(g, x)` with respect to g and x.
+
+    With E the blurred channel mean, A its adjoint on one plane, q = sum_c g_c x_c, r = sum_c v_c
+    x_c, and m = 1 where s is above the threshold: backward = g / d - x A(m q / (s^3 coef^2)) / C.
+    Written with PyTorch's own differentiable operators, so that it can be differentiated again.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype, batched = x.dtype, x.dim() == 4
+    v, g, x = (t.to(wide) if batched else t.to(wide).unsqueeze(0) for t in (v, g, x))
+    kernel = kernel.double()
+    unit = (kernel / kernel.sum()).to(wide)
+    channels = x.shape[1]
+    coef = _correlate(torch.ones_like(x[:1, :1]), unit)
+    energy = _correlate((x * x).sum(1, keepdim=True), unit) / channels
+    positive = energy > 0
+    # sqrt's own derivative is infinite at 0, where the convention is 0.
+    s = torch.where(positive, energy, 1.0).sqrt() * positive / coef
+    above = (s > threshold) & positive
+    safe_s = torch.where(above, s, 1.0)
+    d = torch.where(s > threshold, s, torch.full_like(s, value))
+    cubed = torch.where(above, 1 / (safe_s**3 * coef**2), 0.0)
+    q = (g * x).sum(1, keepdim=True)
+    r = (v * x).sum(1, keepdim=True)
+    blurred_r = _correlate(r, unit) / channels
+    adjoint_h = _correlate(q * cubed, unit, adjoint=True) / channels
+    grad_g = v / d - x * cubed * blurred_r
+    # Through s: d/ds of v.g/d is -v.g/s^2, d/ds of the other term +3 q E(r) / (s^4 coef^2); ds/dx
+    # is x A(. / (s coef^2)) / C.
+    through_s = torch.where(
+        above, -(v * g).sum(1, keepdim=True) / safe_s**2 + 3 * q * blurred_r * cubed / safe_s, 0.0
+    )
+    adjoint_s = _correlate(
+        torch.where(above, through_s / (safe_s * coef**2), 0.0), unit, adjoint=True
+    )
+    grad_x = x * adjoint_s / channels - v * adjoint_h - g * cubed * blurred_r
+    results = grad_g.to(dtype), grad_x.to(dtype)
+    return results if batched else (results[0].squeeze(0), results[1].squeeze(0))
+
+
+def _divisive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
+    grad_g, grad_x = _divisive_second_order(grad_grad_input, *ctx.saved_tensors, *ctx.options)
+    return grad_g, grad_x, None, None, None
+
+
+def _contrastive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
+    # backward(g, x) = S^T D(g, S x), with S the subtractive normalization and D the divisive
+    # gradient: the chain rule over the pieces.
+    g, x, kernel = ctx.saved_tensors
+    centred = _ops.subtractive_norm2d(x, kernel)
+    v = _ops.subtractive_norm2d(grad_grad_input, kernel)
+    grad_g, grad_centred = _divisive_second_order(v, g, centred, kernel, *ctx.options)
+    grad_x = _ops.subtractive_norm2d_backward(grad_centred, kernel)
+    return grad_g, grad_x, None, None, None
+
+
+for _name, _backward, _setup in (
+    ("subtractive_norm2d", _subtractive_backward, _save_subtractive),
+    ("subtractive_norm2d_backward", _subtractive_double_backward, _save_subtractive),
+    ("divisive_norm2d", _divisive_backward, _save_divisive),
+    ("divisive_norm2d_backward", _divisive_double_backward, _save_backward),
+    ("contrastive_norm2d", _contrastive_backward, _save_divisive),
+    ("contrastive_norm2d_backward", _contrastive_double_backward, _save_backward),
+):
+    register_autograd(_name, _backward, setup_context=_setup)
+
+# -------------------------------------------------------------------------------- vmap, autocast
+
+for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
+    register_image_vmap(_name, images=1, other_tensors=1)
+    autocast_to_float32(_name)
+register_image_vmap("subtractive_norm2d_backward", images=1, other_tensors=1)
+register_image_vmap("divisive_norm2d_backward", images=2, other_tensors=1)
+register_image_vmap("contrastive_norm2d_backward", images=2, other_tensors=1)

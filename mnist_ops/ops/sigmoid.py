@@ -1,0 +1,92 @@
+"""The sigmoid with its fused backward: everything Python knows of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import batch_first, check_floating, register_autograd
+
+_ops = torch.ops.mnist_ops
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    r"""Logistic sigmoid, element by element, with its backward in one kernel.
+
+    .. math:: y = \frac{1}{1 + e^{-x}}, \qquad
+              \frac{\partial E}{\partial x} = \frac{\partial E}{\partial y}\, y\, (1 - y)
+
+    Args:
+        input: a tensor of any shape; float64, float32, float16 or bfloat16 (the half types are
+            computed in float32).
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError: ``input`` is no floating-point tensor.
+
+    Source:
+        Equation 1.1 of report 1, section 1.1 of report 2 (whose intermediate step has
+        1 / (1 - e^-x) by mistake); Torch7's ``nn.Sigmoid``. Differentiable any number of times.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> mnist_ops.sigmoid(torch.tensor([0.0]))
+        tensor([0.5000])
+    """
+    check_floating("sigmoid", "input", input)
+    return _ops.sigmoid(input)
+
+
+@torch.library.register_fake("mnist_ops::sigmoid")
+def _(input):
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("mnist_ops::sigmoid_backward")
+def _(grad_output, output):
+    return torch.empty_like(output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
+    (output,) = ctx.saved_tensors
+    return _ops.sigmoid_backward(grad_output, output)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, Tensor]:
+    grad_output, output = ctx.saved_tensors
+    return (
+        _ops.sigmoid_backward(grad_grad_input, output),
+        grad_grad_input * grad_output * (1 - 2 * output),
+    )
+
+
+register_autograd("sigmoid", _backward, setup_context=_save)
+register_autograd("sigmoid_backward", _double_backward, setup_context=_save_backward)
+
+
+def _sigmoid_vmap(info, in_dims, input):
+    return _ops.sigmoid(input), in_dims[0]
+
+
+def _sigmoid_backward_vmap(info, in_dims, grad_output, output):
+    args = (
+        batch_first(t, d, info.batch_size)
+        for t, d in zip((grad_output, output), in_dims, strict=True)
+    )
+    return _ops.sigmoid_backward(*args), 0
+
+
+torch.library.register_vmap("mnist_ops::sigmoid", _sigmoid_vmap)
+torch.library.register_vmap("mnist_ops::sigmoid_backward", _sigmoid_backward_vmap)

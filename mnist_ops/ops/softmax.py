@@ -1,0 +1,314 @@
+"""Softmax, log-softmax and softmax + NLL with their fused backwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    autocast_to_float32,
+    batch_first,
+    check_floating,
+    check_number,
+    is_channels_last,
+    register_autograd,
+)
+
+_ops = torch.ops.mnist_ops
+
+
+def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
+    r"""Softmax of ``beta * input`` along one dimension.
+
+    .. math:: y_i = \frac{e^{\beta x_i}}{\sum_k e^{\beta x_k}}, \qquad
+              \frac{\partial y_i}{\partial x_j} = \beta\, y_i (\delta_{ij} - y_j)
+
+    The reports' Gibbs form :math:`e^{-b x_i} / \sum_k e^{-b x_k}` is ``beta=-b``.
+
+    Args:
+        input: a tensor of any shape; float64, float32, float16 or bfloat16 (the half types are
+            computed in float32).
+        dim: the dimension that sums to 1.
+        beta: what the input is multiplied by, any finite number; an inverse temperature.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError: ``input`` is no floating-point tensor, ``beta`` no number.
+        ValueError: ``beta`` is not finite.
+        IndexError: there is no such dimension.
+
+    Source:
+        Section 2 of report 1 and section 1.2 of report 2, whose diagonal terms have a sign error
+        (``examples/reproduce.py`` shows it); Torch7's ``nn.SoftMax``. Differentiable any number of
+        times. Under autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> mnist_ops.softmax(torch.tensor([0.0, 0.0]), beta=-2.0)
+        tensor([0.5000, 0.5000])
+    """
+    op = "softmax"
+    return _ops.softmax(input, _dim(op, input, dim), _beta(op, beta))
+
+
+def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
+    r"""Logarithm of :func:`softmax`, computed without taking a logarithm of a small number.
+
+    .. math:: l_i = \beta x_i - \log \sum_k e^{\beta x_k}, \qquad
+              \frac{\partial E}{\partial x_i} =
+              \beta \Big(g_i - e^{l_i} \sum_k g_k\Big)
+
+    Args:
+        input: as in :func:`softmax`.
+        dim: as in :func:`softmax`.
+        beta: as in :func:`softmax`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in :func:`softmax`.
+
+    Source:
+        Torch7's ``nn.LogSoftMax`` with an exact exponential; the approximate one that the original
+        system used is ``mnist_ops.torch7.log_softmax``. Differentiable any number of times. Under
+        autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> mnist_ops.log_softmax(torch.tensor([0.0, 0.0]))
+        tensor([-0.6931, -0.6931])
+    """
+    op = "log_softmax"
+    return _ops.log_softmax(input, _dim(op, input, dim), _beta(op, beta))
+
+
+def softmax_nll(
+    input: Tensor, target: Tensor, beta: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    r"""Negative log-likelihood of the target classes under :func:`softmax`, one pass each way.
+
+    .. math:: \ell = \log \sum_k e^{\beta x_k} - \beta x_t, \qquad
+              \frac{\partial \ell}{\partial x_i} =
+              \beta \Big(\frac{e^{\beta x_i}}{\sum_k e^{\beta x_k}} - \delta_{it}\Big)
+
+    Args:
+        input: scores (C,), (N, C) or (N, C, d1, ...); float64, float32, float16 or bfloat16.
+        target: class indices in [0, C), of the shape of ``input`` without its class dimension; any
+            integer dtype.
+        beta: as in :func:`softmax`.
+        reduction: ``"mean"`` over all targets, ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or with ``"none"`` a loss for each target, in the dtype of ``input``.
+
+    Raises:
+        TypeError: ``input`` is not floating-point, ``target`` not integer.
+        ValueError: the shapes do not fit, ``beta`` is not finite, no such reduction.
+        RuntimeError: a target is out of range (on the CPU; on CUDA, where checking would have to
+            wait for the device, loss and gradient of that row are NaN).
+
+    Source:
+        Torch7's ``nn.LogSoftMax`` followed by ``nn.ClassNLLCriterion``. Differentiable any number
+        of times. Under autocast it runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> mnist_ops.softmax_nll(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
+        tensor(2.3026)
+    """
+    op = "softmax_nll"
+    check_floating(op, "input", input)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{op}: target must be integer class indices, got {target.dtype}")
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
+    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[1:]
+    if target.shape != expected:
+        raise ValueError(
+            f"{op}: target must have the shape {tuple(expected)} for an input of "
+            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    loss, _ = _ops.softmax_nll(input, target.long(), _beta(op, beta))
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _dim(op: str, input: Tensor, dim: int) -> int:
+    check_floating(op, "input", input)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
+    dims = max(input.dim(), 1)
+    if not -dims <= dim < dims:
+        raise IndexError(f"{op}: dim must be in [{-dims}, {dims - 1}], got {dim}")
+    return dim
+
+
+def _beta(op: str, beta: float) -> float:
+    beta = check_number(op, "beta", beta)
+    if not math.isfinite(beta):
+        raise ValueError(f"{op}: beta must be finite, got {beta}")
+    return beta
+
+
+# ------------------------------------------------------------------------------------------ fake
+
+
+def _fake_forward(input, dim, beta):
+    return torch.empty_like(input)
+
+
+def _fake_backward(grad_output, output, dim, beta):
+    return torch.empty_like(output)
+
+
+for _name in ("softmax", "log_softmax"):
+    torch.library.register_fake(f"mnist_ops::{_name}", _fake_forward)
+    torch.library.register_fake(f"mnist_ops::{_name}_backward", _fake_backward)
+
+
+@torch.library.register_fake("mnist_ops::softmax_nll")
+def _(input, target, beta):
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty(target.shape), input.new_empty(target.shape, dtype=wide)
+
+
+@torch.library.register_fake("mnist_ops::softmax_nll_backward")
+def _(grad_loss, input, target, logsumexp, beta):
+    layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.options = inputs[1:]
+
+
+def _softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    return _ops.softmax_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _log_softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    return _ops.log_softmax_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    g, y = ctx.saved_tensors
+    dim, beta = ctx.options
+    grad_y = beta * (v * (g - (g * y).sum(dim, keepdim=True)) - g * (v * y).sum(dim, keepdim=True))
+    return _ops.softmax_backward(v, y, dim, beta), grad_y, None, None
+
+
+def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    g, log_y = ctx.saved_tensors
+    dim, beta = ctx.options
+    y = log_y.exp()
+    grad_g = beta * (v - (v * y).sum(dim, keepdim=True))
+    grad_log_y = -beta * v * y * g.sum(dim, keepdim=True)
+    return grad_g, grad_log_y, None, None
+
+
+def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, target, beta = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, target, output[1])
+    ctx.beta = beta
+
+
+def _nll_backward(
+    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, None, None]:
+    if grad_loss is None:
+        return None, None, None
+    return _ops.softmax_nll_backward(grad_loss, *ctx.saved_tensors, ctx.beta), None, None
+
+
+def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.beta = inputs[4]
+
+
+def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    # logsumexp is a function of the input; what flows through it is in the input's gradient.
+    g, input, target = ctx.saved_tensors
+    dim = 0 if input.dim() == 1 else 1
+    y = _ops.softmax(input, dim, ctx.beta)
+    chosen = v.gather(dim, target.unsqueeze(dim)).squeeze(dim)
+    grad_g = ctx.beta * ((v * y).sum(dim) - chosen)
+    grad_input = ctx.beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, ctx.beta)
+    return grad_g, grad_input, None, None, None
+
+
+for _name, _backward, _setup in (
+    ("softmax", _softmax_backward, _save),
+    ("log_softmax", _log_softmax_backward, _save),
+    ("softmax_backward", _softmax_double_backward, _save_backward),
+    ("log_softmax_backward", _log_softmax_double_backward, _save_backward),
+    ("softmax_nll", _nll_backward, _save_nll),
+    ("softmax_nll_backward", _nll_double_backward, _save_nll_backward),
+):
+    register_autograd(_name, _backward, setup_context=_setup)
+
+# -------------------------------------------------------------------------------- vmap, autocast
+
+
+def _register_softmax_vmap(name: str, tensors: int) -> None:
+    op = getattr(_ops, name)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        dim, beta = args[tensors:]
+        batched = [batch_first(args[i], in_dims[i], info.batch_size) for i in range(tensors)]
+        if batched[0].dim() == 1:  # scalars, which are softmax vectors of length 1
+            return op(*(b.unsqueeze(1) for b in batched), 1, beta).squeeze(1), 0
+        return op(*batched, dim + 1 if dim >= 0 else dim, beta), 0
+
+    torch.library.register_vmap(f"mnist_ops::{name}", rule)
+
+
+def _merge(tensor: Tensor, per_example: int) -> Tensor:
+    """Return (B, N, ...) as (B * N, ...); (B, ...) of examples without N as it is."""
+    return tensor.flatten(0, 1) if per_example > 1 else tensor
+
+
+def _softmax_nll_vmap(info, in_dims, input, target, beta):
+    input = batch_first(input, in_dims[0], info.batch_size)
+    target = batch_first(target, in_dims[1], info.batch_size)
+    dims = input.dim() - 1
+    results = _ops.softmax_nll(_merge(input, dims), _merge(target, dims), beta)
+    return tuple(r.reshape(target.shape) for r in results), (0, 0)
+
+
+def _softmax_nll_backward_vmap(info, in_dims, grad_loss, input, target, logsumexp, beta):
+    tensors = (grad_loss, input, target, logsumexp)
+    batched = [batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims, strict=False)]
+    dims = batched[1].dim() - 1
+    result = _ops.softmax_nll_backward(*(_merge(t, dims) for t in batched), beta)
+    return result.reshape(batched[1].shape), 0
+
+
+for _name in ("softmax", "log_softmax"):
+    _register_softmax_vmap(_name, tensors=1)
+    _register_softmax_vmap(f"{_name}_backward", tensors=2)
+    autocast_to_float32(_name)
+autocast_to_float32("softmax_nll")
+torch.library.register_vmap("mnist_ops::softmax_nll", _softmax_nll_vmap)
+torch.library.register_vmap("mnist_ops::softmax_nll_backward", _softmax_nll_backward_vmap)

@@ -1,0 +1,241 @@
+"""Builds the extension libraries of mnist_ops; everything else is in pyproject.toml.
+
+Four libraries come out, so that each machine loads only what it can run:
+
+``_C``            pybind11 module: the operators' schemas and build_info()
+``_cpu_baseline`` CPU kernels for any processor of the architecture
+``_cpu_avx2``     the same sources compiled for AVX2 + FMA + F16C (x86-64 only)
+``_cuda``         CUDA kernels, where nvcc and a CUDA build of torch are found
+
+Environment variables: ``FORCE_CUDA=1`` (build the CUDA kernels or fail), ``FORCE_CUDA=0`` (do
+not), ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``MAX_JOBS``, ``DEBUG=1`` (-O0 -g), ``WERROR=1``
+(warnings are errors).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "mnist_ops" / "_version.py"))["__version__"]
+TARGET_TORCH = "2.10"  # the oldest torch the libraries load into
+
+# Architectures compiled when none is asked for and no GPU is there to ask. Machine code of X.0 runs
+# on X.y of the same generation; the PTX of the newest covers what comes later.
+DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
+
+
+@dataclass
+class CudaPlan:
+    """Whether the CUDA library is built, for what, and why not."""
+
+    build: bool
+    reason: str = ""
+    archs: str = ""
+    home: str = ""
+
+
+def flag(name: str) -> bool | None:
+    """The environment variable ``name`` as a switch; None where it is unset or empty."""
+    value = os.environ.get(name, "")
+    if value == "":
+        return None
+    if value not in ("0", "1"):
+        raise SystemExit(f"setup.py: {name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def find_cuda_home() -> str | None:
+    """The toolkit that holds cuda_runtime.h.
+
+    torch takes the folder above ``which nvcc``, which is wrong where nvcc is a wrapper script or a
+    link; nvcc itself knows where it lives and says so in a dry run.
+    """
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
+        top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+        if top:
+            candidates.append(os.path.realpath(top.group(1)))
+        candidates.append(str(Path(os.path.realpath(nvcc)).parent.parent))
+    candidates += [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    for home in candidates:
+        if not home or not Path(home, "bin", "nvcc").exists():
+            continue
+        if any(Path(home).glob("include/cuda_runtime.h")) or any(
+            Path(home).glob("targets/*/include/cuda_runtime.h")
+        ):
+            return home
+    return None
+
+
+def nvcc_release(home: str) -> tuple[int, int]:
+    """(major, minor) of the toolkit's nvcc."""
+    out = subprocess.run(
+        [str(Path(home, "bin", "nvcc")), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"release (\d+)\.(\d+)", out)
+    if not found:
+        raise SystemExit(f"setup.py: cannot read the release of {home}/bin/nvcc from:\n{out}")
+    return int(found.group(1)), int(found.group(2))
+
+
+def default_archs(home: str) -> str:
+    """What TORCH_CUDA_ARCH_LIST means when it is unset."""
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        archs = [f"{major}.{minor}" for major, minor in sorted(found)]
+    else:
+        listed = subprocess.run(
+            [str(Path(home, "bin", "nvcc")), "--list-gpu-arch"], capture_output=True, text=True
+        ).stdout
+        archs = [a for a in DEFAULT_CUDA_ARCHS if f"compute_{a.replace('.', '')}\n" in listed]
+    return ";".join(archs) + "+PTX"
+
+
+def plan_cuda() -> CudaPlan:
+    """Decide on the CUDA library, and say why not."""
+    forced = flag("FORCE_CUDA")
+    if forced is False:
+        return CudaPlan(False, "FORCE_CUDA=0")
+    home = find_cuda_home()
+    reason = ""
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a build without CUDA"
+    elif home is None:
+        reason = "no CUDA toolkit found (nvcc and cuda_runtime.h); set CUDA_HOME"
+    else:
+        toolkit, built = nvcc_release(home), torch.version.cuda
+        if toolkit[0] != int(built.split(".")[0]):
+            reason = f"nvcc is CUDA {toolkit[0]}.{toolkit[1]}, torch was built with CUDA {built}"
+    if reason:
+        if forced:
+            raise SystemExit(f"setup.py: FORCE_CUDA=1, but {reason}")
+        return CudaPlan(False, reason)
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(home)
+    return CudaPlan(True, archs=archs, home=home)
+
+
+class BuildLibraries(BuildExtension):
+    """BuildExtension that names the plain libraries _cpu_avx2.so, ...: no Python modules."""
+
+    def build_extension(self, ext) -> None:
+        """Compile one library, in a folder of its own: two of them share their sources."""
+        shared = self.build_temp
+        self.build_temp = str(Path(shared, ext.name.split(".")[-1]))
+        super().build_extension(ext)
+        self.build_temp = shared
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        """File name of one library."""
+        name = ext_name.split(".")[-1]
+        if name in ("_cpu_baseline", "_cpu_avx2", "_cuda"):
+            return str(Path(*ext_name.split(".")[:-1], f"{name}.so"))
+        return super().get_ext_filename(ext_name)
+
+
+def main() -> None:
+    """Print the configuration, then build."""
+    debug, werror = bool(flag("DEBUG")), bool(flag("WERROR"))
+    cuda = plan_cuda()
+    if cuda.build:
+        # Both are read by torch.utils.cpp_extension: one at import, one when it compiles.
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = cuda.home
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
+
+    major, minor = TARGET_TORCH.split(".")
+    define = [
+        f"-DTORCH_TARGET_VERSION=0x{int(major):02x}{int(minor):02x}000000000000",
+        "-DTORCH_STABLE_ONLY",
+    ]
+    warn = ["-Wall", "-Wextra", *(["-Werror"] if werror else [])]
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
+    # No contraction: where a fused multiply-add is wanted the source says so, and float32 results
+    # do not depend on what the compiler happened to fuse.
+    cxx = [
+        *optimise,
+        *define,
+        *warn,
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fopenmp-simd",
+    ]
+    host_warn = (
+        [] if not werror else ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
+    )
+    nvcc = [*(["-O0", "-G"] if debug else ["-O3"]), *define, "-DUSE_CUDA", *host_warn]
+    nvcc += ["-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr", "--threads", "2"]
+
+    include = [str(ROOT / "csrc")]
+    cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    variants = {"_cpu_baseline": []}
+    if platform.machine() in ("x86_64", "AMD64"):
+        variants["_cpu_avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+
+    info = {
+        "MNIST_OPS_VERSION": VERSION,
+        "MNIST_OPS_TARGET_TORCH": TARGET_TORCH,
+        "MNIST_OPS_BUILT_WITH_TORCH": torch.__version__,
+        "MNIST_OPS_CUDA_ARCHS": cuda.archs,
+        "MNIST_OPS_CUDA_REASON": cuda.reason,
+    }
+    extensions = [
+        CppExtension(
+            "mnist_ops._C",
+            ["csrc/bindings.cpp", "csrc/library.cpp"],
+            include_dirs=[*include, pybind11.get_include()],
+            define_macros=[(name, f'"{value}"') for name, value in info.items()],
+            extra_compile_args={"cxx": cxx},
+        )
+    ]
+    for name, isa in variants.items():
+        extensions.append(
+            CppExtension(
+                f"mnist_ops.{name}",
+                cpu_sources,
+                include_dirs=include,
+                extra_compile_args={"cxx": [*cxx, *isa]},
+                py_limited_api=True,  # links no torch_python: these libraries know no Python
+            )
+        )
+    if cuda.build:
+        extensions.append(
+            CUDAExtension(
+                "mnist_ops._cuda",
+                sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").glob("*.cu")),
+                include_dirs=include,
+                extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+                py_limited_api=True,
+            )
+        )
+
+    cuda_line = f"{cuda.archs} with {cuda.home}" if cuda.build else f"not built: {cuda.reason}"
+    print(
+        f"mnist_ops {VERSION}: torch {torch.__version__}, stable ABI of torch {TARGET_TORCH}, "
+        f"{'debug' if debug else 'release'} build\n"
+        f"  CPU:  {', '.join(name.removeprefix('_cpu_') for name in variants)}\n"
+        f"  CUDA: {cuda_line}",
+        flush=True,
+    )
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries})
+
+
+main()
