@@ -26,47 +26,46 @@ inline Norm norm_of(double p) {
   return p == std::numeric_limits<double>::infinity() ? Norm::kInf : Norm::kGeneral;
 }
 
-// How windows lie on an image, and how far neighbours are apart in memory.
-struct PoolGeometry {
-  int64_t N, C, H, W, OH, OW;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+// How windows lie on an image, and how far neighbours are apart in memory. I is the type of
+// indices: int64_t, or int32_t on CUDA where every offset fits, which halves the cost of finding a
+// window.
+template <typename I>
+struct PoolGeometryOf {
+  I N, C, H, W, OH, OW;
+  I kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
   // Of the input; the output has the same memory layout.
-  int64_t in_n, in_c, in_h, in_w, out_n, out_c, out_h, out_w;
+  I in_n, in_c, in_h, in_w, out_n, out_c, out_h, out_w;
 
-  MNIST_OPS_HD int64_t input_offset(int64_t n, int64_t c) const { return n * in_n + c * in_c; }
-  MNIST_OPS_HD int64_t output_offset(int64_t n, int64_t c) const { return n * out_n + c * out_c; }
+  MNIST_OPS_HD I input_offset(I n, I c) const { return n * in_n + c * in_c; }
+  MNIST_OPS_HD I output_offset(I n, I c) const { return n * out_n + c * out_c; }
 
   // The rows [first, last) of the window with index o along one dimension, clipped to the image.
-  MNIST_OPS_HD int64_t first_row(int64_t oh) const { return clip(oh * stride_h - padding_h, H); }
-  MNIST_OPS_HD int64_t last_row(int64_t oh) const {
-    return clip(oh * stride_h - padding_h + kernel_h, H);
-  }
-  MNIST_OPS_HD int64_t first_column(int64_t ow) const { return clip(ow * stride_w - padding_w, W); }
-  MNIST_OPS_HD int64_t last_column(int64_t ow) const {
-    return clip(ow * stride_w - padding_w + kernel_w, W);
-  }
+  MNIST_OPS_HD I first_row(I oh) const { return clip(oh * stride_h - padding_h, H); }
+  MNIST_OPS_HD I last_row(I oh) const { return clip(oh * stride_h - padding_h + kernel_h, H); }
+  MNIST_OPS_HD I first_column(I ow) const { return clip(ow * stride_w - padding_w, W); }
+  MNIST_OPS_HD I last_column(I ow) const { return clip(ow * stride_w - padding_w + kernel_w, W); }
 
   // The windows [first, last) that hold the element with index i along one dimension.
-  MNIST_OPS_HD int64_t first_window(int64_t ih) const {
+  MNIST_OPS_HD I first_window(I ih) const {
     return window_from(ih + padding_h, kernel_h, stride_h);
   }
-  MNIST_OPS_HD int64_t last_window(int64_t ih) const {
-    return lesser((ih + padding_h) / stride_h + 1, OH);
-  }
-  MNIST_OPS_HD int64_t first_window_column(int64_t iw) const {
+  MNIST_OPS_HD I last_window(I ih) const { return lesser((ih + padding_h) / stride_h + 1, OH); }
+  MNIST_OPS_HD I first_window_column(I iw) const {
     return window_from(iw + padding_w, kernel_w, stride_w);
   }
-  MNIST_OPS_HD int64_t last_window_column(int64_t iw) const {
+  MNIST_OPS_HD I last_window_column(I iw) const {
     return lesser((iw + padding_w) / stride_w + 1, OW);
   }
 
  private:
-  MNIST_OPS_HD static int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-  MNIST_OPS_HD static int64_t clip(int64_t i, int64_t size) { return i < 0 ? 0 : lesser(i, size); }
-  MNIST_OPS_HD static int64_t window_from(int64_t i, int64_t kernel, int64_t stride) {
+  MNIST_OPS_HD static I lesser(I a, I b) { return a < b ? a : b; }
+  MNIST_OPS_HD static I clip(I i, I size) { return i < 0 ? 0 : lesser(i, size); }
+  MNIST_OPS_HD static I window_from(I i, I kernel, I stride) {
     return i < kernel ? 0 : (i - kernel) / stride + 1;
   }
 };
+
+using PoolGeometry = PoolGeometryOf<int64_t>;
 
 // ----------------------------------------------------------------------------- arithmetic, shared
 
@@ -99,11 +98,11 @@ MNIST_OPS_HD T sign_of(T x) {
 }
 
 // Largest magnitude of a window; NaN if there is one in it.
-template <typename T, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_max(const T* plane, const PoolGeometry& g, int64_t oh, int64_t ow) {
+template <typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow) {
   A largest = A(0);
-  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       const A x = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w]));
       if (!(x <= largest)) largest = x;  // NaN fails the comparison, and then stays
     }
@@ -112,17 +111,16 @@ MNIST_OPS_HD A window_max(const T* plane, const PoolGeometry& g, int64_t oh, int
 }
 
 // The p-norm of a window, by way of its largest element.
-template <Norm norm, typename T, typename A = opmath_t<T>>
-MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometry& g, A p, int64_t oh,
-                                  int64_t ow) {
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   const A largest = window_max(plane, g, oh, ow);
   // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
   if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
     return largest;
   }
   A sum = A(0);
-  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       const A r = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) / largest;
       if (norm == Norm::kTwo) {
         sum += r * r;
@@ -135,14 +133,14 @@ MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometry& g, A p, in
 }
 
 // y of one window: plane points at the channel's first element.
-template <Norm norm, typename T, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometry& g, A p, int64_t oh, int64_t ow) {
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
     return scaled_window_norm<norm>(plane, g, p, oh, ow);
   } else {
     A sum = A(0);
-    for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-      for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+    for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+      for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
         const A x = static_cast<A>(plane[ih * g.in_h + iw * g.in_w]);
         sum += norm == Norm::kTwo ? x * x : magnitude(x);
       }
@@ -153,11 +151,11 @@ MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometry& g, A p, int64_t o
 }
 
 // How many elements of a window have its largest magnitude.
-template <typename T, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_ties(const T* plane, const PoolGeometry& g, A y, int64_t oh, int64_t ow) {
+template <typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_ties(const T* plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
   A ties = A(0);
-  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       ties += A(magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) == y);
     }
   }
@@ -182,14 +180,14 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
 }
 
 // The gradient of one input element: the sum over the windows that hold it, in a fixed order.
-template <Norm norm, typename T, typename A = opmath_t<T>>
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* out_plane,
-                              const PoolGeometry& g, A p, int64_t ih, int64_t iw) {
+                              const PoolGeometryOf<I>& g, A p, I ih, I iw) {
   const A x = static_cast<A>(in_plane[ih * g.in_h + iw * g.in_w]);
   A sum = A(0);
-  for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
-    for (int64_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
-      const int64_t o = oh * g.out_h + ow * g.out_w;
+  for (I oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
+    for (I ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
+      const I o = oh * g.out_h + ow * g.out_w;
       const A y = static_cast<A>(out_plane[o]);
       A slope = norm_gradient<norm>(x, y, p);
       if constexpr (norm == Norm::kInf) {
@@ -203,13 +201,13 @@ MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* o
 
 // Double backward, first part: D = sum over the window of v * dy/dx, the gradient with respect to
 // grad_output, where v is the gradient with respect to grad_input.
-template <Norm norm, typename T, typename A = opmath_t<T>>
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A directional_derivative(const T* v_plane, const T* in_plane, A y,
-                                      const PoolGeometry& g, A p, int64_t oh, int64_t ow) {
+                                      const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   A sum = A(0);
-  for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      const int64_t i = ih * g.in_h + iw * g.in_w;
+  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      const I i = ih * g.in_h + iw * g.in_w;
       const A x = static_cast<A>(in_plane[i]);
       sum += static_cast<A>(v_plane[i]) * norm_gradient<norm>(x, y, p);
     }
@@ -223,20 +221,20 @@ MNIST_OPS_HD A directional_derivative(const T* v_plane, const T* in_plane, A y,
 // Double backward, second part: with r = |x| / y, the gradient with respect to x is
 //   (p - 1) sum over windows of g / y * (v r^(p-2) - D sign(x) r^(p-1)).
 // It is 0 for p = 1 and p = inf, which are piecewise linear. directional holds D.
-template <Norm norm, typename T, typename A = opmath_t<T>>
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* in_plane,
-                               const T* out_plane, const T* directional, const PoolGeometry& g, A p,
-                               int64_t ih, int64_t iw) {
+                               const T* out_plane, const T* directional, const PoolGeometryOf<I>& g,
+                               A p, I ih, I iw) {
   if constexpr (norm == Norm::kOne || norm == Norm::kInf) {
     return A(0);
   } else {
-    const int64_t i = ih * g.in_h + iw * g.in_w;
+    const I i = ih * g.in_h + iw * g.in_w;
     const A x = static_cast<A>(in_plane[i]);
     const A v = static_cast<A>(v_plane[i]);
     A sum = A(0);
-    for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
-      for (int64_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
-        const int64_t o = oh * g.out_h + ow * g.out_w;
+    for (I oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
+      for (I ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
+        const I o = oh * g.out_h + ow * g.out_w;
         const A y = static_cast<A>(out_plane[o]);
         if (y == A(0)) continue;
         const A slope = norm_gradient<norm>(x, y, p);

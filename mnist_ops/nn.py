@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.local_norm import check_kernel
+from .ops.local_norm import check_kernel, check_thresholds
+from .ops.lp_pool import check_windows
 
 __all__ = [
     "ContrastiveNorm2d",
@@ -35,6 +36,7 @@ class LPPool2d(torch.nn.Module):
         ceil_mode: bool = False,
     ) -> None:
         super().__init__()
+        check_windows("LPPool2d", norm_type, kernel_size, stride, padding, ceil_mode)
         self.norm_type = norm_type
         self.kernel_size = kernel_size
         self.stride = kernel_size if stride is None else stride
@@ -99,8 +101,9 @@ class DivisiveNorm2d(SubtractiveNorm2d):
         self, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
     ) -> None:
         super().__init__(kernel)
-        self.threshold = threshold
-        self.threshold_value = threshold if threshold_value is None else threshold_value
+        self.threshold, self.threshold_value = check_thresholds(
+            type(self).__name__, threshold, threshold_value
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) or (C, H, W)."""

@@ -109,7 +109,9 @@ def register_autograd(name: str, backward: Any, setup_context: Any = None) -> No
     below_autograd = torch._C._AutoDispatchBelowAutograd
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with below_autograd():
+        # autograd.Function turns gradients off in here; an outer level of torch.func.grad, which
+        # this call may be passed on to, has to record them.
+        with torch.enable_grad(), below_autograd():
             output = op(*args)
         if setup_context is not None:
             setup_context(ctx, args, output)

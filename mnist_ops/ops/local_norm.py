@@ -103,7 +103,7 @@ def divisive_norm2d(
     """
     op = "divisive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _ops.divisive_norm2d(input, kernel, *_thresholds(op, threshold, threshold_value))
+    return _ops.divisive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
 
 
 def contrastive_norm2d(
@@ -136,7 +136,7 @@ def contrastive_norm2d(
     """
     op = "contrastive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _ops.contrastive_norm2d(input, kernel, *_thresholds(op, threshold, threshold_value))
+    return _ops.contrastive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
 
 
 def check_kernel(op: str, kernel: object) -> Tensor:
@@ -164,12 +164,13 @@ def _checked(op: str, input: Tensor, kernel: Tensor) -> Tensor:
     return check_kernel(op, kernel).to(input.device)
 
 
-def _thresholds(op: str, threshold: float, value: float | None) -> tuple[float, float]:
+def check_thresholds(op: str, threshold: Any, value: Any) -> tuple[float, float]:
+    """Refuse thresholds that divide by 0 or make no sense; return both."""
     threshold = check_number(op, "threshold", threshold)
     value = threshold if value is None else check_number(op, "threshold_value", value)
-    if not (threshold >= 0 and math.isfinite(threshold)):
+    if not 0 <= threshold < math.inf:
         raise ValueError(f"{op}: threshold must be >= 0 and finite, got {threshold}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(
             f"{op}: threshold_value must be > 0 and finite, got {value} (it is what pixels are "
             "divided by where the deviation is not above the threshold)"

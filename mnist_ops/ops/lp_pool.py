@@ -73,6 +73,15 @@ def lp_pool2d(
     """
     op = "lp_pool2d"
     check_images(op, input)
+    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
+    _output_size(op, input, *windows[1:])
+    return _ops.lp_pool2d(input, *windows)
+
+
+def check_windows(
+    op: str, norm_type: Any, kernel_size: Any, stride: Any, padding: Any, ceil_mode: Any
+) -> tuple[float, list[int], list[int], list[int], bool]:
+    """Refuse windows that no image could have; return them as the operators take them."""
     p = check_number(op, "norm_type", norm_type)
     if not p > 0:
         raise ValueError(f"{op}: norm_type must be > 0, got {norm_type}")
@@ -87,8 +96,7 @@ def lp_pool2d(
             f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
             f"kernel_size {tuple(kernel)}"
         )
-    _output_size(op, input, kernel, steps, pads, bool(ceil_mode))
-    return _ops.lp_pool2d(input, p, kernel, steps, pads, bool(ceil_mode))
+    return p, kernel, steps, pads, bool(ceil_mode)
 
 
 def _pooled(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:

@@ -156,7 +156,7 @@ def _dim(op: str, input: Tensor, dim: int) -> int:
 
 def _beta(op: str, beta: float) -> float:
     beta = check_number(op, "beta", beta)
-    if not math.isfinite(beta):
+    if not -math.inf < beta < math.inf:
         raise ValueError(f"{op}: beta must be finite, got {beta}")
     return beta
 

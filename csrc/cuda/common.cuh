@@ -1,0 +1,150 @@
+// What the CUDA kernels share: launches, 16-byte accesses, reductions within a warp.
+//
+// Every kernel is one-dimensional in its grid (the limit is 2^31 - 1 blocks; y and z stop at
+// 65535), walks its work in a grid-stride loop, and adds in an order that depends only on the shape
+// of its arguments: no atomics, so the same input gives the same bits. Nothing here waits for the
+// device.
+#pragma once
+
+#include "../common.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+#include <type_traits>
+
+namespace mnist_ops::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block
+// Far more blocks than any device holds at once; beyond it the grid-stride loops take over.
+constexpr int64_t kMaxBlocks = int64_t{1} << 17;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Whether indices below count fit into int32_t, with room for the step of a grid-stride loop.
+inline bool fits_32_bits(int64_t count) {
+  return count <= std::numeric_limits<int32_t>::max() - kMaxBlocks * kThreads;
+}
+
+// Makes a tensor's device the current one for as long as it lives, and launches on its stream.
+// Made after the arguments were checked: the tensor must be on a CUDA device, and where one
+// argument is and another is not, the operators say so.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  // Blocks of kThreads threads, shaped (threads_x, kThreads / threads_x), each of which takes
+  // items_per_block of the items at a time. No items, no launch.
+  template <typename Kernel, typename... Arguments>
+  void run(Kernel* kernel, int64_t items, int64_t items_per_block, int threads_x,
+           const Arguments&... arguments) const {
+    if (items == 0) return;
+    const int64_t blocks = std::min(ceil_div(items, items_per_block), kMaxBlocks);
+    const dim3 threads(static_cast<unsigned>(threads_x),
+                       static_cast<unsigned>(kThreads / threads_x));
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // The usual case: one item a thread.
+  template <typename Kernel, typename... Arguments>
+  void run_over(Kernel* kernel, int64_t items, const Arguments&... arguments) const {
+    run(kernel, items, kThreads, kThreads, arguments...);
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// This thread's first item, and the distance to its next one, where each thread takes one at a
+// time.
+template <typename I>
+__device__ __forceinline__ I first_item() {
+  return static_cast<I>(blockIdx.x) * kThreads + threadIdx.x;
+}
+template <typename I>
+__device__ __forceinline__ I item_stride() {
+  return static_cast<I>(gridDim.x) * kThreads;
+}
+
+// ------------------------------------------------------------------------------- 16-byte accesses
+
+constexpr size_t kVectorBytes = 16;
+
+// Neighbouring elements that are read or written by one instruction.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Pack {
+  T values[n];
+};
+
+template <typename T>
+constexpr int kPackSize = static_cast<int>(kVectorBytes / sizeof(T));
+
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// Whether packs can be used: a tensor may begin anywhere in its storage.
+template <typename... Pointers>
+bool are_aligned(const Pointers*... pointers) {
+  return (is_aligned(pointers) && ...);
+}
+
+template <int n, typename T>
+__device__ __forceinline__ Pack<T, n> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
+
+template <typename T, int n>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
+  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+// ------------------------------------------------------------------- reductions within a warp
+//
+// `lanes`, a power of two up to 32, neighbouring threads of a warp reduce together. Every thread of
+// the warp must take part. All of them get the same bits: the butterfly adds the same pairs for
+// each, only swapped.
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+template <typename A>
+__device__ __forceinline__ A lane_sum(A value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
+  return value;
+}
+
+// A NaN loses every comparison and is passed over, unless it is what a thread came with.
+template <typename A>
+__device__ __forceinline__ A lane_max(A value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    const A other = __shfl_xor_sync(kWholeWarp, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// How many lanes share `size` items: all of them for large sizes, no more than needed for small.
+inline int lanes_for(int64_t size) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < size) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,552 @@
+"""The training loop: online SGD, accuracies counted as in the reports, checkpoints, resuming.
+
+::
+
+    >>> from mnist_ops import data, models, optim, torch7, training
+    >>> digits = data.prepare()
+    >>> generator = torch7.start(seed=1)
+    >>> model = models.convnet(dtype=torch.float64, generator=generator)
+    >>> sgd = optim.Torch7SGD(model.parameters(), lr=1e-3, lr_decay=1e-7)
+    >>> history = training.fit(
+    ...     model,
+    ...     (digits.train_images, digits.train_labels),
+    ...     (digits.test_images, digits.test_labels),
+    ...     epochs=1, optimizer=sgd, generator=generator, folder="runs/original",
+    ... )
+
+After every epoch ``folder`` holds ``checkpoint.pt``, from which ``resume=True`` continues to
+bit-identical results, and ``log.csv``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import torch7
+
+__all__ = [
+    "AutogradEngine",
+    "CheckpointError",
+    "ConfusionMatrix",
+    "Engine",
+    "EpochResult",
+    "evaluate",
+    "fit",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+#: A loss per sample: ``criterion(output, target, reduction="none")`` of shape ``(N,)``.
+Criterion = Callable[..., Tensor]
+
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
+LOG = "log.csv"
+_CHECKPOINT_FORMAT = 1
+# The figure shows the training accuracy within an epoch: at most so many points an epoch, each
+# over at least so many samples.
+_CURVE_POINTS = 60
+_CURVE_SAMPLES = 50
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another run; the message says which."""
+
+
+class ConfusionMatrix:
+    """Counts of (true class, predicted class); Torch7's ``optim.ConfusionMatrix``.
+
+    Attributes:
+        counts: int64, ``(classes, classes)``; row: true class, column: predicted class.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    @classmethod
+    def from_counts(cls, counts: Sequence[Sequence[int]]) -> ConfusionMatrix:
+        """The matrix with these counts, as in :attr:`EpochResult.confusion`."""
+        matrix = cls(len(counts))
+        matrix.counts += torch.tensor(counts, dtype=torch.int64)
+        return matrix
+
+    def add(self, predictions: Tensor, targets: Tensor) -> None:
+        """Count predicted and true classes, both ``(N,)`` integers from 0."""
+        classes = len(self.counts)
+        cells = targets.to("cpu", torch.int64) * classes + predictions.to("cpu", torch.int64)
+        self.counts += torch.bincount(cells, minlength=classes**2).view(classes, classes)
+
+    @property
+    def total(self) -> float:
+        """The fraction of all samples that were predicted right: the reports' accuracy."""
+        return int(self.counts.trace()) / int(self.counts.sum())
+
+    @property
+    def per_class(self) -> Tensor:
+        """For each true class the fraction predicted right, NaN for a class without samples."""
+        return self.counts.diagonal() / self.counts.sum(1).double()
+
+    @property
+    def average_row(self) -> float:
+        """The mean of :attr:`per_class` over the classes that have samples."""
+        return float(self.per_class.nanmean())
+
+    @property
+    def average_union(self) -> float:
+        """The mean over classes of hits / (true or predicted), for classes that have samples."""
+        hits = self.counts.diagonal()
+        union = self.counts.sum(0) + self.counts.sum(1) - hits
+        present = self.counts.sum(1) > 0
+        return float((hits[present] / union[present].double()).mean())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the counts as CSV, one row per true class."""
+        rows = [",".join(map(str, row)) for row in self.counts.tolist()]
+        Path(path).write_text("\n".join(rows) + "\n")
+
+    def __str__(self) -> str:
+        width = max(5, len(str(int(self.counts.max()))) + 1)
+        classes = "".join(f"{i:{width}d}" for i in range(len(self.counts)))
+        lines = [f"true \\ predicted {classes}    right"]
+        for i, (row, right) in enumerate(zip(self.counts, self.per_class, strict=True)):
+            cells = "".join(f"{int(count):{width}d}" for count in row)
+            lines.append(f"{i:16d} {cells} {100 * float(right):6.2f} %")
+        lines.append(
+            f"right: {100 * self.total:.2f} %, {100 * self.average_row:.2f} % over classes"
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch gave. Accuracies are in %.
+
+    ``train_accuracy`` is online: each digit is predicted before its own update.
+    ``curve`` is the same, over consecutive pieces of the epoch. ``confusion`` holds the test
+    set's counts, row: true class, column: predicted class.
+    """
+
+    epoch: int
+    train_accuracy: float
+    test_accuracy: float
+    train_loss: float
+    test_loss: float
+    learning_rate: float
+    seconds: float
+    curve: list[float]
+    confusion: list[list[int]]
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch:3d}: training {self.train_accuracy:.2f} %, "
+            f"test {self.test_accuracy:.2f} %, loss {self.train_loss:.4f}, {self.seconds:.1f} s"
+        )
+
+
+class Engine(Protocol):
+    """What runs the training steps. :func:`fit` hands it one chunk of an epoch at a time."""
+
+    description: str
+
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on ``images[order]``, one step per batch, in order.
+
+        Args:
+            images: the whole training set, on the CPU.
+            labels: its classes, int64.
+            order: int64 ``(M,)``, the samples to use; a multiple of the batch size except at the
+                epoch's end.
+
+        Returns:
+            On the CPU the losses ``(M,)`` and the predicted classes ``(M,)`` int64, each sample's
+            from before its own update.
+        """
+
+
+class AutogradEngine:
+    """One forward pass, backward pass and optimizer step per batch, through PyTorch's autograd.
+
+    Args:
+        model: as for :func:`fit`; samples are cast to its dtype and moved to its device.
+        optimizer: as for :func:`fit`.
+        criterion: as for :func:`fit`.
+        batch_size: gradients are averaged over a batch.
+        transform: applied to each batch ``(N, C, H, W)`` before use, for augmentation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Criterion = torch7.nll_loss,
+        batch_size: int = 1,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.criterion = criterion
+        self.batch_size = batch_size
+        self.transform = transform
+        parameter = next(model.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        where = "cpu" if parameter.device.type == "cpu" else str(parameter.device)
+        threads = f", {torch.get_num_threads()} threads" if where == "cpu" else ""
+        self.description = f"PyTorch autograd, {dtype}, {where}{threads}, batch size {batch_size}"
+
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Engine.run`."""
+        parameter = next(self.model.parameters())
+        samples = images.index_select(0, order).to(parameter.device, parameter.dtype)
+        targets = labels.index_select(0, order).to(parameter.device)
+        self.model.train()
+        outputs, losses = [], []
+        batches = zip(samples.split(self.batch_size), targets.split(self.batch_size), strict=True)
+        for batch, target in batches:
+            if self.transform is not None:
+                batch = self.transform(batch)
+            self.optimizer.zero_grad()
+            output = self.model(batch)
+            loss = self.criterion(output, target, reduction="none")
+            loss.mean().backward()
+            self.optimizer.step()
+            outputs.append(output.detach())
+            losses.append(loss.detach())
+        return torch.cat(losses).cpu(), _predict(torch.cat(outputs)).cpu()
+
+
+def _predict(output: Tensor) -> Tensor:
+    """The class of the largest output, compared in float32 as Torch7's confusion matrix does."""
+    return output.float().argmax(-1)
+
+
+def _progress_bar(description: str, total: int, unit: str, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=not show,
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Criterion = torch7.nll_loss,
+    batch_size: int = 100,
+    progress: bool | None = False,
+) -> tuple[ConfusionMatrix, float]:
+    """Predict every image without training.
+
+    Args:
+        model: put into evaluation mode; images are cast to its dtype and moved to its device.
+        images: ``(N, C, H, W)``, N >= 1.
+        labels: ``(N,)`` int64.
+        criterion: as for :func:`fit`.
+        batch_size: images at a time; it does not change the result beyond rounding.
+        progress: show a bar; ``None``: on a terminal only.
+
+    Returns:
+        The confusion matrix and the mean loss.
+    """
+    if len(images) == 0:
+        raise ValueError("evaluate: images must hold one image at least")
+    parameter = next(model.parameters())
+    model.eval()
+    confusion: ConfusionMatrix | None = None
+    total = 0.0
+    show = sys.stderr.isatty() if progress is None else progress
+    with torch.no_grad(), _progress_bar("testing", len(images), " digits", show) as bar:
+        for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            target = target.to(parameter.device)
+            output = model(batch.to(parameter.device, parameter.dtype))
+            total += float(criterion(output, target, reduction="none").sum())
+            confusion = confusion or ConfusionMatrix(output.shape[-1])
+            confusion.add(_predict(output), target)
+            bar.update(len(batch))
+    assert confusion is not None
+    return confusion, total / len(images)
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that ``path`` is always the whole old or the whole new one."""
+    # In the same folder, as a rename is atomic within one file system only.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Save ``state`` with :func:`torch.save`, atomically: never a truncated file at ``path``."""
+    _write_atomically(Path(path), lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load what :func:`fit` saved, onto the CPU. Nothing but data is ever unpickled.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever the bytes make the unpickler stumble over
+        raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
+    if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of mnist_ops")
+    return state
+
+
+def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
+    """The whole history as CSV: always in step with the checkpoint, whatever was interrupted."""
+    columns = [
+        field.name for field in fields(EpochResult) if field.name not in ("curve", "confusion")
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([getattr(result, name) for name in columns] for result in history)
+    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+@dataclass
+class _Run:
+    """Everything that changes while training, in one piece to save and restore."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch7.Generator
+    settings: dict[str, Any]
+    history: list[EpochResult]
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "format": _CHECKPOINT_FORMAT,
+            "epoch": len(self.history),
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            # PyTorch's own generators serve torch.nn.Dropout and users' transforms.
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "history": [asdict(result) for result in self.history],
+        }
+        save_checkpoint(folder / CHECKPOINT, state)
+        _write_log(folder / LOG, self.history)
+
+    def restore(self, folder: Path) -> None:
+        path = folder / CHECKPOINT
+        state = load_checkpoint(path)
+        saved = state["settings"]
+        for name in sorted(saved.keys() | self.settings.keys()):
+            then, now = saved.get(name), self.settings.get(name)
+            if then != now:
+                raise CheckpointError(
+                    f"{path} was made with {name} = {then}, this run has {now}: "
+                    "resume with the same settings or train in another folder"
+                )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} does not fit this network: {reason}") from None
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.history[:] = [EpochResult(**result) for result in state["history"]]
+        _write_log(folder / LOG, self.history)
+
+
+def _train_epoch(
+    engine: Engine,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    chunk: int,
+    description: str,
+    show: bool,
+) -> tuple[float, float, list[float]]:
+    """One pass over ``order``: accuracy in %, mean loss and the accuracy's curve."""
+    correct = torch.empty(len(order), dtype=torch.bool)
+    all_losses = torch.empty(len(order), dtype=torch.float64)
+    done = 0
+    with _progress_bar(description, len(order), " digits", show) as bar:
+        for piece in order.split(chunk):
+            losses, predictions = engine.run(images, labels, piece)
+            correct[done : done + len(piece)] = predictions == labels.index_select(0, piece)
+            all_losses[done : done + len(piece)] = losses
+            done += len(piece)
+            accuracy = 100.0 * float(correct[:done].double().mean())
+            bar.set_postfix_str(f"training {accuracy:.2f} %", refresh=False)
+            bar.update(len(piece))
+    piece_size = max(_CURVE_SAMPLES, -(-len(order) // _CURVE_POINTS))
+    curve = correct.double().mul(100.0).split(piece_size)
+    accuracy = 100.0 * int(correct.sum()) / len(order)
+    return accuracy, float(all_losses.mean()), [float(part.mean()) for part in curve]
+
+
+def fit(
+    model: nn.Module,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    generator: torch7.Generator,
+    criterion: Criterion = torch7.nll_loss,
+    batch_size: int = 1,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    settings: dict[str, Any] | None = None,
+    engine: Engine | None = None,
+    chunk: int | None = None,
+    progress: bool | None = None,
+    verbose: bool = True,
+) -> list[EpochResult]:
+    """Train ``model`` until ``epochs`` epochs are complete, and test it after each.
+
+    Each epoch draws a shuffle from ``generator``, goes once through the training set, counting
+    predictions before each update (the reports' training accuracy), then through the test set.
+
+    Args:
+        model: on the device and in the dtype to compute in.
+        train: images ``(N, C, H, W)`` and labels ``(N,)`` int64 of the training set, on the CPU.
+        test: the same of the test set.
+        epochs: in all, those of a resumed run included.
+        optimizer: its step follows every batch, see :class:`mnist_ops.optim.Torch7SGD`.
+        generator: source of the shuffles.
+        criterion: ``criterion(output, target, reduction="none")`` gives a loss per sample, as do
+            those of :mod:`mnist_ops.torch7`; a batch's mean is minimised.
+        batch_size: samples per step.
+        transform: applied to each training batch before use, for augmentation.
+        folder: where ``checkpoint.pt`` and ``log.csv`` go; ``None`` writes nothing. An earlier
+            checkpoint there is kept as ``checkpoint.previous.pt`` when a new run starts.
+        resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
+            the results are those of an uninterrupted run, bit for bit.
+        settings: what defines the run (numbers, strings), kept in the checkpoint; resuming with
+            other settings is refused.
+        engine: runs the steps; :class:`AutogradEngine` unless given.
+        chunk: samples handed to the engine at a time, about 100 unless given.
+        progress: show progress bars on standard error; ``None``: on a terminal only.
+        verbose: print the engine's description and one line per epoch to standard output.
+
+    Returns:
+        One :class:`EpochResult` per epoch, those before a resume included.
+
+    Raises:
+        ValueError: for an impossible argument.
+        CheckpointError: if ``resume`` finds no usable checkpoint.
+        KeyboardInterrupt: on Ctrl-C, with a message; the folder then holds the state after the
+            last complete epoch.
+    """
+    if epochs < 0:
+        raise ValueError(f"fit: epochs must be >= 0, got {epochs}")
+    if batch_size < 1:
+        raise ValueError(f"fit: batch_size must be >= 1, got {batch_size}")
+    if resume and folder is None:
+        raise ValueError("fit: resume needs a folder")
+    for name, (images, labels) in (("train", train), ("test", test)):
+        if len(images) != len(labels) or len(images) == 0:
+            raise ValueError(
+                f"fit: {name} must hold as many images as labels and one at least, "
+                f"got {len(images)} and {len(labels)}"
+            )
+    engine = engine or AutogradEngine(model, optimizer, criterion, batch_size, transform)
+    chunk = batch_size * max(1, (chunk or max(100, 8 * batch_size)) // batch_size)
+    show = sys.stderr.isatty() if progress is None else progress
+    run = _Run(model, optimizer, generator, dict(settings or {}), [])
+    folder = None if folder is None else Path(folder)
+
+    if folder is not None:
+        if resume:
+            run.restore(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / CHECKPOINT).exists():
+                os.replace(folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT)
+            # Also before the first epoch, so that an interrupted run can always be resumed.
+            run.save(folder)
+    if verbose:
+        print(f"training on {len(train[0])} digits: {engine.description}", flush=True)
+    # Deterministic convolutions without TF32: a run on the GPU can be repeated, too.
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    try:
+        with cudnn:
+            while len(run.history) < epochs:
+                result = _one_epoch(run, engine, train, test, criterion, epochs, chunk, show)
+                run.history.append(result)
+                if folder is not None:
+                    run.save(folder)
+                if verbose:
+                    print(result, flush=True)
+    except KeyboardInterrupt:
+        message = "interrupted"
+        if folder is not None:
+            saved = load_checkpoint(folder / CHECKPOINT)["epoch"]
+            message += (
+                f"; {folder / CHECKPOINT} holds the state after epoch {saved}: resume from it"
+            )
+        raise KeyboardInterrupt(message) from None
+    return run.history
+
+
+def _one_epoch(
+    run: _Run,
+    engine: Engine,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    criterion: Criterion,
+    epochs: int,
+    chunk: int,
+    show: bool,
+) -> EpochResult:
+    epoch = len(run.history) + 1
+    start = time.perf_counter()
+    group = run.optimizer.param_groups[0]
+    rate = group["lr"] / (1.0 + group.get("steps", 0) * group.get("lr_decay", 0.0))
+    order = run.generator.randperm(len(train[0]))
+    accuracy, loss, curve = _train_epoch(
+        engine, *train, order, chunk, f"epoch {epoch}/{epochs}", show
+    )
+    confusion, test_loss = evaluate(run.model, *test, criterion, progress=show)
+    return EpochResult(
+        epoch=epoch,
+        train_accuracy=accuracy,
+        test_accuracy=100.0 * int(confusion.counts.trace()) / len(test[0]),
+        train_loss=loss,
+        test_loss=test_loss,
+        learning_rate=rate,
+        seconds=time.perf_counter() - start,
+        curve=curve,
+        confusion=confusion.counts.tolist(),
+    )

@@ -1,0 +1,56 @@
+"""Devices the tests run on, and the vectors measured on the original system."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist_ops
+
+REFERENCE = Path(__file__).parent / "reference"
+
+torch.manual_seed(0)
+
+
+def why_no_cuda() -> str | None:
+    """The reason why tests on CUDA are skipped; None where they run."""
+    info = mnist_ops.build_info()
+    return None if info["cuda"] == "available" else str(info["cuda"])
+
+
+def pytest_report_header() -> list[str]:
+    info = mnist_ops.build_info()
+    cuda = why_no_cuda()
+    tested = f"tested on {torch.cuda.get_device_name()}" if cuda is None else cuda
+    return [
+        f"mnist_ops {info['version']}: torch {info['torch']}, "
+        f"CPU kernels {info['cpu_capability']}, "
+        f"{torch.get_num_threads()} threads",
+        f"mnist_ops on CUDA: {tested}",
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        reason = why_no_cuda()
+        skip = [pytest.mark.skip(reason=f"CUDA: {reason}")] if reason else []
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=skip)])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def torch7_tensor(entry: dict) -> torch.Tensor:
+    """One tensor of the JSON files: {"dtype", "shape", "data"}, NaN and inf as JSON's NaN."""
+    dtype = torch.float32 if entry["dtype"] == "torch.FloatTensor" else torch.float64
+    return torch.tensor([float(v) for v in entry["data"]], dtype=dtype).reshape(entry["shape"])
+
+
+def torch7_cases(name: str) -> list[dict]:
+    """The cases of one file of vectors."""
+    return json.loads((REFERENCE / "torch7" / f"{name}.json").read_text())

@@ -1,0 +1,135 @@
+"""Every operator once more, as float64 loops written for reading: the tests' independent truth.
+
+They follow the formulas of the docstrings, one output at a time, and share nothing with the
+kernels. Images are (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def window_count(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """How many windows lie along one dimension, found by laying them down one after the other."""
+    count = 0
+    while True:
+        start = count * stride - padding
+        if ceil_mode:
+            # A window counts as long as something of the padded image is not covered yet and it
+            # starts inside the image or its left padding.
+            covered = start - stride + kernel if count else -padding
+            if count and (covered >= size + padding or start >= size):
+                return count
+        elif start + kernel > size + padding:
+            return count
+        count += 1
+
+
+def lp_pool2d(
+    x: Tensor,
+    p: float,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    k, pad = pair(kernel_size), pair(padding)
+    s = k if stride is None else pair(stride)
+    n, c, height, width = x.shape
+    values = x.double().tolist()
+    oh_count = window_count(height, k[0], s[0], pad[0], ceil_mode)
+    ow_count = window_count(width, k[1], s[1], pad[1], ceil_mode)
+    out = torch.zeros(n, c, oh_count, ow_count, dtype=torch.float64)
+    for i, j, oh, ow in itertools.product(range(n), range(c), range(oh_count), range(ow_count)):
+        window = [
+            abs(values[i][j][h][w])
+            for h in range(oh * s[0] - pad[0], oh * s[0] - pad[0] + k[0])
+            for w in range(ow * s[1] - pad[1], ow * s[1] - pad[1] + k[1])
+            if 0 <= h < height and 0 <= w < width
+        ]
+        largest = max(window, default=0.0)
+        if any(math.isnan(v) for v in window):
+            value = math.nan
+        elif math.isinf(p) or largest == 0 or math.isinf(largest):
+            value = largest
+        else:
+            value = largest * sum((v / largest) ** p for v in window) ** (1 / p)
+        out[i, j, oh, ow] = value
+    return out
+
+
+def correlate(plane: Tensor, kernel: Tensor) -> Tensor:
+    """Zero-padded cross-correlation of one (H, W) plane, of the same size."""
+    kernel = kernel.double()
+    if kernel.dim() == 1:
+        kernel = torch.outer(kernel, kernel)
+    kernel = kernel / kernel.sum()
+    height, width = plane.shape
+    k_h, k_w = kernel.shape
+    out = torch.zeros(height, width, dtype=torch.float64)
+    for h, w in itertools.product(range(height), range(width)):
+        for i, j in itertools.product(range(k_h), range(k_w)):
+            row, column = h + i - k_h // 2, w + j - k_w // 2
+            if 0 <= row < height and 0 <= column < width:
+                out[h, w] += kernel[i, j] * plane[row, column]
+    return out
+
+
+def subtractive_norm2d(x: Tensor, kernel: Tensor) -> Tensor:
+    x = x.double()
+    coef = correlate(torch.ones(x.shape[2:], dtype=torch.float64), kernel)
+    return torch.stack([image - correlate(image.mean(0), kernel) / coef for image in x])
+
+
+def divisive_norm2d(
+    x: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+) -> Tensor:
+    x = x.double()
+    value = threshold if threshold_value is None else threshold_value
+    coef = correlate(torch.ones(x.shape[2:], dtype=torch.float64), kernel)
+    results = []
+    for image in x:
+        s = correlate((image**2).mean(0), kernel).sqrt() / coef
+        results.append(image / torch.where(s > threshold, s, torch.full_like(s, value)))
+    return torch.stack(results)
+
+
+def contrastive_norm2d(
+    x: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+) -> Tensor:
+    return divisive_norm2d(subtractive_norm2d(x, kernel), kernel, threshold, threshold_value)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    values = [
+        1 / (1 + math.exp(-v)) if v > -700 else math.exp(v) for v in x.double().flatten().tolist()
+    ]
+    return torch.tensor(values, dtype=torch.float64).reshape(x.shape)
+
+
+def log_softmax(x: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
+    rows = (beta * x.double()).movedim(dim, -1)
+    out = []
+    for row in rows.reshape(-1, rows.shape[-1]).tolist():
+        largest = max(row)
+        total = math.fsum(math.exp(v - largest) for v in row)
+        out.append([v - largest - math.log(total) for v in row])
+    return torch.tensor(out, dtype=torch.float64).reshape(rows.shape).movedim(-1, dim)
+
+
+def softmax(x: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
+    return log_softmax(x, dim, beta).exp()
+
+
+def softmax_nll(x: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
+    """Losses of scores (N, C), one for each row."""
+    logs = log_softmax(x, 1, beta)
+    return torch.stack([-row[t] for row, t in zip(logs, target.tolist(), strict=True)])

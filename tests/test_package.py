@@ -1,0 +1,107 @@
+"""The package as it is installed: import, build_info, what it says when something is missing."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mnist_ops
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_import_is_silent_and_quick():
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import sys, time, torch\n"
+        "before = set(sys.modules)\n"
+        "start = time.perf_counter()\n"
+        "import mnist_ops\n"
+        "spent = time.perf_counter() - start\n"
+        "new = set(sys.modules) - before\n"
+        "late = {'torchvision', 'matplotlib', 'tqdm', 'scipy', 'PIL'} & new\n"
+        "assert not late, late\n"
+        "assert spent < 0.5, spent\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "" and result.stderr == ""
+
+
+def test_submodules_load_when_they_are_used():
+    for name in ("data", "models", "torch7", "training"):
+        assert getattr(mnist_ops, name).__name__ == f"mnist_ops.{name}"
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        mnist_ops.nonsense  # noqa: B018
+    assert set(mnist_ops.__all__) <= set(dir(mnist_ops))
+
+
+def test_build_info():
+    info = mnist_ops.build_info()
+    assert info["version"] == mnist_ops.__version__
+    assert re.fullmatch(r"\d+\.\d+", info["target_torch"])
+    assert info["torch"] == torch.__version__
+    assert info["cpu_capability"] in ("avx2", "baseline")
+    assert info["compiler"].split()[0] in ("gcc", "clang")
+    if info["cuda"] == "available" or info["cuda"].startswith("built and loaded"):
+        assert info["cuda_archs"] and all(re.match(r"\d+\.\d", a) for a in info["cuda_archs"])
+    else:
+        assert info["cuda_archs"] == [] and len(info["cuda"]) > 5
+
+
+def test_cpu_capability_can_be_chosen():
+    result = run(
+        "import mnist_ops; print(mnist_ops.build_info()['cpu_capability'])",
+        MNIST_OPS_CPU_CAPABILITY="baseline",
+    )
+    assert result.stdout.strip() == "baseline"
+    result = run("import mnist_ops", MNIST_OPS_CPU_CAPABILITY="avx9000")
+    assert result.returncode != 0
+    assert "MNIST_OPS_CPU_CAPABILITY must be one of" in result.stderr
+    assert "got 'avx9000'" in result.stderr
+
+
+def test_a_device_without_kernels_is_a_clear_error():
+    x = torch.ones(1, 4, 4, device="meta")
+    assert mnist_ops.lp_pool2d(x, 2, 2).shape == (1, 2, 2)  # shapes need no kernel
+    info = mnist_ops.build_info()
+    if info["cuda"].startswith(("not built", "torch", "_cuda.so")):
+        from mnist_ops.ops import _common
+
+        class OnCuda(torch.Tensor):
+            is_cuda = True
+
+        x = torch.ones(1, 4, 4).as_subclass(OnCuda)
+        with pytest.raises(RuntimeError, match=re.escape(_common.CUDA_MISSING)):
+            mnist_ops.lp_pool2d(x, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["ops.lp_pool", "ops.local_norm", "ops.softmax", "ops.sigmoid", "ops.kernels", "_libraries"],
+)
+def test_examples_of_the_docstrings(module):
+    results = doctest.testmod(importlib.import_module(f"mnist_ops.{module}"))
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_every_public_function_documents_itself():
+    for name in mnist_ops.__all__:
+        thing = getattr(mnist_ops, name)
+        if callable(thing):
+            for section in ("Returns:", "Example:"):
+                assert section in thing.__doc__, (name, section)

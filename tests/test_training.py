@@ -1,0 +1,484 @@
+"""The training loop: the original's first 2,000 steps, confusion matrix, checkpoints, resuming."""
+
+import copy
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, torch7_cases, torch7_tensor
+from torch import nn
+
+from mnist_ops import data, models, torch7, training
+from mnist_ops.optim import Torch7SGD
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Thousands of small steps: threads that wait for a busy core would cost ten times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def original():
+    with np.load(REFERENCE / "online_original.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def confusion():
+    return torch7_cases("confusion")
+
+
+def digits(count, seed):
+    """Noisy images of ten patterns of 4x4 blocks, and their classes."""
+    blocks = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    patterns = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise = torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+    labels = torch.arange(count) % 10
+    return patterns[labels] + 0.5 * noise, labels
+
+
+TRAIN, TEST = digits(60, 1), digits(30, 2)
+
+
+class Setup:
+    """A small network with all that is needed to train it."""
+
+    def __init__(self, seed=1, momentum=0.5, dropout=0.25, dtype=torch.float64, **options):
+        self.generator = torch7.start(seed)
+        self.model = models.convnet(
+            (3, 4, 8), dropout=dropout, generator=self.generator, dtype=dtype, **options
+        )
+        self.optimizer = Torch7SGD(
+            self.model.parameters(), lr=0.02, lr_decay=1e-3, momentum=momentum
+        )
+
+    def fit(self, epochs, **options):
+        options = {"verbose": False, "progress": False} | options
+        return training.fit(
+            self.model,
+            options.pop("train", TRAIN),
+            options.pop("test", TEST),
+            epochs=epochs,
+            optimizer=self.optimizer,
+            generator=self.generator,
+            **options,
+        )
+
+    def values(self):
+        return nn.utils.parameters_to_vector(self.model.parameters()).detach().cpu()
+
+
+def comparable(history):
+    """Everything but the time it took."""
+    return [{**vars(result), "seconds": None} for result in history]
+
+
+def log_rows(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_first_2000_steps_of_the_original(original):
+    splits = data.prepare()
+    generator = torch7.start(seed=1)
+    model = models.convnet(dtype=torch.float64, generator=generator)
+    sgd = Torch7SGD(model.parameters(), lr=1e-3, lr_decay=1e-7)
+    engine = training.AutogradEngine(model, sgd)
+
+    first = splits.train_images[generator.randperm(60_000)[:1]].double()
+    assert torch.equal(first[0], torch.from_numpy(original["s1_input"]))
+    output = model(first)[0].detach()
+    torch.testing.assert_close(output, torch.from_numpy(original["s1_output"]), rtol=0, atol=1e-12)
+
+    order = torch.from_numpy(original["shuffle_epoch1"][:2000]).long() - 1
+    pieces = [
+        engine.run(splits.train_images, splits.train_labels, piece) for piece in order.split(500)
+    ]
+    losses, predictions = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    assert losses[0].item() == pytest.approx(original["s1_loss"].item(), abs=1e-12)
+    expected = torch.from_numpy(original["losses_first2000"])
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+    assert torch.equal(predictions + 1, torch.from_numpy(original["preds_first2000"]).long())
+    correct = int((predictions == splits.train_labels[order]).sum())
+    assert correct == original["online_correct_first2000"].item()
+    values = nn.utils.parameters_to_vector(model.parameters()).detach()
+    expected = torch.from_numpy(original["params_after_2000"])
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-9)
+
+
+class TestConfusionMatrix:
+    def test_vectors(self, confusion):
+        output = torch7_tensor(confusion["pred"])
+        target = torch7_tensor(confusion["target"]).long() - 1
+        matrix = training.ConfusionMatrix(10)
+        for piece in torch.arange(200).split(70):
+            matrix.add(training._predict(output[piece]), target[piece])
+        expected = torch7_tensor(confusion["mat"]).long()
+        assert torch.equal(matrix.counts, expected)
+        assert matrix.total == pytest.approx(confusion["totalValid"], abs=1e-12)
+        # Torch7 keeps these per class in float32.
+        valids = torch7_tensor(confusion["valids"]).double()
+        torch.testing.assert_close(matrix.per_class, valids, rtol=0, atol=1e-7)
+        assert matrix.average_row == pytest.approx(confusion["averageValid"], abs=1e-7)
+        assert matrix.average_union == pytest.approx(confusion["averageUnionValid"], abs=1e-7)
+
+    def test_class_without_samples(self):
+        matrix = training.ConfusionMatrix(3)
+        matrix.add(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
+        assert matrix.total == 2 / 3
+        assert matrix.per_class[2].isnan()
+        assert matrix.average_row == pytest.approx((0.5 + 1.0) / 2)
+        assert matrix.average_union == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+    def test_shown_and_saved(self, tmp_path):
+        matrix = training.ConfusionMatrix.from_counts([[12345, 2], [0, 7]])
+        lines = str(matrix).splitlines()
+        assert lines[1].split() == ["0", "12345", "2", "99.98", "%"]
+        assert lines[-1] == "right: 99.98 %, 99.99 % over classes"
+        matrix.save(tmp_path / "confusion.csv")
+        assert (tmp_path / "confusion.csv").read_text() == "12345,2\n0,7\n"
+
+    def test_largest_is_found_in_float32(self):
+        # Torch7 compares in float32, where these two are equal: the first one wins.
+        output = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+        assert training._predict(output).tolist() == [0]
+
+
+class TestEngine:
+    @pytest.mark.parametrize("batch_size", [1, 4, 7])
+    def test_against_a_plain_loop(self, device, batch_size):
+        setup = Setup(dropout=0.0, device=device)
+        reference = copy.deepcopy(setup.model)
+        images, labels = TRAIN
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        engine = training.AutogradEngine(setup.model, setup.optimizer, batch_size=batch_size)
+        losses, predictions = engine.run(images, labels, order)
+        velocity = None
+        for steps, indices in enumerate(order.split(batch_size)):
+            x, target = images[indices].double().to(device), labels[indices].to(device)
+            output = reference(x)
+            each = [-row[t] for row, t in zip(output, target, strict=True)]
+            gradients = torch.autograd.grad(sum(each) / len(each), list(reference.parameters()))
+            if velocity is None:
+                velocity = list(gradients)
+            else:
+                velocity = [0.5 * v + 0.5 * g for v, g in zip(velocity, gradients, strict=True)]
+            with torch.no_grad():
+                for p, v in zip(reference.parameters(), velocity, strict=True):
+                    p -= 0.02 / (1 + steps * 1e-3) * v
+            done = steps * batch_size
+            expected = torch.stack(each).detach().cpu()
+            actual = losses[done : done + len(indices)]
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+            best = output.argmax(1).cpu()
+            assert torch.equal(predictions[done : done + len(indices)], best)
+        expected = nn.utils.parameters_to_vector(reference.parameters()).detach().cpu()
+        torch.testing.assert_close(setup.values(), expected, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
+    def test_chunks_change_nothing(self, chunk):
+        whole, pieces = Setup(), Setup()
+        expected = whole.fit(2)
+        assert comparable(pieces.fit(2, chunk=chunk)) == comparable(expected)
+        assert torch.equal(pieces.values(), whole.values())
+
+    def test_last_batch_is_the_epochs_rest(self):
+        class Recorder(training.AutogradEngine):
+            sizes = ()
+
+            def run(self, images, labels, order):
+                self.sizes += (len(order),)
+                return super().run(images, labels, order)
+
+        setup = Setup()
+        engine = Recorder(setup.model, setup.optimizer, batch_size=7)
+        setup.fit(1, engine=engine, batch_size=7, chunk=20)
+        assert engine.sizes == (14, 14, 14, 14, 4)  # whole batches of 7 until the end
+
+    def test_transform_sees_every_batch(self):
+        seen = []
+
+        def transform(batch):
+            seen.append(batch.clone())
+            return batch * 0.0
+
+        setup = Setup()
+        setup.fit(1, batch_size=8, transform=transform)
+        assert [len(batch) for batch in seen] == [8] * 7 + [4]
+        # Of black images the first filters learn nothing.
+        assert torch.equal(setup.model.conv1.weight, Setup().model.conv1.weight)
+
+    def test_description(self):
+        setup = Setup(dtype=torch.float32)
+        text = training.AutogradEngine(setup.model, setup.optimizer, batch_size=3).description
+        assert "autograd" in text and "float32, cpu" in text and "batch size 3" in text
+
+
+class TestFit:
+    def test_learns(self):
+        history = Setup(dropout=0.0, momentum=0.0).fit(8)
+        assert history[-1].test_accuracy > 90.0 > 40.0 > history[0].train_accuracy
+        assert [result.epoch for result in history] == list(range(1, 9))
+
+    def test_what_is_counted(self, monkeypatch):
+        """The online accuracy and both losses, by hand for one epoch."""
+        monkeypatch.setattr(training, "_CURVE_SAMPLES", 7)
+        setup = Setup()
+        copied = copy.deepcopy((setup.model, setup.optimizer, setup.generator))
+        (result,) = setup.fit(1)
+        model, _, generator = copied
+        model.dropout.generator = generator
+        optimizer = Torch7SGD(model.parameters(), lr=0.02, lr_decay=1e-3, momentum=0.5)
+        order = generator.randperm(60)
+        losses, predictions = training.AutogradEngine(model, optimizer).run(*TRAIN, order)
+        right = predictions == TRAIN[1][order]
+        assert result.train_accuracy == 100.0 * int(right.sum()) / 60
+        assert result.train_loss == pytest.approx(losses.mean().item(), rel=1e-12)
+        pieces = [right[i : i + 7].tolist() for i in range(0, 60, 7)]
+        assert result.curve == pytest.approx([100 * sum(piece) / len(piece) for piece in pieces])
+        model.eval()
+        with torch.no_grad():
+            output = model(TEST[0].double())
+        assert result.test_accuracy == 100.0 * int((output.argmax(1) == TEST[1]).sum()) / 30
+        expected = -output[torch.arange(30), TEST[1]].mean().item()
+        assert result.test_loss == pytest.approx(expected, rel=1e-12)
+        assert sum(map(sum, result.confusion)) == 30
+        assert result.learning_rate == 0.02
+
+    def test_learning_rate_of_each_epoch(self):
+        history = Setup().fit(3, batch_size=2)
+        rates = [0.02 / (1 + 30 * epoch * 1e-3) for epoch in range(3)]
+        assert [result.learning_rate for result in history] == pytest.approx(rates, rel=1e-15)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("batch_size", [1, 16])
+    def test_devices_and_dtypes(self, device, dtype, batch_size):
+        setup = Setup(dtype=dtype, device=device)
+        history = setup.fit(6, batch_size=batch_size)
+        assert setup.values().isfinite().all() and setup.values().dtype == dtype
+        assert history[-1].train_loss < history[0].train_loss
+
+    @pytest.mark.parametrize(
+        ("criterion", "options"),
+        [
+            (torch7.multi_margin_loss, {"log_softmax": None}),
+            (torch7.mse_loss, {"log_softmax": None, "output_activation": "tanh"}),
+        ],
+    )
+    def test_other_criteria(self, criterion, options):
+        history = Setup(dropout=0.0, **options).fit(4, criterion=criterion)
+        assert history[-1].train_loss < history[0].train_loss
+
+    def test_one_line_per_epoch(self, capfd):
+        Setup().fit(2, verbose=True, progress=None)
+        out, err = capfd.readouterr()
+        lines = out.splitlines()
+        assert lines[0].startswith("training on 60 digits: PyTorch autograd, float64, cpu")
+        assert [line[:10] for line in lines[1:]] == ["epoch   1:", "epoch   2:"]
+        assert err == ""
+
+    def test_progress_bar(self, capfd):
+        def slowly(batch):
+            time.sleep(0.02)  # the bar is redrawn every 0.1 s at most
+            return batch
+
+        Setup().fit(1, progress=True, chunk=10, transform=slowly)
+        _, err = capfd.readouterr()
+        assert "epoch 1/1" in err and "digits/s" in err and "/60" in err
+        assert re.search(r"training [\d.]+ %", err)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"epochs": -1}, "epochs must be >= 0"),
+            ({"epochs": 1, "batch_size": 0}, "batch_size must be >= 1"),
+            ({"epochs": 1, "resume": True}, "resume needs a folder"),
+            ({"epochs": 1, "train": (TRAIN[0], TEST[1])}, "train must hold as many images"),
+            ({"epochs": 1, "test": (TEST[0][:0], TEST[1][:0])}, "test must hold as many images"),
+        ],
+    )
+    def test_errors(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Setup().fit(**options)
+
+
+class TestEvaluate:
+    def test_batches_change_nothing(self):
+        model = Setup().model
+        whole, loss = training.evaluate(model, *TEST, batch_size=30)
+        pieces, same = training.evaluate(model, *TEST, batch_size=7)
+        assert torch.equal(whole.counts, pieces.counts)
+        assert loss == pytest.approx(same, rel=1e-12)
+
+    def test_nothing_to_test(self):
+        with pytest.raises(ValueError, match="one image at least"):
+            training.evaluate(Setup().model, TEST[0][:0], TEST[1][:0])
+
+
+class TestResume:
+    @pytest.mark.parametrize("batch_size", [1, 7])
+    @pytest.mark.parametrize("stops", [(0, 3), (1, 3), (1, 2, 3), (3, 3)])
+    def test_bit_identical(self, tmp_path, device, batch_size, stops):
+        straight = Setup(device=device)
+        expected = straight.fit(3, batch_size=batch_size)
+        for i, epochs in enumerate(stops):
+            # A seed of its own: everything must come from the checkpoint.
+            setup = Setup(seed=1 if i == 0 else 9, device=device)
+            history = setup.fit(epochs, batch_size=batch_size, folder=tmp_path, resume=i > 0)
+        assert comparable(history) == comparable(expected)
+        assert torch.equal(setup.values(), straight.values())
+        assert (
+            setup.optimizer.state_dict()["param_groups"]
+            == (straight.optimizer.state_dict()["param_groups"])
+        )
+        assert torch.equal(setup.generator.randperm(99), straight.generator.randperm(99))
+        assert [row["epoch"] for row in log_rows(tmp_path)] == ["1", "2", "3"]
+
+    def test_pytorchs_own_dropout_continues(self, tmp_path):
+        def build():
+            setup = Setup(dropout=0.0)
+            setup.model.tanh3 = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+            return setup
+
+        torch.manual_seed(3)
+        straight = build()
+        straight.fit(2)
+        torch.manual_seed(3)
+        build().fit(1, folder=tmp_path)
+        torch.manual_seed(4)
+        setup = build()
+        setup.fit(2, folder=tmp_path, resume=True)
+        assert torch.equal(setup.values(), straight.values())
+
+    def test_interrupted_in_the_middle(self, tmp_path):
+        """Ctrl-C and a kill, in a process of its own, each in the middle of an epoch."""
+        script = textwrap.dedent(
+            """
+            import os, signal, sys
+            sys.path.insert(0, sys.argv[1])
+            import torch
+            torch.set_num_threads(1)
+            from test_training import Setup
+            folder, action, epochs, steps = sys.argv[2:]
+            setup, count = Setup(), 0
+            def transform(batch):
+                global count
+                count += 1
+                if count == int(steps):
+                    os.kill(os.getpid(), getattr(signal, action))
+                return batch
+            setup.fit(int(epochs), folder=folder, transform=transform,
+                      resume=os.path.exists(os.path.join(folder, "checkpoint.pt")))
+            """
+        )
+
+        def run(action, steps):
+            command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+            return subprocess.run(
+                [*command, action, "4", str(steps)], capture_output=True, text=True, timeout=100
+            )
+
+        first = run("SIGINT", 30)  # in epoch 1
+        assert "state after epoch 0" in first.stderr
+        second = run("SIGKILL", 130)  # in epoch 3
+        assert second.returncode == -signal.SIGKILL
+        assert training.load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+        third = run("SIGINT", 70)  # in epoch 4
+        assert "state after epoch 3" in third.stderr
+        setup, straight = Setup(), Setup()
+        history = setup.fit(4, folder=tmp_path, resume=True)
+        assert comparable(history) == comparable(straight.fit(4))
+        assert torch.equal(setup.values(), straight.values())
+        assert [row["epoch"] for row in log_rows(tmp_path)] == ["1", "2", "3", "4"]
+        assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.csv"]
+
+    def test_log(self, tmp_path):
+        (result,) = Setup().fit(1, folder=tmp_path)
+        (row,) = log_rows(tmp_path)
+        assert {name: float(value) for name, value in row.items()} == {
+            name: value
+            for name, value in vars(result).items()
+            if name not in ("curve", "confusion")
+        }
+
+    def test_earlier_checkpoint_is_kept(self, tmp_path):
+        Setup().fit(2, folder=tmp_path)
+        Setup().fit(1, folder=tmp_path)
+        assert training.load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+        assert training.load_checkpoint(tmp_path / "checkpoint.previous.pt")["epoch"] == 2
+        assert len(log_rows(tmp_path)) == 1
+
+    def test_other_settings_are_refused(self, tmp_path):
+        Setup().fit(1, folder=tmp_path, settings={"lr": 0.02, "limit": 60})
+        with pytest.raises(
+            training.CheckpointError, match=r"made with lr = 0.02, this run has 0.1"
+        ):
+            Setup().fit(2, folder=tmp_path, settings={"lr": 0.1, "limit": 60}, resume=True)
+
+    def test_other_network_is_refused(self, tmp_path):
+        Setup().fit(1, folder=tmp_path)
+        with pytest.raises(training.CheckpointError, match="does not fit this network"):
+            Setup(kernel_size=3).fit(2, folder=tmp_path, resume=True)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(training.CheckpointError, match="there is no checkpoint at"):
+            Setup().fit(1, folder=tmp_path, resume=True)
+
+    @pytest.mark.parametrize("content", [b"", b"hello", None])
+    def test_damaged(self, tmp_path, content):
+        Setup().fit(1, folder=tmp_path)
+        path = tmp_path / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:-500] if content is None else content)
+        with pytest.raises(training.CheckpointError, match="damaged or not a checkpoint"):
+            Setup().fit(2, folder=tmp_path, resume=True)
+
+    def test_something_else(self, tmp_path):
+        torch.save({"weight": torch.zeros(3)}, tmp_path / "checkpoint.pt")
+        with pytest.raises(training.CheckpointError, match="not a checkpoint of this version"):
+            training.load_checkpoint(tmp_path / "checkpoint.pt")
+
+    def test_code_is_never_run(self, tmp_path):
+        class Harmful:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "harm"),)
+
+        torch.save({"format": 1, "model": Harmful()}, tmp_path / "checkpoint.pt")
+        with pytest.raises(training.CheckpointError):
+            training.load_checkpoint(tmp_path / "checkpoint.pt")
+        assert not (tmp_path / "harm").exists()
+
+    @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_saving_is_atomic(self, tmp_path, monkeypatch, where, error):
+        path = tmp_path / "checkpoint.pt"
+        training.save_checkpoint(path, {"format": 1, "value": torch.ones(100_000)})
+
+        def fail(*_):
+            raise error("here")
+
+        if where == "write":
+
+            def fail_halfway(state, file):
+                file.write(b"half of it")
+                fail()
+
+            monkeypatch.setattr(torch, "save", fail_halfway)
+        else:
+            monkeypatch.setattr(os, where, fail)
+        with pytest.raises(error):
+            training.save_checkpoint(path, {"format": 1, "value": torch.zeros(100_000)})
+        assert torch.equal(training.load_checkpoint(path)["value"], torch.ones(100_000))
+        assert os.listdir(tmp_path) == ["checkpoint.pt"]
