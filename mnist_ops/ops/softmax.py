@@ -44,7 +44,7 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
 
     Source:
         Section 2 of report 1 and section 1.2 of report 2, whose diagonal terms have a sign error
-        (``examples/reproduce.py`` shows it); Torch7's ``nn.SoftMax``. Differentiable any number of
+        (``tests/test_softmax.py`` shows the right ones); Torch7's ``nn.SoftMax``. Differentiable any number of
         times. Under autocast it runs in float32.
 
     Example:
