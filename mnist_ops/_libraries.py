@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from ._C import build_info as _compiled_info
+from ._C import cpu_has_avx2
 
 _HERE = Path(__file__).parent
 _CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
@@ -16,7 +17,7 @@ _CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
 def _load_cpu() -> str:
     """Load the CPU kernels compiled for the best instruction set here; its name."""
     built = [name for name in ("avx2", "baseline") if (_HERE / f"_cpu_{name}.so").exists()]
-    runs = [name for name in built if name != "avx2" or _C.cpu_has_avx2()]
+    runs = [name for name in built if name != "avx2" or cpu_has_avx2()]
     if not runs:
         raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
     chosen = os.environ.get(_CPU_VARIABLE) or runs[0]
@@ -35,7 +36,7 @@ def _load_cuda() -> str:
     """
     path = _HERE / "_cuda.so"
     if not path.exists():
-        return "not built: " + (_C.build_info()["cuda_reason"] or f"{path.name} is missing")
+        return "not built: " + (_compiled_info()["cuda_reason"] or f"{path.name} is missing")
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     try:
@@ -70,7 +71,7 @@ def build_info() -> dict[str, object]:
         >>> mnist_ops.build_info()["target_torch"]
         '2.10'
     """
-    built = _C.build_info()
+    built = _compiled_info()
     archs = [] if CUDA_MISSING else built["cuda_archs"].replace(" ", ";").split(";")
     cuda = CUDA_MISSING
     if not cuda:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .training import EpochResult
 
@@ -54,11 +55,11 @@ def accuracy_curves(
             linewidth=1,
             label="training, within the epoch",
         )
-    style = {"linewidth": 1.6, "markersize": 5, "zorder": 3}
+    style: dict[str, Any] = {"linewidth": 1.6, "markersize": 5, "zorder": 3}
     axes.plot(epochs, training, "o-", color=_TRAINING, label="training, whole epoch", **style)
     axes.plot(epochs, test, "s-", color=_TEST, label="test", **style)
     if shown:
-        ring = {"facecolors": "none", "s": 110, "linewidths": 1.2, "zorder": 4}
+        ring: dict[str, Any] = {"facecolors": "none", "s": 110, "linewidths": 1.2, "zorder": 4}
         for column, color in ((0, _TRAINING), (1, _TEST)):
             values = [pair[column] for pair in shown.values()]
             axes.scatter(list(shown), values, edgecolors=color, **ring)

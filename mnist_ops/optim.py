@@ -78,7 +78,7 @@ class Torch7SGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step from the parameters' ``.grad``."""
         loss = None
         if closure is not None:
@@ -92,7 +92,7 @@ class Torch7SGD(torch.optim.Optimizer):
                 continue
             # One call for all parameters: at batch size 1 a Python loop would cost more than
             # the arithmetic.
-            update = [p.grad for p in params]
+            update: Any = [p.grad for p in params]
             if group["weight_decay"]:
                 update = torch._foreach_add(update, params, alpha=group["weight_decay"])
             if group["momentum"]:

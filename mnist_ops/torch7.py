@@ -72,9 +72,10 @@ class Generator:
         if not 0 <= seed < 2**32:
             raise ValueError(f"Generator: seed must be in [0, 2**32), got {seed}")
         self.seed = seed
-        self._words = np.random.MT19937()
+        self._words: Any = np.random.MT19937()
         # MT19937(seed) would hash the seed first; RandomState seeds as Torch7 does.
-        self._words.state = np.random.RandomState(seed).get_state(legacy=False)
+        state: Any = np.random.RandomState(seed).get_state(legacy=False)
+        self._words.state = state
         self._second_normal: float | None = None
         return self
 

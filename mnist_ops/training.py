@@ -284,7 +284,7 @@ def evaluate(
     return confusion, total / len(images)
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that ``path`` is always the whole old or the whole new one."""
     # In the same folder, as a rename is atomic within one file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -43,9 +43,9 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         IndexError: there is no such dimension.
 
     Source:
-        Section 2 of report 1 and section 1.2 of report 2, whose diagonal terms have a sign error
-        (``tests/test_softmax.py`` shows the right ones); Torch7's ``nn.SoftMax``. Differentiable any number of
-        times. Under autocast it runs in float32.
+        Section 2 of report 1, which derives the derivatives for :math:`e^{-b x}` after writing
+        :math:`e^x`, and section 1.2 of report 2, whose i = j case has the wrong sign; Torch7's
+        ``nn.SoftMax``. Differentiable any number of times. Under autocast it runs in float32.
 
     Example:
         >>> import torch, mnist_ops
