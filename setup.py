@@ -169,6 +169,7 @@ def main() -> None:
     # No contraction: where a fused multiply-add is wanted the source says so, and float32 results
     # do not depend on what the compiler happened to fuse.
     cxx = [
+        "-std=c++20",
         *optimise,
         *define,
         *warn,
@@ -181,7 +182,8 @@ def main() -> None:
     host_warn = (
         [] if not werror else ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
     )
-    nvcc = [*(["-O0", "-G"] if debug else ["-O3"]), *define, "-DUSE_CUDA", *host_warn]
+    device = ["-O0", "-G"] if debug else ["-O3"]
+    nvcc = ["-std=c++20", *device, *define, "-DUSE_CUDA", *host_warn]
     nvcc += ["-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr", "--threads", "2"]
 
     include = [str(ROOT / "csrc")]

@@ -2,13 +2,14 @@
 //
 // Bound by memory: one read and one write of every element where a line fits into registers, two
 // reads and one write elsewhere, the second of which finds most of its data in L2.
-//   short rows     up to 1024 elements, innermost in memory: the lanes of a warp share a row and
-//   hold
-//                  it in registers; rows of up to 16 elements share a warp
-//   other lines    a block takes one long row, or 32 to 256 neighbouring lines where the dimension
-//   is
-//                  not innermost (threadIdx.x across them, so that reads are coalesced; threadIdx.y
-//                  shares out each line). One pass finds the largest value and the sum together.
+//
+// Short rows, of up to 1024 elements innermost in memory: the lanes of a warp share a row and hold
+// it in registers; rows of up to 16 elements share a warp.
+//
+// Other lines: a block takes one long row, or 32 to 256 neighbouring lines where the dimension is
+// not innermost (threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out each
+// line). One pass finds the largest value and the sum together.
+//
 // Sums are added in an order that depends on the shape alone.
 //
 // softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
