@@ -2,10 +2,10 @@
 //
 // With u the kernel divided by its sum, (*) the zero-padded 'same' cross-correlation of one plane
 // with u, and coef = (*) of a plane of ones:
-//   mean      est(x) = (*)(sum over c of x_c) / C             one plane for all channels
+//   mean         est(x) = (*)(sum over c of x_c) / C, one plane for all channels
 //   subtractive  y_c = x_c - est(x) / coef
-//   divisive       s = sqrt(est(x^2)) / coef;  d = s where s > threshold, else value;  y_c = x_c /
-//   d
+//   divisive     y_c = x_c / d, with s = sqrt(est(x^2)) / coef and d = s where s > threshold,
+//                else d = value
 // The blur commutes with the sum over channels, so one plane is blurred, not C of them.
 //
 // Gradients, with (*)^T the correlation with the flipped kernel, the adjoint of (*):
