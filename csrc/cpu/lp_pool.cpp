@@ -182,8 +182,7 @@ void backward_rows(const T* grad_output, const T* input, const T* output, T* gra
   });
 }
 
-// ------------------------------------------------------------------- any norm, one result at a
-// time
+// --------------------------------------------------------------- any norm, one result at a time
 
 // Calls body(n, c, h, w) for every element of an (N, C, H, W) tensor in the order of its memory.
 template <typename F>
