@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ._C import build_info as _compiled_info
-from ._C import cpu_has_avx2
+from ._version import __version__
 
-_HERE = Path(__file__).parent
+
+def _import_compiled() -> Any:
+    """Import _C, which registers the schemas.
+
+    In the root of a checkout ``import mnist_ops`` finds the folder of sources, which holds no
+    compiled libraries: there, those of the installed package are used.
+    """
+    here = Path(__file__).parent
+    for folder in (here, *(Path(entry or ".", here.name).resolve() for entry in sys.path)):
+        if any(folder.glob("_C.*.so")):
+            break
+    else:
+        raise ImportError(
+            f"mnist_ops: {here} holds sources that are not compiled. Run 'pip install .' in the "
+            "folder above it, or 'python setup.py build_ext --inplace' to compile it in place."
+        )
+    if folder != here:
+        sys.modules[__package__].__path__.append(str(folder))
+    compiled = importlib.import_module("._C", __package__)
+    version = compiled.build_info()["version"]
+    if version != __version__:
+        raise ImportError(
+            f"mnist_ops: the sources are {__version__}, but the compiled libraries in {folder} are "
+            f"{version}. Run 'pip install .' again."
+        )
+    return compiled
+
+
+_C = _import_compiled()
+_HERE = Path(_C.__file__).parent
 _CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
 
 
 def _load_cpu() -> str:
     """Load the CPU kernels compiled for the best instruction set here; its name."""
     built = [name for name in ("avx2", "baseline") if (_HERE / f"_cpu_{name}.so").exists()]
-    runs = [name for name in built if name != "avx2" or cpu_has_avx2()]
+    runs = [name for name in built if name != "avx2" or _C.cpu_has_avx2()]
     if not runs:
         raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
     chosen = os.environ.get(_CPU_VARIABLE) or runs[0]
@@ -36,7 +67,7 @@ def _load_cuda() -> str:
     """
     path = _HERE / "_cuda.so"
     if not path.exists():
-        return "not built: " + (_compiled_info()["cuda_reason"] or f"{path.name} is missing")
+        return "not built: " + (_C.build_info()["cuda_reason"] or f"{path.name} is missing")
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     try:
@@ -71,7 +102,7 @@ def build_info() -> dict[str, object]:
         >>> mnist_ops.build_info()["target_torch"]
         '2.10'
     """
-    built = _compiled_info()
+    built = _C.build_info()
     archs = [] if CUDA_MISSING else built["cuda_archs"].replace(" ", ";").split(";")
     cuda = CUDA_MISSING
     if not cuda:

@@ -6,8 +6,10 @@ import doctest
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ import torch
 import mnist_ops
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -73,6 +78,28 @@ def test_cpu_capability_can_be_chosen():
     assert result.returncode != 0
     assert "MNIST_OPS_CPU_CAPABILITY must be one of" in result.stderr
     assert "got 'avx9000'" in result.stderr
+
+
+def test_from_the_root_of_a_checkout(tmp_path):
+    """Sources without libraries: those of the installed package serve, or a clear error."""
+    sources, libraries = Path(mnist_ops.__file__).parent, mnist_ops._libraries._HERE
+    for name in ("installed", "checkout"):
+        shutil.copytree(
+            sources, tmp_path / name / "mnist_ops", ignore=shutil.ignore_patterns("*.gz", "*.so")
+        )
+    code = "import mnist_ops, torch; print(mnist_ops.sigmoid(torch.zeros(1)).item())"
+    alone = run(code, tmp_path / "checkout", PYTHONPATH="", PYTHONNOUSERSITE="1")
+    if "site-packages" not in str(libraries):  # else the installed package serves here, too
+        assert alone.returncode != 0
+        assert "holds sources that are not compiled. Run 'pip install .'" in alone.stderr
+    for library in libraries.glob("*.so"):
+        shutil.copy(library, tmp_path / "installed" / "mnist_ops")
+    path = str(tmp_path / "installed")
+    assert run(code, tmp_path / "checkout", PYTHONPATH=path).stdout.strip() == "0.5"
+    version = tmp_path / "checkout" / "mnist_ops" / "_version.py"
+    version.write_text('__version__ = "99.0"\n')
+    mixed = run(code, tmp_path / "checkout", PYTHONPATH=path)
+    assert mixed.returncode != 0 and "the sources are 99.0" in mixed.stderr
 
 
 def test_a_device_without_kernels_is_a_clear_error():
