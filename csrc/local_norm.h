@@ -105,4 +105,55 @@ inline Tensor kernel_in_double(const Tensor& kernel) {
   return torch::stable::contiguous(torch::stable::to(kernel, ScalarType::Double));
 }
 
+// ----------------------------------------------------------------------------- operators
+
+// The operators of one backend, given its forward(op, input, kernel, options) and
+// backward(op, grad_output, input, kernel, options).
+template <auto forward, auto backward>
+struct LocalNormOperators {
+  static Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
+    return forward("subtractive_norm2d", input, kernel, {LocalNorm::kSubtractive, 0, 0});
+  }
+
+  static Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
+    // Linear: the gradient does not depend on the input.
+    return backward("subtractive_norm2d_backward", grad_output, grad_output, kernel,
+                    {LocalNorm::kSubtractive, 0, 0});
+  }
+
+  static Tensor divisive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
+                                double value) {
+    return forward("divisive_norm2d", input, kernel, {LocalNorm::kDivisive, threshold, value});
+  }
+
+  static Tensor divisive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
+                                         const Tensor& kernel, double threshold, double value) {
+    return backward("divisive_norm2d_backward", grad_output, input, kernel,
+                    {LocalNorm::kDivisive, threshold, value});
+  }
+
+  static Tensor contrastive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
+                                   double value) {
+    return forward("contrastive_norm2d", input, kernel,
+                   {LocalNorm::kContrastive, threshold, value});
+  }
+
+  static Tensor contrastive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& kernel, double threshold, double value) {
+    return backward("contrastive_norm2d_backward", grad_output, input, kernel,
+                    {LocalNorm::kContrastive, threshold, value});
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("subtractive_norm2d", TORCH_BOX(&LocalNormOperators::subtractive_norm2d));
+    m.impl("subtractive_norm2d_backward",
+           TORCH_BOX(&LocalNormOperators::subtractive_norm2d_backward));
+    m.impl("divisive_norm2d", TORCH_BOX(&LocalNormOperators::divisive_norm2d));
+    m.impl("divisive_norm2d_backward", TORCH_BOX(&LocalNormOperators::divisive_norm2d_backward));
+    m.impl("contrastive_norm2d", TORCH_BOX(&LocalNormOperators::contrastive_norm2d));
+    m.impl("contrastive_norm2d_backward",
+           TORCH_BOX(&LocalNormOperators::contrastive_norm2d_backward));
+  }
+};
+
 }  // namespace mnist_ops

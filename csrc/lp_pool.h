@@ -26,6 +26,26 @@ inline Norm norm_of(double p) {
   return p == std::numeric_limits<double>::infinity() ? Norm::kInf : Norm::kGeneral;
 }
 
+// Calls body with the norm's tag, so that each norm is compiled on its own.
+template <Norm N>
+struct NormTag {
+  static constexpr Norm value = N;
+};
+
+template <typename F>
+void dispatch_norm(double p, F&& body) {
+  switch (norm_of(p)) {
+    case Norm::kOne:
+      return body(NormTag<Norm::kOne>{});
+    case Norm::kTwo:
+      return body(NormTag<Norm::kTwo>{});
+    case Norm::kInf:
+      return body(NormTag<Norm::kInf>{});
+    case Norm::kGeneral:
+      return body(NormTag<Norm::kGeneral>{});
+  }
+}
+
 // How windows lie on an image, and how far neighbours are apart in memory. I is the type of
 // indices: int64_t, or int32_t on CUDA where every offset fits, which halves the cost of finding a
 // window.

@@ -420,46 +420,12 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
   return grad_input;
 }
 
-Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
-  return forward("subtractive_norm2d", input, kernel, {LocalNorm::kSubtractive, 0, 0});
-}
-
-Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
-  // Linear: the gradient does not depend on the input.
-  return backward("subtractive_norm2d_backward", grad_output, grad_output, kernel,
-                  {LocalNorm::kSubtractive, 0, 0});
-}
-
-Tensor divisive_norm2d(const Tensor& input, const Tensor& kernel, double threshold, double value) {
-  return forward("divisive_norm2d", input, kernel, {LocalNorm::kDivisive, threshold, value});
-}
-
-Tensor divisive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
-                                const Tensor& kernel, double threshold, double value) {
-  return backward("divisive_norm2d_backward", grad_output, input, kernel,
-                  {LocalNorm::kDivisive, threshold, value});
-}
-
-Tensor contrastive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
-                          double value) {
-  return forward("contrastive_norm2d", input, kernel, {LocalNorm::kContrastive, threshold, value});
-}
-
-Tensor contrastive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
-                                   const Tensor& kernel, double threshold, double value) {
-  return backward("contrastive_norm2d_backward", grad_output, input, kernel,
-                  {LocalNorm::kContrastive, threshold, value});
-}
+using Operators = LocalNormOperators<&forward, &backward>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CPU, m) {
-  m.impl("subtractive_norm2d", TORCH_BOX(&subtractive_norm2d));
-  m.impl("subtractive_norm2d_backward", TORCH_BOX(&subtractive_norm2d_backward));
-  m.impl("divisive_norm2d", TORCH_BOX(&divisive_norm2d));
-  m.impl("divisive_norm2d_backward", TORCH_BOX(&divisive_norm2d_backward));
-  m.impl("contrastive_norm2d", TORCH_BOX(&contrastive_norm2d));
-  m.impl("contrastive_norm2d_backward", TORCH_BOX(&contrastive_norm2d_backward));
+  Operators::register_all(m);
 }
 
 }  // namespace mnist_ops::cpu

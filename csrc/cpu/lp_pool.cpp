@@ -13,25 +13,6 @@
 namespace mnist_ops::cpu {
 namespace {
 
-template <Norm N>
-struct NormTag {
-  static constexpr Norm value = N;
-};
-
-template <typename F>
-void dispatch_norm(double p, F&& body) {
-  switch (norm_of(p)) {
-    case Norm::kOne:
-      return body(NormTag<Norm::kOne>{});
-    case Norm::kTwo:
-      return body(NormTag<Norm::kTwo>{});
-    case Norm::kInf:
-      return body(NormTag<Norm::kInf>{});
-    case Norm::kGeneral:
-      return body(NormTag<Norm::kGeneral>{});
-  }
-}
-
 // The outputs [first, last) of a row whose tap at column offset kw lies inside the image.
 struct Range {
   int64_t first, last;

@@ -15,25 +15,6 @@
 namespace mnist_ops::cuda {
 namespace {
 
-template <Norm N>
-struct NormTag {
-  static constexpr Norm value = N;
-};
-
-template <typename F>
-void dispatch_norm(double p, F&& body) {
-  switch (norm_of(p)) {
-    case Norm::kOne:
-      return body(NormTag<Norm::kOne>{});
-    case Norm::kTwo:
-      return body(NormTag<Norm::kTwo>{});
-    case Norm::kInf:
-      return body(NormTag<Norm::kInf>{});
-    case Norm::kGeneral:
-      return body(NormTag<Norm::kGeneral>{});
-  }
-}
-
 // Calls body with the geometry in 32 bits where every index and every bound of a window fits: the
 // divisions that find a result's window are then several times cheaper.
 template <typename F>
