@@ -8,7 +8,7 @@
 
 #include "../common.h"
 
-#include <cuda_runtime.h>
+#include <cuda_runtime.h>  // of CUDA, or of tests/cuda_emulator
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -29,22 +29,48 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Whether indices below count fit into int32_t, with room for the step of a grid-stride loop.
-inline bool fits_32_bits(int64_t count) {
-  return count <= std::numeric_limits<int32_t>::max() - kMaxBlocks * kThreads;
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+// The tests run these kernels on the CPU: there is no device to choose, <<<>>> is not C++, and
+// small tensors must take the paths of large ones.
+using cuda_emulator::CurrentStream;
+using cuda_emulator::largest_narrow_index;
+#else
+inline int64_t largest_narrow_index() {
+  return std::numeric_limits<int32_t>::max();
 }
 
 // Makes a tensor's device the current one for as long as it lives, and launches on its stream.
-// Made after the arguments were checked: the tensor must be on a CUDA device, and where one
-// argument is and another is not, the operators say so.
-class Launcher {
+class CurrentStream {
  public:
-  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, unsigned blocks, dim3 threads, const Arguments&... arguments) const {
+    kernel<<<blocks, threads, 0, stream_> > >(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+#endif
+
+// Whether indices below count fit into int32_t, with room for the step of a grid-stride loop.
+inline bool fits_32_bits(int64_t count) {
+  return count <= largest_narrow_index() - kMaxBlocks * kThreads;
+}
+
+// Launches on the device and stream of a tensor. Made after the arguments were checked: the tensor
+// must be on a CUDA device, and where one argument is and another is not, the operators say so.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor) : stream_(tensor) {}
 
   // Blocks of kThreads threads, shaped (threads_x, kThreads / threads_x), each of which takes
   // items_per_block of the items at a time. No items, no launch.
@@ -55,8 +81,7 @@ class Launcher {
     const int64_t blocks = std::min(ceil_div(items, items_per_block), kMaxBlocks);
     const dim3 threads(static_cast<unsigned>(threads_x),
                        static_cast<unsigned>(kThreads / threads_x));
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    stream_.launch(kernel, static_cast<unsigned>(blocks), threads, arguments...);
   }
 
   // The usual case: one item a thread.
@@ -66,8 +91,7 @@ class Launcher {
   }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
+  CurrentStream stream_;
 };
 
 // This thread's first item, and the distance to its next one, where each thread takes one at a
