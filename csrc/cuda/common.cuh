@@ -50,8 +50,8 @@ class CurrentStream {
   }
 
   template <typename Kernel, typename... Arguments>
-  void launch(Kernel* kernel, unsigned blocks, dim3 threads, const Arguments&... arguments) const {
-    kernel<<<blocks, threads, 0, stream_> > >(arguments...);
+  void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -81,7 +81,7 @@ class Launcher {
     const int64_t blocks = std::min(ceil_div(items, items_per_block), kMaxBlocks);
     const dim3 threads(static_cast<unsigned>(threads_x),
                        static_cast<unsigned>(kThreads / threads_x));
-    stream_.launch(kernel, static_cast<unsigned>(blocks), threads, arguments...);
+    stream_.launch(kernel, blocks, threads, arguments...);
   }
 
   // The usual case: one item a thread.

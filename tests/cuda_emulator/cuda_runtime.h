@@ -1,0 +1,98 @@
+// CUDA's language, on the CPU: csrc/cuda/*.cu includes this in place of CUDA's own header when the
+// tests compile it as C++. Only what those files use is here.
+//
+// A block's threads are fibers: each has a stack of its own and runs until it comes to a barrier or
+// a warp shuffle, where another one is resumed. All of it happens in one thread of the CPU, blocks
+// one after the other, threads in an order that is shuffled (from a fixed seed) whenever all of
+// them have had a turn. So a kernel that lacks a barrier reads values that are not there yet, or
+// not there any more, and a barrier that not every thread comes to is reported.
+//
+// tests/test_cuda_emulator.py says what this proves and what it does not.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+// The tests register these kernels beside the CPU's own, as the library mnist_ops_emulated (named
+// by -Dmnist_ops=mnist_ops_emulated, which also keeps the C++ namespaces apart) for tensors on the
+// CPU. After the headers above, whose DeviceType has a CUDA that must stay one.
+#define CUDA CPU
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+// One block runs at a time, so one copy is enough. It begins as zeros, as it does not on a GPU, and
+// then holds what the block before left: only that shows a kernel which counts on the zeros.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_size = 1, unsigned y_size = 1, unsigned z_size = 1)
+      : x(x_size), y(y_size), z(z_size) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_emulator {
+
+// What the tests change between calls (emulator.cpp has the functions they do it with).
+struct Settings {
+  int64_t max_blocks = INT64_MAX;            // of a grid: few of them, and kernels must loop
+  int64_t largest_narrow_index = INT32_MAX;  // 0, and every kernel is the one for large tensors
+};
+inline Settings settings;
+
+inline int64_t largest_narrow_index() {
+  return settings.largest_narrow_index;
+}
+
+// Runs thread once as every thread of every block; throws where they wait for each other forever.
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+// To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
+// have come here.
+void wait_for_block();
+void wait_for_warp();
+
+// One slot for each thread of the block, to hand a value to another one.
+constexpr size_t kExchangeBytes = 8;
+unsigned char* exchange_slot(unsigned thread);
+unsigned this_thread();
+
+class CurrentStream {
+ public:
+  explicit CurrentStream(const torch::stable::Tensor&) {}
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
+    const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
+    run_grid(dim3(grid), threads, [&] { kernel(arguments...); });
+  }
+};
+
+}  // namespace cuda_emulator
+
+inline void __syncthreads() {
+  cuda_emulator::wait_for_block();
+}
+
+// The mask is not looked at: kernels here shuffle with whole warps.
+template <typename V>
+V __shfl_xor_sync(unsigned, V value, int lane_mask) {
+  using namespace cuda_emulator;
+  static_assert(sizeof(V) <= kExchangeBytes);
+  const unsigned self = this_thread();
+  std::memcpy(exchange_slot(self), &value, sizeof(V));
+  wait_for_warp();
+  std::memcpy(&value, exchange_slot(self ^ static_cast<unsigned>(lane_mask)), sizeof(V));
+  wait_for_warp();  // before the next shuffle overwrites what others have yet to read
+  return value;
+}
