@@ -187,7 +187,11 @@ def main() -> None:
     nvcc += ["-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr", "--threads", "2"]
 
     include = [str(ROOT / "csrc")]
-    cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    cpu_sources = sorted(
+        str(p.relative_to(ROOT))
+        for folder in ("cpu", "online")
+        for p in (ROOT / "csrc" / folder).glob("*.cpp")
+    )
     variants = {"_cpu_baseline": []}
     if platform.machine() in ("x86_64", "AMD64"):
         variants["_cpu_avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]

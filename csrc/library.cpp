@@ -52,4 +52,11 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
   m.def(
       "softmax_nll_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor logsumexp, "
       "float beta) -> Tensor");
+
+  // online: a stretch of training with batch size 1, in place on the parameters
+  m.def(
+      "online_sgd(Tensor(a!)[] parameters, Tensor(b!)[] velocities, str network, "
+      "Tensor[] kernels, Tensor images, Tensor labels, Tensor order, Tensor uniform, int loss, "
+      "int step, float lr, float lr_decay, float weight_decay, float momentum, float dampening, "
+      "bool nesterov, bool started, int threads) -> (Tensor losses, Tensor predictions)");
 }

@@ -64,6 +64,8 @@ def build(folder: Path, compiler: str) -> Path:
         "-ffp-contract=off",
     ]
     options += ["-DMNIST_OPS_CUDA_EMULATOR", "-Dmnist_ops=mnist_ops_emulated"]
+    # A GPU refuses a pack at an address that is none of its own; here the process ends (SIGILL).
+    options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     options += ["-U_FORTIFY_SOURCE"]  # which takes a jump between stacks for an error
     options += ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"]
     options += [f"-I{path}" for path in (emulator, *cpp_extension.include_paths())]

@@ -105,8 +105,6 @@ def test_equals_torch7(device, case):
 
 def test_the_original_images_bit_for_bit():
     """The reports' preprocessing in float32: the same bits as the original system's images."""
-    if mnist_ops.build_info()["cpu_capability"] == "baseline":
-        pytest.skip("the baseline kernels have no fused multiply-add, which the bits need")
     reference = np.load(REFERENCE / "online_original.npz")
     from mnist_ops import data
 

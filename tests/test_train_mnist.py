@@ -98,7 +98,7 @@ def test_in_a_pipe(finished):
     assert result.stderr == ""  # no bar
     assert epochs_of(result.stdout) == ["1", "2", "3"]
     assert "\r" not in result.stdout
-    assert "PyTorch autograd, float64, cpu, 1 threads, batch size 1" in result.stdout
+    assert "compiled online SGD, float64, cpu, 1 thread, batch size 1" in result.stdout
     assert sorted(os.listdir(out)) == RESULTS
 
 

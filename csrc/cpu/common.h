@@ -51,6 +51,19 @@ inline double fmadd(double a, double b, double c) {
 }
 #endif
 
+// The same for sums whose float32 bits count on every processor: the product of two floats is exact
+// in float64.
+inline double fused_fmadd(double a, double b, double c) {
+  return fmadd(a, b, c);
+}
+inline float fused_fmadd(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fmadd(a, b, c);
+#else
+  return static_cast<float>(static_cast<double>(a) * b + c);
+#endif
+}
+
 // ---------------------------------------------------------------- half types: rows of them at once
 
 inline void convert(const float* from, float* to, int64_t n) {

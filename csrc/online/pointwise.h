@@ -1,0 +1,112 @@
+// Activations and dropout: in place, element by element.
+#pragma once
+
+#include "../sigmoid.h"
+#include "layer.h"
+
+namespace mnist_ops::online {
+
+struct Tanh {
+  template <typename T>
+  static T value(T x) {
+    return online::tanh(x);
+  }
+  template <typename T>
+  static T gradient(T g, T y) {
+    return g * (T(1) - y * y);
+  }
+};
+
+struct Relu {
+  template <typename T>
+  static T value(T x) {
+    return x < T(0) ? T(0) : x;  // NaN stays NaN
+  }
+  template <typename T>
+  static T gradient(T g, T y) {
+    return y <= T(0) ? T(0) : g;
+  }
+};
+
+struct Sigmoid {
+  template <typename T>
+  static T value(T x) {
+    return T(1) / (T(1) + cpu::exp(-x));
+  }
+  template <typename T>
+  static T gradient(T g, T y) {
+    return sigmoid_gradient(g, y);
+  }
+};
+
+template <typename T, typename F>
+class Activation final : public Layer<T> {
+ public:
+  Activation(const Map<T>& input, const Map<T>& output) {
+    this->in = input;
+    this->out = output;
+  }
+
+  bool local() const override { return true; }
+  bool needs_output() const override { return true; }
+
+  void forward(int64_t b) override {
+    const int64_t n = this->in.block();
+    const T* x = this->in.value + b * n;
+    T* y = this->out.value + b * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) y[i] = F::value(x[i]);
+  }
+
+  void backward(int64_t b) override {
+    const int64_t n = this->in.block();
+    const T* y = this->out.value + b * n;
+    const T* dy = this->out.grad + b * n;
+    T* dx = this->in.grad + b * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) dx[i] = F::gradient(dy[i], y[i]);
+  }
+};
+
+// Torch7's dropout: kept where a uniform number is <= 1 - p, and scaled by 1 / (1 - p). The numbers
+// come drawn, one for each element in the order (c, h, w).
+template <typename T>
+class Dropout final : public Layer<T> {
+ public:
+  Dropout(const Map<T>& input, const Map<T>& output, double p, int64_t first)
+      : keep_(1.0 - p), first_(first), factor_(input.blocks() * input.block()) {
+    this->in = input;
+    this->out = output;
+  }
+
+  bool local() const override { return true; }
+
+  void prepare_forward(const Step<T>& step, const Workers&) override {
+    const T scale = static_cast<T>(1.0 / keep_);
+    const int64_t pixels = this->in.shape.pixels();
+    const double* uniform = step.uniform + first_;
+    for (int64_t c = 0; c < this->in.shape.C; ++c) {
+      T* to = factor_.data() + c / kLanes<T> * this->in.block() + c % kLanes<T>;
+      for (int64_t p = 0; p < pixels; ++p) {
+        to[p * kLanes<T>] = *uniform++ <= keep_ ? scale : T(0);
+      }
+    }
+  }
+
+  void forward(int64_t b) override { multiply(this->in.value, this->out.value, b); }
+  void backward(int64_t b) override { multiply(this->out.grad, this->in.grad, b); }
+
+ private:
+  void multiply(const T* from, T* to, int64_t b) {
+    const int64_t n = this->in.block();
+    const T* factor = factor_.data() + b * n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[b * n + i] = from[b * n + i] * factor[i];
+  }
+
+  double keep_;
+  int64_t first_;
+  Buffer<T> factor_;
+};
+
+}  // namespace mnist_ops::online

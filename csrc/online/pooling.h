@@ -1,0 +1,276 @@
+// LP, maximum and average pooling of one block of channels at a time.
+//
+// Bound by reading the map from the first- or second-level cache; windows are taken one after the
+// other, all lanes of the block at once.
+#pragma once
+
+#include "../lp_pool.h"
+#include "layer.h"
+
+namespace mnist_ops::online {
+
+// A block of channels as the images of lp_pool.h: one channel, its lanes innermost.
+template <typename T>
+PoolGeometry block_geometry(const Map<T>& in, const Map<T>& out, const PoolArguments& a) {
+  PoolGeometry g{};
+  g.N = g.C = 1;
+  g.H = in.shape.H, g.W = in.shape.W, g.OH = out.shape.H, g.OW = out.shape.W;
+  g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
+  g.stride_h = a.stride[0], g.stride_w = a.stride[1];
+  g.padding_h = a.padding[0], g.padding_w = a.padding[1];
+  g.in_h = g.W * kLanes<T>, g.in_w = kLanes<T>;
+  g.out_h = g.OW * kLanes<T>, g.out_w = kLanes<T>;
+  return g;
+}
+
+template <typename T>
+class Pooling : public Layer<T> {
+ public:
+  Pooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
+      : g_(block_geometry(input, output, arguments)),
+        disjoint_(g_.stride_h == g_.kernel_h && g_.stride_w == g_.kernel_w && g_.padding_h == 0 &&
+                  g_.padding_w == 0 && g_.OH * g_.kernel_h == g_.H && g_.OW * g_.kernel_w == g_.W) {
+    this->in = input;
+    this->out = output;
+  }
+
+  bool local() const override { return true; }
+
+ protected:
+  // A window's elements [top, bottom) x [left, right).
+  struct Window {
+    int64_t oh, ow, top, bottom, left, right;
+  };
+
+  // body(window, output offset) for every window.
+  template <typename F>
+  void each_window(const F& body) const {
+    int64_t o = 0;
+    for (int64_t oh = 0; oh < g_.OH; ++oh) {
+      Window w{oh, 0, g_.first_row(oh), g_.last_row(oh), 0, 0};
+      for (; w.ow < g_.OW; ++w.ow, o += kLanes<T>) {
+        w.left = g_.first_column(w.ow), w.right = g_.last_column(w.ow);
+        body(w, o);
+      }
+    }
+  }
+
+  // body(input offset) for every element of a window, in order.
+  template <typename F>
+  MNIST_OPS_HD void each_element(const Window& w, const F& body) const {
+    for (int64_t ih = w.top; ih < w.bottom; ++ih) {
+      int64_t i = (ih * g_.W + w.left) * kLanes<T>;
+      for (int64_t iw = w.left; iw < w.right; ++iw, i += kLanes<T>) body(i);
+    }
+  }
+
+  void clear_gradient(T* dx) const { std::fill_n(dx, this->in.block(), T(0)); }
+
+  PoolGeometry g_;
+  bool disjoint_;  // every input element lies in exactly one window
+};
+
+template <typename T, Norm norm>
+class LpPooling final : public Pooling<T> {
+ public:
+  LpPooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
+      : Pooling<T>(input, output, arguments), p_(static_cast<T>(arguments.p)) {}
+
+  bool needs_output() const override { return true; }
+
+  void forward(int64_t b) override {
+    const T* x = this->in.value + b * this->in.block();
+    T* y = this->out.value + b * this->out.block();
+    if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
+      this->each_window([&](const auto& window, int64_t o) {
+        Vector<T> sum[kV] = {};
+        this->each_element(window, [&](int64_t i) {
+          for (int v = 0; v < kV; ++v) {
+            const Vector<T> a = load(x + i + v * kWidth);
+            sum[v] += norm == Norm::kTwo ? a * a : a < T(0) ? -a : a;
+          }
+        });
+        for (int v = 0; v < kV; ++v) online::store(y + o + v * kWidth, sum[v]);
+      });
+    }
+    if constexpr (norm == Norm::kOne) return;
+    if constexpr (norm == Norm::kTwo) {
+      const bool safe = all_of(y, this->out.block(), [](Vector<T> sum) {
+        return (sum >= SafeSquares<T>::lower) & (sum <= SafeSquares<T>::upper);
+      });
+      if (safe) {
+#pragma omp simd
+        for (int64_t i = 0; i < this->out.block(); ++i) y[i] = std::sqrt(y[i]);
+        return;
+      }
+    }
+    this->each_window([&](const auto& window, int64_t o) {
+      // Windows of zeros are common behind rectifiers, and need no second look.
+      T largest[kLanes<T>] = {};
+      this->each_element(window, [&](int64_t i) {
+        for (int v = 0; v < kV; ++v) {
+          const Vector<T> a = load(x + i + v * kWidth), old = load(largest + v * kWidth);
+          const Vector<T> size = a < T(0) ? -a : a;
+          online::store(largest + v * kWidth, size <= old ? old : size);  // NaN stays
+        }
+      });
+      for (int64_t l = 0; l < kLanes<T>; ++l) {
+        if (norm == Norm::kTwo && is_safe_square_sum(y[o + l])) {
+          y[o + l] = std::sqrt(y[o + l]);
+        } else if (norm == Norm::kInf || largest[l] == T(0)) {
+          y[o + l] = largest[l];
+        } else {
+          y[o + l] = scaled_window_norm<norm>(x + l, this->g_, p_, window.oh, window.ow);
+        }
+      }
+    });
+  }
+
+  void backward(int64_t b) override {
+    const T* x = this->in.value + b * this->in.block();
+    const T* y = this->out.value + b * this->out.block();
+    T* dy = this->out.grad + b * this->out.block();
+    T* dx = this->in.grad + b * this->in.block();
+    if constexpr (norm == Norm::kTwo) {
+      // g / y once for each window; where y is so small that it could overflow, x / y first.
+      const int64_t n = this->out.block();
+      const bool safe =
+          all_of(y, n, [](Vector<T> norms) { return (norms == T(0)) | (norms > kSmall); });
+      if (safe) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) dy[i] = y[i] == T(0) ? T(0) : dy[i] / y[i];
+        if (!this->disjoint_) this->clear_gradient(dx);
+        this->each_window([&](const auto& window, int64_t o) {
+          Vector<T> ratio[kV];
+          for (int v = 0; v < kV; ++v) ratio[v] = load(dy + o + v * kWidth);
+          this->each_element(window, [&](int64_t i) {
+            for (int v = 0; v < kV; ++v) {
+              const int64_t at = i + v * kWidth;
+              const Vector<T> slope = ratio[v] * load(x + at);
+              online::store(dx + at, this->disjoint_ ? slope : slope + load(dx + at));
+            }
+          });
+        });
+        return;
+      }
+    }
+    for (int64_t ih = 0; ih < this->g_.H; ++ih) {
+      for (int64_t iw = 0; iw < this->g_.W; ++iw) {
+        for (int64_t l = 0; l < kLanes<T>; ++l) {
+          dx[(ih * this->g_.W + iw) * kLanes<T> + l] =
+              input_gradient<norm>(dy + l, x + l, y + l, this->g_, p_, ih, iw);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kV = kVectorsPerLine;
+  static constexpr int64_t kWidth = kLanes<T> / kV;
+  static constexpr T kSmall = std::is_same_v<T, float> ? T(1e-15) : T(1e-140);
+  T p_;
+};
+
+// The gradient goes to the first of equal maxima, as in PyTorch.
+template <typename T>
+class MaxPooling final : public Pooling<T> {
+ public:
+  using Pooling<T>::Pooling;
+
+  bool needs_output() const override { return true; }
+
+  void forward(int64_t b) override {
+    const T* x = this->in.value + b * this->in.block();
+    T* y = this->out.value + b * this->out.block();
+    this->each_window([&](const auto& window, int64_t o) {
+      Vector<T> best[kV];
+      for (auto& vector : best) vector = splat(-std::numeric_limits<T>::infinity());
+      this->each_element(window, [&](int64_t i) {
+        for (int v = 0; v < kV; ++v) {
+          const Vector<T> a = load(x + i + v * kWidth);
+          best[v] = (a > best[v]) | (a != a) ? a : best[v];
+        }
+      });
+      for (int v = 0; v < kV; ++v) store(y + o + v * kWidth, best[v]);
+    });
+  }
+
+  void backward(int64_t b) override {
+    const T* x = this->in.value + b * this->in.block();
+    const T* y = this->out.value + b * this->out.block();
+    const T* dy = this->out.grad + b * this->out.block();
+    T* dx = this->in.grad + b * this->in.block();
+    this->clear_gradient(dx);
+    this->each_window([&](const auto& window, int64_t o) {
+      Vector<T> left[kV];  // the gradient until its element is found
+      for (int v = 0; v < kV; ++v) left[v] = load(dy + o + v * kWidth);
+      this->each_element(window, [&](int64_t i) {
+        for (int v = 0; v < kV; ++v) {
+          T* to = dx + i + v * kWidth;
+          const Vector<T> a = load(x + i + v * kWidth);
+          const auto found = (a == load(y + o + v * kWidth)) | (a != a);
+          store(to, load(to) + (found ? left[v] : Vector<T>{}));
+          left[v] = found ? Vector<T>{} : left[v];
+        }
+      });
+    });
+  }
+
+ private:
+  static constexpr int kV = kVectorsPerLine;
+  static constexpr int64_t kWidth = kLanes<T> / kV;
+};
+
+template <typename T>
+class AveragePooling final : public Pooling<T> {
+ public:
+  // divisor 0: the elements of the window, those of the padding among them if count_padding.
+  AveragePooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments,
+                 bool count_padding, int64_t divisor)
+      : Pooling<T>(input, output, arguments), count_padding_(count_padding), divisor_(divisor) {}
+
+  void forward(int64_t b) override {
+    const T* x = this->in.value + b * this->in.block();
+    T* y = this->out.value + b * this->out.block();
+    this->each_window([&](const auto& window, int64_t o) {
+      T sum[kLanes<T>] = {};
+      this->each_element(window, [&](int64_t i) {
+        for (int64_t l = 0; l < kLanes<T>; ++l) sum[l] += x[i + l];
+      });
+      const T divisor = window_divisor(window.oh, window.ow);
+      for (int64_t l = 0; l < kLanes<T>; ++l) y[o + l] = sum[l] / divisor;
+    });
+  }
+
+  void backward(int64_t b) override {
+    const T* dy = this->out.grad + b * this->out.block();
+    T* dx = this->in.grad + b * this->in.block();
+    this->clear_gradient(dx);
+    this->each_window([&](const auto& window, int64_t o) {
+      const T divisor = window_divisor(window.oh, window.ow);
+      T share[kLanes<T>];
+      for (int64_t l = 0; l < kLanes<T>; ++l) share[l] = dy[o + l] / divisor;
+      this->each_element(window, [&](int64_t i) {
+        for (int64_t l = 0; l < kLanes<T>; ++l) dx[i + l] += share[l];
+      });
+    });
+  }
+
+ private:
+  T window_divisor(int64_t oh, int64_t ow) const {
+    const PoolGeometry& g = this->g_;
+    if (divisor_ != 0) return static_cast<T>(divisor_);
+    if (!count_padding_) {
+      return static_cast<T>((g.last_row(oh) - g.first_row(oh)) *
+                            (g.last_column(ow) - g.first_column(ow)));
+    }
+    const int64_t top = oh * g.stride_h - g.padding_h, left = ow * g.stride_w - g.padding_w;
+    return static_cast<T>((std::min(top + g.kernel_h, g.H + g.padding_h) - top) *
+                          (std::min(left + g.kernel_w, g.W + g.padding_w) - left));
+  }
+
+  bool count_padding_;
+  int64_t divisor_;
+};
+
+}  // namespace mnist_ops::online

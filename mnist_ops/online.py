@@ -1,0 +1,487 @@
+"""Online SGD, one sample at a time, in compiled code: the reports' training without Python in it.
+
+:class:`OnlineSGD` trains an ordinary module in place, sample after sample::
+
+    >>> import torch
+    >>> from mnist_ops import models, online
+    >>> model = models.convnet(dtype=torch.float64)
+    >>> engine = online.OnlineSGD(model, loss="nll", lr=1e-3, lr_decay=1e-7)
+    >>> images, labels = torch.randn(50, 1, 32, 32), torch.randint(0, 10, (50,))
+    >>> losses, predictions = engine.run(images, labels, torch.randperm(50))
+    >>> losses.shape
+    torch.Size([50])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import nn as ops_nn
+from . import torch7
+from .ops._common import check_number, pair
+from .optim import Torch7SGD
+
+__all__ = ["OnlineSGD", "OptimizerEngine", "UnsupportedError"]
+
+LOSSES = ("nll", "multi_margin", "mse")
+
+# Dropout's random numbers are drawn for a piece of a run at a time: at most this many.
+_NUMBERS_AT_ONCE = 1 << 21
+
+
+class UnsupportedError(ValueError):
+    """The network or the optimizer is none that the engine knows; :attr:`reason` says what."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"OnlineSGD: {reason}; use the autograd loop (training.AutogradEngine)")
+        self.reason = reason
+
+
+class OnlineSGD:
+    r"""Stochastic gradient descent with batch size 1, entirely in C++.
+
+    For each sample in turn: forward, loss, prediction, backward, update. With t counting samples
+    from 0, weight decay :math:`\lambda`, momentum m and dampening d:
+
+    .. math::
+        g &\leftarrow \nabla f(w) + \lambda w \\
+        v &\leftarrow m v + (1 - d)\, g \quad (v = g \text{ in the first step}) \\
+        w &\leftarrow w - \frac{lr}{1 + t \cdot lr\_decay}\, u, \qquad
+        u = g + m v \text{ (Nesterov)},\ v \text{ (momentum)},\ g \text{ (neither)}
+
+    This is :class:`mnist_ops.optim.Torch7SGD` behind autograd, but for rounding (1e-12 relative in
+    float64 after 100 steps) and for the time it takes.
+
+    Args:
+        model: a ``torch.nn.Sequential``, nested or not, on the CPU in float64 or float32, trained
+            in place. Its layers may be ``Conv2d`` (stride 1, no dilation, no groups, zero padding),
+            ``Linear``, ``Tanh``, ``ReLU``, ``Sigmoid`` (PyTorch's or this library's),
+            :class:`mnist_ops.nn.LPPool2d`, ``MaxPool2d`` (no dilation), ``AvgPool2d``,
+            :class:`mnist_ops.nn.SubtractiveNorm2d`, ``Flatten``, ``Identity``,
+            :class:`mnist_ops.torch7.Dropout`, and ``LogSoftmax`` over the classes (PyTorch's,
+            :class:`mnist_ops.nn.LogSoftmax` or :class:`mnist_ops.torch7.LogSoftmax`). Every
+            parameter is trained.
+        loss: ``"nll"``, ``"multi_margin"`` or ``"mse"``: :func:`mnist_ops.torch7.nll_loss`,
+            :func:`~mnist_ops.torch7.multi_margin_loss`, :func:`~mnist_ops.torch7.mse_loss`.
+        lr: learning rate of the first step.
+        lr_decay: see above; the reports use 1e-7.
+        weight_decay: 0 switches it off, as for ``momentum``.
+        momentum: m.
+        dampening: d, equal to ``momentum`` unless given, as in Torch7.
+        nesterov: needs ``momentum > 0`` and ``dampening=0``.
+        threads: how many threads of PyTorch's pool may share the work of a sample. The results do
+            not depend on it.
+
+    Attributes:
+        description: what runs, in a line.
+        steps: samples used so far.
+        velocities: one tensor for each parameter, or an empty list without momentum or before the
+            first step.
+
+    Raises:
+        UnsupportedError: (a ``ValueError``) for a layer, loss or dtype that the engine does not
+            know; the message names it. Such networks train with
+            :class:`mnist_ops.training.AutogradEngine`.
+        TypeError, ValueError: for an impossible argument.
+
+    Source: the training loop of both reports: Torch7's ``optim.sgd`` on one sample at a time.
+
+    Example::
+
+        >>> engine = OnlineSGD(model, lr=1e-3, lr_decay=1e-7)
+        >>> for chunk in torch.randperm(len(images)).split(1000):  # Ctrl-C works between chunks
+        ...     losses, predictions = engine.run(images, labels, chunk)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str = "nll",
+        lr: float = 1e-3,
+        lr_decay: float = 1e-7,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float | None = None,
+        nesterov: bool = False,
+        threads: int = 1,
+    ) -> None:
+        if loss not in LOSSES:
+            known = ", ".join(map(repr, LOSSES))
+            raise ValueError(f"OnlineSGD: loss must be {known}, got {loss!r}")
+        dampening = momentum if dampening is None else dampening
+        numbers = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "dampening": dampening,
+        }
+        for name, value in numbers.items():
+            if not 0.0 <= check_number("OnlineSGD", name, value) < math.inf:
+                raise ValueError(f"OnlineSGD: {name} must be >= 0 and finite, got {value}")
+        if nesterov and (momentum == 0.0 or dampening != 0.0):
+            raise ValueError(
+                "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
+                f"got momentum {momentum} and dampening {dampening}"
+            )
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            raise TypeError(f"OnlineSGD: threads must be an int, got {threads!r}")
+        if threads < 1:
+            raise ValueError(f"OnlineSGD: threads must be >= 1, got {threads}")
+        self.model = model
+        self.loss = loss
+        self.lr = float(lr)
+        self.lr_decay = float(lr_decay)
+        self.weight_decay = float(weight_decay)
+        self.momentum = float(momentum)
+        self.dampening = float(dampening)
+        self.nesterov = bool(nesterov)
+        self.threads = threads
+        self.steps = 0
+        self.velocities: list[Tensor] = []
+        self._read_model()
+        dtype = str(self._parameters[0].dtype).removeprefix("torch.")
+        plural = "s" if threads > 1 else ""
+        self.description = (
+            f"compiled online SGD, {dtype}, cpu, {threads} thread{plural}, batch size 1"
+        )
+
+    def _read_model(self) -> None:
+        """Turn the module into the engine's text, and refuse what it cannot say."""
+        lines: list[str] = []
+        self._parameters: list[nn.Parameter] = []
+        self._kernels: list[Tensor] = []
+        self._dropouts: list[torch7.Dropout] = []
+        seen: set[int] = set()
+        for name, module in _layers(self.model):
+            lines.append(f"{_line(name, module)} {' '.join(name.split())}")
+            for parameter_name, parameter in module.named_parameters():
+                where = f"layer {name!r} ({type(module).__name__})"
+                if id(parameter) in seen:
+                    raise UnsupportedError(
+                        f"{where} shares its {parameter_name} with another layer"
+                    )
+                if not parameter.requires_grad:
+                    raise UnsupportedError(f"{where} has a frozen {parameter_name}")
+                if parameter.device.type != "cpu":
+                    raise UnsupportedError(
+                        f"{where} is on {parameter.device}, the engine runs on the CPU"
+                    )
+                if parameter.dtype not in (torch.float64, torch.float32):
+                    raise UnsupportedError(f"{where} is {parameter.dtype}, not float64 or float32")
+                seen.add(id(parameter))
+                self._parameters.append(parameter)
+            if type(module) is ops_nn.SubtractiveNorm2d:
+                self._kernels.append(module.kernel)
+            if isinstance(module, torch7.Dropout) and module.p > 0:
+                self._dropouts.append(module)
+        if not self._parameters:
+            raise UnsupportedError("the network has no parameters")
+        dtypes = {parameter.dtype for parameter in self._parameters}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            raise UnsupportedError(f"the parameters must have one dtype, got {names}")
+        if len({id(module.generator) for module in self._dropouts}) > 1:
+            raise UnsupportedError("the Dropout layers must draw from one generator")
+        self._network = "\n".join(lines)
+
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Train on ``images[order]``, one step per sample, in order.
+
+        The interpreter's lock is released meanwhile; Ctrl-C waits for the end of the call, so give
+        long orders in pieces. The module is put into training mode.
+
+        Args:
+            images: ``(N, C, H, W)``, or ``(N, features)`` for a network of vectors, float64 or
+                float32 on the CPU; cast to the network's dtype sample by sample.
+            labels: int64 ``(N,)``, classes from 0.
+            order: int64 ``(M,)``, the samples to use, each in ``[0, N)``.
+
+        Returns:
+            The losses ``(M,)`` in the network's dtype and the predicted classes ``(M,)`` int64,
+            each sample's from before its own update. Both are on the CPU.
+
+        Raises:
+            TypeError: for an argument that is no tensor.
+            RuntimeError: if shapes, dtypes or values do not fit; nothing has changed then.
+        """
+        for name, tensor in (("images", images), ("labels", labels), ("order", order)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"OnlineSGD.run: {name} must be a Tensor, got {type(tensor)}")
+        self.model.train()
+        if not self._dropouts or order.dim() != 1 or images.dim() < 2:
+            return self._run(images, labels, order, torch.empty(0, dtype=torch.float64))
+        # One sample's numbers come together, layer after layer, as the original draws them.
+        generator = self._dropouts[0].generator
+        per_sample = self._numbers_per_sample(images)
+        results = []
+        for piece in order.split(max(1, _NUMBERS_AT_ONCE // per_sample)):
+            before = generator.get_state()
+            uniform = generator.uniform(0.0, 1.0, (len(piece), per_sample))
+            try:
+                results.append(self._run(images, labels, piece, uniform))
+            except Exception:
+                generator.set_state(before)
+                raise
+        losses, predictions = zip(*results, strict=True)
+        return torch.cat(losses), torch.cat(predictions)
+
+    def _run(
+        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        started = bool(self.velocities)
+        if self.momentum and not started:
+            self.velocities = [
+                torch.zeros_like(p, requires_grad=False, memory_format=torch.contiguous_format)
+                for p in self._parameters
+            ]
+        with torch.no_grad():
+            result = torch.ops.mnist_ops.online_sgd(
+                [parameter.detach() for parameter in self._parameters],
+                self.velocities if self.momentum else [],
+                self._network,
+                self._kernels,
+                images,
+                labels,
+                order,
+                uniform,
+                LOSSES.index(self.loss),
+                self.steps,
+                self.lr,
+                self.lr_decay,
+                self.weight_decay,
+                self.momentum,
+                self.dampening,
+                self.nesterov,
+                started,
+                self.threads,
+            )
+        self.steps += len(order)
+        # A graph that autograd recorded before holds the old values: let it notice.
+        torch.autograd.graph.increment_version(self._parameters)
+        return result
+
+    def _numbers_per_sample(self, images: Tensor) -> int:
+        """How many random numbers one forward pass draws: one per element that dropout sees."""
+        counts: list[int] = []
+        handles = [
+            module.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
+            for module in self._dropouts
+        ]
+        sample = torch.zeros((1, *images.shape[1:]), dtype=self._parameters[0].dtype)
+        try:
+            with torch.no_grad():
+                self.model.eval()(sample)  # in evaluation mode nothing is drawn
+        finally:
+            self.model.train()
+            for handle in handles:
+                handle.remove()
+        return sum(counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps, velocities and, where there is dropout, its generator's state.
+
+        Ints, strings and tensors, fit for ``torch.load(weights_only=True)``. The parameters are in
+        the model's own ``state_dict``.
+        """
+        generator = self._dropouts[0].generator.get_state() if self._dropouts else None
+        return {
+            "steps": self.steps,
+            "velocities": [velocity.clone() for velocity in self.velocities],
+            "generator": generator,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if it belongs to another network or another kind of run.
+        """
+        velocities = list(state["velocities"])
+        shapes = [tuple(velocity.shape) for velocity in velocities]
+        if velocities and shapes != [tuple(p.shape) for p in self._parameters]:
+            raise ValueError("OnlineSGD.load_state_dict: the velocities are of another network")
+        if bool(velocities) != (self.momentum > 0 and state["steps"] > 0):
+            raise ValueError(
+                "OnlineSGD.load_state_dict: the velocities do not go with the momentum"
+            )
+        if (state["generator"] is None) != (not self._dropouts):
+            raise ValueError("OnlineSGD.load_state_dict: the state is of another network's dropout")
+        self.steps = int(state["steps"])
+        self.velocities = [
+            velocity.to(parameter.dtype, copy=True).contiguous()
+            for velocity, parameter in zip(velocities, self._parameters, strict=False)
+        ]
+        if self._dropouts:
+            self._dropouts[0].generator.set_state(state["generator"])
+
+
+class OptimizerEngine(OnlineSGD):
+    """:class:`OnlineSGD` with its settings and state in a :class:`mnist_ops.optim.Torch7SGD`.
+
+    Steps, velocities and learning rate are read from the optimizer before each run and written back
+    after it, so that the two ways of training can take turns, and checkpoints of the optimizer are
+    checkpoints of the run.
+
+    Args:
+        model: as for :class:`OnlineSGD`.
+        optimizer: exactly a ``Torch7SGD``, one group with all of the model's parameters.
+        criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
+        transform: applied to each image ``(1, C, H, W)`` before use, for augmentation; not together
+            with dropout, whose random numbers it would have to draw in turn with.
+        threads: as for :class:`OnlineSGD`.
+
+    Raises:
+        UnsupportedError: if the network, optimizer or criterion is none that the engine knows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[..., Tensor] = torch7.nll_loss,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        threads: int = 1,
+    ) -> None:
+        if type(optimizer) is not Torch7SGD:
+            raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not Torch7SGD")
+        if len(optimizer.param_groups) != 1:
+            raise UnsupportedError("the optimizer has several parameter groups")
+        if criterion not in _CRITERIA:
+            name = getattr(criterion, "__name__", type(criterion).__name__)
+            raise UnsupportedError(f"the criterion {name} is not one of the engine's")
+        self.optimizer = optimizer
+        self.transform = transform
+        settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
+        super().__init__(model, _CRITERIA[criterion], threads=threads, **settings)
+        if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
+            raise UnsupportedError("the optimizer's parameters are not those of the network")
+        if transform is not None and self._dropouts:
+            raise UnsupportedError("a transform together with dropout")
+
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`OnlineSGD.run`."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state
+        for name in _SETTINGS:
+            setattr(self, name, group[name])
+        self.steps = group["steps"]
+        self.velocities = [state[p]["velocity"] for p in self._parameters if "velocity" in state[p]]
+        if self.transform is not None:
+            self.model.train()
+            dtype = self._parameters[0].dtype
+            images = torch.cat(
+                [self.transform(images[i : i + 1].to(dtype)) for i in order.tolist()]
+            )
+            labels = labels.index_select(0, order)
+            order = torch.arange(len(order))
+        result = super().run(images, labels, order)
+        group["steps"] = self.steps
+        for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
+            state[parameter]["velocity"] = velocity
+        return result
+
+
+_SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")
+_CRITERIA: dict[Callable[..., Tensor], str] = {
+    torch7.nll_loss: "nll",
+    torch7.multi_margin_loss: "multi_margin",
+    torch7.mse_loss: "mse",
+}
+
+
+def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers in the order of forward, with their names in the model."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if any(hooks) or module._backward_pre_hooks:
+        raise UnsupportedError(f"layer {name or type(module).__name__!r} has hooks")
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for child_name, child in module._modules.items():
+            assert child is not None
+            yield from _layers(child, f"{name}.{child_name}" if name else child_name)
+    elif not isinstance(module, nn.Identity):
+        yield name or type(module).__name__, module
+
+
+def _number(value: float) -> str:
+    """A number as C++ streams read it, to the last bit."""
+    return "inf" if math.isinf(value) else repr(float(value))
+
+
+def _line(name: str, module: nn.Module) -> str:
+    """One layer in the engine's words; csrc/online/online_sgd.cpp lists them."""
+    kind = type(module)
+    where = f"layer {name!r} ({kind.__name__})"
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise UnsupportedError(f"{where} {what}")
+
+    def pool(module: Any) -> str:
+        stride = module.kernel_size if module.stride is None else module.stride
+        values = (module.kernel_size, stride, module.padding)
+        numbers = [n for value in values for n in pair(where, "kernel_size", value)]
+        return " ".join(map(str, [*numbers, int(module.ceil_mode)]))
+
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        need(pair(where, "stride", module.stride) == [1, 1], f"has stride {module.stride}, not 1")
+        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
+        need(module.groups == 1, f"has {module.groups} groups")
+        need(module.padding_mode == "zeros", f"has padding_mode {module.padding_mode!r}")
+        kernel = pair(where, "kernel_size", module.kernel_size)
+        if module.padding == "valid":
+            padding = [0, 0]
+        elif module.padding == "same":
+            need(all(k % 2 == 1 for k in kernel), "has padding 'same' of an even kernel")
+            padding = [k // 2 for k in kernel]
+        else:
+            padding = pair(where, "padding", module.padding)
+        numbers = [module.out_channels, *kernel, *padding, int(module.bias is not None)]
+        return "conv2d " + " ".join(map(str, numbers))
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
+        return f"linear {module.out_features} {int(module.bias is not None)}"
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
+        return f"lp_pool2d {_number(module.norm_type)} {pool(module)}"
+    if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
+        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
+        need(not module.return_indices, "has return_indices")
+        return f"max_pool2d {pool(module)}"
+    if isinstance(module, nn.AvgPool2d) and kind is nn.AvgPool2d:
+        divisor = module.divisor_override or 0
+        return f"avg_pool2d {pool(module)} {int(module.count_include_pad)} {divisor}"
+    if isinstance(module, nn.Flatten) and kind is nn.Flatten:
+        need(
+            module.start_dim == 1 and module.end_dim == -1,
+            f"flattens the dimensions {module.start_dim} to {module.end_dim}, not 1 to -1",
+        )
+        return "flatten"
+    if isinstance(module, torch7.Dropout) and kind is torch7.Dropout:
+        return f"dropout {_number(module.p)}" if module.p > 0 else "identity"
+    if isinstance(module, (nn.LogSoftmax, ops_nn.LogSoftmax)) and kind in (
+        nn.LogSoftmax,
+        ops_nn.LogSoftmax,
+    ):
+        need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
+        return f"log_softmax {_number(getattr(module, 'beta', 1.0))}"
+    raise UnsupportedError(f"{where} is not one of the engine's layers")
+
+
+_PLAIN: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    ops_nn.Sigmoid: "sigmoid",
+    ops_nn.SubtractiveNorm2d: "subtractive_norm2d",
+    torch7.LogSoftmax: "log_softmax_torch7",
+}
+
+
+@torch.library.register_fake("mnist_ops::online_sgd")
+def _(parameters, velocities, network, kernels, images, labels, order, *options):
+    return parameters[0].new_empty(order.shape), order.new_empty(order.shape)

@@ -1,0 +1,662 @@
+"""The compiled online SGD: the autograd loop in float64 is its truth, and the original's run."""
+
+import copy
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import (
+    AvgPool2d,
+    Conv2d,
+    Flatten,
+    Identity,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Tanh,
+)
+
+from mnist_ops import data, gaussian1d, gaussian2d, models, nn, online, torch7, training
+from mnist_ops.online import OnlineSGD, OptimizerEngine, UnsupportedError
+from mnist_ops.optim import Torch7SGD
+
+REFERENCE = Path(__file__).parent / "reference" / "online_original.npz"
+CRITERIA = {
+    "nll": torch7.nll_loss,
+    "multi_margin": torch7.multi_margin_loss,
+    "mse": torch7.mse_loss,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def samples(*shape, count=20, classes=4, dtype=torch.float64):
+    return torch.randn(count, *shape, dtype=dtype), torch.randint(0, classes, (count,))
+
+
+def values(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def compare(model, images, labels, steps=100, rtol=1e-12, loss="nll", threads=1, **settings):
+    """Train one copy with the engine and one through autograd, and hold them side by side."""
+    theirs = copy.deepcopy(model)
+    order = torch.randint(0, len(images), (steps,))
+    engine = OnlineSGD(model, loss, threads=threads, **settings)
+    got = engine.run(images, labels, order)
+    sgd = Torch7SGD(theirs.parameters(), **({"lr_decay": 1e-7} | settings))
+    expected = training.AutogradEngine(theirs, sgd, CRITERIA[loss]).run(images, labels, order)
+    assert got[0].dtype == next(model.parameters()).dtype and got[0].shape == (steps,)
+    scale = expected[0].abs().max().item()
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=rtol * scale)
+    assert torch.equal(got[1], expected[1])
+    for (name, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        bound = rtol * other.abs().max().item()
+        torch.testing.assert_close(
+            ours, other, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert engine.steps == steps
+    return got
+
+
+# -------------------------------------------------------------------------- the original's numbers
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_error", "value_error"),
+    [(torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-5)],
+    ids=["float64", "float32"],
+)
+def test_first_2000_steps_of_the_original(dtype, loss_error, value_error):
+    with np.load(REFERENCE) as file:
+        original = {name: file[name] for name in file.files}
+    splits = data.prepare()
+    model = models.convnet(dtype=dtype, generator=torch7.start(seed=1))
+    engine = OnlineSGD(model, loss="nll", lr=1e-3, lr_decay=1e-7)
+    order = torch.from_numpy(original["shuffle_epoch1"][:2000]).long() - 1
+    pieces = [
+        engine.run(splits.train_images, splits.train_labels, piece) for piece in order.split(300)
+    ]
+    losses, predictions = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    expected = torch.from_numpy(original["losses_first2000"])
+    torch.testing.assert_close(losses.double(), expected, rtol=0, atol=loss_error)
+    assert torch.equal(predictions + 1, torch.from_numpy(original["preds_first2000"]).long())
+    expected = torch.from_numpy(original["params_after_2000"])
+    torch.testing.assert_close(values(model).double(), expected, rtol=0, atol=value_error)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("nll", {}),
+        ("nll", {"activation": "relu", "log_softmax": "exact"}),
+        ("multi_margin", {"log_softmax": None}),
+        ("mse", {"log_softmax": None, "output_activation": "tanh"}),
+        ("nll", {"kernel_size": 3, "padding": 1, "widths": (16, 24, 20, 32)}),
+        ("nll", {"dropout": 0.5, "norm_kernel": None, "pooling": "max"}),
+    ],
+    ids=["original", "relu", "multi-margin", "mse", "three stages", "dropout"],
+)
+def test_variants_of_the_reports(loss, options):
+    generator = torch7.start(seed=3)
+    options = {"widths": (20, 12, 24)} | options
+    model = models.convnet(dtype=torch.float64, generator=generator, **options)
+    compare(model, *samples(1, 32, 32, classes=10), loss=loss, lr=0.01, lr_decay=1e-3)
+
+
+# --------------------------------------------------------------------------------------- each layer
+
+
+def network(*layers, shape=(3, 9, 8), classes=4):
+    """The layers behind a convolution and before a classifier, so that gradients pass through."""
+    body = Sequential(Conv2d(shape[0], 9, 3), Tanh(), *layers, Flatten()).double()
+    with torch.no_grad():
+        features = body(torch.zeros(1, *shape, dtype=torch.float64)).shape[1]
+    return Sequential(body, Linear(features, classes), torch7.LogSoftmax()).double()
+
+
+LAYERS = {
+    "conv": Conv2d(9, 5, 3),
+    "conv many channels": Conv2d(9, 40, 2),
+    "conv one output": Conv2d(9, 1, 3),
+    "conv rectangular": Conv2d(9, 7, (2, 4)),
+    "conv 1x1": Conv2d(9, 17, 1),
+    "conv padded": Conv2d(9, 4, 5, padding=2),
+    "conv padded unevenly": Conv2d(9, 4, (3, 2), padding=(0, 3)),
+    "conv same": Conv2d(9, 4, (3, 5), padding="same"),
+    "conv whole map": Conv2d(9, 12, (7, 6)),
+    "conv without bias": Conv2d(9, 6, 3, bias=False),
+    "tanh": Tanh(),
+    "relu": ReLU(),
+    "sigmoid": torch.nn.Sigmoid(),
+    "own sigmoid": nn.Sigmoid(),
+    "identity": Identity(),
+    "flatten twice": Flatten(),
+    "max pool": MaxPool2d(2),
+    "max pool overlapping": MaxPool2d(3, 1),
+    "max pool padded": MaxPool2d((3, 2), 2, padding=1, ceil_mode=True),
+    "average pool": AvgPool2d(2),
+    "average pool padded": AvgPool2d(3, 2, padding=1, ceil_mode=True),
+    "average pool, padding not counted": AvgPool2d(3, 2, 1, count_include_pad=False),
+    "average pool with a divisor": AvgPool2d((2, 3), 1, divisor_override=5),
+    "norm": nn.SubtractiveNorm2d(gaussian1d(5)),
+    "norm with a 2-D kernel": nn.SubtractiveNorm2d(torch.rand(3, 5)),
+    "norm larger than the map": nn.SubtractiveNorm2d(gaussian2d(11)),
+    "dropout": torch7.Dropout(0.3, torch7.Generator(7)),
+    "no dropout": torch7.Dropout(0.0, torch7.Generator(7)),
+    **{
+        f"LP pool {p} {name}": nn.LPPool2d(p, *arguments)
+        for p, (name, arguments) in itertools.product(
+            (1, 2, 3, 1.5, 0.5, float("inf")),
+            {
+                "2x2": (2,),
+                "overlapping": ((3, 2), 1),
+                "padded": (3, 2, 1, True),
+                "with gaps": (2, 3),
+            }.items(),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layer(layer):
+    model = network(copy.deepcopy(layer))
+    # The gradient of p < 1 is unbounded, and steps as large as the others' would diverge.
+    compare(model, *samples(3, 9, 8), lr=1e-6 if getattr(layer, "norm_type", 1) < 1 else 0.02)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layer_first(layer):
+    """Before any parameters, where no gradient is wanted; one channel and several."""
+    for channels in (1, 9):
+        if isinstance(layer, Conv2d):
+            layer = Conv2d(
+                channels,
+                layer.out_channels,
+                layer.kernel_size,
+                padding=layer.padding,
+                bias=layer.bias is not None,
+            )
+        body = Sequential(copy.deepcopy(layer), Flatten()).double()
+        features = body.eval()(torch.zeros(1, channels, 7, 6, dtype=torch.float64)).shape[1]
+        model = Sequential(body, Linear(features, 4), nn.LogSoftmax()).double()
+        compare(model, *samples(channels, 7, 6), steps=30, lr=0.02)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [torch7.LogSoftmax(), nn.LogSoftmax(beta=-1.5), torch.nn.LogSoftmax(dim=1), Tanh(), Identity()],
+    ids=["torch7", "own", "torch", "tanh", "none"],
+)
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_ends_and_losses(loss, last):
+    model = Sequential(Linear(11, 13), nn.Sigmoid(), Linear(13, 7, bias=False), last).double()
+    images, labels = samples(11, classes=7)
+    compare(model, images, labels, loss=loss, lr=0.005)
+
+
+def test_vectors_and_a_single_layer():
+    compare(Linear(5, 3).double(), *samples(5, classes=3), loss="mse", lr=0.01)
+    model = Sequential(Linear(130, 66), Tanh(), Tanh(), Linear(66, 1)).double()
+    compare(model, *samples(130, classes=1), loss="mse", lr=1e-3)
+    # In front of the parameters, and one layer working on another's output, which that one needs.
+    model = Sequential(Tanh(), ReLU(), torch7.LogSoftmax(), Linear(6, 4)).double()
+    compare(model, *samples(6), loss="multi_margin", lr=0.1)
+    model = network(nn.LPPool2d(2, 2), Tanh(), MaxPool2d(2), nn.Sigmoid(), ReLU())
+    compare(model, *samples(3, 9, 8), lr=0.1)
+
+
+def test_random_networks():
+    random = np.random.default_rng(5)
+    for _ in range(25):
+        channels, height, width = (int(n) for n in random.integers(1, (20, 12, 12)))
+        shape, layers = (channels, height, width), []
+        for _ in range(random.integers(1, 6)):
+            k = int(random.integers(1, 4))
+            kind = random.integers(0, 7)
+            layer = [
+                lambda: Conv2d(channels, int(random.integers(1, 36)), k, padding=k // 2),
+                lambda: nn.LPPool2d(float(random.uniform(0.6, 4)), k, int(random.integers(1, 4))),
+                lambda: nn.LPPool2d(2, k),
+                lambda: MaxPool2d(k),
+                lambda: AvgPool2d(k),
+                lambda: nn.SubtractiveNorm2d(torch.rand(2 * k - 1) + 0.1),
+                lambda: Tanh(),
+            ][kind]()
+            try:
+                out = layer(torch.zeros(1, channels, height, width))
+            except (ValueError, RuntimeError):
+                continue
+            if 0 in out.shape:
+                continue
+            layers.append(layer)
+            channels, height, width = out.shape[1:]
+        head = [Flatten(), Linear(channels * height * width, 4), torch7.LogSoftmax()]
+        compare(Sequential(*layers, *head).double(), *samples(*shape), steps=20, lr=0.01)
+
+
+# ------------------------------------------------------------------------- optimizer, dtypes, runs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr_decay": 0.1},
+        {"weight_decay": 0.1},
+        {"momentum": 0.9},
+        {"momentum": 0.5, "dampening": 0.0},
+        {"momentum": 0.5, "dampening": 0.25, "weight_decay": 0.01, "lr_decay": 0.01},
+        {"momentum": 0.5, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_settings_of_sgd(settings, dtype):
+    model = network(nn.LPPool2d(2, 2), Conv2d(9, 6, 2)).to(dtype)
+    images, labels = samples(3, 9, 8)
+    rtol = 1e-12 if dtype == torch.float64 else 2e-5
+    compare(model, images, labels, lr=0.02, rtol=rtol, **settings)
+
+
+@pytest.mark.parametrize("images_dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_images_of_either_type(dtype, images_dtype):
+    model = network(nn.LPPool2d(2, 2)).to(dtype)
+    images, labels = samples(3, 9, 8, dtype=images_dtype)
+    compare(model, images, labels, rtol=1e-12 if dtype == torch.float64 else 2e-5, lr=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_windows_of_zeros_and_of_tiny_and_huge_numbers(dtype):
+    # Rectified maps have windows of zeros; squares of these overflow or underflow.
+    limit = torch.finfo(dtype)
+    rtol = 1e-12 if dtype == torch.float64 else 2e-5
+    for scale in (1.0, limit.tiny**0.6, limit.max**0.6):
+        model = Sequential(
+            Conv2d(1, 9, 3, bias=False), ReLU(), nn.LPPool2d(2, 2), Flatten(), Linear(81, 4), Tanh()
+        ).to(dtype)
+        with torch.no_grad():
+            model[4].weight /= scale
+        images, labels = samples(1, 8, 8)
+        # With a gradient of 1/scale for the convolution's weights, which must not move far.
+        lr = 1e-3 if scale == 1.0 else 0.0
+        losses, _ = compare(model, images * scale, labels, steps=20, lr=lr, rtol=rtol, loss="mse")
+        assert losses.isfinite().all() and losses.std() > 0
+
+
+def test_nan_is_reported_not_hidden():
+    model = network(nn.LPPool2d(2, 2), nn.SubtractiveNorm2d(gaussian1d(3)), MaxPool2d(2))
+    images, labels = samples(3, 9, 8)
+    images[3, 1, 4, 4] = torch.nan
+    losses, predictions = OnlineSGD(model).run(images, labels, torch.arange(3, 5))
+    assert losses.isnan().all()
+    assert ((predictions >= 0) & (predictions < 4)).all()
+
+
+def test_memory_formats_and_strides():
+    model = network(Conv2d(9, 5, 3)).to(memory_format=torch.channels_last)
+    model[1].weight.data = model[1].weight.data.t().contiguous().t()
+    assert not model[0][2].weight.is_contiguous() and not model[1].weight.is_contiguous()
+    images, labels = samples(18, 3, 8, count=40)
+    images = images[:, ::2].transpose(1, 2)[::2]
+    compare(model, images, labels[1::2], lr=0.02, momentum=0.5)
+    assert not model[0][2].weight.is_contiguous() and not model[1].weight.is_contiguous()
+
+
+def chunked_setup(threads=1):
+    torch.manual_seed(2)
+    generator = torch7.start(seed=5)
+    model = models.convnet(
+        (17, 20, 24), dropout=0.25, generator=generator, dtype=torch.float64, image_size=20
+    )
+    return model, generator, OnlineSGD(model, lr=0.02, momentum=0.5, threads=threads)
+
+
+def test_chunks_threads_and_saved_states_change_nothing(tmp_path):
+    images, labels = samples(1, 20, 20, classes=10)
+    order = torch.randint(0, 20, (60,))
+    model, generator, engine = chunked_setup()
+    expected = engine.run(images, labels, order)
+
+    other, _, pieces = chunked_setup()
+    first = [pieces.run(images, labels, piece) for piece in order[:30].split([1, 22, 7, 0])]
+    saved = {"model": other.state_dict(), "engine": pieces.state_dict()}
+    torch.save(saved, tmp_path / "state.pt")
+    pieces.run(images, labels, order[:10])  # goes on, and must leave the saved state alone
+
+    torch.set_num_threads(2)
+    resumed, resumed_generator, threaded = chunked_setup(threads=2)
+    resumed_generator.consume(3)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    threaded.load_state_dict(state["engine"])
+    assert threaded.steps == 30
+    second = threaded.run(images, labels, order[30:])
+    torch.set_num_threads(1)
+
+    parts = [*first, second]
+    assert torch.equal(torch.cat([losses for losses, _ in parts]), expected[0])
+    assert torch.equal(torch.cat([classes for _, classes in parts]), expected[1])
+    assert torch.equal(values(resumed), values(model))
+    assert (resumed_generator.random32(5) == generator.random32(5)).all()
+
+
+def test_states_that_do_not_fit():
+    _, _, engine = chunked_setup()
+    engine.run(*samples(1, 20, 20, classes=10), torch.arange(3))
+    state = engine.state_dict()
+    plain = OnlineSGD(models.convnet((17, 20, 24), image_size=20, dtype=torch.float64))
+    with pytest.raises(ValueError, match="velocities do not go with the momentum"):
+        plain.load_state_dict(state)
+    with pytest.raises(ValueError, match="dropout"):
+        plain.load_state_dict({**state, "velocities": []})
+    with pytest.raises(ValueError, match="velocities are of another network"):
+        chunked_setup()[2].load_state_dict({**state, "velocities": state["velocities"][:2]})
+
+
+def elementwise(layer, x):
+    """The layer of each number as the engine computes it: the loss is minus the score."""
+    model = Sequential(Linear(1, 1, bias=False), layer).to(x.dtype)
+    torch.nn.init.ones_(model[0].weight)
+    images = x.unsqueeze(1)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    losses, _ = OnlineSGD(model, lr=0.0).run(images, labels, torch.arange(len(x)))
+    return -losses
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+def test_tanh_and_sigmoid_to_the_last_places(dtype):
+    random = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            random.uniform(-1, 1, 3000) * 10.0 ** random.uniform(-8, 1.5, 3000),
+            random.uniform(-1, 1, 3000),
+            np.linspace(-25, 25, 1001),
+            [0.0, -0.0, np.finfo(dtype).tiny, 1e-30, 100.0, -100.0, 1e30],
+        ]
+    ).astype(dtype)
+    exact = x.astype(np.longdouble)
+    tanh = elementwise(Tanh(), torch.from_numpy(x)).numpy()
+    error = np.abs(tanh - np.tanh(exact)) / np.spacing(np.abs(np.tanh(exact)).astype(dtype))
+    assert error.max() < 3
+    for special, value in [(np.nan, np.nan), (np.inf, 1.0), (-np.inf, -1.0)]:
+        y = elementwise(Tanh(), torch.from_numpy(np.array([special], dtype)))
+        np.testing.assert_equal(y.item(), value)
+    finite = exact[np.abs(exact) < 80]
+    sigmoid = elementwise(nn.Sigmoid(), torch.from_numpy(finite.astype(dtype))).numpy()
+    expected = 1 / (1 + np.exp(-finite))
+    assert (np.abs(sigmoid - expected) / np.spacing(expected.astype(dtype))).max() < 3
+
+
+# ----------------------------------------------------------------------------------- the operator
+
+
+def test_opcheck():
+    model = Sequential(
+        Conv2d(1, 3, 3), nn.SubtractiveNorm2d(gaussian1d(3)), Flatten(), Linear(27, 4)
+    )
+    model = model.double()
+    images, labels = samples(1, 5, 5)
+    for momentum in (0.0, 0.5):
+        engine = OnlineSGD(model, loss="mse", momentum=momentum)
+        parameters = [p.detach().clone() for p in model.parameters()]
+        arguments = (
+            parameters,
+            [torch.zeros_like(p) for p in parameters] if momentum else [],
+            engine._network,
+            [model[1].kernel],
+            *(images, labels, torch.arange(5), torch.empty(0, dtype=torch.float64)),
+            *(2, 0, 0.1, 0.0, 0.0, momentum, 0.0, False, False, 1),
+        )
+        torch.library.opcheck(torch.ops.mnist_ops.online_sgd, arguments)
+
+
+def test_autograd_notices_the_change():
+    model = Sequential(Linear(3, 4), Tanh(), Linear(4, 2)).double()
+    images, labels = samples(3, classes=2)
+    output = model(images).sum()
+    OnlineSGD(model, loss="mse").run(images, labels, torch.arange(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_other_threads_run_meanwhile():
+    model = models.convnet((32, 32, 32), dtype=torch.float64)
+    engine = OnlineSGD(model)
+    images, labels = samples(1, 32, 32, classes=10)
+    started, finished = threading.Event(), threading.Event()
+
+    def train():
+        started.set()
+        engine.run(images, labels, torch.randint(0, 20, (400,)))
+        finished.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    started.wait()
+    turns = 0
+    while not finished.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 10  # with the lock held it would be 0 or 1
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+def frozen():
+    layer = Linear(3, 4)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+def hooked():
+    layer = Linear(3, 4)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Conv2d(1, 2, 3, stride=2), r"layer '0.odd' \(Conv2d\) has stride \(2, 2\), not 1"),
+        (Conv2d(1, 2, 3, dilation=2), r"layer '0.odd' \(Conv2d\) has dilation"),
+        (Conv2d(2, 2, 3, groups=2), r"layer '0.odd' \(Conv2d\) has 2 groups"),
+        (Conv2d(1, 2, 3, padding=1, padding_mode="circular"), "has padding_mode 'circular'"),
+        (Conv2d(1, 2, 2, padding="same"), "has padding 'same' of an even kernel"),
+        (MaxPool2d(2, dilation=2), "has dilation 2"),
+        (MaxPool2d(2, return_indices=True), "has return_indices"),
+        (torch.nn.LPPool2d(2, 2), r"layer '0.odd' \(LPPool2d\) is not one of the engine's layers"),
+        (torch.nn.Dropout(0.5), r"layer '0.odd' \(Dropout\) is not one of"),
+        (nn.DivisiveNorm2d(gaussian1d(3)), r"layer '0.odd' \(DivisiveNorm2d\) is not one of"),
+        (torch.nn.BatchNorm2d(3), r"layer '0.odd' \(BatchNorm2d\) is not one of"),
+        (torch.nn.Flatten(0), "flattens the dimensions 0 to -1"),
+        (torch.nn.LogSoftmax(dim=2), "normalises dimension 2"),
+        (frozen(), "layer '0.odd' .* has a frozen bias"),
+        (hooked(), "layer '0.odd' has hooks"),
+        (Linear(3, 4).half(), "layer '0.odd' .* is torch.float16"),
+        (Linear(3, 4).double(), "must have one dtype, got torch.float32, torch.float64"),
+    ],
+    ids=str,
+)
+def test_what_the_engine_does_not_know(layer, message):
+    model = Sequential(Sequential(), Linear(3, 4))
+    model[0].add_module("odd", layer)
+    with pytest.raises(UnsupportedError, match=f"^OnlineSGD: .*{message}.*autograd loop"):
+        OnlineSGD(model)
+
+
+def test_shared_layers_are_refused():
+    layer = Linear(3, 3)
+    with pytest.raises(UnsupportedError, match="shares its weight with another layer"):
+        OnlineSGD(Sequential(layer, Tanh(), layer))
+    with pytest.raises(UnsupportedError, match="no parameters"):
+        OnlineSGD(Sequential(Flatten()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"loss": "hinge"}, ValueError, "loss must be 'nll', 'multi_margin', 'mse', got 'hinge'"),
+        ({"lr": -1.0}, ValueError, "lr must be >= 0 and finite, got -1.0"),
+        ({"momentum": float("inf")}, ValueError, "momentum must be >= 0 and finite"),
+        ({"lr": "fast"}, TypeError, "lr must be a number, got str"),
+        ({"nesterov": True}, ValueError, "nesterov needs momentum > 0 and dampening 0"),
+        ({"threads": 0}, ValueError, "threads must be >= 1, got 0"),
+        ({"threads": 1.5}, TypeError, "threads must be an int"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(settings, error, message):
+    with pytest.raises(error, match=f"OnlineSGD: {message}"):
+        OnlineSGD(Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"order": torch.tensor([0, 20])}, r"order must be in \[0, 20\), got 20 at position 1"),
+        ({"order": torch.tensor([-1])}, r"order must be in \[0, 20\), got -1"),
+        ({"order": torch.tensor([0.0])}, "order must be int64"),
+        ({"order": torch.zeros(1, 1).long()}, "order must be int64"),
+        ({"labels": torch.full((20,), 4)}, r"labels must be in \[0, 4\), got 4 at position 0"),
+        ({"labels": torch.zeros(19).long()}, r"labels must be int64 \(20,\), got"),
+        ({"labels": torch.zeros(20)}, "labels must be int64"),
+        ({"images": torch.zeros(20, 3, 9)}, "images must be"),
+        ({"images": torch.zeros(20, 3, 9, 8).int()}, "images must be float64 or float32"),
+        (
+            {"images": torch.zeros(20, 2, 9, 8)},
+            r"layer '0.0' \(conv2d\): expected a parameter of \(9, 2, 3, 3\) for its input of "
+            r"\(2, 9, 8\), got \(9, 3, 3, 3\)",
+        ),
+        ({"images": torch.zeros(20, 3, 9, 12)}, r"layer '1' \(linear\): expected a parameter of"),
+        (
+            {"images": torch.zeros(20, 3, 2, 8)},
+            r"layer '0.0' \(conv2d\): a kernel of \(3, 3\) does",
+        ),
+        ({"images": torch.zeros(20, 3, 3, 3)}, r"layer '0.2' \(lp_pool2d\): kernel_size \(2, 2\)"),
+        ({"images": torch.zeros(20, 9)}, r"layer '0.0' \(conv2d\): expected a map"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_arguments_that_do_not_fit_change_nothing(arguments, message):
+    model = network(nn.LPPool2d(2, 2))
+    before = values(model).clone()
+    engine = OnlineSGD(model)
+    images, labels = samples(3, 9, 8)
+    call = {"images": images, "labels": labels, "order": torch.arange(3), **arguments}
+    with pytest.raises(RuntimeError, match=f"online_sgd: {message}"):
+        engine.run(**call)
+    assert torch.equal(values(model), before) and engine.steps == 0
+
+
+def test_layers_that_do_not_follow_each_other():
+    images, labels = samples(1, 4, 4)
+    with pytest.raises(RuntimeError, match=r"layer '0' \(linear\): expected a vector.*Flatten"):
+        OnlineSGD(Sequential(Linear(4, 4)).double()).run(images, labels, torch.arange(1))
+    with pytest.raises(RuntimeError, match="must end in a vector of scores"):
+        OnlineSGD(Sequential(Conv2d(1, 4, 4)).double()).run(images, labels, torch.arange(1))
+    with pytest.raises(TypeError, match="labels must be a Tensor"):
+        OnlineSGD(Sequential(Conv2d(1, 4, 4)).double()).run(images, [1, 2], torch.arange(1))
+
+
+# -------------------------------------------------------------------- in place of autograd
+
+
+def fit(model, sgd, generator, engine=None, **options):
+    train, test = samples(1, 16, 16, count=30, classes=10), samples(1, 16, 16, classes=10)
+    return training.fit(
+        model, train, test, epochs=2, optimizer=sgd, generator=generator, engine=engine, **options
+    )
+
+
+def fit_setup(**options):
+    torch.manual_seed(1)
+    generator = torch7.start(seed=2)
+    options = {"widths": (6, 8), "image_size": 16, "dtype": torch.float64} | options
+    model = models.convnet(generator=generator, **options)
+    return model, Torch7SGD(model.parameters(), lr=0.01, lr_decay=1e-4, momentum=0.5), generator
+
+
+def test_fit_takes_the_engine_and_says_so(capsys):
+    histories = []
+    for compiled in (True, False):
+        model, sgd, generator = fit_setup(dropout=0.5)
+        engine = None if compiled else training.AutogradEngine(model, sgd)
+        history = fit(model, sgd, generator, engine)
+        printed = capsys.readouterr().out
+        assert ("compiled online SGD, float64, cpu, 1 thread, batch size 1" in printed) == compiled
+        histories.append((history, values(model), sgd.state_dict()))
+    (ours, our_values, our_state), (theirs, their_values, their_state) = histories
+    assert [r.train_accuracy for r in ours] == [r.train_accuracy for r in theirs]
+    assert [r.train_loss for r in ours] == pytest.approx([r.train_loss for r in theirs], rel=1e-12)
+    torch.testing.assert_close(our_values, their_values, rtol=0, atol=1e-12)
+    assert our_state["param_groups"] == their_state["param_groups"]
+    for key, state in their_state["state"].items():
+        ours = our_state["state"][key]["velocity"]
+        torch.testing.assert_close(ours, state["velocity"], rtol=0, atol=1e-12)
+
+
+def test_engine_and_autograd_take_turns():
+    images, labels = samples(1, 16, 16, classes=10)
+    results = []
+    for kinds in ("EAEA", "AAAA"):
+        model, sgd, _ = fit_setup()
+        engines = {"E": OptimizerEngine(model, sgd), "A": training.AutogradEngine(model, sgd)}
+        for kind in kinds:
+            engines[kind].run(images, labels, torch.arange(10))
+            sgd.param_groups[0]["lr"] *= 0.5
+        results.append(values(model))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+def test_transforms_are_applied_in_order():
+    images, labels = samples(1, 16, 16, classes=10)
+    order = torch.randperm(20)
+    results = []
+    for engine_type in (OptimizerEngine, training.AutogradEngine):
+        model, sgd, generator = fit_setup()
+
+        def transform(batch, generator=generator):
+            assert batch.shape == (1, 1, 16, 16) and batch.dtype == torch.float64
+            return batch + generator.normal(0.0, 0.3)
+
+        engine = engine_type(model, sgd, transform=transform)
+        losses, predictions = engine.run(images.float(), labels, order)
+        results.append(torch.cat([losses, predictions, values(model)]))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_when_fit_stays_with_autograd():
+    model, sgd, generator = fit_setup()
+    choose = training.choose_engine
+    assert isinstance(choose(model, sgd), OptimizerEngine)
+    assert "not compiled" not in choose(model, sgd, batch_size=4).description
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    two = Torch7SGD([{"params": [p]} for p in model.parameters()])
+    some = Torch7SGD(list(model.parameters())[:2])
+    dropping = models.convnet((6, 8), dropout=0.5, generator=generator)
+    for engine, reason in [
+        (choose(model, other), "the optimizer is SGD, not Torch7SGD"),
+        (choose(model, two), "the optimizer has several parameter groups"),
+        (choose(model, some), "the optimizer's parameters are not those of the network"),
+        (choose(model, sgd, torch.nn.functional.nll_loss), "the criterion nll_loss is not one of"),
+        (
+            choose(dropping, Torch7SGD(dropping.parameters()), transform=lambda batch: batch),
+            "a transform together with dropout",
+        ),
+    ]:
+        assert isinstance(engine, training.AutogradEngine)
+        assert f"(not compiled: {reason}" in engine.description
+    assert set(online.LOSSES) == set(CRITERIA)
