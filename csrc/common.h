@@ -6,11 +6,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,22 @@
 #endif
 
 namespace mnist_ops {
+
+// Throws what becomes Python's RuntimeError, with the arguments behind the condition as its message
+// and nothing before it: torch's own macro would begin with a function, a file and a line.
+#define MNIST_OPS_CHECK(condition, ...)                             \
+  do {                                                              \
+    if (!(condition)) {                                             \
+      throw std::runtime_error(mnist_ops::message_of(__VA_ARGS__)); \
+    }                                                               \
+  } while (false)
+
+template <typename... Parts>
+std::string message_of(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
@@ -57,7 +74,7 @@ void dispatch_floating(const char* op, ScalarType dtype, F&& body) {
     case ScalarType::BFloat16:
       return body(BFloat16{});
     default:
-      STD_TORCH_CHECK(false, op, ": expected float64, float32, float16 or bfloat16, got ",
+      MNIST_OPS_CHECK(false, op, ": expected float64, float32, float16 or bfloat16, got ",
                       torch::headeronly::toString(dtype));
   }
 }
@@ -81,13 +98,13 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 // Two arguments of one call that must agree in shape, dtype and device.
 inline void check_like(const char* op, const char* name, const Tensor& tensor,
                        const char* other_name, const Tensor& other) {
-  STD_TORCH_CHECK(same_shape(tensor, other), op, ": ", name, " must have the shape of ", other_name,
+  MNIST_OPS_CHECK(same_shape(tensor, other), op, ": ", name, " must have the shape of ", other_name,
                   ", ", shape_string(other), ", got ", shape_string(tensor));
-  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": ", name,
+  MNIST_OPS_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": ", name,
                   " must have the dtype of ", other_name, ", ",
                   torch::headeronly::toString(other.scalar_type()), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.device() == other.device(), op, ": ", name, " and ", other_name,
+  MNIST_OPS_CHECK(tensor.device() == other.device(), op, ": ", name, " and ", other_name,
                   " are on different devices");
 }
 
@@ -132,7 +149,7 @@ inline Tensor dense(const Tensor& tensor, bool channels_last) {
 
 inline Images images_of(const char* op, const char* name, const Tensor& tensor) {
   const int64_t dim = tensor.dim();
-  STD_TORCH_CHECK(dim == 3 || dim == 4, op, ": ", name,
+  MNIST_OPS_CHECK(dim == 3 || dim == 4, op, ": ", name,
                   " must be (N, C, H, W) or (C, H, W), got the shape ", shape_string(tensor));
   const bool channels_last = is_channels_last(tensor);
   return Images{dense(tensor, channels_last),

@@ -78,27 +78,27 @@ MNIST_OPS_HD A correlate_at(const A* in, int64_t step, int64_t size, int64_t i, 
 // ----------------------------------------------------------------------------- checks
 
 inline void check_norm_kernel(const char* op, const Tensor& kernel, const Tensor& input) {
-  STD_TORCH_CHECK(kernel.dim() == 1 || kernel.dim() == 2, op,
+  MNIST_OPS_CHECK(kernel.dim() == 1 || kernel.dim() == 2, op,
                   ": kernel must have 1 dimension (separable) or 2, got the shape ",
                   shape_string(kernel));
   for (int64_t d = 0; d < kernel.dim(); ++d) {
-    STD_TORCH_CHECK(kernel.size(d) % 2 == 1, op, ": kernel sizes must be odd, got ",
+    MNIST_OPS_CHECK(kernel.size(d) % 2 == 1, op, ": kernel sizes must be odd, got ",
                     shape_string(kernel));
   }
-  STD_TORCH_CHECK(kernel.device() == input.device(), op,
+  MNIST_OPS_CHECK(kernel.device() == input.device(), op,
                   ": kernel and input are on different devices");
 }
 
 inline void check_norm_thresholds(const char* op, const LocalNormOptions& o) {
   if (o.kind == LocalNorm::kSubtractive) return;
-  STD_TORCH_CHECK(o.threshold >= 0, op, ": threshold must be >= 0, got ", o.threshold);
-  STD_TORCH_CHECK(o.value > 0, op, ": threshold_value must be > 0, got ", o.value);
+  MNIST_OPS_CHECK(o.threshold >= 0, op, ": threshold must be >= 0, got ", o.threshold);
+  MNIST_OPS_CHECK(o.value > 0, op, ": threshold_value must be > 0, got ", o.value);
 }
 
 // The kernel as contiguous float64, whatever it came as: it is normalised in float64.
 inline Tensor kernel_in_double(const Tensor& kernel) {
   const ScalarType dtype = kernel.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
                       dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "local normalization: kernel must be a floating-point tensor, got ",
                   torch::headeronly::toString(dtype));

@@ -291,16 +291,16 @@ struct PoolArguments {
 };
 
 inline void check_pool_arguments(const char* op, const PoolArguments& a) {
-  STD_TORCH_CHECK(a.p > 0, op, ": norm_type must be > 0, got ", a.p);
-  STD_TORCH_CHECK(a.kernel.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2, op,
+  MNIST_OPS_CHECK(a.p > 0, op, ": norm_type must be > 0, got ", a.p);
+  MNIST_OPS_CHECK(a.kernel.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2, op,
                   ": kernel_size, stride and padding must have two elements");
   for (int d = 0; d < 2; ++d) {
     // 2^31 - 1 is no image's size, and keeps every product below clear of overflow.
-    STD_TORCH_CHECK(a.kernel[d] > 0 && a.kernel[d] < (int64_t{1} << 31), op,
-                    ": kernel_size must be positive, got ", a.kernel[d]);
-    STD_TORCH_CHECK(a.stride[d] > 0 && a.stride[d] < (int64_t{1} << 31), op,
-                    ": stride must be positive, got ", a.stride[d]);
-    STD_TORCH_CHECK(a.padding[d] >= 0 && a.padding[d] <= a.kernel[d] / 2, op,
+    MNIST_OPS_CHECK(a.kernel[d] > 0 && a.kernel[d] < (int64_t{1} << 31), op,
+                    ": kernel_size must be at least 1 and below 2^31, got ", a.kernel[d]);
+    MNIST_OPS_CHECK(a.stride[d] > 0 && a.stride[d] < (int64_t{1} << 31), op,
+                    ": stride must be at least 1 and below 2^31, got ", a.stride[d]);
+    MNIST_OPS_CHECK(a.padding[d] >= 0 && a.padding[d] <= a.kernel[d] / 2, op,
                     ": padding must be between 0 and half of kernel_size, got ", a.padding[d],
                     " with kernel_size ", a.kernel[d]);
   }
@@ -315,7 +315,7 @@ inline PoolGeometry pool_geometry(const char* op, const Images& input, const Poo
   g.padding_h = a.padding[0], g.padding_w = a.padding[1];
   g.OH = pooled_size(g.H, g.kernel_h, g.stride_h, g.padding_h, a.ceil_mode);
   g.OW = pooled_size(g.W, g.kernel_w, g.stride_w, g.padding_w, a.ceil_mode);
-  STD_TORCH_CHECK(g.OH > 0 && g.OW > 0, op, ": kernel_size (", g.kernel_h, ", ", g.kernel_w,
+  MNIST_OPS_CHECK(g.OH > 0 && g.OW > 0, op, ": kernel_size (", g.kernel_h, ", ", g.kernel_w,
                   ") does not fit into an image of (", g.H, ", ", g.W, ") with padding (",
                   g.padding_h, ", ", g.padding_w, ")");
   g.in_n = input.stride_n(), g.in_c = input.stride_c();
@@ -331,17 +331,17 @@ inline PoolGeometry pool_geometry(const char* op, const Images& input, const Poo
 inline Tensor pooled_like(const char* op, const char* name, const Tensor& tensor,
                           const Images& input, const PoolGeometry& g) {
   const int64_t d = tensor.dim();
-  STD_TORCH_CHECK(d == (input.batched ? 4 : 3) && (!input.batched || tensor.size(0) == g.N) &&
+  MNIST_OPS_CHECK(d == (input.batched ? 4 : 3) && (!input.batched || tensor.size(0) == g.N) &&
                       tensor.size(d - 3) == g.C && tensor.size(d - 2) == g.OH &&
                       tensor.size(d - 1) == g.OW,
                   op, ": ", name, " must have the shape of the output, (",
                   (input.batched ? std::to_string(g.N) + ", " : ""), g.C, ", ", g.OH, ", ", g.OW,
                   "), got ", shape_string(tensor));
-  STD_TORCH_CHECK(tensor.scalar_type() == input.data.scalar_type(), op, ": ", name,
+  MNIST_OPS_CHECK(tensor.scalar_type() == input.data.scalar_type(), op, ": ", name,
                   " must have the dtype of input, ",
                   torch::headeronly::toString(input.data.scalar_type()), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.device() == input.data.device(), op, ": ", name,
+  MNIST_OPS_CHECK(tensor.device() == input.data.device(), op, ": ", name,
                   " and input are on different devices");
   return dense(tensor, input.channels_last);
 }

@@ -22,7 +22,7 @@ struct SoftmaxGeometry {
 
 inline int64_t checked_dim(const char* op, const Tensor& tensor, int64_t dim) {
   const int64_t n = tensor.dim() == 0 ? 1 : tensor.dim();
-  STD_TORCH_CHECK(dim >= -n && dim < n, op, ": dim must be in [", -n, ", ", n - 1, "], got ", dim);
+  MNIST_OPS_CHECK(dim >= -n && dim < n, op, ": dim must be in [", -n, ", ", n - 1, "], got ", dim);
   return dim < 0 ? dim + n : dim;
 }
 
@@ -36,22 +36,22 @@ inline SoftmaxGeometry softmax_geometry(const Tensor& dense_tensor, int64_t dim)
 
 // softmax_nll: classes are dimension 1, or 0 of a vector; targets have the other dimensions.
 inline int64_t check_softmax_nll(const char* op, const Tensor& input, const Tensor& target) {
-  STD_TORCH_CHECK(input.dim() >= 1, op,
+  MNIST_OPS_CHECK(input.dim() >= 1, op,
                   ": input must be (C), (N, C) or (N, C, d1, ...), got a scalar");
   const int64_t class_dim = input.dim() == 1 ? 0 : 1;
   bool fits = target.dim() == input.dim() - 1;
   for (int64_t d = 0, t = 0; fits && d < input.dim(); ++d) {
     if (d != class_dim) fits = target.size(t++) == input.size(d);
   }
-  STD_TORCH_CHECK(fits, op,
+  MNIST_OPS_CHECK(fits, op,
                   ": target must have the shape of input without its class dimension, got ",
                   shape_string(target), " for an input of ", shape_string(input));
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, op,
+  MNIST_OPS_CHECK(target.scalar_type() == ScalarType::Long, op,
                   ": target must be int64 class indices, got ",
                   torch::headeronly::toString(target.scalar_type()));
-  STD_TORCH_CHECK(target.device() == input.device(), op,
+  MNIST_OPS_CHECK(target.device() == input.device(), op,
                   ": target and input are on different devices");
-  STD_TORCH_CHECK(input.size(class_dim) > 0, op, ": input has no classes, its shape is ",
+  MNIST_OPS_CHECK(input.size(class_dim) > 0, op, ": input has no classes, its shape is ",
                   shape_string(input));
   return class_dim;
 }

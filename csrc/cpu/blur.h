@@ -26,7 +26,7 @@ struct Blur {
     const double* values = k.const_data_ptr<double>();
     double sum = 0;
     for (int64_t i = 0; i < k.numel(); ++i) sum += values[i];
-    STD_TORCH_CHECK(std::isfinite(sum) && sum != 0, op,
+    MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
                     ": the kernel's sum must be finite and not 0, got ", sum);
     for (int64_t i = 0; i < k.numel(); ++i) weight[0].push_back(static_cast<A>(values[i] / sum));
     weight[1].assign(weight[0].rbegin(), weight[0].rend());

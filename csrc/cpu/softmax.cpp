@@ -197,7 +197,7 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 void check_classes(const char* op, const Tensor& target, int64_t classes) {
   const int64_t* t = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i) {
-    STD_TORCH_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes, "), got ",
+    MNIST_OPS_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes, "), got ",
                     t[i], " at position ", i);
   }
 }
@@ -245,10 +245,10 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   const Tensor x = dense(input, is_channels_last(input));
   const Tensor classes = torch::stable::contiguous(target);
   check_classes(op, classes, x.size(dim));
-  STD_TORCH_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
+  MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
                   ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
                   ", got ", shape_string(grad_loss), " and ", shape_string(logsumexp));
-  STD_TORCH_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
+  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
                   ": grad_loss must have the dtype of input, ",
                   torch::headeronly::toString(input.scalar_type()), ", got ",
                   torch::headeronly::toString(grad_loss.scalar_type()));
@@ -260,7 +260,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
     using T = decltype(element);
     using A = opmath_t<T>;
     const ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    STD_TORCH_CHECK(saved.scalar_type() == wide, op, ": logsumexp must be ",
+    MNIST_OPS_CHECK(saved.scalar_type() == wide, op, ": logsumexp must be ",
                     torch::headeronly::toString(wide), ", got ",
                     torch::headeronly::toString(saved.scalar_type()));
     const T* in = x.const_data_ptr<T>();

@@ -438,14 +438,14 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
   const Tensor classes = torch::stable::contiguous(target);
-  STD_TORCH_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
+  MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
                   ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
                   ", got ", shape_string(grad_loss), " and ", shape_string(logsumexp));
-  STD_TORCH_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
+  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
                   ": grad_loss must have the dtype of input, ",
                   torch::headeronly::toString(input.scalar_type()), ", got ",
                   torch::headeronly::toString(grad_loss.scalar_type()));
-  STD_TORCH_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
+  MNIST_OPS_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
                   ": grad_loss, logsumexp and input are on different devices");
   const Launcher launcher(input);
   const Tensor grad = torch::stable::contiguous(grad_loss);
@@ -455,7 +455,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    STD_TORCH_CHECK(saved.scalar_type() == kWide<A>, op, ": logsumexp must be ",
+    MNIST_OPS_CHECK(saved.scalar_type() == kWide<A>, op, ": logsumexp must be ",
                     torch::headeronly::toString(kWide<A>), ", got ",
                     torch::headeronly::toString(saved.scalar_type()));
     const auto launch = [&](auto index) {

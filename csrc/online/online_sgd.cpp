@@ -58,7 +58,7 @@ class Reader {
     } catch (const std::logic_error&) {
       read = 0;
     }
-    STD_TORCH_CHECK(read > 0 && read == word.size(), kOp, ": the network's line '", line_,
+    MNIST_OPS_CHECK(read > 0 && read == word.size(), kOp, ": the network's line '", line_,
                     "' has no number where one must be");
     return value;
   }
@@ -109,7 +109,7 @@ class Network {
     std::istringstream lines(text);
     std::vector<std::string> all;
     for (std::string line; std::getline(lines, line);) all.push_back(line);
-    STD_TORCH_CHECK(!all.empty(), kOp, ": the network has no layers");
+    MNIST_OPS_CHECK(!all.empty(), kOp, ": the network has no layers");
     // An image of one channel stays as it is where a convolution reads it; otherwise it takes a
     // whole block like all other maps.
     const bool image = all[0].rfind("conv2d ", 0) == 0 && shape.C == 1;
@@ -117,13 +117,13 @@ class Network {
     map.value = allocate(map.blocks() * map.block());
     input_ = map;
     for (const std::string& line : all) map = add(line, map, kernels);
-    STD_TORCH_CHECK(next_parameter_ == parameters_.size() && next_kernel_ == kernels.size(), kOp,
+    MNIST_OPS_CHECK(next_parameter_ == parameters_.size() && next_kernel_ == kernels.size(), kOp,
                     ": ", parameters_.size(), " parameters and ", kernels.size(),
                     " kernels were given, the layers have ", next_parameter_, " and ",
                     next_kernel_);
-    STD_TORCH_CHECK(map.shape.flat, layer_name_, ": the network must end in a vector of scores, ",
+    MNIST_OPS_CHECK(map.shape.flat, layer_name_, ": the network must end in a vector of scores, ",
                     "got a map of ", map.shape.text());
-    STD_TORCH_CHECK(trained_, kOp, ": the network has no parameters to train");
+    MNIST_OPS_CHECK(trained_, kOp, ": the network has no parameters to train");
     output_ = map;
     plan();
   }
@@ -199,7 +199,7 @@ class Network {
   }
 
   Parameter<T> parameter(const std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(next_parameter_ < parameters_.size(), layer_name_,
+    MNIST_OPS_CHECK(next_parameter_ < parameters_.size(), layer_name_,
                     ": its parameters were not given");
     const Tensor& tensor = parameters_[next_parameter_];
     bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -208,12 +208,12 @@ class Network {
       fits = fits && tensor.size(d) == shape[d];
       text += (d ? ", " : "") + std::to_string(shape[d]);
     }
-    STD_TORCH_CHECK(fits, layer_name_, ": expected a parameter of (", text, ") for its input of ",
+    MNIST_OPS_CHECK(fits, layer_name_, ": expected a parameter of (", text, ") for its input of ",
                     input_text_, ", got ", shape_string(tensor));
     Parameter<T> result;
     result.value = parameters_[next_parameter_].template mutable_data_ptr<T>();
     if (!velocities_.empty()) {
-      STD_TORCH_CHECK(same_shape(velocities_[next_parameter_], tensor), layer_name_,
+      MNIST_OPS_CHECK(same_shape(velocities_[next_parameter_], tensor), layer_name_,
                       ": velocities must have the shapes of their parameters");
       result.velocity = velocities_[next_parameter_].template mutable_data_ptr<T>();
     }
@@ -232,17 +232,17 @@ class Network {
     const Shape& s = in.shape;
     const Shape out{s.C, pooled_size(s.H, a.kernel[0], a.stride[0], a.padding[0], a.ceil_mode),
                     pooled_size(s.W, a.kernel[1], a.stride[1], a.padding[1], a.ceil_mode), false};
-    STD_TORCH_CHECK(out.H > 0 && out.W > 0, layer_name_, ": kernel_size (", a.kernel[0], ", ",
+    MNIST_OPS_CHECK(out.H > 0 && out.W > 0, layer_name_, ": kernel_size (", a.kernel[0], ", ",
                     a.kernel[1], ") does not fit into its input of ", s.text());
     return out;
   }
 
   void expect_map(const Map<T>& in) const {
-    STD_TORCH_CHECK(!in.shape.flat, layer_name_, ": expected a map (C, H, W), got a vector of ",
+    MNIST_OPS_CHECK(!in.shape.flat, layer_name_, ": expected a map (C, H, W), got a vector of ",
                     in.shape.C, " features");
   }
   void expect_vector(const Map<T>& in) const {
-    STD_TORCH_CHECK(in.shape.flat, layer_name_, ": expected a vector, got a map of ",
+    MNIST_OPS_CHECK(in.shape.flat, layer_name_, ": expected a vector, got a map of ",
                     in.shape.text(), "; put a Flatten before it");
   }
 
@@ -259,13 +259,13 @@ class Network {
       layer_name_ = reader.layer();
       expect_map(in);
       const int64_t limit = int64_t{1} << 20;  // keeps every product clear of overflow
-      STD_TORCH_CHECK(o.outputs > 0 && o.kernel_h > 0 && o.kernel_w > 0 && o.padding_h >= 0 &&
+      MNIST_OPS_CHECK(o.outputs > 0 && o.kernel_h > 0 && o.kernel_w > 0 && o.padding_h >= 0 &&
                           o.padding_w >= 0 && o.kernel_h < limit && o.kernel_w < limit &&
                           o.padding_h < limit && o.padding_w < limit,
                       layer_name_, ": impossible arguments in '", line, "'");
       const Shape shape{o.outputs, in.shape.H + 2 * o.padding_h - o.kernel_h + 1,
                         in.shape.W + 2 * o.padding_w - o.kernel_w + 1, false};
-      STD_TORCH_CHECK(shape.H > 0 && shape.W > 0, layer_name_, ": a kernel of (", o.kernel_h, ", ",
+      MNIST_OPS_CHECK(shape.H > 0 && shape.W > 0, layer_name_, ": a kernel of (", o.kernel_h, ", ",
                       o.kernel_w, ") does not fit into its input of ", in.shape.text());
       const Parameter<T> weight = parameter({o.outputs, in.shape.C, o.kernel_h, o.kernel_w});
       const Parameter<T> none{};
@@ -280,7 +280,7 @@ class Network {
       const bool bias = reader.number() != 0;
       layer_name_ = reader.layer();
       expect_vector(in);
-      STD_TORCH_CHECK(outputs > 0, layer_name_, ": impossible arguments in '", line, "'");
+      MNIST_OPS_CHECK(outputs > 0, layer_name_, ": impossible arguments in '", line, "'");
       const Parameter<T> weight = parameter({outputs, in.shape.C});
       const Parameter<T> none{};
       const Parameter<T> bias_parameter = bias ? parameter({outputs}) : none;
@@ -298,7 +298,7 @@ class Network {
     if (kind == "dropout") {
       const double p = reader.number<double>();
       layer_name_ = reader.layer();
-      STD_TORCH_CHECK(p >= 0 && p < 1, layer_name_, ": p must be in [0, 1), got ", p);
+      MNIST_OPS_CHECK(p >= 0 && p < 1, layer_name_, ": p must be in [0, 1), got ", p);
       const int64_t first = uniforms_;
       uniforms_ += in.shape.C * in.shape.pixels();
       return push<Dropout<T>>(in, same_map(in), p, first);
@@ -319,7 +319,7 @@ class Network {
     if (kind == "subtractive_norm2d") {
       layer_name_ = reader.layer();
       expect_map(in);
-      STD_TORCH_CHECK(next_kernel_ < kernels.size(), layer_name_, ": its kernel was not given");
+      MNIST_OPS_CHECK(next_kernel_ < kernels.size(), layer_name_, ": its kernel was not given");
       check_norm_kernel(kOp, kernels[next_kernel_], kernels[next_kernel_]);
       return push<SubtractiveNorm<T>>(in, same_map(in), kernels[next_kernel_++]);
     }
@@ -343,7 +343,7 @@ class Network {
           return push<LpPooling<T, Norm::kGeneral>>(in, out, a);
       }
     }
-    STD_TORCH_CHECK(false, kOp, ": there is no layer '", kind, "' in this engine");
+    MNIST_OPS_CHECK(false, kOp, ": there is no layer '", kind, "' in this engine");
     return in;
   }
 
@@ -417,17 +417,17 @@ class Network {
 
 ScalarType check_parameters(const std::vector<Tensor>& parameters,
                             const std::vector<Tensor>& velocities) {
-  STD_TORCH_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
-  STD_TORCH_CHECK(velocities.empty() || velocities.size() == parameters.size(), kOp,
+  MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
+  MNIST_OPS_CHECK(velocities.empty() || velocities.size() == parameters.size(), kOp,
                   ": expected one velocity for each of ", parameters.size(), " parameters, got ",
                   velocities.size());
   const ScalarType dtype = parameters[0].scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
+  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
                   ": parameters must be float64 or float32, got ",
                   torch::headeronly::toString(dtype));
   for (const auto* tensors : {&parameters, &velocities}) {
     for (const Tensor& tensor : *tensors) {
-      STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_cpu(), kOp,
+      MNIST_OPS_CHECK(tensor.scalar_type() == dtype && tensor.is_cpu(), kOp,
                       ": parameters and velocities must all be ",
                       torch::headeronly::toString(dtype), " tensors on the CPU");
     }
@@ -443,26 +443,26 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                                       double momentum, double dampening, bool nesterov,
                                       bool started, int64_t threads) {
   const ScalarType dtype = check_parameters(parameters, velocities);
-  STD_TORCH_CHECK(images.dim() == 2 || images.dim() == 4, kOp,
+  MNIST_OPS_CHECK(images.dim() == 2 || images.dim() == 4, kOp,
                   ": images must be (N, C, H, W) or (N, features), got the shape ",
                   shape_string(images));
-  STD_TORCH_CHECK(
+  MNIST_OPS_CHECK(
       images.scalar_type() == ScalarType::Double || images.scalar_type() == ScalarType::Float, kOp,
       ": images must be float64 or float32, got ",
       torch::headeronly::toString(images.scalar_type()));
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
+  MNIST_OPS_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
                       labels.size(0) == images.size(0),
                   kOp, ": labels must be int64 (", images.size(0), ",), got ",
                   torch::headeronly::toString(labels.scalar_type()), " ", shape_string(labels));
-  STD_TORCH_CHECK(order.dim() == 1 && order.scalar_type() == ScalarType::Long, kOp,
+  MNIST_OPS_CHECK(order.dim() == 1 && order.scalar_type() == ScalarType::Long, kOp,
                   ": order must be int64 (M,), got ",
                   torch::headeronly::toString(order.scalar_type()), " ", shape_string(order));
-  STD_TORCH_CHECK(images.is_cpu() && labels.is_cpu() && order.is_cpu() && uniform.is_cpu(), kOp,
+  MNIST_OPS_CHECK(images.is_cpu() && labels.is_cpu() && order.is_cpu() && uniform.is_cpu(), kOp,
                   ": images, labels, order and uniform must be on the CPU");
-  STD_TORCH_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
-  STD_TORCH_CHECK((momentum != 0) == !velocities.empty(), kOp,
+  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
+  MNIST_OPS_CHECK((momentum != 0) == !velocities.empty(), kOp,
                   ": velocities go with a momentum, and only with one");
-  STD_TORCH_CHECK(threads >= 1 && step >= 0, kOp, ": threads must be >= 1 and step >= 0, got ",
+  MNIST_OPS_CHECK(threads >= 1 && step >= 0, kOp, ": threads must be >= 1 and step >= 0, got ",
                   threads, " and ", step);
   const Tensor pictures = torch::stable::contiguous(images);
   const Tensor classes = torch::stable::contiguous(labels);
@@ -480,14 +480,14 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                    Settings{static_cast<Loss>(loss), step, lr, lr_decay, weight_decay, momentum,
                             dampening, nesterov, started, threads});
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < images.size(0), kOp,
+      MNIST_OPS_CHECK(indices[i] >= 0 && indices[i] < images.size(0), kOp,
                       ": order must be in [0, ", images.size(0), "), got ", indices[i],
                       " at position ", i);
       const int64_t target = targets[indices[i]];
-      STD_TORCH_CHECK(target >= 0 && target < net.classes(), kOp, ": labels must be in [0, ",
+      MNIST_OPS_CHECK(target >= 0 && target < net.classes(), kOp, ": labels must be in [0, ",
                       net.classes(), "), got ", target, " at position ", indices[i]);
     }
-    STD_TORCH_CHECK(
+    MNIST_OPS_CHECK(
         numbers.scalar_type() == ScalarType::Double && numbers.numel() == count * net.uniforms(),
         kOp, ": dropout needs ", count * net.uniforms(), " float64 numbers, got ", numbers.numel());
     const double* u = numbers.const_data_ptr<double>();
