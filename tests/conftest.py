@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ import mnist_ops
 REFERENCE = Path(__file__).parent / "reference"
 
 torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    # A shell's background jobs, and what CI starts as one, ignore Ctrl-C and hand that on to their
+    # children; the tests of interrupted runs need it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def why_no_cuda() -> str | None:
