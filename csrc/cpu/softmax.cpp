@@ -24,9 +24,19 @@ struct Block {
 
   void find_largest() {
     if (lines == 1) {
-      A m = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : m)
-      for (int64_t i = 0; i < size; ++i) m = values[i] > m ? values[i] : m;
+      // A maximum that passes over NaN is no reduction to the compiler: several at once, by hand.
+      constexpr int64_t kParts = 32;
+      A parts[kParts];
+      std::fill(parts, parts + kParts, -std::numeric_limits<A>::infinity());
+      const A* const x = values;
+      const int64_t whole = size / kParts * kParts;
+      for (int64_t i = 0; i < whole; i += kParts) {
+#pragma omp simd
+        for (int64_t j = 0; j < kParts; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
+      }
+      A m = parts[0];
+      for (int64_t j = 1; j < kParts; ++j) m = parts[j] > m ? parts[j] : m;
+      for (int64_t i = whole; i < size; ++i) m = x[i] > m ? x[i] : m;
       largest[0] = m;
     } else {
       std::copy(values, values + lines, largest);
@@ -38,34 +48,42 @@ struct Block {
     }
   }
 
-  // sum over the line of term(value, line), which may change the value.
+  // sum over the line of term(value, index, largest of the line), which may change the value. The
+  // line's numbers are handed over by value: a load in the loop might alias what the loop stores.
   template <typename F>
   void add_up(const F& term) {
     if (lines == 1) {
       A s = A(0);
+      A* const x = values;
+      const A m = largest[0];
+      const int64_t n = size;
 #pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < size; ++i) s += term(values[i], i, 0);
+      for (int64_t i = 0; i < n; ++i) s += term(x[i], i, m);
       sum[0] = s;
     } else {
       std::fill(sum, sum + lines, A(0));
       for (int64_t i = 0; i < size; ++i) {
         A* x = values + i * lines;
 #pragma omp simd
-        for (int64_t j = 0; j < lines; ++j) sum[j] += term(x[j], i * lines + j, j);
+        for (int64_t j = 0; j < lines; ++j) sum[j] += term(x[j], i * lines + j, largest[j]);
       }
     }
   }
 
+  // value(value, index, sum of the line, largest of the line)
   template <typename F>
   void map(const F& value) {
     if (lines == 1) {
+      A* const x = values;
+      const A total = sum[0], m = largest[0];
+      const int64_t n = size;
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) values[i] = value(values[i], i, 0);
+      for (int64_t i = 0; i < n; ++i) x[i] = value(x[i], i, total, m);
     } else {
       for (int64_t i = 0; i < size; ++i) {
         A* x = values + i * lines;
 #pragma omp simd
-        for (int64_t j = 0; j < lines; ++j) x[j] = value(x[j], i * lines + j, j);
+        for (int64_t j = 0; j < lines; ++j) x[j] = value(x[j], i * lines + j, sum[j], largest[j]);
       }
     }
   }
@@ -129,16 +147,18 @@ Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double 
     const A scale = static_cast<A>(beta);
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t) {
       read_block(in, at, g.size, block.values);
-      block.map([=](A v, int64_t, int64_t) { return scale * v; });
+      block.map([=](A v, int64_t, A, A) { return scale * v; });
       block.find_largest();
-      const A *largest = block.largest, *sum = block.sum;
       if (log) {
-        block.add_up([=](A v, int64_t, int64_t j) { return cpu::exp(v - largest[j]); });
-        for (int64_t j = 0; j < block.lines; ++j) block.sum[j] = largest[j] + std::log(sum[j]);
-        block.map([=](A v, int64_t, int64_t j) { return v - sum[j]; });
+        block.add_up([](A v, int64_t, A largest) { return cpu::exp(v - largest); });
+        for (int64_t j = 0; j < block.lines; ++j) {
+          block.sum[j] = block.largest[j] + std::log(block.sum[j]);
+        }
+        block.map([](A v, int64_t, A sum, A) { return v - sum; });
       } else {
-        block.add_up([=](A& v, int64_t, int64_t j) { return v = cpu::exp(v - largest[j]); });
-        block.map([=](A v, int64_t, int64_t j) { return v / sum[j]; });
+        block.map([](A v, int64_t, A, A largest) { return cpu::exp(v - largest); });
+        block.add_up([](A v, int64_t, A) { return v; });
+        block.map([](A v, int64_t, A sum, A) { return v / sum; });
       }
       write_block(block.values, at, g.size, out);
     });
@@ -165,14 +185,12 @@ Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor&
       A* ys = block.values + g.size * block.lines;
       read_block(go, at, g.size, block.values);
       read_block(out, at, g.size, ys);
-      const A* sum = block.sum;
       if (log) {
-        block.add_up([](A v, int64_t, int64_t) { return v; });
-        block.map(
-            [=](A v, int64_t i, int64_t j) { return scale * (v - cpu::exp(ys[i]) * sum[j]); });
+        block.add_up([](A v, int64_t, A) { return v; });
+        block.map([=](A v, int64_t i, A sum, A) { return scale * (v - cpu::exp(ys[i]) * sum); });
       } else {
-        block.add_up([=](A v, int64_t i, int64_t) { return v * ys[i]; });
-        block.map([=](A v, int64_t i, int64_t j) { return scale * ys[i] * (v - sum[j]); });
+        block.add_up([=](A v, int64_t i, A) { return v * ys[i]; });
+        block.map([=](A v, int64_t i, A sum, A) { return scale * ys[i] * (v - sum); });
       }
       write_block(block.values, at, g.size, gi);
     });
@@ -223,10 +241,10 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
     const A scale = static_cast<A>(beta);
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
       read_block(in, at, g.size, block.values);
-      block.map([=](A v, int64_t, int64_t) { return scale * v; });
+      block.map([=](A v, int64_t, A, A) { return scale * v; });
       block.find_largest();
       const A* largest = block.largest;
-      block.add_up([=](A v, int64_t, int64_t j) { return cpu::exp(v - largest[j]); });
+      block.add_up([](A v, int64_t, A m) { return cpu::exp(v - m); });
       for (int64_t j = 0; j < block.lines; ++j) {
         lse[line + j] = largest[j] + std::log(block.sum[j]);
         // The difference to the largest first: exact where both are large.
@@ -272,9 +290,10 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
       read_block(in, at, g.size, block.values);
       A* factor = block.sum;
+      std::copy(lse + line, lse + line + block.lines, block.largest);
       for (int64_t j = 0; j < block.lines; ++j) factor[j] = scale * static_cast<A>(go[line + j]);
       block.map(
-          [=](A v, int64_t, int64_t j) { return factor[j] * cpu::exp(scale * v - lse[line + j]); });
+          [=](A v, int64_t, A times, A log_sum) { return times * cpu::exp(scale * v - log_sum); });
       for (int64_t j = 0; j < block.lines; ++j) {
         block.values[t[line + j] * block.lines + j] -= factor[j];
       }
