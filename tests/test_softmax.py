@@ -147,11 +147,13 @@ def test_scalars_and_vectors(device):
     assert scalar.grad.item() == 0
 
 
-@pytest.mark.parametrize("case", torch7_cases("modules"), ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in torch7_cases("modules") if case["name"].startswith("logsoftmax")],
+    ids=lambda case: case["name"],
+)
 def test_exact_log_softmax_is_near_torch7s_approximate_one(device, case):
     """The original's exponential is approximate (1e-4); the exact one must be that near to it."""
-    if not case["name"].startswith("logsoftmax"):
-        return
     x = torch7_tensor(case["input"]).to(device).requires_grad_()
     y = mnist_ops.log_softmax(x)
     (grad,) = torch.autograd.grad(y, x, torch7_tensor(case["gradOutput"]).to(device))

@@ -20,14 +20,7 @@ from torch import nn
 from mnist_ops import data, models, torch7, training
 from mnist_ops.optim import Torch7SGD
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of small steps: threads that wait for a busy core would cost ten times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ struct Block {
     }
   }
 
-  // sum over the line of term(value, index, largest of the line), which may change the value. The
-  // line's numbers are handed over by value: a load in the loop might alias what the loop stores.
+  // sum over the line of term(value, index, largest of the line). The line's numbers are handed
+  // over by value: a load in the loop might alias what a loop stores.
   template <typename F>
   void add_up(const F& term) {
     if (lines == 1) {
