@@ -28,7 +28,19 @@ from .ops import (
 
 build_info = _libraries.build_info
 
-_LAZY = ("data", "figures", "models", "online", "optim", "reports", "torch7", "training")
+_LAZY = (
+    "data",
+    "experiments",
+    "figures",
+    "models",
+    "online",
+    "optim",
+    "reports",
+    "runner",
+    "tables",
+    "torch7",
+    "training",
+)
 
 __all__ = [
     "__version__",

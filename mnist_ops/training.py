@@ -311,7 +311,7 @@ def evaluate(
     return confusion, total / len(images)
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that ``path`` is always the whole old or the whole new one."""
     # In the same folder, as a rename is atomic within one file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -327,7 +327,7 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Save ``state`` with :func:`torch.save`, atomically: never a truncated file at ``path``."""
-    _write_atomically(Path(path), lambda file: torch.save(state, file))
+    write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([getattr(result, name) for name in columns] for result in history)
-    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 @dataclass
@@ -419,6 +419,7 @@ def _train_epoch(
     chunk: int,
     description: str,
     show: bool,
+    on_progress: Callable[[int], None] | None,
 ) -> tuple[float, float, list[float]]:
     """One pass over ``order``: accuracy in %, mean loss and the accuracy's curve."""
     correct = torch.empty(len(order), dtype=torch.bool)
@@ -433,6 +434,8 @@ def _train_epoch(
             accuracy = 100.0 * float(correct[:done].double().mean())
             bar.set_postfix_str(f"training {accuracy:.2f} %", refresh=False)
             bar.update(len(piece))
+            if on_progress is not None:
+                on_progress(len(piece))
     piece_size = max(_CURVE_SAMPLES, -(-len(order) // _CURVE_POINTS))
     curve = correct.double().mul(100.0).split(piece_size)
     accuracy = 100.0 * int(correct.sum()) / len(order)
@@ -457,6 +460,8 @@ def fit(
     chunk: int | None = None,
     progress: bool | None = None,
     verbose: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> list[EpochResult]:
     """Train ``model`` until ``epochs`` epochs are complete, and test it after each.
 
@@ -484,6 +489,8 @@ def fit(
         chunk: samples handed to the engine at a time, about 200 unless given.
         progress: show progress bars on standard error; ``None``: on a terminal only.
         verbose: print the engine's description and one line per epoch to standard output.
+        on_progress: called after each chunk with the number of samples just used.
+        on_epoch: called with each epoch's result once its checkpoint is written.
 
     Returns:
         One :class:`EpochResult` per epoch, those before a resume included.
@@ -530,10 +537,14 @@ def fit(
     try:
         with cudnn:
             while len(run.history) < epochs:
-                result = _one_epoch(run, engine, train, test, criterion, epochs, chunk, show)
+                result = _one_epoch(
+                    run, engine, train, test, criterion, epochs, chunk, show, on_progress
+                )
                 run.history.append(result)
                 if folder is not None:
                     run.save(folder)
+                if on_epoch is not None:
+                    on_epoch(result)
                 if verbose:
                     print(result, flush=True)
     except KeyboardInterrupt:
@@ -556,6 +567,7 @@ def _one_epoch(
     epochs: int,
     chunk: int,
     show: bool,
+    on_progress: Callable[[int], None] | None,
 ) -> EpochResult:
     epoch = len(run.history) + 1
     start = time.perf_counter()
@@ -563,7 +575,7 @@ def _one_epoch(
     rate = group["lr"] / (1.0 + group.get("steps", 0) * group.get("lr_decay", 0.0))
     order = run.generator.randperm(len(train[0]))
     accuracy, loss, curve = _train_epoch(
-        engine, *train, order, chunk, f"epoch {epoch}/{epochs}", show
+        engine, *train, order, chunk, f"epoch {epoch}/{epochs}", show, on_progress
     )
     confusion, test_loss = evaluate(run.model, *test, criterion, progress=show)
     return EpochResult(

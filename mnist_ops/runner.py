@@ -1,0 +1,519 @@
+"""Run many experiments: side by side, safe to kill, every result in plain files.
+
+Each run (:class:`Task`) has a folder of its own under ``OUT/runs`` with a checkpoint, a log and
+``run.json``; :func:`collect` puts all of them together in ``OUT/results.json``. Whatever is killed
+whenever: :func:`run_all` with ``resume=True`` continues every run after its last complete epoch and
+ends with the same ``results.json``.
+
+Runs are spread with joblib. On this machine each worker takes its share of the cores; with a
+cluster's backend (``joblib.parallel_config(backend="dask")``, say) around :func:`run_all` the same
+runs go there, as long as the folder is on a file system that all machines see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__, experiments, training
+from .experiments import Experiment
+
+__all__ = ["RunError", "Task", "collect", "environment", "run_all", "tasks"]
+
+_TRAINING_DIGITS = 60_000
+_WORST_MISTAKES = 24
+# How often a worker says how far it is and the bars are drawn.
+_SECONDS = 0.5
+
+
+class RunError(RuntimeError):
+    """A folder of results cannot be used as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: an experiment with everything that may differ from run to run.
+
+    Attributes:
+        experiment: what is trained.
+        seed: of its random numbers.
+        epochs: how far.
+        limit: digits used of each split, ``None``: all.
+        device: cpu, cuda or cuda:N.
+        perturbed_weight: see :func:`mnist_ops.experiments.build`.
+        root: a folder with other data.
+    """
+
+    experiment: Experiment
+    seed: int = 1
+    epochs: int = 1
+    limit: int | None = None
+    device: str = "cpu"
+    perturbed_weight: int | None = None
+    root: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: experiment, seed and what else is out of the ordinary."""
+        weight = self.perturbed_weight
+        perturbed = "" if weight is None else f", weight {weight} perturbed"
+        return f"{self.experiment.name}, {self.experiment.dtype}, seed {self.seed}{perturbed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where under ``out`` the run lives."""
+        weight = self.perturbed_weight
+        perturbed = "" if weight is None else f"-weight{weight}"
+        run = f"{self.experiment.dtype}-seed{self.seed}{perturbed}"
+        return out / "runs" / self.experiment.name / run
+
+    @property
+    def digits(self) -> int:
+        """Training digits in all epochs."""
+        return self.epochs * (self.limit or _TRAINING_DIGITS)
+
+
+def tasks(
+    chosen: Sequence[Experiment],
+    seeds: int = 1,
+    epochs: int | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    perturbations: int = 0,
+    root: str | None = None,
+) -> list[Task]:
+    """Every run of these experiments.
+
+    Args:
+        chosen: the experiments.
+        seeds: each runs with seeds 1 to ``seeds``.
+        epochs: instead of each experiment's own number. Experiments that switch optimizers after
+            more epochs than that switch after the first instead, so that a quick look sees both.
+        limit: digits used of each split.
+        device: cpu, cuda or cuda:N.
+        dtype: instead of the experiments' own.
+        perturbations: so many runs more of each seed, each with another weight perturbed.
+        root: a folder with other data.
+    """
+    made = []
+    for experiment in chosen:
+        if dtype is not None:
+            experiment = replace(experiment, dtype=dtype)
+        far = experiment.epochs if epochs is None else epochs
+        for seed in range(1, seeds + 1):
+            for weight in [None, *range(perturbations)]:
+                made.append(Task(experiment, seed, far, limit, device, weight, root))
+    return made
+
+
+def environment(repository: Path | None = None) -> dict[str, Any]:
+    """What a result depends on: versions, the processor and, in a git checkout, the commit."""
+    commit = None
+    if repository is not None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            git = ["git", "-C", str(repository)]
+            options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+            changed = subprocess.run(
+                [*git, "status", "--porcelain", "--untracked-files=no"], **options
+            )
+            if changed.stdout.strip():
+                commit += " with changes"
+    return {
+        "commit": commit,
+        "mnist_ops": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    training.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity: the loss of a run that diverged becomes null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _describe(task: Task, where: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run before it starts. Nothing that differs when it is made again."""
+    return {
+        "experiment": task.experiment.name,
+        "seed": task.seed,
+        "dtype": task.experiment.dtype,
+        "device": task.device,
+        "limit": task.limit,
+        "perturbed_weight": task.perturbed_weight,
+        "engine": experiments.describe_engine(task.experiment, task.device),
+        "epochs_wanted": task.epochs,
+        "settings": task.experiment.settings(),
+        "commit": where["commit"],
+        "machine": where["machine"],
+        "torch": where["torch"],
+    }
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": result["epoch"],
+            "train_accuracy": result["train_accuracy"],
+            "test_accuracy": result["test_accuracy"],
+            "train_loss": _number(result["train_loss"]),
+            "test_loss": _number(result["test_loss"]),
+            "learning_rate": _number(result["learning_rate"]),
+            "curve": [round(value, 4) for value in result["curve"]],
+            "confusion": result["confusion"],
+        }
+        for result in history
+    ]
+
+
+def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
+    """The first layer's filters and the test digits that were most confidently wrong."""
+    digits = experiments.digits(task.experiment.data_kernel, task.root, task.limit)
+    parameter = next(model.parameters())
+    outputs: list[Tensor] = []
+    model.eval()
+    with torch.no_grad():
+        for batch in digits.test_images.split(100):
+            outputs.append(model(batch.to(parameter.device, parameter.dtype)).double().cpu())
+    # Log-probabilities are their own log-softmax; scores become probabilities.
+    confidence, predicted = torch.cat(outputs).softmax(-1).max(-1)
+    wrong = (predicted != digits.test_labels).nonzero().squeeze(1)
+    order = wrong[confidence[wrong].argsort(descending=True, stable=True)][:_WORST_MISTAKES]
+    mistakes = [
+        {
+            "index": i,
+            "true": int(digits.test_labels[i]),
+            "predicted": int(predicted[i]),
+            "confidence": round(float(confidence[i]), 6),
+        }
+        for i in order.tolist()
+    ]
+    weights = parameter.detach().double().cpu()
+    rounded = [float(f"{weight:.4g}") for weight in weights.flatten().tolist()]
+    return {
+        "filters": torch.tensor(rounded, dtype=torch.float64).view(weights.shape).tolist(),
+        "mistakes": mistakes,
+    }
+
+
+class _Progress:
+    """Says in a small file how far a run is, for the process that draws the bars."""
+
+    def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
+        self.path = path
+        self.name = task.name
+        self.per_epoch = task.limit or _TRAINING_DIGITS
+        self.digits = epochs_done * self.per_epoch
+        self.lines: list[str] = []
+        self.write()
+
+    def write(self) -> None:
+        state = {"name": self.name, "digits": self.digits, "lines": self.lines}
+        part = self.path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(state))
+        os.replace(part, self.path)
+        self.written = time.monotonic()
+
+    def on_progress(self, digits: int) -> None:
+        self.digits += digits
+        if time.monotonic() - self.written > _SECONDS:
+            self.write()
+
+    def on_epoch(self, result: training.EpochResult) -> None:
+        self.digits = result.epoch * self.per_epoch
+        self.lines.append(f"{self.name}: {result}")
+        self.write()
+
+
+def _progress_path(task: Task, out: Path) -> Path:
+    return task.folder(out) / "progress.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's content; empty where there is none, or half of one from a foreign hand."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _epochs_done(folder: Path) -> int:
+    """Complete epochs, from the log that the training loop keeps."""
+    try:
+        return max(0, len((folder / training.LOG).read_text().splitlines()) - 1)
+    except OSError:
+        return 0
+
+
+def _is_complete(task: Task, out: Path) -> bool:
+    return len(_read_json(task.folder(out) / "run.json").get("epochs", ())) >= task.epochs
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder. However this one ends, the lock goes with it."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is at work in {folder}") from None
+        yield
+
+
+def _run(
+    task: Task, out: Path, resume: bool, threads: int, where: dict[str, Any], parent: int
+) -> str | None:
+    """One run, in whatever process joblib chose. Returns what went wrong, as text."""
+    folder = task.folder(out)
+    if os.getpid() != parent:
+        # Ctrl-C is for the process that hands out the work; it stops the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if resume and _is_complete(task, out):
+                return None
+            resume = resume and (folder / training.CHECKPOINT).exists()
+            progress = _Progress(
+                _progress_path(task, out), task, _epochs_done(folder) if resume else 0
+            )
+            record = _describe(task, where)
+            _write_json(folder / "run.json", record | {"epochs": []})
+            history, model = experiments.train(
+                task.experiment,
+                task.seed,
+                task.epochs,
+                task.limit,
+                task.device,
+                folder,
+                resume,
+                task.perturbed_weight,
+                task.root,
+                verbose=False,
+                progress=False,
+                on_progress=progress.on_progress,
+                on_epoch=progress.on_epoch,
+            )
+            record["epochs"] = _epochs([asdict(result) for result in history])
+            if task.experiment.details:
+                record |= _details(task, model)
+            training.save_checkpoint(folder / "model.pt", model.state_dict())
+            _write_json(folder / "run.json", record)
+    except Exception as error:  # one run that fails must not take the others with it
+        return f"{task.name}: {type(error).__name__}: {error}"
+    return None
+
+
+@dataclass
+class _Row:
+    """What the display knows of one run."""
+
+    task: Task
+    path: Path
+    digits: int
+    lines: int = 0
+    bar: Any = None
+    place: int = 0
+
+
+class _Display:
+    """A bar for all runs, one for each that is running, and a line for each epoch."""
+
+    def __init__(self, todo: Sequence[Task], out: Path, show: bool, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.tqdm, self.quiet = tqdm, quiet
+        self.options: dict[str, Any] = {
+            "unit": " digits",
+            "unit_scale": True,
+            "dynamic_ncols": True,
+            "leave": False,
+            "disable": not show,
+            "file": sys.stderr,
+        }
+        self.rows = []
+        for task in todo:
+            done = min(task.epochs, _epochs_done(task.folder(out))) * task.digits // task.epochs
+            self.rows.append(_Row(task, _progress_path(task, out), done))
+        self.total = tqdm(
+            total=sum(task.digits for task in todo),
+            initial=sum(row.digits for row in self.rows),
+            desc=f"{len(todo)} runs",
+            position=0,
+            **self.options,
+        )
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Display:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopping.set()
+        self.thread.join()
+        self._look()
+        for row in self.rows:
+            if row.bar is not None:
+                row.bar.close()
+        self.total.close()
+
+    def _watch(self) -> None:
+        while not self.stopping.wait(_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        for row in self.rows:
+            state = _read_json(row.path)
+            if state:
+                self._draw(row, state)
+
+    def _draw(self, row: _Row, state: dict[str, Any]) -> None:
+        finished = state["digits"] >= row.task.digits
+        if row.bar is None and not finished:
+            taken = {other.place for other in self.rows if other.bar is not None}
+            row.place = next(i for i in range(1, len(self.rows) + 2) if i not in taken)
+            row.bar = self.tqdm(
+                total=row.task.digits,
+                initial=row.digits,
+                desc=row.task.name,
+                position=row.place,
+                **self.options,
+            )
+        if row.bar is not None:
+            row.bar.update(state["digits"] - row.digits)
+        self.total.update(state["digits"] - row.digits)
+        row.digits = state["digits"]
+        for line in state["lines"][row.lines :]:
+            if not self.quiet:
+                self.tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+        row.lines = len(state["lines"])
+        if finished and row.bar is not None:
+            row.bar.close()
+            row.bar = None
+
+
+def run_all(
+    todo: Sequence[Task],
+    out: str | os.PathLike[str],
+    jobs: int = 1,
+    resume: bool = False,
+    progress: bool | None = None,
+    quiet: bool = False,
+    repository: Path | None = None,
+) -> list[str]:
+    """Make all runs and write ``out/results.json``.
+
+    Args:
+        todo: the runs.
+        out: the folder of all results; other runs in it stay.
+        jobs: how many at once, each with its share of the cores.
+        resume: continue what is there; without it, a run that is there already is refused.
+        progress: bars on standard error; ``None``: on a terminal only.
+        quiet: no line per epoch on standard output.
+        repository: the git checkout whose commit is recorded.
+
+    Returns:
+        A line for each run that failed; the others are complete.
+
+    Raises:
+        RunError: if a run is there and ``resume`` is not asked for.
+        KeyboardInterrupt: on Ctrl-C; what was complete is in ``results.json``.
+    """
+    from joblib import Parallel, delayed
+
+    if jobs < 1:
+        raise ValueError(f"run_all: jobs must be >= 1, got {jobs}")
+    out = Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    there = [task.name for task in todo if (task.folder(out) / "run.json").exists()]
+    if there and not resume:
+        raise RunError(
+            f"{out} holds {len(there)} of these {len(todo)} runs already ({there[0]}): "
+            "continue them with resume, or choose another folder"
+        )
+    left = [task for task in todo if not _is_complete(task, out)]
+    for task in left:
+        _progress_path(task, out).unlink(missing_ok=True)
+    where = environment(repository)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    before = torch.get_num_threads()
+    show = sys.stderr.isatty() if progress is None else progress
+    failures: list[str] = []
+    try:
+        if left:
+            with _Display(left, out, show, quiet):
+                calls = (
+                    delayed(_run)(task, out, resume, threads, where, os.getpid()) for task in left
+                )
+                for failure in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+                    if failure:
+                        failures.append(failure)
+    finally:
+        torch.set_num_threads(before)
+        for task in left:
+            _progress_path(task, out).unlink(missing_ok=True)
+        _write_json(out / "results.json", collect(out, where))
+    return failures
+
+
+def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All runs in a folder, in a fixed order, those under way up to their last complete epoch.
+
+    Args:
+        out: a folder that :func:`run_all` wrote.
+        where: the environment to record, :func:`environment` unless given.
+    """
+    runs = []
+    for path in sorted(Path(out).glob("runs/*/*/run.json")):
+        record = _read_json(path)
+        if not record:
+            continue
+        if not record["epochs"] and _epochs_done(path.parent):
+            state = training.load_checkpoint(path.parent / training.CHECKPOINT)
+            record["epochs"] = _epochs(state["history"])
+        runs.append(record)
+    order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
+    runs.sort(
+        key=lambda run: (
+            order.get(run["experiment"], len(order)),
+            run["experiment"],
+            run["dtype"],
+            run["seed"],
+            -1 if run["perturbed_weight"] is None else run["perturbed_weight"],
+        )
+    )
+    return {"format": 1, "environment": where or environment(), "runs": runs}
