@@ -15,18 +15,21 @@
     ... )
 
 After every epoch ``folder`` holds ``checkpoint.pt``, from which ``resume=True`` continues to
-bit-identical results, and ``log.csv``.
+bit-identical results, and ``log.csv``. Optimizers may take turns: ``optimizer={1: sgd, 6: lbfgs}``
+trains epochs 1 to 5 with one and goes on with the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -46,6 +49,7 @@ __all__ = [
     "fit",
     "load_checkpoint",
     "save_checkpoint",
+    "write_atomically",
 ]
 
 #: A loss per sample: ``criterion(output, target, reduction="none")`` of shape ``(N,)``.
@@ -133,9 +137,13 @@ class ConfusionMatrix:
 class EpochResult:
     """What one epoch gave. Accuracies are in %.
 
-    ``train_accuracy`` is online: each digit is predicted before its own update.
-    ``curve`` is the same, over consecutive pieces of the epoch. ``confusion`` holds the test
-    set's counts, row: true class, column: predicted class.
+    ``train_accuracy`` is online: each digit is predicted before its own update. ``train_loss`` is
+    the mean of these predictions' losses and ``curve`` the accuracy of consecutive pieces of the
+    epoch. Optimizers that evaluate a batch several times a step, as CG and L-BFGS do, count with
+    every evaluation. ``learning_rate`` is that of the epoch's first step; None, an empty cell in
+    ``log.csv``, for an optimizer without one, as CG. ``confusion`` holds the test set's counts,
+    row: true class, column: predicted class. Of a run that has diverged the losses are NaN or
+    infinite, everything else is as of any run.
     """
 
     epoch: int
@@ -143,7 +151,7 @@ class EpochResult:
     test_accuracy: float
     train_loss: float
     test_loss: float
-    learning_rate: float
+    learning_rate: float | None
     seconds: float
     curve: list[float]
     confusion: list[list[int]]
@@ -160,7 +168,7 @@ class Engine(Protocol):
 
     description: str
 
-    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, ...]:
         """Train on ``images[order]``, one step per batch, in order.
 
         Args:
@@ -171,16 +179,22 @@ class Engine(Protocol):
 
         Returns:
             On the CPU the losses ``(M,)`` and the predicted classes ``(M,)`` int64, each sample's
-            from before its own update.
+            from before its own update. Where the optimizer needs a closure and evaluates batches
+            several times there are E >= M of both, in the order of evaluation, and a third tensor
+            ``(E,)`` int64 names their samples, as ``order`` does.
         """
 
 
 class AutogradEngine:
     """One forward pass, backward pass and optimizer step per batch, through PyTorch's autograd.
 
+    An optimizer that needs a closure (:class:`torch.optim.LBFGS`, or one with a true attribute
+    ``needs_closure``) decides itself how many passes a step has. The batch is transformed once
+    before them; dropout draws in each.
+
     Args:
         model: as for :func:`fit`; samples are cast to its dtype and moved to its device.
-        optimizer: as for :func:`fit`.
+        optimizer: the one whose steps follow.
         criterion: as for :func:`fit`.
         batch_size: gradients are averaged over a batch.
         transform: applied to each batch ``(N, C, H, W)`` before use, for augmentation.
@@ -199,31 +213,51 @@ class AutogradEngine:
         self.criterion = criterion
         self.batch_size = batch_size
         self.transform = transform
+        self.needs_closure = isinstance(optimizer, torch.optim.LBFGS) or bool(
+            getattr(optimizer, "needs_closure", False)
+        )
         parameter = next(model.parameters())
         dtype = str(parameter.dtype).removeprefix("torch.")
         where = "cpu" if parameter.device.type == "cpu" else str(parameter.device)
         threads = f", {torch.get_num_threads()} threads" if where == "cpu" else ""
         self.description = f"PyTorch autograd, {dtype}, {where}{threads}, batch size {batch_size}"
 
-    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, ...]:
         """See :meth:`Engine.run`."""
         parameter = next(self.model.parameters())
         samples = images.index_select(0, order).to(parameter.device, parameter.dtype)
         targets = labels.index_select(0, order).to(parameter.device)
         self.model.train()
-        outputs, losses = [], []
-        batches = zip(samples.split(self.batch_size), targets.split(self.batch_size), strict=True)
-        for batch, target in batches:
+        outputs: list[Tensor] = []
+        losses: list[Tensor] = []
+        evaluated: list[Tensor] = []
+        batches = zip(*(x.split(self.batch_size) for x in (samples, targets, order)), strict=True)
+        for batch, target, indices in batches:
             if self.transform is not None:
                 batch = self.transform(batch)
-            self.optimizer.zero_grad()
-            output = self.model(batch)
-            loss = self.criterion(output, target, reduction="none")
-            loss.mean().backward()
-            self.optimizer.step()
-            outputs.append(output.detach())
-            losses.append(loss.detach())
-        return torch.cat(losses).cpu(), _predict(torch.cat(outputs)).cpu()
+            before = len(losses)
+            closure: Callable[[], Any] = partial(self._evaluate, batch, target, outputs, losses)
+            if self.needs_closure:
+                self.optimizer.step(closure)
+            else:
+                closure()
+                self.optimizer.step()
+            evaluated += [indices] * (len(losses) - before)
+        results = torch.cat(losses).cpu(), _predict(torch.cat(outputs)).cpu()
+        return (*results, torch.cat(evaluated)) if self.needs_closure else results
+
+    def _evaluate(
+        self, batch: Tensor, target: Tensor, outputs: list[Tensor], losses: list[Tensor]
+    ) -> Tensor:
+        """The batch's mean loss, with its gradients; what it was made of joins the lists."""
+        self.optimizer.zero_grad()
+        output = self.model(batch)
+        loss = self.criterion(output, target, reduction="none")
+        mean = loss.mean()
+        mean.backward()
+        outputs.append(output.detach())
+        losses.append(loss.detach())
+        return mean
 
 
 def choose_engine(
@@ -311,15 +345,22 @@ def evaluate(
     return confusion, total / len(images)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that ``path`` is always the whole old or the whole new one."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """Write a file so that ``path`` is always the whole old or the whole new one.
+
+    Args:
+        path: the file; its folder must exist.
+        write: is given the opened file.
+        sync: wait for the disk, so that a power cut leaves a whole file, too.
+    """
     # In the same folder, as a rename is atomic within one file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -360,23 +401,29 @@ def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+def _active(optimizers: Mapping[int, Any], epoch: int) -> int:
+    """The first epoch of the optimizer in charge of ``epoch``."""
+    return max(first for first in optimizers if first <= epoch)
+
+
 @dataclass
 class _Run:
     """Everything that changes while training, in one piece to save and restore."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: dict[int, torch.optim.Optimizer]
     generator: torch7.Generator
     settings: dict[str, Any]
     history: list[EpochResult]
 
     def save(self, folder: Path) -> None:
+        states = {first: one.state_dict() for first, one in self.optimizers.items()}
         state = {
             "format": _CHECKPOINT_FORMAT,
             "epoch": len(self.history),
             "settings": self.settings,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **({"optimizer": states[1]} if len(states) == 1 else {"optimizers": states}),
             "generator": self.generator.get_state(),
             # PyTorch's own generators serve torch.nn.Dropout and users' transforms.
             "torch_rng": torch.get_rng_state(),
@@ -397,9 +444,21 @@ class _Run:
                     f"{path} was made with {name} = {then}, this run has {now}: "
                     "resume with the same settings or train in another folder"
                 )
+        states = state["optimizers"] if "optimizers" in state else {1: state["optimizer"]}
+        # What has not been in charge yet may still change: one run can be continued in many ways.
+        used, known = (
+            sorted(first for first in each if first <= max(1, state["epoch"]))
+            for each in (states, self.optimizers)
+        )
+        if used != known:
+            raise CheckpointError(
+                f"{path} was made with optimizers from epochs {_listed(used)}, "
+                f"this run has them from {_listed(known)}"
+            )
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for first in states.keys() & self.optimizers.keys():
+                self.optimizers[first].load_state_dict(states[first])
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} does not fit this network: {reason}") from None
@@ -411,6 +470,10 @@ class _Run:
         _write_log(folder / LOG, self.history)
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _train_epoch(
     engine: Engine,
     images: Tensor,
@@ -419,27 +482,27 @@ def _train_epoch(
     chunk: int,
     description: str,
     show: bool,
-    on_progress: Callable[[int], None] | None,
+    on_progress: Callable[[int], object] | None,
 ) -> tuple[float, float, list[float]]:
     """One pass over ``order``: accuracy in %, mean loss and the accuracy's curve."""
-    correct = torch.empty(len(order), dtype=torch.bool)
-    all_losses = torch.empty(len(order), dtype=torch.float64)
-    done = 0
+    rights, all_losses = [], []
+    right = predicted = 0
     with _progress_bar(description, len(order), " digits", show) as bar:
         for piece in order.split(chunk):
-            losses, predictions = engine.run(images, labels, piece)
-            correct[done : done + len(piece)] = predictions == labels.index_select(0, piece)
-            all_losses[done : done + len(piece)] = losses
-            done += len(piece)
-            accuracy = 100.0 * float(correct[:done].double().mean())
-            bar.set_postfix_str(f"training {accuracy:.2f} %", refresh=False)
+            losses, predictions, *others = engine.run(images, labels, piece)
+            samples = others[0] if others else piece
+            rights.append(predictions == labels.index_select(0, samples))
+            all_losses.append(losses.double())
+            right += int(rights[-1].sum())
+            predicted += len(predictions)
+            bar.set_postfix_str(f"training {100.0 * right / predicted:.2f} %", refresh=False)
             bar.update(len(piece))
             if on_progress is not None:
                 on_progress(len(piece))
-    piece_size = max(_CURVE_SAMPLES, -(-len(order) // _CURVE_POINTS))
-    curve = correct.double().mul(100.0).split(piece_size)
-    accuracy = 100.0 * int(correct.sum()) / len(order)
-    return accuracy, float(all_losses.mean()), [float(part.mean()) for part in curve]
+    piece_size = max(_CURVE_SAMPLES, -(-predicted // _CURVE_POINTS))
+    curve = torch.cat(rights).double().mul(100.0).split(piece_size)
+    loss = float(torch.cat(all_losses).mean())
+    return 100.0 * right / predicted, loss, [float(part.mean()) for part in curve]
 
 
 def fit(
@@ -448,7 +511,7 @@ def fit(
     test: tuple[Tensor, Tensor],
     *,
     epochs: int,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Mapping[int, torch.optim.Optimizer],
     generator: torch7.Generator,
     criterion: Criterion = torch7.nll_loss,
     batch_size: int = 1,
@@ -460,8 +523,8 @@ def fit(
     chunk: int | None = None,
     progress: bool | None = None,
     verbose: bool = True,
-    on_progress: Callable[[int], None] | None = None,
-    on_epoch: Callable[[EpochResult], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
+    on_epoch: Callable[[EpochResult], object] | None = None,
 ) -> list[EpochResult]:
     """Train ``model`` until ``epochs`` epochs are complete, and test it after each.
 
@@ -473,7 +536,10 @@ def fit(
         train: images ``(N, C, H, W)`` and labels ``(N,)`` int64 of the training set, on the CPU.
         test: the same of the test set.
         epochs: in all, those of a resumed run included.
-        optimizer: its step follows every batch, see :class:`mnist_ops.optim.Torch7SGD`.
+        optimizer: its step follows every batch, see :class:`mnist_ops.optim.Torch7SGD`; one that
+            needs a closure evaluates the batch as often as it likes, see :class:`AutogradEngine`.
+            One with a context manager ``averaged()`` is tested within it. Or a mapping from the
+            first epoch to the optimizer that is in charge from then on: ``{1: sgd, 6: lbfgs}``.
         generator: source of the shuffles.
         criterion: ``criterion(output, target, reduction="none")`` gives a loss per sample, as do
             those of :mod:`mnist_ops.torch7`; a batch's mean is minimised.
@@ -482,15 +548,17 @@ def fit(
         folder: where ``checkpoint.pt`` and ``log.csv`` go; ``None`` writes nothing. An earlier
             checkpoint there is kept as ``checkpoint.previous.pt`` when a new run starts.
         resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
-            the results are those of an uninterrupted run, bit for bit.
+            the results are those of an uninterrupted run, bit for bit. Optimizers that were not yet
+            in charge may be others than those of the run that made it.
         settings: what defines the run (numbers, strings), kept in the checkpoint; resuming with
             other settings is refused.
-        engine: runs the steps; :func:`choose_engine` picks one unless given.
+        engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
+            each optimizer of a mapping.
         chunk: samples handed to the engine at a time, about 200 unless given.
         progress: show progress bars on standard error; ``None``: on a terminal only.
         verbose: print the engine's description and one line per epoch to standard output.
-        on_progress: called after each chunk with the number of samples just used.
-        on_epoch: called with each epoch's result once its checkpoint is written.
+        on_progress: called after each chunk with the number of samples just trained.
+        on_epoch: called with each new epoch's result, after its checkpoint has been written.
 
     Returns:
         One :class:`EpochResult` per epoch, those before a resume included.
@@ -513,10 +581,21 @@ def fit(
                 f"fit: {name} must hold as many images as labels and one at least, "
                 f"got {len(images)} and {len(labels)}"
             )
-    engine = engine or choose_engine(model, optimizer, criterion, batch_size, transform)
+    optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {1: optimizer}
+    if 1 not in optimizers or not all(isinstance(e, int) and e >= 1 for e in optimizers):
+        raise ValueError(
+            "fit: optimizer must map 1, and later epochs, to optimizers, "
+            f"got the epochs {_listed(list(optimizers)) or 'none'}"
+        )
+    if engine is not None and len(optimizers) > 1:
+        raise ValueError("fit: engine must not be given with several optimizers")
+    engines = {
+        first: engine or choose_engine(model, one, criterion, batch_size, transform)
+        for first, one in sorted(optimizers.items())
+    }
     chunk = batch_size * max(1, (chunk or max(200, 8 * batch_size)) // batch_size)
     show = sys.stderr.isatty() if progress is None else progress
-    run = _Run(model, optimizer, generator, dict(settings or {}), [])
+    run = _Run(model, optimizers, generator, dict(settings or {}), [])
     folder = None if folder is None else Path(folder)
 
     if folder is not None:
@@ -528,8 +607,9 @@ def fit(
                 os.replace(folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT)
             # Also before the first epoch, so that an interrupted run can always be resumed.
             run.save(folder)
+    active = _active(optimizers, len(run.history) + 1)
     if verbose:
-        print(f"training on {len(train[0])} digits: {engine.description}", flush=True)
+        print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
     # Deterministic convolutions without TF32: a run on the GPU can be repeated, too.
     cudnn = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -537,16 +617,32 @@ def fit(
     try:
         with cudnn:
             while len(run.history) < epochs:
+                epoch = len(run.history) + 1
+                if active != _active(optimizers, epoch):
+                    active = epoch
+                    if verbose:
+                        print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
                 result = _one_epoch(
-                    run, engine, train, test, criterion, epochs, chunk, show, on_progress
+                    epoch,
+                    model,
+                    optimizers[active],
+                    engines[active],
+                    train,
+                    test,
+                    generator.randperm(len(train[0])),
+                    criterion,
+                    f"epoch {epoch}/{epochs}",
+                    chunk,
+                    show,
+                    on_progress,
                 )
                 run.history.append(result)
                 if folder is not None:
                     run.save(folder)
-                if on_epoch is not None:
-                    on_epoch(result)
                 if verbose:
                     print(result, flush=True)
+                if on_epoch is not None:
+                    on_epoch(result)
     except KeyboardInterrupt:
         message = "interrupted"
         if folder is not None:
@@ -558,26 +654,36 @@ def fit(
     return run.history
 
 
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of the first group's next step; None where there is none."""
+    group = optimizer.param_groups[0]
+    if hasattr(optimizer, "rate"):
+        return float(optimizer.rate(group))
+    return float(group["lr"]) if "lr" in group else None
+
+
 def _one_epoch(
-    run: _Run,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     engine: Engine,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
+    order: Tensor,
     criterion: Criterion,
-    epochs: int,
+    description: str,
     chunk: int,
     show: bool,
-    on_progress: Callable[[int], None] | None,
+    on_progress: Callable[[int], object] | None,
 ) -> EpochResult:
-    epoch = len(run.history) + 1
     start = time.perf_counter()
-    group = run.optimizer.param_groups[0]
-    rate = group["lr"] / (1.0 + group.get("steps", 0) * group.get("lr_decay", 0.0))
-    order = run.generator.randperm(len(train[0]))
+    rate = _learning_rate(optimizer)
     accuracy, loss, curve = _train_epoch(
-        engine, *train, order, chunk, f"epoch {epoch}/{epochs}", show, on_progress
+        engine, *train, order, chunk, description, show, on_progress
     )
-    confusion, test_loss = evaluate(run.model, *test, criterion, progress=show)
+    averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
+    with averaged():
+        confusion, test_loss = evaluate(model, *test, criterion, progress=show)
     return EpochResult(
         epoch=epoch,
         train_accuracy=accuracy,

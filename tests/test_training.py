@@ -2,6 +2,9 @@
 
 import copy
 import csv
+import itertools
+import json
+import math
 import os
 import re
 import signal
@@ -18,7 +21,7 @@ from conftest import REFERENCE, torch7_cases, torch7_tensor
 from torch import nn
 
 from mnist_ops import data, models, torch7, training
-from mnist_ops.optim import Torch7SGD
+from mnist_ops.optim import CG, Torch7ASGD, Torch7LBFGS, Torch7SGD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +68,7 @@ class Setup:
             options.pop("train", TRAIN),
             options.pop("test", TEST),
             epochs=epochs,
-            optimizer=self.optimizer,
+            optimizer=options.pop("optimizer", self.optimizer),
             generator=self.generator,
             **options,
         )
@@ -306,6 +309,280 @@ class TestFit:
     def test_errors(self, options, message):
         with pytest.raises(ValueError, match=message):
             Setup().fit(**options)
+
+
+class Counted(nn.Module):
+    """Passes its input on and counts the training passes."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return x
+
+
+def optimizers(setup):
+    """One of each kind for the same network."""
+    params = list(setup.model.parameters())
+    return {
+        "sgd": setup.optimizer,
+        "asgd": Torch7ASGD(params, lr=0.02, t0=70),
+        "cg": CG(params, max_iter=2),
+        "lbfgs": Torch7LBFGS(params, lr=0.2, max_iter=2, history_size=4),
+        "torch": torch.optim.LBFGS(params, lr=0.2, max_iter=2, max_eval=3, history_size=4),
+    }
+
+
+class TestOtherOptimizers:
+    @pytest.mark.parametrize("kind", ["cg", "lbfgs", "torch"])
+    def test_every_evaluation_counts(self, device, kind):
+        """Against a plain loop whose closure notes what it predicts."""
+        setup, other = Setup(dropout=0.0, device=device), Setup(dropout=0.0, device=device)
+        (result,) = setup.fit(1, optimizer=optimizers(setup)[kind], batch_size=4, chunk=20)
+        model, optimizer = other.model, optimizers(other)[kind]
+        model.train()
+        losses, right = [], []
+
+        for batch in other.generator.randperm(60).split(4):
+            x, target = TRAIN[0][batch].double().to(device), TRAIN[1][batch].to(device)
+
+            def closure():
+                model.zero_grad()
+                output = model(x)
+                each = -output[torch.arange(4), target]
+                each.mean().backward()
+                losses.extend(each.tolist())
+                right.extend((output.argmax(1) == target).tolist())
+                return each.mean()
+
+            optimizer.step(closure)
+        assert torch.equal(setup.values(), other.values())
+        assert len(right) > (60 if kind == "cg" else 119)
+        assert result.train_accuracy == 100.0 * sum(right) / len(right)
+        assert result.train_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
+        size = max(50, -(-len(right) // 60))
+        pieces = [right[i : i + size] for i in range(0, len(right), size)]
+        assert result.curve == pytest.approx([100 * sum(piece) / len(piece) for piece in pieces])
+        assert result.learning_rate == (None if kind == "cg" else 0.2)
+
+    @pytest.mark.parametrize("kind", ["cg", "lbfgs", "torch"])
+    def test_what_the_engine_returns(self, kind):
+        setup = Setup()
+        counted = Counted()
+        setup.model.tanh3 = nn.Sequential(setup.model.tanh3, counted)
+        engine = training.AutogradEngine(setup.model, optimizers(setup)[kind], batch_size=3)
+        order = torch.tensor([5, 1, 7, 7, 2])
+        losses, predictions, samples = engine.run(*TRAIN, order)
+        assert losses.shape == predictions.shape == samples.shape
+        # Whole batches in turn, each as often as it was evaluated.
+        first = samples.tolist().index(2) - 1
+        assert samples[:first].view(-1, 3).unique(dim=0).tolist() == [[5, 1, 7]]
+        assert samples[first:].view(-1, 2).unique(dim=0).tolist() == [[7, 2]]
+        assert counted.calls == first // 3 + (len(samples) - first) // 2 > 2
+
+    def test_one_transform_and_dropout_each_time(self):
+        setup = Setup(dropout=0.5)
+        transformed, outputs = [], []
+        setup.model.dropout.register_forward_hook(lambda *args: outputs.append(args[2].detach()))
+        engine = training.AutogradEngine(
+            setup.model,
+            optimizers(setup)["lbfgs"],
+            batch_size=5,
+            transform=lambda batch: transformed.append(len(batch)) or batch,
+        )
+        engine.run(*TRAIN, torch.arange(15))
+        assert transformed == [5, 5, 5]
+        assert len(outputs) == 6
+        zeros = [output == 0 for output in outputs]
+        assert all(not torch.equal(a, b) for a, b in itertools.pairwise(zeros))
+
+    @pytest.mark.parametrize(("kind", "batch_size"), [("asgd", 1), ("cg", 5), ("lbfgs", 5)])
+    def test_learns(self, kind, batch_size):
+        setup = Setup(dropout=0.0)
+        history = setup.fit(6, optimizer=optimizers(setup)[kind], batch_size=batch_size)
+        assert history[-1].test_accuracy > 60.0 > history[0].train_accuracy
+
+    def test_averages_are_tested(self):
+        setup = Setup(dropout=0.0)
+        optimizer = optimizers(setup)["asgd"]
+        history = setup.fit(2, optimizer=optimizer)
+        plain = training.evaluate(setup.model, *TEST)[1]
+        vector = nn.utils.parameters_to_vector
+        averages = [optimizer.state[p]["average"] for p in setup.model.parameters()]
+        nn.utils.vector_to_parameters(vector(averages), setup.model.parameters())
+        loss = training.evaluate(setup.model, *TEST)[1]
+        assert history[-1].test_loss == loss != plain
+        assert history[-1].learning_rate == 0.02 / (1 + 1e-4 * 0.02 * 60) ** 0.75
+
+    def test_engine_with_two_results_is_unchanged(self):
+        setup = Setup()
+        engine = training.AutogradEngine(setup.model, setup.optimizer)
+        assert len(engine.run(*TRAIN, torch.arange(4))) == 2
+
+
+def schedule(setup):
+    kinds = optimizers(setup)
+    return {1: kinds["sgd"], 3: kinds["lbfgs"], 4: kinds["asgd"], 5: kinds["cg"]}
+
+
+@pytest.fixture(scope="module")
+def straight():
+    setup = Setup()
+    history = setup.fit(6, optimizer=schedule(setup), batch_size=6)
+    return comparable(history), setup.values(), setup.generator.randperm(99)
+
+
+class TestSwitch:
+    @pytest.mark.parametrize("stops", [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (1, 2, 3, 4, 5, 6)])
+    def test_resumed_anywhere(self, tmp_path, straight, stops):
+        for i, epochs in enumerate(stops):
+            setup = Setup(seed=1 if i == 0 else 9)
+            history = setup.fit(
+                epochs,
+                optimizer=schedule(setup),
+                batch_size=6,
+                folder=tmp_path,
+                resume=i > 0,
+            )
+        assert comparable(history) == straight[0]
+        assert torch.equal(setup.values(), straight[1])
+        assert torch.equal(setup.generator.randperm(99), straight[2])
+        rates = [row["learning_rate"] for row in log_rows(tmp_path)]
+        assert rates[2] == "0.2" and rates[4:] == ["", ""]
+
+    def test_who_is_in_charge(self, straight):
+        """Two epochs of SGD are those of SGD alone; every switch changes what follows."""
+        alone = Setup()
+        first = comparable(alone.fit(3, batch_size=6))
+        assert straight[0][:2] == first[:2] and straight[0][2] != first[2]
+
+    def test_told(self, capfd):
+        setup = Setup()
+        kinds = optimizers(setup)
+        setup.fit(3, optimizer={1: kinds["sgd"], 3: kinds["cg"]}, verbose=True)
+        lines = capfd.readouterr().out.splitlines()
+        assert lines[0].startswith("training on 60 digits: compiled online SGD")
+        assert [line[:10] for line in lines[1:]] == [f"epoch   {i}:" for i in (1, 2, 3, 3)]
+        assert "autograd" in lines[3] and "the optimizer is CG, not Torch7SGD" in lines[3]
+
+    def test_told_on_resuming(self, tmp_path, capfd):
+        for epochs, resume in ((2, False), (3, True)):
+            setup = Setup()
+            kinds = optimizers(setup)
+            setup.fit(
+                epochs,
+                optimizer={1: kinds["sgd"], 3: kinds["cg"]},
+                folder=tmp_path,
+                resume=resume,
+                verbose=resume,
+            )
+        lines = capfd.readouterr().out.splitlines()
+        assert "autograd" in lines[0] and len(lines) == 2
+
+    @pytest.mark.parametrize("epochs", [0, 2])
+    def test_continued_in_another_way(self, tmp_path, epochs):
+        """A run of SGD alone, with its one-optimizer checkpoint, goes on with L-BFGS."""
+        Setup().fit(epochs, folder=tmp_path, batch_size=6)
+        state = training.load_checkpoint(tmp_path / "checkpoint.pt")
+        assert "param_groups" in state["optimizer"] and "optimizers" not in state
+        setup, straight = Setup(seed=9), Setup()
+        options = {"batch_size": 6}
+        mapping = {1: setup.optimizer, 3: optimizers(setup)["lbfgs"]}
+        history = setup.fit(4, optimizer=mapping, folder=tmp_path, resume=True, **options)
+        mapping = {1: straight.optimizer, 3: optimizers(straight)["lbfgs"]}
+        assert comparable(history) == comparable(straight.fit(4, optimizer=mapping, **options))
+        assert torch.equal(setup.values(), straight.values())
+
+    def test_another_past_is_refused(self, tmp_path):
+        setup = Setup()
+        setup.fit(3, optimizer={1: setup.optimizer, 3: optimizers(setup)["cg"]}, folder=tmp_path)
+        other = Setup()
+        with pytest.raises(training.CheckpointError, match=r"from epochs 1, 3, .* from 1, 2$"):
+            mapping = {1: other.optimizer, 2: optimizers(other)["cg"]}
+            other.fit(4, optimizer=mapping, folder=tmp_path, resume=True)
+        with pytest.raises(training.CheckpointError, match=r"from epochs 1, 3, .* from 1$"):
+            Setup().fit(4, folder=tmp_path, resume=True)
+
+    def test_a_mapping_of_one_is_that_one(self, tmp_path):
+        setup, alone = Setup(), Setup()
+        history = setup.fit(1, optimizer={1: setup.optimizer}, folder=tmp_path)
+        assert comparable(history) == comparable(alone.fit(1))
+        assert "optimizer" in training.load_checkpoint(tmp_path / "checkpoint.pt")
+
+    @pytest.mark.parametrize("epochs", [(), (2,), (0, 1), (1, 2.5)])
+    def test_bad_epochs(self, epochs):
+        setup = Setup()
+        with pytest.raises(ValueError, match="fit: optimizer must map 1, and later epochs"):
+            setup.fit(1, optimizer=dict.fromkeys(epochs, setup.optimizer))
+
+    def test_no_engine_for_several(self):
+        setup = Setup()
+        engine = training.AutogradEngine(setup.model, setup.optimizer)
+        mapping = {1: setup.optimizer, 2: optimizers(setup)["cg"]}
+        with pytest.raises(ValueError, match="engine must not be given with several optimizers"):
+            setup.fit(1, optimizer=mapping, engine=engine)
+
+
+class TestDivergence:
+    @pytest.mark.parametrize("compiled", [True, False])
+    @pytest.mark.parametrize("worst", [math.nan, math.inf])
+    def test_goes_on(self, tmp_path, compiled, worst):
+        """From the first step on every output is NaN: the first class, as in torch.argmax."""
+        setup = Setup(dropout=0.0)
+        with torch.no_grad():
+            setup.model.linear2.bias[3] = worst
+        engine = None if compiled else training.AutogradEngine(setup.model, setup.optimizer)
+        history = setup.fit(2, engine=engine, folder=tmp_path)
+        for result in history:
+            assert not math.isfinite(result.train_loss) and not math.isfinite(result.test_loss)
+            assert 0.0 <= result.train_accuracy <= 10.0 == result.test_accuracy
+            assert [row[0] for row in result.confusion] == [3] * 10
+            assert "loss nan" in str(result) or "loss inf" in str(result)
+            json.dumps([*result.confusion, result.curve], allow_nan=False)
+        assert [float(row["test_accuracy"]) for row in log_rows(tmp_path)] == [10.0, 10.0]
+        again = Setup(dropout=0.0)
+        resumed = again.fit(3, folder=tmp_path, resume=True)
+        assert [result.test_accuracy for result in resumed] == [10.0] * 3
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_a_rate_that_is_too_high(self, compiled):
+        setup = Setup(dropout=0.0, momentum=0.0)
+        setup.optimizer.param_groups[0]["lr"] = 1e308
+        engine = None if compiled else training.AutogradEngine(setup.model, setup.optimizer)
+        (result,) = setup.fit(1, engine=engine)
+        assert not math.isfinite(result.train_loss)
+        assert 0.0 <= result.test_accuracy <= 100.0
+
+    @pytest.mark.parametrize("kind", ["asgd", "cg", "lbfgs", "torch"])
+    def test_other_optimizers_go_on(self, kind):
+        setup = Setup(dropout=0.0)
+        with torch.no_grad():
+            setup.model.linear2.bias[3] = math.nan
+        (result,) = setup.fit(1, optimizer=optimizers(setup)[kind], batch_size=20)
+        assert math.isnan(result.train_loss) and result.test_accuracy == 10.0
+
+
+class TestHooks:
+    def test_progress(self):
+        counts = []
+        setup = Setup()
+        setup.fit(2, on_progress=counts.append, chunk=25)
+        assert counts == [25, 25, 10] * 2
+        counts.clear()
+        setup.fit(1, optimizer=optimizers(setup)["cg"], on_progress=counts.append, chunk=40)
+        assert counts == [40, 20]  # samples, however often they were evaluated
+
+    def test_epochs(self, tmp_path):
+        seen = []
+
+        def on_epoch(result):
+            state = training.load_checkpoint(tmp_path / "checkpoint.pt")
+            assert state["epoch"] == result.epoch == len(log_rows(tmp_path))
+            seen.append(result)
+
+        Setup().fit(1, folder=tmp_path, on_epoch=on_epoch)
+        history = Setup().fit(3, folder=tmp_path, on_epoch=on_epoch, resume=True)
+        assert seen == history  # each once, none twice after resuming
 
 
 class TestEvaluate:
