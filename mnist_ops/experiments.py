@@ -201,7 +201,7 @@ def _report_2() -> list[Experiment]:
             f"{key.replace('lr', 'learning rate')} {value:g}" for key, value in options.items()
         )
         rows.append(make(name, title, "momentum", 5, optimizers=_sgd(**options)))
-    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2}
+    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
     rows += [
         make(
             f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS", "optimizer switch", k + 3,
@@ -222,9 +222,13 @@ def _report_2() -> list[Experiment]:
         ),
     ]  # fmt: skip
     rows += [
-        make(f"rotation-{std}", f"digits rotated by N(0, {std} rad)", "rotation", 20, rotation=std)
+        make(
+            f"rotation-{std}", f"digits rotated by N(0, {std} rad)", "rotation",
+            44 if std == 0.2 else 20, rotation=std,
+            reported=reports.FIGURES["best_theta0.2"] if std == 0.2 else {},
+        )
         for std in (0.131, 0.174, 0.2, 0.349)
-    ]
+    ]  # fmt: skip
     extra = {"widths": (64, 64, 64, 128), "pool_size": (2, 2, 1), "kernel_size": (5, 5, 3)}
     unknown = "its settings are not reported"
     rows += [
@@ -240,7 +244,7 @@ def _report_2() -> list[Experiment]:
              network={"dropout": 0.5}, note=unknown, reported=reports.LOGS["dropout"]),
         make("rotation-noise-dropout-convolution",
              "rotation, noise, dropout, one more convolution",
-             "architecture", 20, rotation=0.2, noise=0.1, network=extra | {"dropout": 0.5},
+             "architecture", 108, rotation=0.2, noise=0.1, network=extra | {"dropout": 0.5},
              note=unknown, reported=reports.FIGURES["top_noise_dropout_conv_rot"]),
     ]  # fmt: skip
     return rows

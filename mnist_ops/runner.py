@@ -103,8 +103,7 @@ def tasks(
     Args:
         chosen: the experiments.
         seeds: each runs with seeds 1 to ``seeds``.
-        epochs: instead of each experiment's own number. Experiments that switch optimizers after
-            more epochs than that switch after the first instead, so that a quick look sees both.
+        epochs: instead of each experiment's own number.
         limit: digits used of each split.
         device: cpu, cuda or cuda:N.
         dtype: instead of the experiments' own.

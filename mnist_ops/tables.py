@@ -16,6 +16,7 @@ from typing import Any
 
 from . import training
 from .experiments import CANDIDATES, Experiment, Table
+from .reports import cut
 
 __all__ = [
     "Cell",
@@ -38,10 +39,11 @@ _SPLITS = (("training", "train_accuracy", 60_000), ("test", "test_accuracy", 10_
 def samples_apart(accuracy: float, printed: float, total: int, decimals: int = 2) -> int:
     """How many digits more (or fewer: negative) are right than would print as ``printed``.
 
+    Report 1 cuts its numbers off instead of rounding them, see :func:`mnist_ops.reports.cut`.
+
     Args:
         accuracy: in %, of ``total`` digits.
-        printed: in %, rounded to ``decimals`` (half up or half to even: an exact half counts as
-            both).
+        printed: in %, cut off.
         total: digits counted.
         decimals: printed after the point.
 
@@ -49,15 +51,15 @@ def samples_apart(accuracy: float, printed: float, total: int, decimals: int = 2
 
         >>> samples_apart(99.48, 99.47, 10_000)
         1
-        >>> samples_apart(96.713, 96.71, 60_000)
+        >>> samples_apart(96.718, 96.71, 60_000)
         0
     """
     right = round(accuracy * total / 100)
     scale = 10**decimals
     unit = round(printed * scale)
-    # In integers: 100 scale right / total lies in [unit - 1/2, unit + 1/2].
-    low = -(-(2 * unit - 1) * total // (200 * scale))
-    high = (2 * unit + 1) * total // (200 * scale)
+    # In integers: unit <= 100 scale right / total < unit + 1.
+    low = -(-unit * total // (100 * scale))
+    high = -(-(unit + 1) * total // (100 * scale)) - 1
     return right - min(max(right, low), high)
 
 
@@ -178,8 +180,8 @@ def columns(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     return [(f"{column} ({dtype})", group) for (column, dtype), group in groups.items()]
 
 
-def _show(value: float | None) -> str:
-    return f"{value:.2f}" if value is not None else "-"
+def _print(value: float | None) -> str:
+    return "-" if value is None else cut(value)
 
 
 def _signed(value: int | None) -> str:
@@ -204,7 +206,7 @@ def text(table: Table, results: Mapping[str, Any]) -> str:
             by_epoch.setdefault(cell.epoch, []).append(cell)
         for i, (epoch, pair) in enumerate(by_epoch.items()):
             numbers = "".join(
-                f"{_show(cell.ours):>9s}{_show(cell.printed):>9s}{_signed(cell.samples):>8s}"
+                f"{_print(cell.ours):>9s}{_print(cell.printed):>9s}{_signed(cell.samples):>8s}"
                 for cell in pair
             )
             lines.append(f"{heading if i == 0 else '':26s} {epoch:5d}{numbers}")
