@@ -332,8 +332,9 @@ class OptimizerEngine(OnlineSGD):
         model: as for :class:`OnlineSGD`.
         optimizer: exactly a ``Torch7SGD``, one group with all of the model's parameters.
         criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
-        transform: applied to each image ``(1, C, H, W)`` before use, for augmentation; not together
-            with dropout, whose random numbers it would have to draw in turn with.
+        transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
+            has a true attribute ``batched``, to all images of a run at once; not together with
+            dropout, whose random numbers it would have to draw in turn with.
         threads: as for :class:`OnlineSGD`.
 
     Raises:
@@ -373,10 +374,10 @@ class OptimizerEngine(OnlineSGD):
         self.velocities = [state[p]["velocity"] for p in self._parameters if "velocity" in state[p]]
         if self.transform is not None:
             self.model.train()
-            dtype = self._parameters[0].dtype
-            images = torch.cat(
-                [self.transform(images[i : i + 1].to(dtype)) for i in order.tolist()]
-            )
+            samples = images.index_select(0, order).to(self._parameters[0].dtype)
+            # A transform that gives the same bits for many samples at once says so.
+            pieces = [samples] if getattr(self.transform, "batched", False) else samples.split(1)
+            images = torch.cat([self.transform(piece) for piece in pieces])
             labels = labels.index_select(0, order)
             order = torch.arange(len(order))
         result = super().run(images, labels, order)

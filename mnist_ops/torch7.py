@@ -16,8 +16,9 @@ Torch7 counts classes and indices from 1; everything here counts from 0.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "LogSoftmax",
     "class_targets",
     "initialize",
+    "load_net",
     "log_softmax",
     "mse_loss",
     "multi_margin_loss",
@@ -234,6 +236,23 @@ def initialize(model: nn.Module, generator: Generator, in_channels: int = 1) -> 
                 "Torch7's initial values are known for Conv2d and Linear only"
             )
     return model
+
+
+def load_net(file: str | os.PathLike[str] | BinaryIO) -> nn.Sequential:
+    """The network in a file of Torch7. See :func:`mnist_ops.torch7_files.load_net`.
+
+    Args:
+        file: a path, or a file opened for reading bytes; packed with xz or gzip or not.
+
+    Returns:
+        A module in evaluation mode, for batches.
+
+    Raises:
+        mnist_ops.torch7_files.Torch7FileError: (a ``ValueError``) for any file that is not one.
+    """
+    from . import torch7_files  # it needs this module's layers
+
+    return torch7_files.load_net(file)
 
 
 class _ApproximateLogSoftmax(torch.autograd.Function):
