@@ -30,16 +30,22 @@ build_info = _libraries.build_info
 
 _LAZY = (
     "data",
+    "derivations",
     "experiments",
     "figures",
+    "html_report",
     "models",
     "online",
     "optim",
+    "prediction",
     "reports",
     "runner",
+    "statistics",
     "tables",
     "torch7",
+    "torch7_files",
     "training",
+    "transforms",
 )
 
 __all__ = [

@@ -1,0 +1,232 @@
+"""Run the experiments of both reports and set what comes out beside what was printed.
+
+    python examples/reproduce.py --list
+    python examples/reproduce.py --table 3.2 --jobs 2           # three columns, three epochs each
+    python examples/reproduce.py --experiment relu mse --seeds 3 --dtype float32
+    python examples/reproduce.py --report all --limit 2000 --epochs 1 --seeds 2 --jobs 2
+    python examples/reproduce.py --candidates relu               # guesses at an unknown column
+
+Results are in --out: results.json, a CSV and a PNG for each table, summary.md and report.html.
+Kill it at any moment; --resume goes on after the last complete epoch of each run.
+"""
+
+import argparse
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mnist_ops import (
+    data,
+    derivations,
+    experiments,
+    figures,
+    html_report,
+    reports,
+    runner,
+    tables,
+    training,
+)
+
+# What needs no training: every run of this script makes the two of them.
+EXTRAS = {
+    "derivations": (
+        "sections 1 and 2",
+        "each line of the derivations against autograd and kernels",
+    ),
+    "gallery": (
+        "report 1, section 3.2",
+        "what each normalization does to the digits: normalization.png",
+    ),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; anything wrong there ends in one line."""
+    p = argparse.ArgumentParser(description="Run the experiments of both reports.")
+    what = p.add_argument_group("what to run (any of these, together)")
+    what.add_argument("--list", action="store_true", help="list every experiment and stop")
+    what.add_argument("--experiment", nargs="+", default=[], metavar="NAME")
+    what.add_argument("--table", nargs="+", default=[], choices=list(experiments.TABLES))
+    what.add_argument("--report", choices=["1", "2", "all"], help="every experiment of a report")
+    what.add_argument(
+        "--candidates",
+        nargs="+",
+        default=[],
+        choices=list(experiments.CANDIDATES),
+        help="guesses at the configuration behind a printed column",
+    )
+    how = p.add_argument_group("how")
+    how.add_argument("--seeds", type=int, default=1, help="run with seeds 1 to SEEDS")
+    how.add_argument("--epochs", type=int, help="default: as many as the report shows")
+    how.add_argument("--limit", type=int, help="use the first LIMIT digits of each split")
+    how.add_argument("--dtype", choices=["float64", "float32"], help="default: float64")
+    how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    how.add_argument(
+        "--perturb",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N runs more, each with another weight changed by 1e-15",
+    )
+    how.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores")
+    how.add_argument("--data", type=Path, help="a folder with MNIST's four files")
+    how.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    how.add_argument("--resume", action="store_true", help="continue what is in --out")
+    how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
+    how.add_argument("--no-progress", action="store_true", help="no progress bars")
+    args = p.parse_args()
+    for name in ("seeds", "epochs", "limit", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    if args.perturb < 0:
+        p.error(f"--perturb must be 0 or more, got {args.perturb}")
+    if not (args.list or args.experiment or args.table or args.report or args.candidates):
+        p.error("nothing to run: --list shows the names for --experiment; or --table, --report")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        p.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args
+
+
+def choose(args: argparse.Namespace) -> list[runner.Task]:
+    """The runs that the command line asks for, each once."""
+    everything = experiments.EXPERIMENTS.values()
+    chosen = experiments.select([name for name in args.experiment if name not in EXTRAS])
+    if args.report:
+        wanted = "report" if args.report == "all" else f"report {args.report}"
+        chosen += [e for e in everything if e.section.startswith(wanted)]
+    for column in args.candidates:
+        chosen += experiments.CANDIDATES[column]
+    options = {
+        "seeds": args.seeds,
+        "limit": args.limit,
+        "device": args.device,
+        "dtype": args.dtype,
+        "perturbations": args.perturb,
+        "root": None if args.data is None else str(args.data),
+    }
+    found = runner.tasks(chosen, epochs=args.epochs, **options)
+    for number in args.table:
+        table = experiments.TABLES[number]
+        columns = experiments.select(list(table.columns.values()))
+        found += runner.tasks(columns, epochs=args.epochs or max(table.epochs), **options)
+    # A run that is asked for twice, by two tables perhaps, goes as far as either wants.
+    farthest: dict[Path, runner.Task] = {}
+    for task in sorted(found, key=lambda task: task.epochs):
+        farthest[task.folder(Path())] = task
+    return [farthest[folder] for folder in dict.fromkeys(t.folder(Path()) for t in found)]
+
+
+def show_list() -> None:
+    """Every experiment, as a table."""
+    width = max(map(len, experiments.EXPERIMENTS))
+    for e in experiments.EXPERIMENTS.values():
+        print(f"{e.name:{width}s}  {e.epochs:3d} epochs  {e.section:24s}  {e.title}")
+        if e.note:
+            print(f"{'':{width}s}              note: {e.note}")
+    for name, (section, title) in EXTRAS.items():
+        print(f"{name:{width}s}   no training  {section:24s}  {title}")
+    print(f"{'predict':{width}s}   no training  report 2, section 2.0.2   see examples/predict.py")
+    for column, guesses in experiments.CANDIDATES.items():
+        print(f"\nguesses at {column} (--candidates {column}):")
+        for e in guesses:
+            print(f"  {e.name}: {e.title}")
+
+
+def report(args: argparse.Namespace, results: dict) -> None:
+    """Print the tables and write CSV and figures."""
+    for number in args.table:
+        table = experiments.TABLES[number]
+        print(f"\n{tables.text(table, results)}")
+        cells = tables.compare(table, results)
+        tables.write_csv(args.out / f"table_{number}.csv", [asdict(cell) for cell in cells])
+        names = set(table.columns.values())
+        runs = [run for run in results["runs"] if run["experiment"] in names and run["epochs"]]
+        if runs:
+            figures.group_curves(runs, experiments.EXPERIMENTS, args.out / f"table_{number}.png")
+    for column in args.candidates:
+        print(f"\nGuesses at {column}, closest first: training and test of epoch 1, digits apart")
+        rows = []
+        for guess, cells in tables.candidates(experiments.EXPERIMENTS[column], results):
+            first = [cell for cell in cells if cell.epoch == 1]
+            if first:
+                ours = " / ".join(f"{reports.cut(cell.ours)} ({cell.samples:+d})" for cell in first)
+                print(f"  {ours:34s} {guess.title}")
+            rows += [{"title": guess.title} | asdict(cell) for cell in cells]
+        tables.write_csv(args.out / f"candidates_{column}.csv", rows)
+    drift = tables.spread(results)
+    tables.write_csv(args.out / "spread.csv", drift)
+    if args.perturb:
+        print(
+            "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, digits right"
+        )
+        for row in drift:
+            print(
+                f"  {row['experiment']} ({row['dtype']}), epoch {row['epoch']}, "
+                f"{row['runs']} runs: "
+                f"training {row['training_lowest']} to {row['training_highest']}, "
+                f"test {row['test_lowest']} to {row['test_highest']}"
+            )
+
+
+def extras(args: argparse.Namespace) -> None:
+    """Check the derivations and draw what normalization does to the digits."""
+    if "derivations" in args.experiment or args.report:
+        print("The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed")
+        for row in derivations.check():
+            print(f"  {row}")
+    if "gallery" in args.experiment or args.report:
+        figures.normalization_gallery(args.out / "normalization.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what was asked for, then report on everything that --out holds."""
+    if args.list:
+        show_list()
+        return 0
+    todo = choose(args)
+    if args.dry_run:
+        for task in todo:
+            print(f"{task.name}: {task.epochs} epochs of {task.limit or 60_000} digits")
+        print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
+        return 0
+    failures = runner.run_all(
+        todo,
+        args.out,
+        args.jobs,
+        args.resume,
+        progress=False if args.no_progress else None,
+        repository=Path(__file__).resolve().parents[1],
+    )
+    extras(args)
+    results = runner.collect(args.out)
+    report(args, results)
+    html_report.write_report(results, experiments.EXPERIMENTS, args.out)
+    print(f"{args.out} holds results.json, and made from it summary.md, report.html and tables")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main() -> int:
+    """Run, and turn what can go wrong into one line and an exit code."""
+    args = parse_arguments()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        return run(args)
+    except (
+        data.DataError, runner.RunError, training.CheckpointError, ValueError, OSError
+    ) as error:  # fmt: skip
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume continues what is in {args.out}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
