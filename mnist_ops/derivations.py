@@ -4,8 +4,8 @@ Both reports begin by deriving the backward passes of the sigmoid :math:`y = 1 /
 of the Gibbs softmax :math:`y_i = e^{-\beta x_i} / \sum_k e^{-\beta x_k}`. Some printed lines are
 wrong. :func:`check` evaluates every one as it is printed::
 
-    >>> for row in check():
-    ...     print(row)
+    >>> [row.line.source for row in check() if row.outcome == "wrong sign"]
+    ['report 2, 1.2, i = j, result', 'report 2, 1.2, i != j, first']
 """
 
 from __future__ import annotations

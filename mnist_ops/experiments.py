@@ -510,7 +510,7 @@ def train(
     """
     parts = build(experiment, seed, device, perturbed_weight)
     splits = digits(experiment.data_kernel, None if root is None else str(root), limit)
-    run = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
+    run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
     if root is not None:  # what predictions from a checkpoint must normalise images with
         run |= {"mean": splits.mean, "std": splits.std}
     single = parts.optimizers[1] if len(parts.optimizers) == 1 else None

@@ -29,18 +29,15 @@ def run(
     )
 
 
-def test_import_is_silent_and_quick():
+def test_import_is_silent_and_brings_little():
     code = (
         "import warnings; warnings.simplefilter('error')\n"
-        "import sys, time, torch\n"
+        "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "start = time.perf_counter()\n"
         "import mnist_ops\n"
-        "spent = time.perf_counter() - start\n"
         "new = set(sys.modules) - before\n"
-        "late = {'torchvision', 'matplotlib', 'tqdm', 'scipy', 'PIL'} & new\n"
+        "late = {'torchvision', 'matplotlib', 'tqdm', 'scipy', 'PIL', 'joblib', 'jinja2'} & new\n"
         "assert not late, late\n"
-        "assert spent < 0.5, spent\n"
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
@@ -48,7 +45,7 @@ def test_import_is_silent_and_quick():
 
 
 def test_submodules_load_when_they_are_used():
-    for name in ("data", "models", "torch7", "training"):
+    for name in mnist_ops._LAZY:
         assert getattr(mnist_ops, name).__name__ == f"mnist_ops.{name}"
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         mnist_ops.nonsense  # noqa: B018
@@ -119,7 +116,10 @@ def test_a_device_without_kernels_is_a_clear_error():
 
 @pytest.mark.parametrize(
     "module",
-    ["ops.lp_pool", "ops.local_norm", "ops.softmax", "ops.sigmoid", "ops.kernels", "_libraries"],
+    [
+        *("ops.lp_pool", "ops.local_norm", "ops.softmax", "ops.sigmoid", "ops.kernels"),
+        *("_libraries", "derivations", "reports", "statistics", "tables"),
+    ],
 )
 def test_examples_of_the_docstrings(module):
     results = doctest.testmod(importlib.import_module(f"mnist_ops.{module}"))
