@@ -362,6 +362,14 @@ def _candidates() -> dict[str, list[Experiment]]:
               extra_words=48),
         guess("normalization-15", "twice", "digits 15, its normalization built twice",
               extra_words=96),
+        guess("normalization-15", "first", "digits 7, network 15 in its first stage", data_kernel=7,
+              network={"norm_kernel": (15, 7)}),
+        guess("normalization-15", "second", "digits 7, network 15 in its second stage",
+              data_kernel=7, network={"norm_kernel": (7, 15)}),
+        guess("normalization-15", "data-first", "digits 15, network 15 in its first stage",
+              network={"norm_kernel": (15, 7)}),
+        guess("normalization-15", "data-second", "digits 15, network 15 in its second stage",
+              network={"norm_kernel": (7, 15)}),
         *(guess("normalization-15", f"taps-{n}", f"digits {n}", data_kernel=n)
           for n in (3, 5, 9, 11, 13, 17)),
     ]  # fmt: skip
@@ -373,6 +381,9 @@ def _candidates() -> dict[str, list[Experiment]]:
         guess("mse", "no-tanh-mean", "MSE, averaged, no tanh", network={"log_softmax": None},
               optimizers=_sgd(lr=1e-4)),
         guess("mse", "plain", "MSE, summed, behind a tanh, plain digits", data_kernel=None),
+        guess("mse", "log-softmax", "MSE, summed, of the log-softmax", network={}),
+        guess("mse", "nll-tanh", "NLL behind a tanh and the log-softmax", loss="nll",
+              network={"output_activation": "tanh"}),
     ]  # fmt: skip
     return {"normalization-15": fifteens, "relu": relus, "mse": losses}
 

@@ -102,8 +102,8 @@ def convnet(
         num_classes: scores per image.
         log_softmax: ``"torch7"`` (approximate, see :func:`mnist_ops.torch7.log_softmax`),
             ``"exact"``, or ``None`` to end with the classifier's scores.
-        output_activation: put after the classifier, ``"tanh"`` for the reports' MSE runs; needs
-            ``log_softmax=None``.
+        output_activation: put after the classifier and before the log-softmax; ``"tanh"`` with
+            ``log_softmax=None`` for the reports' MSE runs.
         dtype: of the parameters and kernels; PyTorch's default unless given.
         device: where they live; PyTorch's default unless given.
         generator: if given, :func:`mnist_ops.torch7.initialize` draws the initial values from it,
@@ -140,8 +140,6 @@ def convnet(
         raise ValueError(
             f"convnet: log_softmax must be 'torch7', 'exact' or None, got {log_softmax!r}"
         )
-    if log_softmax is not None and output_activation is not None:
-        raise ValueError("convnet: output_activation needs log_softmax=None")
     if not norm_type > 0.0:
         raise ValueError(f"convnet: norm_type must be > 0, got {norm_type!r}")
     if not 0.0 <= dropout < 1.0:

@@ -149,7 +149,7 @@ def test_other_images():
         ({"activation": ("tanh", "tanh")}, "activation must be one value or 3, got 2"),
         ({"pooling": "median"}, "pooling must be 'lp', 'max', 'avg' or None, got 'median'"),
         ({"log_softmax": "fast"}, "log_softmax must be 'torch7', 'exact' or None"),
-        ({"output_activation": "tanh"}, "output_activation needs log_softmax=None"),
+        ({"output_activation": "sine"}, "activation must be 'tanh', 'relu', 'sigmoid'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"norm_type": -1.0}, "norm_type"),
         ({"norm_kernel": 6}, "odd"),
