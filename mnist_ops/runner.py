@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -309,7 +310,8 @@ def _run(
                 _progress_path(task, out), task, _epochs_done(folder) if resume else 0
             )
             record = _describe(task, where)
-            _write_json(folder / "run.json", record | {"epochs": []})
+            before = _read_json(folder / "run.json").get("epochs", []) if resume else []
+            _write_json(folder / "run.json", record | {"epochs": before})
             history, model = experiments.train(
                 task.experiment,
                 task.seed,
@@ -501,9 +503,12 @@ def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) ->
         record = _read_json(path)
         if not record:
             continue
-        if not record["epochs"] and _epochs_done(path.parent):
-            state = training.load_checkpoint(path.parent / training.CHECKPOINT)
-            record["epochs"] = _epochs(state["history"])
+        if _epochs_done(path.parent) > len(record["epochs"]):
+            try:
+                state = training.load_checkpoint(path.parent / training.CHECKPOINT)
+                record["epochs"] = _epochs(state["history"])
+            except training.CheckpointError as error:
+                warnings.warn(f"{error}: its last epochs are missing in the results", stacklevel=2)
         runs.append(record)
     order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
     runs.sort(

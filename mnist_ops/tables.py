@@ -212,7 +212,7 @@ def text(table: Table, results: Mapping[str, Any]) -> str:
             lines.append(f"{heading if i == 0 else '':26s} {epoch:5d}{numbers}")
         summary.append(f"  {heading}: {verdict(group)}")
     if not cells:
-        return f"Table {table.number}: nothing was run with all digits\n"
+        return f"Table {table.number}: no run with all digits, none to compare with the printed\n"
     return "\n".join([*lines, "", *summary]) + "\n"
 
 

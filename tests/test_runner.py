@@ -151,6 +151,24 @@ def test_other_settings_are_refused(straight):
     assert runner.run_all(some_tasks(), straight, resume=True, quiet=True) == []
 
 
+def test_a_damaged_checkpoint_costs_no_results(tmp_path):
+    tasks = some_tasks(epochs=1, seeds=1)
+    assert runner.run_all(tasks, tmp_path, quiet=True) == []
+    before = json.loads(content(tmp_path))["runs"]
+    (tasks[0].folder(tmp_path) / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    failures = runner.run_all(some_tasks(epochs=2, seeds=1), tmp_path, resume=True, quiet=True)
+    assert len(failures) == 1 and "checkpoint.pt is damaged" in failures[0]
+    original, mse = json.loads(content(tmp_path))["runs"]
+    assert original["epochs"] == before[0]["epochs"]
+    assert mse["epochs"][:1] == before[1]["epochs"] and len(mse["epochs"]) == 2
+    # Killed between the checkpoint and the record, and damaged on top: the rest is still collected.
+    (tasks[1].folder(tmp_path) / "checkpoint.pt").write_bytes(b"")
+    log = tasks[1].folder(tmp_path) / "log.csv"
+    log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
+    with pytest.warns(UserWarning, match="its last epochs are missing"):
+        assert len(runner.collect(tmp_path)["runs"]) == 2
+
+
 def test_a_second_process_keeps_out(tmp_path):
     task = runner.tasks(QUICK[:1], epochs=1, limit=10)[0]
     folder = task.folder(tmp_path)

@@ -66,7 +66,7 @@ def test_numbers_that_were_not_run_are_neither_met_nor_missed():
     assert [c.samples for c in cells] == [0] * 6 + [None] * 14
     assert tables.verdict(cells) == "6 of 20 printed numbers, 14 not run"
     nothing = tables.text(TABLES["3.2"], {"runs": []})
-    assert nothing == "Table 3.2: nothing was run with all digits\n"
+    assert nothing == "Table 3.2: no run with all digits, none to compare with the printed\n"
 
 
 def test_a_dash_is_no_number_to_meet():
