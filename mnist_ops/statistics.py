@@ -827,7 +827,7 @@ def _identical(claim: Claim, a: Mapping[int, Run], b: Mapping[int, Run]) -> Verd
                 if x is None or y is None:
                     continue
                 compared += 1
-                equal += f"{x:.2f}" == f"{y:.2f}"
+                equal += cut(x) == cut(y)
                 gap = max(gap, abs(x - y))
         pairs += compared > before
     if not compared:
