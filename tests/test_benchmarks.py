@@ -1,0 +1,495 @@
+"""The benchmarks measure what they say: equal baselines, right bytes, budgets, steps that fail."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+NAMES = ("op_timing", "op_cases", "bench_ops", "op_plots", "op_checks", "run_all")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    """The scripts as modules, forgotten afterwards."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def bench_ops(modules):
+    return modules["bench_ops"]
+
+
+@pytest.fixture(scope="module")
+def op_cases(modules):
+    return modules["op_cases"]
+
+
+@pytest.fixture(scope="module")
+def run_all(modules):
+    return modules["run_all"]
+
+
+# --------------------------------------------------------------------------------------- baselines
+
+
+def small(case):
+    return (37, 23) if case.family in ("softmax_nll", "log_softmax") else (3, 5, 11, 9)
+
+
+def test_baselines_compute_what_ours_do(op_cases):
+    """Every way of every case, results and gradients in float64, in both memory formats."""
+    for case in op_cases.CASES:
+        shape = (40,) if case.family == "sigmoid" else small(case)
+        for layout in (torch.contiguous_format, torch.channels_last)[: len(shape) // 2]:
+            x = torch.randn(shape, dtype=torch.float64)
+            x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+            constants = case.constants(x)
+            leaf = x.requires_grad_()
+            ours = case.ours(leaf, *constants)
+            assert ours.shape == case.output(shape), case.name
+            g = torch.randn_like(ours)
+            (ours_grad,) = torch.autograd.grad(ours, leaf, g)
+            ways = case.eager | case.compiled
+            ways |= {"reference": case.reference} if case.reference else {}
+            for name, function in ways.items():
+                if name == "F.lp_pool2d":  # signed powers: defined for p = 2, which is even
+                    assert "p=2" in case.name
+                theirs = function(leaf, *constants)
+                (grad,) = torch.autograd.grad(theirs, leaf, g)
+                what = f"{case.name}, {name}: {{}}".format
+                torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9, msg=what)
+                torch.testing.assert_close(grad, ours_grad, rtol=1e-9, atol=1e-9, msg=what)
+
+
+def test_families_are_all_there(op_cases):
+    wanted = {
+        *(f"{kind}_norm2d" for kind in ("subtractive", "divisive", "contrastive")),
+        *("lp_pool2d", "softmax", "log_softmax", "softmax_nll", "sigmoid"),
+    }
+    for device in ("cpu", "cuda"):
+        settings = op_cases.settings(device)
+        assert {s.case.family for s in settings[: len(wanted)]} == wanted  # headlines come first
+        assert len({str(s) for s in settings}) == len(settings)
+    columns = {s.shape[-1] for s in settings if "softmax" in s.case.family and len(s.shape) == 2}
+    assert min(columns) == 10 and max(columns) == 131072
+    channels = {s.shape[1] for s in settings if "norm2d" in s.case.family}
+    assert min(channels) == 1 and max(channels) == 512
+    assert {s.dtype for s in settings} == {torch.float32, torch.bfloat16, torch.float16}
+    elements = {s.elements for s in settings if s.case.family == "sigmoid"}
+    assert max(elements) == 2**28
+    assert any(s.shape == (1, 64, 28, 28) for s in settings)
+    pools = {s.case.options for s in settings if s.case.family == "lp_pool2d"}
+    assert pools == {f"p={p} {k}/2" for p in ("1", "2", "3", "inf") for k in ("2x2", "3x3")}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "forward", "backward"),
+    [
+        # 8 of 4 bytes in, 2 windows out; gradient of 2, input of 8, gradient of 8.
+        ("lp_pool2d p=2 2x2/2", (1, 1, 2, 4), 40, 72),
+        # 3x3 at distance 2 on 5x5: 2x2 windows.
+        ("lp_pool2d p=2 3x3/2", (1, 1, 5, 5), 116, 216),
+        ("subtractive_norm2d 7 taps", (1, 2, 3, 2), 96, 96),  # linear: gradient in and out
+        ("divisive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
+        ("contrastive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
+        ("softmax", (2, 3), 48, 72),
+        ("log_softmax", (2, 3), 48, 72),
+        # 6 scores, 1 loss, 2 targets of 8 bytes; the loss's gradient, scores, their gradient.
+        ("softmax_nll", (2, 3), 44, 68),
+        ("sigmoid", (5,), 40, 60),
+    ],
+)
+def test_bytes_by_hand(op_cases, name, shape, forward, backward):
+    (case,) = (case for case in op_cases.CASES if case.name == name)
+    found = [case.bytes_moved(shape, torch.float32, d) for d in op_cases.DIRECTIONS]
+    assert found == [forward, backward, forward + backward]
+    indices = 16 if name == "softmax_nll" else 0
+    halved = (forward - indices) // 2 + indices
+    assert case.bytes_moved(shape, torch.bfloat16, "forward") == halved
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+class FakeClock:
+    """Calls take as long as they say; nothing else takes time."""
+
+    device = "cpu"
+    block_s = 0.0
+    most_calls = 8
+
+    def __init__(self):
+        self.order = []
+
+    def seconds(self, calls):
+        times = [call() for call in calls]
+        self.order.append(times[0])
+        return sum(times) / len(times)
+
+    def synchronize(self):
+        pass
+
+
+def test_rounds_are_interleaved_and_the_first_changes(modules):
+    op_timing, clock = modules["op_timing"], FakeClock()
+
+    def broken(n):
+        raise RuntimeError("no such thing\nsecond line")
+
+    contenders = {"a": lambda n: [lambda: 1.0] * n, "b": lambda n: [lambda: 2.0] * n, "c": broken}
+    times, failures = op_timing.interleave(clock, contenders, sets=2, rounds=4, most_s=1e9)
+    assert times == {"a": [1.0] * 4, "b": [2.0] * 4}
+    assert failures == {"c": "RuntimeError: no such thing"}
+    assert clock.order[-8:] == [1, 2, 2, 1, 1, 2, 2, 1]
+    assert op_timing.ratio({"a": [1, 9, 2], "b": [2, 3, 4]}, "b", "a") == 2
+    times, _ = op_timing.interleave(clock, contenders, sets=1, rounds=9, most_s=0)
+    assert len(times["a"]) == 3
+
+
+def test_kernels_are_counted_in_a_trace(modules):
+    events = [
+        {"cat": "kernel", "dur": 2.5},
+        {"cat": "gpu_memset", "dur": 1},
+        {"cat": "gpu_user_annotation", "dur": 100},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 4},
+        {"name": "process_name", "ph": "M"},
+    ]
+    assert modules["op_timing"].kernels_in({"traceEvents": events}) == (2, 3.5)
+    assert modules["op_timing"].count_kernels([lambda: torch.ones(3)]) == (0, 0)  # on the CPU
+
+
+@pytest.fixture(scope="module")
+def quick(bench_ops, op_cases):
+    """The first two settings, without a compiler; the first of them with a budget of nothing."""
+    options = bench_ops.Options(rounds=2, row_s=0.01, compile=0, quick=True)
+    return options, op_cases.settings("cpu", quick=True)[:2]
+
+
+def test_a_budget_leaves_out_and_says_so(bench_ops, quick, tmp_path, monkeypatch):
+    options, settings = quick
+    path = tmp_path / "ops.json"
+    seconds = iter([0.0, 1.0, 1.0, 1.5, 11.0, 12.0])
+    monkeypatch.setattr(bench_ops.op_timing, "interleave", lambda *a, **k: (TIMES, {}))
+    monkeypatch.setattr(bench_ops.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(bench_ops.Options, "ceilings", lambda self: dict(options.before))
+    said = []
+    record = bench_ops.run(settings, options, budget_s=10, path=path, say=said.append)
+    monkeypatch.undo()
+    assert {row["setting"] for row in record["rows"]} == {str(settings[0])}
+    assert record["left_out"] == [str(settings[1])] and len(said) == 1
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    text = bench_ops.table(record)
+    assert f"Left out, 1 settings, for want of time:\n\n- {settings[1]}" in text
+    # A second run goes on where the first one stopped.
+    again = bench_ops.run(settings, options, path=path, done=record, say=said.append)
+    assert [row["setting"] for row in again["rows"]] == [
+        str(settings[i]) for i in (0, 0, 0, 1, 1, 1)
+    ]
+    assert again["left_out"] == [] and again["rows"][:3] == record["rows"]
+
+
+def test_a_setting_that_fails_stops_no_other(bench_ops, quick, tmp_path, monkeypatch):
+    options, settings = quick
+    measure = bench_ops.measure
+
+    def out_of_memory(setting, *rest):
+        if setting is settings[0]:
+            raise MemoryError("no room")
+        return measure(setting, *rest)
+
+    monkeypatch.setattr(bench_ops, "measure", out_of_memory)
+    monkeypatch.setattr(bench_ops.op_timing, "interleave", lambda *a, **k: (TIMES, {}))
+    path = tmp_path / "ops.json"
+    record = bench_ops.run(settings, options, path=path, say=lambda line: None)
+    assert record["failed"] == {str(settings[0]): "MemoryError: no room"}
+    assert {row["setting"] for row in record["rows"]} == {str(settings[1])}
+    assert f"- {settings[0]}: MemoryError: no room" in bench_ops.table(record)
+    assert bench_ops.ours_failed(record) and "1 settings failed" in bench_ops.verdict(record)
+    # Once the device itself is gone, what is left is left out.
+    monkeypatch.setattr(options.clock, "lost", lambda: True, raising=False)
+    record = bench_ops.run(settings, options, path=path, say=lambda line: None)
+    assert record["rows"] == [] and record["left_out"] == [str(settings[1])]
+    assert json.loads(path.read_text())["failed"]
+
+
+TIMES = {
+    "mnist_ops": [2e-6, 4e-6, 2e-6],
+    "eager: avg_pool2d": [8e-6, 8e-6, 9e-6],
+    "eager: F.lp_pool2d": [6e-6, 6e-6, 6e-6],
+    "copy": [1e-6, 1e-6, 1e-6],
+}
+
+
+def test_a_row_by_hand(bench_ops, quick):
+    options, (setting, _) = quick
+    errors = {"mnist_ops": 1e-7, "eager: avg_pool2d": math.nan}
+    failures = {"compile: avg_pool2d": "BackendCompilerFailed: no"}
+    row = bench_ops.row(setting, "forward", 4000, TIMES, errors, failures, options)
+    assert row["us"] == pytest.approx({"mnist_ops": 2, "eager": 6, "copy": 1})
+    assert row["chosen"]["eager"] == "eager: F.lp_pool2d"  # the faster of two
+    assert row["over_ours"] == pytest.approx({"eager": 3, "copy": 0.5})
+    assert row["gb_per_s"] == pytest.approx(2)
+    assert row["percent_of_copy"] == pytest.approx(2e9 / options.bandwidth * 100)
+    assert row["wrong"] == ["eager: avg_pool2d"]
+    record = {"machine": bench_ops.header(options), "rows": [row], "left_out": []}
+    line = next(x for x in bench_ops.table(record).splitlines() if str(setting) in x)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["forward", "2.0", "2.0"] and cells[5:8] == ["3.00", "failed", "0.50"]
+    assert "BackendCompilerFailed" in bench_ops.table(record)
+    assert not bench_ops.ours_failed(record)
+    row["failures"]["mnist_ops"] = "RuntimeError: launch failure"
+    assert bench_ops.ours_failed(record)
+
+
+def test_wrong_results_are_marked(bench_ops, op_cases):
+    """One element of one row at either end of the batch, forward or backward."""
+    torch.manual_seed(0)
+    for case in (op_cases.HEADLINES[0], op_cases.SOFTMAXES["softmax_nll"]):
+        shape = (4, 2, 6, 6) if case.family == "lp_pool2d" else (40, 10)
+        setting = op_cases.Setting(case, shape)
+        arguments = bench_ops.Arguments.of(setting, 1, "cpu")
+        tolerance = bench_ops.TOLERANCE[torch.float32]
+        assert bench_ops.deviation(setting, arguments, case.ours) < tolerance
+
+        def spoiled(x, *constants, case=case, at=0):
+            y = case.ours(x, *constants)
+            extra = x[at].flatten()[0]
+            return y + 0.05 * (extra - extra.detach())  # the gradient alone
+
+        for at in (0, -1):
+            assert bench_ops.deviation(setting, arguments, lambda *a, at=at: spoiled(*a, at=at)) > (
+                tolerance
+            )
+        assert bench_ops.deviation(setting, arguments, lambda *a: case.ours(*a) * 1.01) > tolerance
+
+
+def test_deviation_looks_at_both_ends_of_a_large_batch(bench_ops, op_cases):
+    setting = op_cases.Setting(op_cases._SIGMOID, (2**20 + 5,))
+    arguments = bench_ops.Arguments.of(setting, 1, "cpu")
+    for at in (0, -1):
+
+        def spoiled(x, at=at):
+            y = torch.sigmoid(x)
+            return torch.cat([y[:at], y[at:] + 1]) if at else torch.cat([y[:1] + 1e3, y[1:]])
+
+        assert bench_ops.deviation(setting, arguments, spoiled) > 1e-4
+
+
+def test_pytest_benchmark_gets_the_same_numbers(tmp_path):
+    """One group, all contenders of it measured at once."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            str(FOLDER / "bench_ops.py"),
+            *("-k", "softmax_nll and 100x10 and not compile"),
+            f"--benchmark-json={tmp_path / 'out.json'}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"MNIST_OPS_BENCH_QUICK": "1", "MNIST_OPS_BENCH_COMPILE": "0"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert len(found) == 6 and len({entry["group"] for entry in found}) == 2
+    for entry in found:
+        contender = entry["params"]["contender"]
+        assert entry["stats"]["median"] * 1e6 == pytest.approx(entry["extra_info"]["us"][contender])
+    # Contenders of a group show one and the same measurement.
+    for group in {entry["group"] for entry in found}:
+        rows = [entry["extra_info"] for entry in found if entry["group"] == group]
+        assert len(rows) == 3 and all(row == rows[0] for row in rows)
+
+
+def test_figures_and_table(modules, bench_ops, quick, tmp_path):
+    options, (setting, _) = quick
+    rows = [
+        bench_ops.row(setting, d, 4000, TIMES, {"mnist_ops": 0.0}, {}, options) | {"elements": n}
+        for d in ("forward", "backward")
+        for n in (1000, 64000)
+    ]
+    record = {"machine": bench_ops.header(options), "rows": rows, "left_out": []}
+    written = modules["op_plots"].draw(record, tmp_path)
+    assert [path.name for path in written] == ["ops.md", "ops-lp_pool2d.png"]
+    png = written[1].read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 700  # 3.5 in
+
+
+# ---------------------------------------------------------------------------------- device checks
+
+
+def test_checks_see_a_changed_bit(modules):
+    same = modules["op_checks"].same
+    x = torch.tensor([1.0, float("nan"), float("inf")])
+    assert same((x, x), (x.clone(), x.clone())) == ""
+    y = x.clone()
+    y[0] = torch.nextafter(y[0], torch.tensor(2.0))
+    assert same((x, x), (x, y)).startswith("gradient DIFFERS in")
+    assert same((x, x), (torch.tensor([1.0, 7e7, float("inf")]), x)).startswith("result DIFFERS")
+
+
+def test_checks_run_every_operator(modules):
+    """The list of operators of the device checks lacks none of the library's."""
+    cpu = torch.device("cpu")
+    names = {name.split()[0] for name in modules["op_checks"].operators(cpu)}
+    schemas = {
+        schema.name.removeprefix("mnist_ops::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("mnist_ops::")
+    }
+    assert names == {s for s in schemas if "backward" not in s and "sgd" not in s}
+    for check in modules["op_checks"].checks(cpu, "quick"):
+        assert modules["op_checks"].once(check, cpu, True) == ""
+
+
+# ----------------------------------------------------------------------------------------- run_all
+
+
+def shell(script):
+    return [sys.executable, "-c", script]
+
+
+def test_steps_that_fail_or_hang_stop_no_other(run_all, tmp_path):
+    """A child that a step leaves behind is ended with it."""
+    orphan = tmp_path / "orphan"
+    hang = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', "
+        f"\"import time; time.sleep(2.2); open({str(orphan)!r}, 'w')\"])\n"
+        "print('begun', flush=True); time.sleep(60)"
+    )
+
+    def step(name, script, limit=30.0):
+        command = run_all.Command(shell(script), f"{name}.txt", {"FROM_THE_STEP": name})
+        return run_all.Step(name, limit, lambda out, machine, left: [command])
+
+    def impossible(out, machine, left):
+        return f"no CUDA: {machine['cuda']}"
+
+    chosen = [
+        step("failing", "print('about to fail'); raise SystemExit(3)"),
+        step("hanging", hang, limit=1.0),
+        run_all.Step("impossible", 30.0, impossible),
+        step("nothing here", f"print('no device'); raise SystemExit({run_all.SKIPPED})"),
+        step("good", "import os; print(os.environ['FROM_THE_STEP'])"),
+        run_all.Step("defective", 30.0, lambda out, machine, left: [][0]),
+    ]
+    out = tmp_path / "out"
+    archive = tmp_path / "out.tar.gz"
+    start = time.monotonic()
+    outcomes = {o.step: o for o in run_all.run_steps(chosen, out, archive=archive, say=lambda s: 0)}
+    assert time.monotonic() - start < 15
+    assert {name: o.status for name, o in outcomes.items()} == {
+        "failing": "failed",
+        "hanging": "timed out",
+        "impossible": "skipped",
+        "nothing here": "skipped",
+        "good": "passed",
+        "defective": "failed",
+    }
+    assert outcomes["failing"].note == "exit status 3: about to fail"
+    assert outcomes["hanging"].note == "after 1 s: begun"
+    assert outcomes["impossible"].note == "no CUDA: not known: the environment step has not run"
+    assert outcomes["good"].note == "good"
+    summary = (out / "summary.md").read_text()
+    assert "| failing | failed |" in summary and "| hanging | timed out |" in summary
+    with tarfile.open(archive) as tar:
+        assert {"out/summary.md", "out/good.txt", "out/hanging.txt"} <= set(tar.getnames())
+    # Another call adds to what is there, and replaces what it repeats.
+    repeated = [step("failing", "print('mended')")]
+    found = {o.step: o.status for o in run_all.run_steps(repeated, out, say=lambda s: 0)}
+    assert found["failing"] == "passed" and found["hanging"] == "timed out" and len(found) == 6
+    time.sleep(max(0.0, 3.5 - (time.monotonic() - start)))
+    assert not orphan.exists()
+
+
+def test_a_budget_is_shared_and_what_is_left_goes_on(run_all, tmp_path, monkeypatch):
+    limits = {}
+
+    def run_step(step, out, machine, limit):
+        limits[step.name] = limit
+        clock[0] += {"a": 10, "b": 75}[step.name]
+        return run_all.Outcome(step.name, "passed", 0.0)
+
+    clock = [0.0]
+    monkeypatch.setattr(run_all, "run_step", run_step)
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: clock[0])
+    chosen = [run_all.Step(n, s, None) for n, s in (("a", 30), ("b", 60), ("c", 10))]
+    outcomes = run_all.run_steps(chosen, tmp_path, budget_s=80, say=lambda s: 0)
+    assert limits == {"a": 24, "b": 60}  # 30 of 100; 60 of 70 of the 70 that are left
+    assert (outcomes[2].status, outcomes[2].note) == ("skipped", "the budget is spent")
+
+
+def test_steps_exist_and_unknown_ones_are_refused(run_all, tmp_path):
+    names = [step.name for step in run_all.steps(quick=False)]
+    assert {"tests", "sanitizer", "ops", "online", "reproduce"} <= set(names)
+    script = [sys.executable, str(FOLDER / "run_all.py"), "--out", str(tmp_path)]
+    result = subprocess.run([*script, "--steps", "opps"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f"--steps must be among {','.join(names)}, got opps" in result.stderr
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["full", "quick"])
+@pytest.mark.parametrize("cuda", ["available", "not built"])
+def test_every_step_knows_what_to_run(run_all, bench_ops, tmp_path, monkeypatch, cuda, small):
+    """On a machine with a GPU and a sanitizer too, which this one need not be."""
+    monkeypatch.setattr(run_all.shutil, "which", lambda name, path: f"/opt/{name}")
+    files = []
+    for step in run_all.steps(small, ["-n", "4"]):
+        commands = step.commands(tmp_path, {"cuda": cuda}, 100.0)
+        if step.name in ("sanitizer", "large") and cuda != "available":
+            assert commands == "no CUDA: not built"
+            continue
+        for command in commands:
+            files.append(command.output)
+            scripts = [word for word in command.arguments if word.startswith(f"{ROOT}/")]
+            assert all(Path(script).exists() for script in scripts)
+            assert scripts or "pytest" in command.arguments
+            if "bench_ops.py" in command.arguments[1]:
+                assert bench_ops.main([*command.arguments[2:], "--list"]) == 0
+    assert len(files) == len(set(files))
+    tools = ["memcheck", "racecheck", "initcheck", "synccheck"] if cuda == "available" else []
+    assert {f"sanitizer-{tool}.txt" for tool in tools} <= set(files)
+
+
+def test_the_command_as_a_user_gives_it(tmp_path):
+    """Steps of the real list; the machine here may have a GPU or not."""
+    script = [sys.executable, str(FOLDER / "run_all.py"), "--out", str(tmp_path), "--quick"]
+    result = subprocess.run(
+        [*script, "--steps", "sanitizer"], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout
+    machine = json.loads((tmp_path / "environment.json").read_text())
+    assert machine["torch"] == str(torch.__version__) and "date" not in json.dumps(machine).lower()
+    if machine["cuda"] != "available":
+        assert f"| sanitizer | skipped | 0 | no CUDA: {machine['cuda']} |" in result.stdout
+        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+            assert (tmp_path / f"sanitizer-{tool}.txt").read_text().startswith("skipped: no CUDA")
+
+
+def test_selected_tests_exist(run_all):
+    """The sanitizer's expression names functions that are there."""
+    sources = "".join(
+        (ROOT / path).read_text() for path in run_all.SANITIZED if path.endswith(".py")
+    )
+    expression = run_all.SANITIZED[-1]
+    for word in expression.replace("(", " ").replace(")", " ").split():
+        if word not in ("cuda", "and", "or", "bfloat16"):
+            assert f"def test_{word}" in sources or f"_{word}" in sources, word
+    assert "def test_more_than_two_to_the_31" in (ROOT / "tests/test_operators.py").read_text()
