@@ -124,7 +124,9 @@ def _sgd(**options: Any) -> dict[int, dict[str, Any]]:
 
 
 def _table(number: str, column: str) -> dict[int, tuple[float | None, float | None]]:
-    return dict(reports.TABLES[number][column])
+    """The printed numbers by the epochs that they belong to."""
+    shift = reports.EPOCH_SHIFT.get(number, 0)
+    return {epoch - shift: pair for epoch, pair in reports.TABLES[number][column].items()}
 
 
 def _report_1() -> list[Experiment]:
@@ -264,6 +266,7 @@ class Table:
         columns: the report's headings and the experiments behind them.
         epochs: those that are printed.
         printed: for each column the accuracies as printed.
+        shift: how much too high the table numbers its epochs; here they are counted right.
     """
 
     number: str
@@ -271,6 +274,7 @@ class Table:
     columns: Mapping[str, str]
     epochs: Sequence[int]
     printed: Mapping[str, Mapping[int, tuple[float | None, float | None]]]
+    shift: int = 0
 
 
 def _tables() -> dict[str, Table]:
@@ -278,7 +282,8 @@ def _tables() -> dict[str, Table]:
         printed = {heading: _table(number, key) for heading, (key, _) in columns.items()}
         epochs = sorted(next(iter(printed.values())))
         names = {heading: name for heading, (_, name) in columns.items()}
-        return Table(number, title, names, epochs, printed)
+        shift = reports.EPOCH_SHIFT.get(number, 0)
+        return Table(number, title, names, epochs, printed, shift)
 
     title = "The training and test accuracy of "
     tables = [

@@ -193,8 +193,10 @@ def _signed(value: int | None) -> str:
 def text(table: Table, results: Mapping[str, Any]) -> str:
     """The table for a terminal: ours, printed and the difference in digits, and a line each."""
     cells = compare(table, results)
-    lines = [
-        f"Table {table.number}. {table.title}",
+    lines = [f"Table {table.number}. {table.title}"]
+    if table.shift:
+        lines.append(f"(The report numbers these epochs {table.shift} higher.)")
+    lines += [
         "",
         f"{'':26s}        training                  test",
         f"{'column':26s} epoch     ours  printed  digits     ours  printed  digits",

@@ -91,8 +91,8 @@ def test_list_and_dry_run(tmp_path):
         assert name in text
     code, text, _ = reproduce("--table", "3.2", "3.5", "--dry-run", "--out", tmp_path / "none")
     # The original column is in both tables and runs once, as far as the longer one goes.
-    assert code == 0 and "original, float64, seed 1: 31 epochs of 60000 digits" in text
-    assert text.splitlines()[-1] == "4 runs, 4,080,000 digits"
+    assert code == 0 and "original, float64, seed 1: 30 epochs of 60000 digits" in text
+    assert text.splitlines()[-1] == "4 runs, 3,960,000 digits"
     assert not (tmp_path / "none").exists()
 
 

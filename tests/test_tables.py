@@ -76,6 +76,17 @@ def test_a_dash_is_no_number_to_meet():
     assert tables.verdict(cells) == "reproduced: all 5 printed numbers"
 
 
+def test_epochs_that_a_table_numbers_too_high():
+    # Printed for epoch 20: 99.98 / 99.53, for 21: 99.98 / 99.51.
+    accuracies = [(99.0, 99.0)] * 18 + [(99.988, 99.53), (99.9883, 99.51)]
+    results = {"runs": [record("original", accuracies)]}
+    cells = tables.compare(TABLES["3.5"], results)
+    assert [cell.epoch for cell in cells][::2] == list(range(19, 31))
+    assert [cell.samples for cell in cells][:5] == [0, 0, 0, 0, None]
+    assert tables.verdict(cells) == "4 of 24 printed numbers, 20 not run"
+    assert "(The report numbers these epochs 1 higher.)" in tables.text(TABLES["3.5"], results)
+
+
 def test_runs_that_are_no_comparison_stay_out():
     runs = [
         record("original", ORIGINAL, seed=2),
