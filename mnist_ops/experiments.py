@@ -387,6 +387,10 @@ def _candidates() -> dict[str, list[Experiment]]:
               optimizers=_sgd(lr=1e-4)),
         guess("mse", "plain", "MSE, summed, behind a tanh, plain digits", data_kernel=None),
         guess("mse", "log-softmax", "MSE, summed, of the log-softmax", network={}),
+        guess("mse", "nll-exact", "NLL of the exact log-softmax", loss="nll",
+              network={"log_softmax": "exact"}),
+        guess("mse", "nll-exact-mean", "NLL of the exact log-softmax, averaged over the classes",
+              loss="nll", network={"log_softmax": "exact"}, optimizers=_sgd(lr=1e-4)),
         guess("mse", "nll-tanh", "NLL behind a tanh and the log-softmax", loss="nll",
               network={"output_activation": "tanh"}),
     ]  # fmt: skip
