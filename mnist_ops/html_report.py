@@ -23,6 +23,7 @@ from . import figures, reports, statistics
 from .figures import Experiment
 from .reports import cut
 from .statistics import Sample, Verdict
+from .tables import samples_apart
 
 __all__ = ["compare", "write_report"]
 
@@ -64,9 +65,11 @@ class Cell(NamedTuple):
 
     @property
     def samples(self) -> float | None:
-        """The same in digits."""
-        if self.points is None or self.digits is None:
+        """The same in digits; of one run, those that it has too many to print alike."""
+        if self.points is None or self.printed is None or self.digits is None:
             return None
+        if self.ours.n == 1:
+            return samples_apart(self.ours.mean, self.printed, self.digits)
         return self.points / 100 * self.digits
 
     @property
