@@ -75,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     how.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     how.add_argument("--resume", action="store_true", help="continue what is in --out")
+    how.add_argument("--no-run", action="store_true", help="only tables and report of --out's runs")
     how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     how.add_argument("--no-progress", action="store_true", help="no progress bars")
     args = p.parse_args()
@@ -195,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
         return 0
     failures = runner.run_all(
-        todo,
+        [] if args.no_run else todo,
         args.out,
         args.jobs,
         args.resume,

@@ -113,6 +113,16 @@ def test_errors(tmp_path, arguments, error):
     assert "Traceback" not in errors
 
 
+def test_tables_and_report_of_what_is_there(straight):
+    out, _ = straight
+    before = (out / "results.json").read_bytes()
+    (out / "report.html").unlink()
+    code, text, errors = reproduce("--table", "3.4", "--perturb", "3", "--no-run", "--out", out)
+    assert code == 0 and errors == "" and "epoch   1" not in text
+    assert (out / "report.html").exists()
+    assert (out / "results.json").read_bytes() == before
+
+
 def test_a_run_that_is_there_is_not_overwritten(straight):
     out, _ = straight
     before = (out / "results.json").read_bytes()
