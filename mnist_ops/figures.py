@@ -348,8 +348,8 @@ def _dots(
         axes = figure.subplots()
         values: list[float] = []
         looks = (
-            ("test_accuracy", "o", _COLORS[2], -0.13),
-            ("train_accuracy", "s", _COLORS[1], 0.13),
+            ("test_accuracy", "o", _COLORS[1], -0.13),
+            ("train_accuracy", "s", _COLORS[2], 0.13),
         )
         for row, name in enumerate(summaries):
             for part, (key, marker, color, shift) in enumerate(looks):
