@@ -46,7 +46,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -58,6 +57,7 @@ from torch import Tensor, nn
 
 from mnist_ops import gaussian1d, models, torch7
 from mnist_ops.online import OnlineSGD
+from mnist_ops.runner import processor
 
 # Multiplications and additions of one step: each convolution's forward and gradients (none for the
 # images), and the fully connected layers'.
@@ -169,16 +169,6 @@ def floors(dtype: torch.dtype) -> list[tuple[float, float]]:
         wall, cpu = (FLOP / (work / s) * 1e6 for s in seconds)
         result.append((wall, cpu))
     return result
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

@@ -41,7 +41,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -59,6 +58,7 @@ from op_timing import Call, Clock, Prepare
 from torch import Tensor
 
 import mnist_ops
+from mnist_ops.runner import processor
 
 CONTENDERS = ("mnist_ops", "eager", "compile", "copy")
 #: ‖result - float64‖ / ‖float64‖ beyond which a result counts as wrong.
@@ -79,16 +79,6 @@ def set_threads() -> None:
     """As many as MNIST_OPS_BENCH_THREADS says."""
     if "MNIST_OPS_BENCH_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["MNIST_OPS_BENCH_THREADS"]))
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # ------------------------------------------------------------------------------------ contenders

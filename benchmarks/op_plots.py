@@ -17,6 +17,8 @@ from typing import Any
 
 from bench_ops import table
 
+from mnist_ops.figures import STYLE
+
 #: Okabe and Ito's colours, which people with any colour vision tell apart, and markers.
 STYLES = {
     "mnist_ops": ("#0072B2", "o", "-"),
@@ -25,19 +27,6 @@ STYLES = {
 }
 FLOOR = "#000000"
 DIRECTIONS = ("forward", "backward")
-RC = {
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-}
 
 
 def points(record: dict[str, Any], family: str, direction: str) -> list[dict[str, Any]]:
@@ -56,7 +45,7 @@ def figure(record: dict[str, Any], family: str, path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(RC):  # type: ignore[arg-type, unused-ignore]
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         drawing = Figure(figsize=(3.5, 4.6), layout="constrained")
         axes = drawing.subplots(2, 1, sharex=True)
         for axis, direction in zip(axes, DIRECTIONS, strict=True):

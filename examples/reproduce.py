@@ -11,6 +11,7 @@ Kill it at any moment; --resume goes on after the last complete epoch of each ru
 """
 
 import argparse
+import json
 import sys
 import warnings
 from dataclasses import asdict
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
     todo = choose(args)
     if args.dry_run:
         for task in todo:
-            print(f"{task.name}: {task.epochs} epochs of {task.limit or 60_000} digits")
+            print(f"{task.name}: {task.epochs} epochs of {task.digits_per_epoch} digits")
         print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
         return 0
     failures = runner.run_all(
@@ -204,7 +205,7 @@ def run(args: argparse.Namespace) -> int:
         repository=Path(__file__).resolve().parents[1],
     )
     extras(args)
-    results = runner.collect(args.out)
+    results = json.loads((args.out / "results.json").read_text())
     report(args, results)
     html_report.write_report(results, experiments.EXPERIMENTS, args.out)
     print(f"{args.out} holds results.json, and made from it summary.md, report.html and tables")

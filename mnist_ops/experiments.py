@@ -533,13 +533,12 @@ def train(
     run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
     if root is not None:  # what predictions from a checkpoint must normalise images with
         run |= {"mean": splits.mean, "std": splits.std}
-    single = parts.optimizers[1] if len(parts.optimizers) == 1 else None
     history = training.fit(
         parts.model,
         (splits.train_images, splits.train_labels),
         (splits.test_images, splits.test_labels),
         epochs=experiment.epochs if epochs is None else epochs,
-        optimizer=single or parts.optimizers,
+        optimizer=parts.optimizers,
         generator=parts.generator,
         criterion=parts.criterion,
         batch_size=experiment.batch_size,

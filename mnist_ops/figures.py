@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "STYLE",
     "Experiment",
     "accuracy_curves",
     "confusion",
@@ -38,7 +39,8 @@ _COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH = 3.5
 _DPI = 200
-_STYLE: dict[str, Any] = {
+#: Letters, spines and grid of all figures, for :func:`matplotlib.rc_context`.
+STYLE: dict[str, Any] = {
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "axes.titlesize": 9,
@@ -88,7 +90,7 @@ def _canvas(path: Target, height: float, width: float = _WIDTH) -> Iterator[Any]
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type, unused-ignore]
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         if isinstance(path, (str, os.PathLike)):

@@ -261,5 +261,4 @@ def write_predictions(
         raise ValueError(f"write_predictions: labels must be 'classes' or 'digits', got {labels!r}")
     values = predictions + 1 if labels == "classes" else predictions
     lines = ["Id,Prediction", *(f"{i},{value}" for i, value in enumerate(values.tolist(), 1))]
-    text = "\n".join(lines) + "\n"
-    training.write_atomically(Path(path), lambda file: file.write(text.encode()))
+    training.write_text(path, "\n".join(lines) + "\n")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from . import __version__, experiments, training
 from .experiments import Experiment
 
-__all__ = ["RunError", "Task", "collect", "environment", "run_all", "tasks"]
+__all__ = ["RunError", "Task", "collect", "environment", "processor", "run_all", "tasks"]
 
 _TRAINING_DIGITS = 60_000
 _WORST_MISTAKES = 24
@@ -84,9 +84,14 @@ class Task:
         return out / "runs" / self.experiment.name / run
 
     @property
+    def digits_per_epoch(self) -> int:
+        """Training digits in one epoch."""
+        return self.limit or _TRAINING_DIGITS
+
+    @property
     def digits(self) -> int:
         """Training digits in all epochs."""
-        return self.epochs * (self.limit or _TRAINING_DIGITS)
+        return self.epochs * self.digits_per_epoch
 
 
 def tasks(
@@ -140,11 +145,12 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
         "mnist_ops": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -153,8 +159,7 @@ def _processor() -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    training.write_atomically(path, lambda file: file.write(text.encode()))
+    training.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _number(value: float | None) -> float | None:
@@ -232,13 +237,13 @@ class _Progress:
     def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
         self.path = path
         self.name = task.name
-        self.per_epoch = task.limit or _TRAINING_DIGITS
+        self.per_epoch = task.digits_per_epoch
         self.digits = epochs_done * self.per_epoch
         self.lines: list[str] = []
         self.write()
 
     def write(self) -> None:
-        state = {"name": self.name, "digits": self.digits, "lines": self.lines}
+        state = {"digits": self.digits, "lines": self.lines}
         part = self.path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(state))
         os.replace(part, self.path)
@@ -366,7 +371,7 @@ class _Display:
         }
         self.rows = []
         for task in todo:
-            done = min(task.epochs, _epochs_done(task.folder(out))) * task.digits // task.epochs
+            done = min(task.epochs, _epochs_done(task.folder(out))) * task.digits_per_epoch
             self.rows.append(_Row(task, _progress_path(task, out), done))
         self.total = tqdm(
             total=sum(task.digits for task in todo),

@@ -50,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "write_atomically",
+    "write_text",
 ]
 
 #: A loss per sample: ``criterion(output, target, reduction="none")`` of shape ``(N,)``.
@@ -366,6 +367,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool
         part.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to a file with :func:`write_atomically`."""
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Save ``state`` with :func:`torch.save`, atomically: never a truncated file at ``path``."""
     write_atomically(Path(path), lambda file: torch.save(state, file))
@@ -398,7 +404,7 @@ def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([getattr(result, name) for name in columns] for result in history)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def _active(optimizers: Mapping[int, Any], epoch: int) -> int:
