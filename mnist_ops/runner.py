@@ -5,6 +5,9 @@ Each run (:class:`Task`) has a folder of its own under ``OUT/runs`` with a check
 whenever: :func:`run_all` with ``resume=True`` continues every run after its last complete epoch and
 ends with the same ``results.json``.
 
+A folder that kept only ``results.json`` (one under version control, say) is as good as one
+with all its runs, but for their checkpoints: :func:`run_all` writes their ``run.json`` again.
+
 Runs are spread with joblib. On this machine each worker takes its share of the cores; with a
 cluster's backend (``joblib.parallel_config(backend="dask")``, say) around :func:`run_all` the same
 runs go there, as long as the folder is on a file system that all machines see.
@@ -47,6 +50,14 @@ class RunError(RuntimeError):
     """A folder of results cannot be used as asked; the message says why and what to do."""
 
 
+def _folder(
+    out: Path, experiment: str, dtype: str, seed: int, perturbed_weight: int | None
+) -> Path:
+    """Where under ``out`` a run lives."""
+    perturbed = "" if perturbed_weight is None else f"-weight{perturbed_weight}"
+    return out / "runs" / experiment / f"{dtype}-seed{seed}{perturbed}"
+
+
 @dataclass(frozen=True)
 class Task:
     """One run: an experiment with everything that may differ from run to run.
@@ -78,10 +89,8 @@ class Task:
 
     def folder(self, out: Path) -> Path:
         """Where under ``out`` the run lives."""
-        weight = self.perturbed_weight
-        perturbed = "" if weight is None else f"-weight{weight}"
-        run = f"{self.experiment.dtype}-seed{self.seed}{perturbed}"
-        return out / "runs" / self.experiment.name / run
+        experiment = self.experiment
+        return _folder(out, experiment.name, experiment.dtype, self.seed, self.perturbed_weight)
 
     @property
     def digits_per_epoch(self) -> int:
@@ -315,8 +324,17 @@ def _run(
                 _progress_path(task, out), task, _epochs_done(folder) if resume else 0
             )
             record = _describe(task, where)
-            before = _read_json(folder / "run.json").get("epochs", []) if resume else []
-            _write_json(folder / "run.json", record | {"epochs": before})
+            known = _read_json(folder / "run.json").get("epochs", [])
+            # What is known of a run that begins anew stays until its first epoch is complete.
+            stays = bool(known) and not (resume and _epochs_done(folder))
+
+            def on_epoch(result: training.EpochResult) -> None:
+                progress.on_epoch(result)
+                if stays and result.epoch == 1:
+                    _write_json(folder / "run.json", record | {"epochs": []})
+
+            if not stays:
+                _write_json(folder / "run.json", record | {"epochs": known})
             history, model = experiments.train(
                 task.experiment,
                 task.seed,
@@ -330,7 +348,7 @@ def _run(
                 verbose=False,
                 progress=False,
                 on_progress=progress.on_progress,
-                on_epoch=progress.on_epoch,
+                on_epoch=on_epoch,
             )
             record["epochs"] = _epochs([asdict(result) for result in history])
             if task.experiment.details:
@@ -465,6 +483,7 @@ def run_all(
         raise ValueError(f"run_all: jobs must be >= 1, got {jobs}")
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    _restore(out)
     there = [task.name for task in todo if (task.folder(out) / "run.json").exists()]
     if there and not resume:
         raise RunError(
@@ -494,6 +513,16 @@ def run_all(
             _progress_path(task, out).unlink(missing_ok=True)
         _write_json(out / "results.json", collect(out, where))
     return failures
+
+
+def _restore(out: Path) -> None:
+    """Give each run that only ``results.json`` knows a ``run.json`` again, lest it be forgotten."""
+    for record in _read_json(out / "results.json").get("runs", []):
+        keys = ("experiment", "dtype", "seed", "perturbed_weight")
+        folder = _folder(out, *(record[key] for key in keys))
+        if not (folder / "run.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / "run.json", record)
 
 
 def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -196,3 +196,36 @@ def test_the_commit(tmp_path):
     assert len(commit) == 40
     (tmp_path / "file").write_text("2")
     assert runner.environment(tmp_path)["commit"] == f"{commit} with changes"
+
+
+def test_a_folder_with_nothing_but_results(straight, tmp_path):
+    (tmp_path / "results.json").write_text(content(straight))
+    with pytest.raises(runner.RunError, match="holds 4 of these 4 runs already"):
+        runner.run_all(some_tasks(), tmp_path, quiet=True)
+    assert runner.run_all(some_tasks(seeds=3), tmp_path, resume=True, quiet=True) == []
+    runs = json.loads(content(tmp_path))["runs"]
+    assert [run["seed"] for run in runs] == [1, 2, 3, 1, 2, 3]
+    assert [run for run in runs if run["seed"] < 3] == json.loads(content(straight))["runs"]
+
+
+def test_a_run_that_begins_anew_and_fails_loses_nothing(straight, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text(content(straight))
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(experiments, "train", fail)
+    failures = runner.run_all(some_tasks(epochs=3), tmp_path, resume=True, quiet=True)
+    assert len(failures) == 4 and "no space left" in failures[0]
+    assert content(tmp_path) == content(straight)
+
+
+def test_a_run_that_begins_anew_replaces_what_is_known(straight, tmp_path):
+    (tmp_path / "results.json").write_text(content(straight))
+    [task] = some_tasks(epochs=3, seeds=1)[:1]
+    assert runner.run_all([task], tmp_path, resume=True, quiet=True) == []
+    [run, *others] = json.loads(content(tmp_path))["runs"]
+    assert len(run["epochs"]) == run["epochs_wanted"] == 3
+    before = json.loads(content(straight))["runs"]
+    assert run["epochs"][:2] == before[0]["epochs"]
+    assert others == before[1:]
