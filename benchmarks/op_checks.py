@@ -1,7 +1,9 @@
-"""What only a device can show of the operators: graphs, repetition, streams.
+"""What only a device can show of the operators: agreement, graphs, repetition, streams.
 
-    python benchmarks/op_checks.py graphs|determinism|streams|once [--device cuda] [--quick]
+    python benchmarks/op_checks.py CHECK [--device cuda] [--quick]
 
+    agreement     result and gradient on the device against those on the CPU; float64 to 1e-12 of
+                  the largest magnitude, the others to a few of their own rounding errors
     graphs        forward and backward captured in a CUDA graph; its replays on new input, bit for
                   bit what eager calls give
     determinism   20 runs of forward and backward, bit for bit the same
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +32,14 @@ import mnist_ops
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: How far a result on the device may be from the CPU's, in terms of the largest magnitude. Sums
+#: have up to 70,001 terms, in another order; half types round the result, and with it the gradient.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3.2e-2,
+}
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -126,6 +136,27 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> str:
     return ""
 
 
+def apart(check: Check, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
+    """Nothing, or how far two results are from each other where that is too far."""
+    for name, x, y in zip(("result", "gradient"), found, expected, strict=True):
+        x, y = x.cpu().double(), y.cpu().double()
+        finite = y.isfinite()
+        if not torch.equal(x.isfinite(), finite):
+            return f"{name} DIFFERS in what is finite"
+        far, largest = (x - y)[finite].abs().max().item(), y[finite].abs().max().item()
+        if far > TOLERANCE[check.dtype] * largest:
+            return f"{name} DIFFERS by {far:.3g}, the largest magnitude being {largest:.3g}"
+    return ""
+
+
+def agreement(check: Check, device: torch.device, quick: bool) -> str:
+    """Run on the device and on the CPU."""
+    x = check.input(device)
+    cpu = torch.device("cpu")
+    reference = replace(check, function=operators(cpu)[check.name][0])
+    return apart(check, check.run(x), reference.run(x.cpu()))
+
+
 def determinism(check: Check, device: torch.device, quick: bool) -> str:
     """Run 20 times on the same input."""
     x = check.input(device)
@@ -205,7 +236,15 @@ def once(check: Check, device: torch.device, quick: bool) -> str:
     return ""
 
 
-CHECKS = {"once": once, "graphs": graphs, "determinism": determinism, "streams": streams}
+CHECKS = {
+    "once": once,
+    "agreement": agreement,
+    "graphs": graphs,
+    "determinism": determinism,
+    "streams": streams,
+}
+#: What a check says of an operator that passes it.
+PASSED = {"once": "ran", "agreement": "within the tolerance"}
 
 
 def main() -> int:
@@ -217,8 +256,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few and small")
     args = parser.parse_args()
     device = torch.device(args.device)
-    if device.type == "cpu" and args.check in ("graphs", "streams"):
-        print(f"skipped: {args.check} are a matter of CUDA: {cuda}")
+    if device.type == "cpu" and args.check in ("agreement", "graphs", "streams"):
+        print(f"skipped: {args.check} is a matter of CUDA: {cuda}")
         return SKIPPED
     if device.type == "cuda" and cuda != "available":
         print(f"skipped: {cuda}")
@@ -236,7 +275,7 @@ def main() -> int:
             different = f"FAILED {type(error).__name__}: {str(error).strip()[:300]}"
         failed += bool(different)
         print(
-            f"{check}: {different or ('ran' if args.check == 'once' else 'the same bits')}",
+            f"{check}: {different or PASSED.get(args.check, 'the same bits')}",
             flush=True,
         )
         if different.startswith("FAILED") and device.type == "cuda":

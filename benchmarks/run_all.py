@@ -7,6 +7,7 @@ Steps, each a process of its own with a time limit of its own
     tests         tests.txt, junit.xml: the whole test suite
     sanitizer     sanitizer-<tool>.txt: every operator once under each tool of compute-sanitizer,
                   sanitizer-memcheck-tests.txt: some of their tests
+    agreement     agreement.txt: every operator's results against the CPU's, float64 to 1e-12
     graphs        graphs.txt: capture in CUDA graphs, replay, compare bit for bit
     determinism   determinism.txt: 20 runs, bit for bit the same
     streams       streams.txt: other streams, other devices
@@ -245,6 +246,7 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
     found = [
         Step("environment", 60, environment_step),
         Step("tests", 420, tests),
+        Step("agreement", 60, check("agreement")),
         Step("graphs", 60, check("graphs")),
         Step("determinism", 60, check("determinism")),
         Step("streams", 60, check("streams")),

@@ -344,6 +344,19 @@ def test_checks_see_a_changed_bit(modules):
     assert same((x, x), (torch.tensor([1.0, 7e7, float("inf")]), x)).startswith("result DIFFERS")
 
 
+def test_agreement_sees_what_is_too_far(modules):
+    checks = modules["op_checks"]
+    check = next(checks.checks(torch.device("cpu"), "full"))
+    assert check.dtype == torch.float32
+    x = torch.tensor([-8.0, 1.0, float("inf")])
+    assert checks.apart(check, (x, x), (x, x + 4e-5)) == ""
+    assert checks.apart(check, (x, x), (x, x + 4e-4)).startswith("gradient DIFFERS by 0.0004")
+    assert "finite" in checks.apart(check, (x, x), (x.clamp(max=1e3), x))
+    assert checks.apart(check, (x * float("nan"), x), (x, x)) != ""
+    for check in checks.checks(torch.device("cpu"), "quick"):
+        assert checks.agreement(check, torch.device("cpu"), True) == ""
+
+
 def test_checks_run_every_operator(modules):
     """The list of operators of the device checks lacks none of the library's."""
     cpu = torch.device("cpu")
