@@ -241,9 +241,14 @@ def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
 
 
 class _Progress:
-    """Says in a small file how far a run is, for the process that draws the bars."""
+    """Says in a small file how far a run is, for the process that draws the bars.
 
-    def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
+    In a worker, which nobody stops when that process is killed, it ends the run as well: the
+    checkpoint of the last epoch is there, and another process may want to go on from it.
+    """
+
+    def __init__(self, path: Path, task: Task, epochs_done: int, in_worker: bool) -> None:
+        self.parent = os.getppid() if in_worker else None
         self.path = path
         self.name = task.name
         self.per_epoch = task.digits_per_epoch
@@ -261,6 +266,8 @@ class _Progress:
     def on_progress(self, digits: int) -> None:
         self.digits += digits
         if time.monotonic() - self.written > _SECONDS:
+            if self.parent not in (None, os.getppid()):
+                os._exit(1)
             self.write()
 
     def on_epoch(self, result: training.EpochResult) -> None:
@@ -310,7 +317,8 @@ def _run(
 ) -> str | None:
     """One run, in whatever process joblib chose. Returns what went wrong, as text."""
     folder = task.folder(out)
-    if os.getpid() != parent:
+    in_worker = os.getpid() != parent
+    if in_worker:
         # Ctrl-C is for the process that hands out the work; it stops the others.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
@@ -320,9 +328,8 @@ def _run(
             if resume and _is_complete(task, out):
                 return None
             resume = resume and (folder / training.CHECKPOINT).exists()
-            progress = _Progress(
-                _progress_path(task, out), task, _epochs_done(folder) if resume else 0
-            )
+            done = _epochs_done(folder) if resume else 0
+            progress = _Progress(_progress_path(task, out), task, done, in_worker)
             record = _describe(task, where)
             known = _read_json(folder / "run.json").get("epochs", [])
             # What is known of a run that begins anew stays until its first epoch is complete.

@@ -1,6 +1,7 @@
 """examples/reproduce.py as a user runs it: in processes of its own, killed and resumed."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -68,6 +69,25 @@ def test_killed_and_resumed(straight, tmp_path, jobs):
     for path in tmp_path.glob(logs):
         with open(path, newline="") as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_workers_end_with_the_process_that_hands_out_the_work(tmp_path):
+    process = start(*QUICK, "--jobs", "2", "--out", tmp_path, "--epochs", "5000")
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.glob("runs/*/*/progress.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()  # alone: its workers are not told
+    process.wait()
+    for lock in tmp_path.glob("runs/*/*/.lock"):
+        with open(lock, "w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline, "a worker still runs"
+                    time.sleep(0.1)
 
 
 def test_ctrl_c(tmp_path):
