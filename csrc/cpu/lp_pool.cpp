@@ -1,10 +1,19 @@
 // LP pooling on the CPU.
 //
-// p = 1 and p = 2 are bound by memory: one read of the input and one write of the output forward,
-// three reads and a write backward. They run over rows - in NCHW the outputs of one image row, in
-// NHWC the channels of one pixel - so that the inner loop is a plain loop over contiguous results.
-// The other norms are bound by pow (p = inf by its comparisons) and use the functions of one window
-// and one element in ../lp_pool.h as they are.
+// p = 1, 2, 3, 4 and inf are bound by memory: one read of the input and one write of the output
+// forward, three reads and a write backward. Other norms are bound by their powers, one for each
+// element and one for each window, which are vectorised as everything else is.
+//
+// Windows are taken a batch at a time, some hundreds of results that lie side by side in memory:
+// whole rows of a plane in NCHW, pixels with their channels in NHWC. The k-th elements of all
+// windows of the batch are gathered side by side, zeros where the image ends, which add nothing to
+// any norm. So the loops over a batch are plain ones without strides, borders or remainders,
+// whatever the windows look like, and all of it stays in the first-level cache. Backward the same
+// elements are replaced by their gradients and go back to where they came from.
+//
+// A band of rows of the input's gradient belongs to one thread, and an element gets its windows'
+// shares in their order: the same bits with any number of threads. Windows across the border of two
+// bands are computed for both.
 
 #include "../lp_pool.h"
 
@@ -12,6 +21,172 @@
 
 namespace mnist_ops::cpu {
 namespace {
+
+// ------------------------------------------------------------------------------ powers and roots
+
+// Norms that have loops of their own.
+enum class Power { kOne, kTwo, kThree, kFour, kInf, kGeneral };
+
+template <Power N>
+struct PowerTag {
+  static constexpr Power value = N;
+};
+
+template <typename F>
+void dispatch_power(double p, F&& body) {
+  if (p == 3.0) return body(PowerTag<Power::kThree>{});
+  if (p == 4.0) return body(PowerTag<Power::kFour>{});
+  switch (norm_of(p)) {
+    case Norm::kOne:
+      return body(PowerTag<Power::kOne>{});
+    case Norm::kTwo:
+      return body(PowerTag<Power::kTwo>{});
+    case Norm::kInf:
+      return body(PowerTag<Power::kInf>{});
+    case Norm::kGeneral:
+      return body(PowerTag<Power::kGeneral>{});
+  }
+}
+
+template <Power power>
+constexpr bool kSumsPlainly = power != Power::kInf && power != Power::kGeneral;
+
+// |x|^p; for kInf and kGeneral x was divided by the largest of its window.
+template <Power power, typename A>
+MNIST_OPS_HD A term(A x, A p) {
+  if constexpr (power == Power::kOne) return magnitude(x);
+  if constexpr (power == Power::kTwo) return x * x;
+  if constexpr (power == Power::kThree) return magnitude(x) * (x * x);
+  if constexpr (power == Power::kFour) return (x * x) * (x * x);
+  if constexpr (power == Power::kGeneral) return cpu::power(magnitude(x), p);
+  return A(0);
+}
+
+template <Power power, typename A>
+MNIST_OPS_HD A root(A sum, A p) {
+  if constexpr (power == Power::kTwo) return std::sqrt(sum);
+  if constexpr (power == Power::kThree) return cpu::power(sum, A(1) / A(3));
+  if constexpr (power == Power::kFour) return std::sqrt(std::sqrt(sum));
+  if constexpr (power == Power::kGeneral) return cpu::power(sum, A(1) / p);
+  return sum;
+}
+
+// dy/dx; for p = inf without the division by the ties.
+template <Power power, typename A>
+MNIST_OPS_HD A slope(A x, A y, A p) {
+  if constexpr (power == Power::kOne) return sign_of(x);
+  if constexpr (power == Power::kInf) {
+    const A s = magnitude(x) == y ? sign_of(x) : A(0);
+    return y != y ? y : s;
+  }
+  const A ratio = x / y;
+  A s = ratio;
+  if constexpr (power == Power::kThree) s = ratio * magnitude(ratio);
+  if constexpr (power == Power::kFour) s = ratio * (ratio * ratio);
+  if constexpr (power == Power::kGeneral) {
+    s = cpu::power(magnitude(ratio), p - A(1));
+    s = ratio != ratio ? ratio : x < A(0) ? -s : s;
+  }
+  return y == A(0) ? A(0) : s;
+}
+
+// ----------------------------------------------------------------------------- loops over a batch
+//
+// taps[k][j] is the k-th element of window j, taps `pitch` apart; count and pitch are multiples of
+// kStep. A kernel size known to the compiler keeps a window in registers.
+
+constexpr int64_t kStep = 16;
+
+template <int kTaps, typename A>
+struct Batch {
+  A* taps;
+  int64_t pitch, count, runtime_taps;
+
+  // out[j] = combine over the window of add(so far, x, j), beginning with start.
+  template <typename F>
+  void fold(A* out, A start, const F& add) const {
+    const int64_t stride = pitch;
+    if constexpr (kTaps > 0) {
+      const A* const x = taps;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) {
+        A result = start;
+#pragma GCC unroll 16
+        for (int k = 0; k < kTaps; ++k) result = add(result, x[k * stride + j], j);
+        out[j] = result;
+      }
+    } else {
+      std::fill(out, out + count, start);
+      for (int64_t k = 0; k < runtime_taps; ++k) {
+        const A* const x = taps + k * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) out[j] = add(out[j], x[j], j);
+      }
+    }
+  }
+
+  // Every element in place.
+  template <typename F>
+  void map(const F& value) const {
+    const int64_t n = kTaps > 0 ? kTaps : runtime_taps;
+    for (int64_t k = 0; k < n; ++k) {
+      A* const x = taps + k * pitch;
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) x[j] = value(x[j], j);
+    }
+  }
+};
+
+// The p-norms of a batch of windows. scratch has room for a number each.
+template <Power power, int kTaps, typename A>
+void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A* scratch) {
+  const int64_t n = batch.count;
+  if constexpr (kSumsPlainly<power>) {
+    batch.fold(y, A(0), [=](A sum, A x, int64_t) { return sum + term<power>(x, p); });
+    if constexpr (power == Power::kOne) return;
+    bool safe = true;
+#pragma omp simd reduction(&& : safe)
+    for (int64_t j = 0; j < exact_count; ++j) safe = safe && is_safe_square_sum(y[j]);
+    if (safe) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) y[j] = root<power>(y[j], p);
+      return;
+    }
+  }
+  // By way of the largest element, which stands as it is where it is 0, infinite or NaN.
+  A* const largest = scratch;
+  batch.fold(largest, A(0), [](A m, A x, int64_t) {
+    const A size = magnitude(x);
+    return size > m || size != size ? size : m;
+  });
+  if constexpr (power == Power::kInf) {
+    std::copy(largest, largest + n, y);
+  } else {
+    batch.fold(y, A(0),
+               [=](A sum, A x, int64_t j) { return sum + term<power>(x / largest[j], p); });
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A m = largest[j];
+      const A norm = m * root<power>(y[j], p);
+      y[j] = m > A(0) && m <= std::numeric_limits<A>::max() ? norm : m;
+    }
+  }
+}
+
+// The gradients of a batch of windows, in place of their elements; grad is overwritten.
+template <Power power, int kTaps, typename A>
+void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, const A* y, A* scratch) {
+  if constexpr (power == Power::kInf) {
+    A* const ties = scratch;
+    batch.fold(ties, A(0), [=](A sum, A x, int64_t j) { return sum + A(magnitude(x) == y[j]); });
+    const int64_t n = batch.count;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) grad[j] = ties[j] > A(0) ? grad[j] / ties[j] : grad[j];
+  }
+  batch.map([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
+}
+
+// ------------------------------------------------------------------------------ gather and scatter
 
 // The outputs [first, last) of a row whose tap at column offset kw lies inside the image.
 struct Range {
@@ -25,145 +200,318 @@ Range outputs_with_tap(const PoolGeometry& g, int64_t kw) {
   return {first, limit < 0 ? 0 : std::min(g.OW, limit / g.stride_w + 1)};
 }
 
-// ------------------------------------------------------------------------------- forward, p = 1, 2
-
-template <Norm norm, typename A>
-void accumulate(A* sum, const A* x, int64_t step, int64_t count) {
-  const auto term = [](A value) { return norm == Norm::kTwo ? value * value : magnitude(value); };
-  if (step == 1) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) sum[j] += term(x[j]);
-  } else if (step == 2) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) sum[j] += term(x[2 * j]);
-  } else {
-    for (int64_t j = 0; j < count; ++j) sum[j] += term(x[j * step]);
-  }
-}
-
-// From sums of squares to norms. again(j) computes output j by way of its largest element.
-template <typename A, typename F>
-void take_roots(A* y, int64_t count, const F& again) {
-  bool safe = true;
-#pragma omp simd reduction(&& : safe)
-  for (int64_t j = 0; j < count; ++j) safe = safe && is_safe_square_sum(y[j]);
-  if (safe) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) y[j] = std::sqrt(y[j]);
-  } else {
-    for (int64_t j = 0; j < count; ++j) {
-      y[j] = is_safe_square_sum(y[j]) ? std::sqrt(y[j]) : again(j);
+// even[j] = x[2 j], odd[j] = x[2 j + 1].
+template <typename A>
+void split_pairs(const A* x, A* even, A* odd, int64_t count) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto eight = [&](int64_t j) {
+      const __m256 a = _mm256_loadu_ps(x + 2 * j), b = _mm256_loadu_ps(x + 2 * j + 8);
+      const auto in_order = [](__m256 v) {
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+      };
+      _mm256_storeu_ps(even + j, in_order(_mm256_shuffle_ps(a, b, 0x88)));
+      _mm256_storeu_ps(odd + j, in_order(_mm256_shuffle_ps(a, b, 0xdd)));
+    };
+    if (count >= 8) {
+      for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
+      if (count % 8 != 0) eight(count - 8);  // some of it for a second time: rows are short
+      return;
     }
   }
+#endif
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    even[j] = x[2 * j];
+    odd[j] = x[2 * j + 1];
+  }
 }
 
-template <Norm norm, typename T>
-void forward_rows(const T* input, T* output, const PoolGeometry& g, bool channels_last) {
-  using A = opmath_t<T>;
-  const int64_t outer = channels_last ? g.N : g.N * g.C;  // images, or planes
-  const int64_t in_line = channels_last ? g.C : g.W;
-  const int64_t out_line = channels_last ? g.C : g.OW;
-  const int64_t cost = g.OW * (channels_last ? g.C : 1) * g.kernel_h * g.kernel_w;
-  parallel_for(outer * g.OH, cost, [&](int64_t begin, int64_t end) {
-    std::vector<A> from(in_line), to(out_line);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t oh = item % g.OH;
-      const T* image = input + item / g.OH * g.H * g.in_h;
-      T* row = output + item * g.out_h;
-      if (!channels_last) {
-        A* y = stage(row, to.data());
-        std::fill(y, y + g.OW, A(0));
-        for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-          const A* x = load(image + ih * g.W, from.data(), g.W);
+// The reverse.
+template <typename A>
+void join_pairs(const A* even, const A* odd, A* x, int64_t count) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto eight = [&](int64_t j) {
+      const __m256 a = _mm256_loadu_ps(even + j), b = _mm256_loadu_ps(odd + j);
+      const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+      _mm256_storeu_ps(x + 2 * j, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(x + 2 * j + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    };
+    if (count >= 8) {
+      for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
+      if (count % 8 != 0) eight(count - 8);
+      return;
+    }
+  }
+#endif
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    x[2 * j] = even[j];
+    x[2 * j + 1] = odd[j];
+  }
+}
+
+// How windows are grouped. `inner` numbers lie side by side at each pixel: 1, or all channels.
+struct Grouping {
+  PoolGeometry g;
+  int64_t outer, inner, taps;
+  int64_t rows, columns;  // of outputs in a batch; more than one row only with all columns
+  int64_t capacity;       // numbers in a batch, rounded up
+
+  static constexpr int64_t kBatch = 512;  // or one pixel's, or one row's, where that is more
+
+  Grouping(const PoolGeometry& geometry, bool channels_last)
+      : g(geometry),
+        outer(channels_last ? g.N : g.N * g.C),
+        inner(channels_last ? g.C : 1),
+        taps(g.kernel_h * g.kernel_w) {
+    columns =
+        channels_last ? std::clamp<int64_t>(kBatch / std::max<int64_t>(inner, 1), 1, g.OW) : g.OW;
+    rows = columns < g.OW ? 1 : std::clamp<int64_t>(kBatch / (g.OW * inner + 1), 1, g.OH);
+    capacity = (rows * columns * inner + kStep - 1) / kStep * kStep;
+  }
+
+  // Beyond this the gathered windows would fill memory rather than a cache.
+  bool fits() const { return taps <= (int64_t{1} << 18) / capacity; }
+  // No element lies in two windows.
+  bool disjoint() const { return g.stride_h >= g.kernel_h && g.stride_w >= g.kernel_w; }
+  // Every element of the image lies in one window.
+  bool tiles() const {
+    return disjoint() && g.stride_h == g.kernel_h && g.stride_w == g.kernel_w && g.padding_h == 0 &&
+           g.padding_w == 0 && g.OH * g.stride_h >= g.H && g.OW * g.stride_w >= g.W;
+  }
+
+  // body(oh, rows, ow, columns) for the batches of the rows [first, last) of outputs.
+  template <typename F>
+  void each_batch(int64_t first, int64_t last, const F& body) const {
+    for (int64_t oh = first; oh < last; oh += rows) {
+      for (int64_t ow = 0; ow < g.OW; ow += columns) {
+        body(oh, std::min(rows, last - oh), ow, std::min(columns, g.OW - ow));
+      }
+    }
+  }
+
+  // taps[k][...] of a batch, from one plane or image; row has room for a row of the image.
+  template <typename T, typename A>
+  void gather(const T* image, int64_t oh, int64_t n_rows, int64_t ow, int64_t n_columns, A* to,
+              A* row) const {
+    const int64_t width = n_columns * inner;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+        A* tap = to + kh * g.kernel_w * capacity + r * width;
+        const int64_t ih = (oh + r) * g.stride_h - g.padding_h + kh;
+        if (ih < 0 || ih >= g.H) {
           for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-            const Range r = outputs_with_tap(g, kw);
-            accumulate<norm>(y + r.first, x + r.first * g.stride_w - g.padding_w + kw, g.stride_w,
-                             r.last - r.first);
+            std::fill(tap + kw * capacity, tap + kw * capacity + width, A(0));
+          }
+          continue;
+        }
+        const A* x = load(image + ih * g.in_h, row, g.W * inner);
+        int64_t kw = 0;
+        if (in_pairs()) {
+          for (; kw + 1 < g.kernel_w; kw += 2) {
+            split_pairs(x + kw, tap + kw * capacity, tap + (kw + 1) * capacity, width);
+          }
+          if (kw > 0 && kw < g.kernel_w) {  // the last one with its neighbour, for a second time
+            split_pairs(x + kw - 1, tap + (kw - 1) * capacity, tap + kw * capacity, width);
+            ++kw;
           }
         }
-        if constexpr (norm == Norm::kTwo) {
-          take_roots(y, g.OW,
-                     [&](int64_t ow) { return scaled_window_norm<norm>(image, g, A(2), oh, ow); });
-        }
-        store(y, row, g.OW);
-      } else {
-        for (int64_t ow = 0; ow < g.OW; ++ow) {
-          A* y = stage(row + ow * g.C, to.data());
-          std::fill(y, y + g.C, A(0));
-          for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-            for (int64_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-              const A* x = load(image + ih * g.in_h + iw * g.in_w, from.data(), g.C);
-              accumulate<norm>(y, x, 1, g.C);
-            }
-          }
-          if constexpr (norm == Norm::kTwo) {
-            take_roots(y, g.C, [&](int64_t c) {
-              return scaled_window_norm<norm>(image + c, g, A(2), oh, ow);
-            });
-          }
-          store(y, row + ow * g.C, g.C);
-        }
+        for (; kw < g.kernel_w; ++kw) gather_tap(x, kw, ow, n_columns, tap + kw * capacity);
       }
     }
-  });
-}
-
-// ------------------------------------------------------------------------------ backward, p = 1, 2
-
-template <Norm norm, typename A>
-void add_gradient(A* gx, const A* g, const A* x, const A* y, int64_t step, int64_t count) {
-  const auto term = [](A grad, A in, A out) { return grad * norm_gradient<norm>(in, out, A(2)); };
-  if (step == 1) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) gx[j] += term(g[j], x[j], y[j]);
-  } else if (step == 2) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) gx[2 * j] += term(g[j], x[2 * j], y[j]);
-  } else {
-    for (int64_t j = 0; j < count; ++j) gx[j * step] += term(g[j], x[j * step], y[j]);
   }
-}
 
-// One thread owns one row of grad_input and gathers from every window over it: no atomics, and the
-// same order of additions whatever the number of threads.
-template <Norm norm, typename T>
-void backward_rows(const T* grad_output, const T* input, const T* output, T* grad_input,
-                   const PoolGeometry& g, bool channels_last) {
-  using A = opmath_t<T>;
-  const int64_t outer = channels_last ? g.N : g.N * g.C;
-  const int64_t width = channels_last ? g.W * g.C : g.W;
-  const int64_t out_width = channels_last ? g.OW * g.C : g.OW;
-  parallel_for(outer * g.H, 2 * width, [&](int64_t begin, int64_t end) {
-    std::vector<A> from_x(width), from_g(out_width), from_y(out_width), to(width);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t ih = item % g.H;
-      const int64_t image = item / g.H * g.OH * g.out_h;
-      const A* x = load(input + item * g.in_h, from_x.data(), width);
-      A* gx = stage(grad_input + item * g.in_h, to.data());
-      std::fill(gx, gx + width, A(0));
-      for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
-        const A* grad = load(grad_output + image + oh * g.out_h, from_g.data(), out_width);
-        const A* y = load(output + image + oh * g.out_h, from_y.data(), out_width);
+  // The reverse: the rows [top, bottom) of an image, of which the first is at gradients; row has
+  // room for two rows.
+  template <typename A>
+  void scatter(const A* from, int64_t oh, int64_t n_rows, int64_t ow, int64_t n_columns,
+               int64_t top, int64_t bottom, bool add, A* gradients, A* row) const {
+    const int64_t width = n_columns * inner;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+        const A* tap = from + kh * g.kernel_w * capacity + r * width;
+        const int64_t ih = (oh + r) * g.stride_h - g.padding_h + kh;
+        if (ih < top || ih >= bottom) continue;
+        A* gx = gradients + (ih - top) * g.W * inner;
+        if (in_pairs() && g.kernel_w == 2 && !add) {
+          join_pairs(tap, tap + capacity, gx, width);
+          continue;
+        }
+        if (in_pairs() && g.kernel_w == 3) {
+          add_threes(tap, width, gx, row);
+          continue;
+        }
         for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-          const Range r = outputs_with_tap(g, kw);
-          const int64_t iw = r.first * g.stride_w - g.padding_w + kw;
-          if (!channels_last) {
-            add_gradient<norm>(gx + iw, grad + r.first, x + iw, y + r.first, g.stride_w,
-                               r.last - r.first);
-          } else {
-            for (int64_t ow = r.first; ow < r.last; ++ow) {
-              const int64_t i = (ow * g.stride_w - g.padding_w + kw) * g.C, o = ow * g.C;
-              add_gradient<norm>(gx + i, grad + o, x + i, y + o, 1, g.C);
-            }
-          }
+          scatter_tap(tap + kw * capacity, kw, ow, n_columns, add, gx);
         }
       }
-      store(gx, grad_input + item * g.in_h, width);
     }
+  }
+
+ private:
+  // Rows of windows that begin at every other element and end inside the image.
+  bool in_pairs() const {
+    return inner == 1 && g.stride_w == 2 && g.padding_w == 0 && 2 * (g.OW - 1) + g.kernel_w <= g.W;
+  }
+
+  // The gradients of three taps at every other element: those with an even index come from the
+  // first tap and the window before's third, the others from the second tap.
+  template <typename A>
+  void add_threes(const A* taps_of_row, int64_t count, A* gx, A* row) const {
+    const A *first = taps_of_row, *second = first + capacity, *third = second + capacity;
+    A *even = row, *sums = row + count + 1;
+    even[0] = first[0];
+#pragma omp simd
+    for (int64_t j = 1; j < count; ++j) even[j] = first[j] + third[j - 1];
+    join_pairs(even, second, sums, count);
+#pragma omp simd
+    for (int64_t i = 0; i < 2 * count; ++i) gx[i] += sums[i];
+    gx[2 * count] += third[count - 1];
+  }
+
+  template <typename A>
+  void gather_tap(const A* x, int64_t kw, int64_t ow, int64_t n_columns, A* tap) const {
+    const Range inside = outputs_with_tap(g, kw);
+    const int64_t first = std::clamp(inside.first, ow, ow + n_columns);
+    const int64_t last = std::clamp(inside.last, first, ow + n_columns);
+    std::fill(tap, tap + (first - ow) * inner, A(0));
+    std::fill(tap + (last - ow) * inner, tap + n_columns * inner, A(0));
+    const A* from = x + (first * g.stride_w - g.padding_w + kw) * inner;
+    A* to = tap + (first - ow) * inner;
+    const int64_t count = last - first, step = g.stride_w;
+    if (inner > 1) {
+      for (int64_t j = 0; j < count; ++j) {
+        std::copy(from + j * step * inner, from + (j * step + 1) * inner, to + j * inner);
+      }
+    } else if (step == 1) {
+      std::copy(from, from + count, to);
+    } else {
+      for (int64_t j = 0; j < count; ++j) to[j] = from[j * step];
+    }
+  }
+
+  template <typename A>
+  void scatter_tap(const A* tap, int64_t kw, int64_t ow, int64_t n_columns, bool add, A* gx) const {
+    const Range inside = outputs_with_tap(g, kw);
+    const int64_t first = std::clamp(inside.first, ow, ow + n_columns);
+    const int64_t last = std::clamp(inside.last, first, ow + n_columns);
+    const A* from = tap + (first - ow) * inner;
+    A* to = gx + (first * g.stride_w - g.padding_w + kw) * inner;
+    const int64_t count = last - first, step = g.stride_w * inner;
+    if (inner > 1) {
+      for (int64_t j = 0; j < count; ++j) {
+        A* const t = to + j * step;
+        const A* const f = from + j * inner;
+        if (add) {
+#pragma omp simd
+          for (int64_t c = 0; c < inner; ++c) t[c] += f[c];
+        } else {
+          std::copy(f, f + inner, t);
+        }
+      }
+    } else if (!add) {
+      for (int64_t j = 0; j < count; ++j) to[j * step] = from[j];
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) to[j * step] += from[j];
+    }
+  }
+};
+
+// Calls body with the number of a window's elements where there are loops for it, else with 0.
+template <int n>
+struct TapsTag {
+  static constexpr int value = n;
+};
+
+template <typename F>
+void dispatch_taps(int64_t taps, F&& body) {
+  if (taps == 4) return body(TapsTag<4>{});
+  if (taps == 9) return body(TapsTag<9>{});
+  body(TapsTag<0>{});
+}
+
+template <Power power, typename T>
+void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
+  using A = opmath_t<T>;
+  const PoolGeometry& g = all.g;
+  const A p = static_cast<A>(norm_type);
+  const int64_t cost = all.inner * g.OW * all.taps * (power == Power::kGeneral ? 8 : 1);
+  const int64_t groups = (g.OH + all.rows - 1) / all.rows;  // of rows of one plane or image
+  dispatch_taps(all.taps, [&](auto taps) {
+    constexpr int kTaps = decltype(taps)::value;
+    parallel_for(all.outer * groups, cost * all.rows, [&](int64_t begin, int64_t end) {
+      std::vector<A> scratch((all.taps + 2) * all.capacity + g.W * all.inner);
+      A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
+      A *spare = y + all.capacity, *row = spare + all.capacity;
+      for (int64_t item = begin; item < end; ++item) {
+        const T* image = input + item / groups * g.H * g.in_h;
+        T* out = output + item / groups * g.OH * g.out_h;
+        const int64_t first = item % groups * all.rows;
+        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          all.gather(image, oh, rows, ow, columns, elements, row);
+          const int64_t count = rows * columns * all.inner;
+          const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
+                                      all.taps};
+          batch_norms<power>(batch, count, p, y, spare);
+          convert(y, out + oh * g.out_h + ow * all.inner, count);
+        };
+        all.each_batch(first, std::min(first + all.rows, g.OH), pool);
+      }
+    });
   });
 }
 
-// --------------------------------------------------------------- any norm, one result at a time
+template <Power power, typename T>
+void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
+                      const T* output, T* grad_input) {
+  using A = opmath_t<T>;
+  constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
+  constexpr int64_t kBand = 16384;                // elements of a band, or a few windows' rows
+  const PoolGeometry& g = all.g;
+  const A p = static_cast<A>(norm_type);
+  const int64_t width = g.W * all.inner;
+  const int64_t least = std::max<int64_t>(kBand / width, 4 * g.kernel_h);
+  const int64_t band = std::min((least + g.stride_h - 1) / g.stride_h * g.stride_h, g.H);
+  const int64_t bands = (g.H + band - 1) / band;
+  const bool add = !all.disjoint(), clear = !all.tiles();
+  const int64_t cost = 2 * width * band * (power == Power::kGeneral ? 8 : 1);
+  dispatch_taps(all.taps, [&](auto taps) {
+    constexpr int kTaps = decltype(taps)::value;
+    parallel_for(all.outer * bands, cost, [&](int64_t begin, int64_t end) {
+      std::vector<A> scratch((all.taps + 3) * all.capacity + 2 * width +
+                             (kDirect ? 0 : band * width));
+      A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
+      A *grad = y + all.capacity, *spare = grad + all.capacity, *row = spare + all.capacity;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t image = item / bands, top = item % bands * band;
+        const int64_t bottom = std::min(top + band, g.H);
+        const T* in = input + image * g.H * g.in_h;
+        const T *out = output + image * g.OH * g.out_h, *go = grad_output + image * g.OH * g.out_h;
+        T* const to = grad_input + image * g.H * g.in_h + top * g.in_h;
+        A* const gx = stage(to, row + 2 * width);
+        if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
+        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
+          all.gather(in, oh, rows, ow, columns, elements, row);
+          convert(out + o, y, count);
+          convert(go + o, grad, count);
+          const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
+                                      all.taps};
+          batch_gradients<power>(batch, p, grad, y, spare);
+          all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
+        };
+        all.each_batch(g.first_window(top), g.last_window(bottom - 1), pool);
+        store(gx, to, (bottom - top) * width);
+      }
+    });
+  });
+}
+
+// --------------------------------------------------- windows too large to gather, second
+// derivatives
 
 // Calls body(n, c, h, w) for every element of an (N, C, H, W) tensor in the order of its memory.
 template <typename F>
@@ -196,19 +544,19 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
     using A = opmath_t<T>;
     const T* in = x.data.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
+    const Grouping all(g, x.channels_last);
+    if (all.fits()) {
+      dispatch_power(p, [&](auto tag) { forward_batches<decltype(tag)::value>(all, p, in, out); });
+      return;
+    }
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
-      if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
-        forward_rows<norm>(in, out, g, x.channels_last);
-      } else {
-        const int64_t cost = g.kernel_h * g.kernel_w * (norm == Norm::kInf ? 1 : 16);
-        for_each_element(g, x.channels_last, g.OH, g.OW, cost,
-                         [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
-                           out[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
-                               static_cast<T>(window_norm<norm>(in + g.input_offset(n, c), g,
-                                                                static_cast<A>(p), oh, ow));
-                         });
-      }
+      for_each_element(g, x.channels_last, g.OH, g.OW, all.taps,
+                       [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
+                         out[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
+                             static_cast<T>(window_norm<norm>(in + g.input_offset(n, c), g,
+                                                              static_cast<A>(p), oh, ow));
+                       });
     });
   });
   return output;
@@ -230,18 +578,20 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
     const T* out = y.const_data_ptr<T>();
     const T* go = grad.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
+    const Grouping all(g, x.channels_last);
+    if (all.fits()) {
+      dispatch_power(
+          p, [&](auto tag) { backward_batches<decltype(tag)::value>(all, p, go, in, out, gi); });
+      return;
+    }
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
-      if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
-        backward_rows<norm>(go, in, out, gi, g, x.channels_last);
-      } else {
-        for_each_element(g, x.channels_last, g.H, g.W, norm == Norm::kInf ? 4 : 32,
-                         [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
-                           const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
-                           gi[i + ih * g.in_h + iw * g.in_w] = static_cast<T>(input_gradient<norm>(
-                               go + o, in + i, out + o, g, static_cast<A>(p), ih, iw));
-                         });
-      }
+      for_each_element(
+          g, x.channels_last, g.H, g.W, 32, [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
+            const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
+            gi[i + ih * g.in_h + iw * g.in_w] = static_cast<T>(
+                input_gradient<norm>(go + o, in + i, out + o, g, static_cast<A>(p), ih, iw));
+          });
     });
   });
   return grad_input;

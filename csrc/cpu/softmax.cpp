@@ -2,8 +2,9 @@
 //
 // Bound by the exponential (one an element; none in the log-softmax's second pass), then by memory:
 // each element is read once and written once, rows and blocks of rows staying in cache between the
-// passes over them. Where the dimension is innermost in memory the loops run along it; elsewhere
-// they run across, over a block of neighbouring lines at a time.
+// passes over them. Long rows, where the dimension is innermost in memory, are taken one by one and
+// the loops run along them. Elsewhere the loops run across a block of lines at a time: lines that
+// lie side by side in memory, or short rows, which are transposed on the way in and out.
 
 #include "../softmax.h"
 
@@ -12,10 +13,60 @@
 namespace mnist_ops::cpu {
 namespace {
 
-constexpr int64_t kLines = 64;  // lines of a block, where the dimension is not innermost
+constexpr int64_t kLines = 64;     // lines of a block
+constexpr int64_t kShortRow = 64;  // rows up to here are taken in blocks
 
-// A view of `lines` neighbouring lines of `size` elements, as a matrix [size][lines] in A.
-// Lines are neighbours in memory if inner > 1; along a single line everything is contiguous.
+// ------------------------------------------------------------------------------ long rows, one by
+// one
+
+// The largest of scale * x. A maximum that passes over NaN is no reduction to the compiler: several
+// at once, by hand.
+template <typename A>
+A largest_of(const A* x, int64_t size, A scale) {
+  constexpr int64_t kParts = 32;
+  A parts[kParts];
+  std::fill(parts, parts + kParts, -std::numeric_limits<A>::infinity());
+  const auto larger = [](A v, A m) { return v > m ? v : m; };
+  const int64_t whole = size / kParts * kParts;
+  for (int64_t i = 0; i < whole; i += kParts) {
+#pragma omp simd
+    for (int64_t j = 0; j < kParts; ++j) parts[j] = larger(scale * x[i + j], parts[j]);
+  }
+  A m = parts[0];
+  for (int64_t j = 1; j < kParts; ++j) m = larger(parts[j], m);
+  for (int64_t i = whole; i < size; ++i) m = larger(scale * x[i], m);
+  return m;
+}
+
+// The sum of value(i).
+template <typename A, typename F>
+A sum_of(int64_t size, const F& value) {
+  A sum = A(0);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += value(i);
+  return sum;
+}
+
+template <typename A, typename F>
+void fill_with(A* y, int64_t size, const F& value) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) y[i] = value(i);
+}
+
+// Runs body(row, scratch, scratch, scratch) for every row; scratch is as long as a row.
+template <typename A, typename F>
+void for_each_row(const SoftmaxGeometry& g, const F& body) {
+  parallel_for(g.outer, 4 * g.size, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(3 * g.size);
+    A* const a = scratch.data();
+    for (int64_t row = begin; row < end; ++row) body(row, a, a + g.size, a + 2 * g.size);
+  });
+}
+
+// ---------------------------------------------------------------------------------- blocks of
+// lines
+
+// Lines of `size` elements as a matrix [size][lines] in A.
 template <typename A>
 struct Block {
   int64_t size, lines;
@@ -23,28 +74,11 @@ struct Block {
   A *largest, *sum;  // one for each line
 
   void find_largest() {
-    if (lines == 1) {
-      // A maximum that passes over NaN is no reduction to the compiler: several at once, by hand.
-      constexpr int64_t kParts = 32;
-      A parts[kParts];
-      std::fill(parts, parts + kParts, -std::numeric_limits<A>::infinity());
-      const A* const x = values;
-      const int64_t whole = size / kParts * kParts;
-      for (int64_t i = 0; i < whole; i += kParts) {
+    std::copy(values, values + lines, largest);
+    for (int64_t i = 1; i < size; ++i) {
+      const A* x = values + i * lines;
 #pragma omp simd
-        for (int64_t j = 0; j < kParts; ++j) parts[j] = x[i + j] > parts[j] ? x[i + j] : parts[j];
-      }
-      A m = parts[0];
-      for (int64_t j = 1; j < kParts; ++j) m = parts[j] > m ? parts[j] : m;
-      for (int64_t i = whole; i < size; ++i) m = x[i] > m ? x[i] : m;
-      largest[0] = m;
-    } else {
-      std::copy(values, values + lines, largest);
-      for (int64_t i = 1; i < size; ++i) {
-        const A* x = values + i * lines;
-#pragma omp simd
-        for (int64_t j = 0; j < lines; ++j) largest[j] = x[j] > largest[j] ? x[j] : largest[j];
-      }
+      for (int64_t j = 0; j < lines; ++j) largest[j] = x[j] > largest[j] ? x[j] : largest[j];
     }
   }
 
@@ -52,87 +86,93 @@ struct Block {
   // over by value: a load in the loop might alias what a loop stores.
   template <typename F>
   void add_up(const F& term) {
-    if (lines == 1) {
-      A s = A(0);
-      A* const x = values;
-      const A m = largest[0];
-      const int64_t n = size;
-#pragma omp simd reduction(+ : s)
-      for (int64_t i = 0; i < n; ++i) s += term(x[i], i, m);
-      sum[0] = s;
-    } else {
-      std::fill(sum, sum + lines, A(0));
-      for (int64_t i = 0; i < size; ++i) {
-        A* x = values + i * lines;
+    std::fill(sum, sum + lines, A(0));
+    for (int64_t i = 0; i < size; ++i) {
+      const A* x = values + i * lines;
 #pragma omp simd
-        for (int64_t j = 0; j < lines; ++j) sum[j] += term(x[j], i * lines + j, largest[j]);
-      }
+      for (int64_t j = 0; j < lines; ++j) sum[j] += term(x[j], i * lines + j, largest[j]);
     }
   }
 
   // value(value, index, sum of the line, largest of the line)
   template <typename F>
   void map(const F& value) {
-    if (lines == 1) {
-      A* const x = values;
-      const A total = sum[0], m = largest[0];
-      const int64_t n = size;
+    for (int64_t i = 0; i < size; ++i) {
+      A* x = values + i * lines;
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) x[i] = value(x[i], i, total, m);
-    } else {
-      for (int64_t i = 0; i < size; ++i) {
-        A* x = values + i * lines;
-#pragma omp simd
-        for (int64_t j = 0; j < lines; ++j) x[j] = value(x[j], i * lines + j, sum[j], largest[j]);
-      }
+      for (int64_t j = 0; j < lines; ++j) x[j] = value(x[j], i * lines + j, sum[j], largest[j]);
     }
+  }
+
+  // largest[j] + log of sum[j], in the place of sum[j]
+  void add_log_of_sum() {
+#pragma omp simd
+    for (int64_t j = 0; j < lines; ++j) sum[j] = largest[j] + cpu::log(sum[j]);
   }
 };
 
-// Where a block lies in memory: its first element, and the distance between steps along a line.
+// Where a block lies in memory: its first element, the distance between steps along a line and the
+// one between lines. One of the two is 1.
 struct Place {
-  int64_t offset, step, lines;
+  int64_t offset, step, lines, line_step;
 };
 
 template <typename T, typename A>
 void read_block(const T* from, const Place& at, int64_t size, A* values) {
-  if (at.lines == 1 && at.step == 1) {
-    convert(from + at.offset, values, size);
-  } else {
-    for (int64_t i = 0; i < size; ++i) {
-      convert(from + at.offset + i * at.step, values + i * at.lines, at.lines);
+  for (int64_t i = 0; i < size; ++i) {
+    const T* x = from + at.offset + i * at.step;
+    A* to = values + i * at.lines;
+    if (at.line_step == 1) {
+      convert(x, to, at.lines);
+    } else {
+      for (int64_t j = 0; j < at.lines; ++j) to[j] = static_cast<A>(x[j * at.line_step]);
     }
   }
 }
 
 template <typename T, typename A>
 void write_block(const A* values, const Place& at, int64_t size, T* to) {
-  if (at.lines == 1 && at.step == 1) {
-    convert(values, to + at.offset, size);
-  } else {
-    for (int64_t i = 0; i < size; ++i) {
-      convert(values + i * at.lines, to + at.offset + i * at.step, at.lines);
+  for (int64_t i = 0; i < size; ++i) {
+    const A* x = values + i * at.lines;
+    T* y = to + at.offset + i * at.step;
+    if (at.line_step == 1) {
+      convert(x, y, at.lines);
+    } else {
+      for (int64_t j = 0; j < at.lines; ++j) y[j * at.line_step] = static_cast<T>(x[j]);
     }
   }
+}
+
+bool has_long_rows(const SoftmaxGeometry& g) {
+  return g.inner == 1 && g.size > kShortRow;
 }
 
 // Calls body(block, place, first line) for every block of lines; matrices is how many [size][lines]
 // matrices of scratch the block's values are the first of.
 template <typename A, typename F>
 void for_each_block(const SoftmaxGeometry& g, int64_t matrices, const F& body) {
-  const int64_t lines = std::min(g.inner, kLines);
-  const int64_t blocks_inner = g.inner == 0 ? 0 : (g.inner + lines - 1) / lines;
-  parallel_for(g.outer * blocks_inner, 4 * g.size * lines, [&](int64_t begin, int64_t end) {
+  if (g.size == 0) return;
+  // Rows: all of them are neighbours. Else the lines of one outer index.
+  const int64_t neighbours = g.inner == 1 ? g.outer : g.inner;
+  const int64_t groups = g.inner == 1 ? 1 : g.outer;
+  const int64_t lines = std::min(neighbours, kLines);
+  const int64_t blocks = (neighbours + lines - 1) / lines;
+  parallel_for(groups * blocks, 4 * g.size * lines, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch((matrices * g.size + 2) * lines);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t o = item / blocks_inner, k = item % blocks_inner * lines;
-      const int64_t n = std::min(lines, g.inner - k);
+      const int64_t group = item / blocks, k = item % blocks * lines;
+      const int64_t n = std::min(lines, neighbours - k);
       A* values = scratch.data() + 2 * lines;
       Block<A> block{g.size, n, values, scratch.data(), scratch.data() + lines};
-      body(block, Place{o * g.size * g.inner + k, g.inner, n}, o * g.inner + k);
+      const Place rows{k * g.size, 1, n, g.size},
+          columns{group * g.size * g.inner + k, g.inner, n, 1};
+      body(block, g.inner == 1 ? rows : columns, group * neighbours + k);
     }
   });
 }
+
+// ----------------------------------------------------------------------------------------
+// operators
 
 Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta, bool log) {
   dim = checked_dim(op, input, dim);
@@ -145,15 +185,31 @@ Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double 
     const T* in = x.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
     const A scale = static_cast<A>(beta);
+    if (has_long_rows(g)) {
+      const int64_t n = g.size;
+      for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+        const A* const v = load(in + row * n, from, n);
+        A* const y = stage(out + row * n, to);
+        const A m = largest_of(v, n, scale);
+        if (log) {
+          const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
+          const A log_sum = m + cpu::log(sum);
+          fill_with(y, n, [=](int64_t i) { return scale * v[i] - log_sum; });
+        } else {
+          const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(scale * v[i] - m); });
+          fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
+        }
+        store(y, out + row * n, n);
+      });
+      return;
+    }
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t) {
       read_block(in, at, g.size, block.values);
       block.map([=](A v, int64_t, A, A) { return scale * v; });
       block.find_largest();
       if (log) {
         block.add_up([](A v, int64_t, A largest) { return cpu::exp(v - largest); });
-        for (int64_t j = 0; j < block.lines; ++j) {
-          block.sum[j] = block.largest[j] + std::log(block.sum[j]);
-        }
+        block.add_log_of_sum();
         block.map([](A v, int64_t, A sum, A) { return v - sum; });
       } else {
         block.map([](A v, int64_t, A, A largest) { return cpu::exp(v - largest); });
@@ -181,6 +237,23 @@ Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor&
     const T* go = grad.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
     const A scale = static_cast<A>(beta);
+    if (has_long_rows(g)) {
+      const int64_t n = g.size;
+      for_each_row<A>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
+        const A* const v = load(go + row * n, from_g, n);
+        const A* const ys = load(out + row * n, from_y, n);
+        A* const gx = stage(gi + row * n, to);
+        if (log) {
+          const A sum = sum_of<A>(n, [=](int64_t i) { return v[i]; });
+          fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sum); });
+        } else {
+          const A sum = sum_of<A>(n, [=](int64_t i) { return v[i] * ys[i]; });
+          fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sum); });
+        }
+        store(gx, gi + row * n, n);
+      });
+      return;
+    }
     for_each_block<A>(g, 2, [&](Block<A>& block, const Place& at, int64_t) {
       A* ys = block.values + g.size * block.lines;
       read_block(go, at, g.size, block.values);
@@ -214,6 +287,9 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 
 void check_classes(const char* op, const Tensor& target, int64_t classes) {
   const int64_t* t = target.const_data_ptr<int64_t>();
+  bool all = true;
+  for (int64_t i = 0; i < target.numel(); ++i) all &= t[i] >= 0 && t[i] < classes;
+  if (all) return;
   for (int64_t i = 0; i < target.numel(); ++i) {
     MNIST_OPS_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes, "), got ",
                     t[i], " at position ", i);
@@ -239,17 +315,32 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
     T* losses = loss.mutable_data_ptr<T>();
     A* lse = logsumexp.mutable_data_ptr<A>();
     const A scale = static_cast<A>(beta);
+    if (has_long_rows(g)) {
+      const int64_t n = g.size;
+      for_each_row<A>(g, [&](int64_t row, A* from, A*, A*) {
+        const A* const v = load(in + row * n, from, n);
+        const A m = largest_of(v, n, scale);
+        const A log_sum =
+            cpu::log(sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); }));
+        lse[row] = m + log_sum;
+        // The difference to the largest first: exact where both are large.
+        losses[row] = static_cast<T>(log_sum - (scale * v[t[row]] - m));
+      });
+      return;
+    }
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
       read_block(in, at, g.size, block.values);
       block.map([=](A v, int64_t, A, A) { return scale * v; });
       block.find_largest();
-      const A* largest = block.largest;
       block.add_up([](A v, int64_t, A m) { return cpu::exp(v - m); });
+      const A* const largest = block.largest;
+      A* const log_sum = block.sum;
+#pragma omp simd
+      for (int64_t j = 0; j < block.lines; ++j) log_sum[j] = cpu::log(log_sum[j]);
       for (int64_t j = 0; j < block.lines; ++j) {
-        lse[line + j] = largest[j] + std::log(block.sum[j]);
-        // The difference to the largest first: exact where both are large.
+        lse[line + j] = largest[j] + log_sum[j];
         const A chosen = block.values[t[line + j] * block.lines + j];
-        losses[line + j] = static_cast<T>(std::log(block.sum[j]) - (chosen - largest[j]));
+        losses[line + j] = static_cast<T>(log_sum[j] - (chosen - largest[j]));
       }
     });
   });
@@ -287,6 +378,18 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
     const A* lse = saved.const_data_ptr<A>();
     T* gi = grad_input.mutable_data_ptr<T>();
     const A scale = static_cast<A>(beta);
+    if (has_long_rows(g)) {
+      const int64_t n = g.size;
+      for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+        const A* const v = load(in + row * n, from, n);
+        A* const gx = stage(gi + row * n, to);
+        const A log_sum = lse[row], factor = scale * static_cast<A>(go[row]);
+        fill_with(gx, n, [=](int64_t i) { return factor * cpu::exp(scale * v[i] - log_sum); });
+        gx[t[row]] -= factor;
+        store(gx, gi + row * n, n);
+      });
+      return;
+    }
     for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
       read_block(in, at, g.size, block.values);
       A* factor = block.sum;

@@ -14,12 +14,19 @@ from ._common import (
     check_floating,
     check_images,
     check_number,
+    direct,
     empty_images,
     register_autograd,
     register_image_vmap,
 )
 
 _ops = torch.ops.mnist_ops
+_subtractive_norm2d = direct("subtractive_norm2d")
+_subtractive_norm2d_grad = direct("subtractive_norm2d_backward")
+_divisive_norm2d = direct("divisive_norm2d")
+_divisive_norm2d_grad = direct("divisive_norm2d_backward")
+_contrastive_norm2d = direct("contrastive_norm2d")
+_contrastive_norm2d_grad = direct("contrastive_norm2d_backward")
 
 
 def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
         tensor(True)
     """
     op = "subtractive_norm2d"
-    return _ops.subtractive_norm2d(input, _checked(op, input, kernel))
+    return _subtractive_norm2d(input, _checked(op, input, kernel))
 
 
 def divisive_norm2d(
@@ -103,7 +110,7 @@ def divisive_norm2d(
     """
     op = "divisive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _ops.divisive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
+    return _divisive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
 
 
 def contrastive_norm2d(
@@ -136,7 +143,7 @@ def contrastive_norm2d(
     """
     op = "contrastive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _ops.contrastive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
+    return _contrastive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
 
 
 def check_kernel(op: str, kernel: object) -> Tensor:
@@ -211,7 +218,7 @@ def _save_subtractive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _subtractive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
     (kernel,) = ctx.saved_tensors
-    return _ops.subtractive_norm2d_backward(grad_output, kernel), None
+    return _subtractive_norm2d_grad(grad_output, kernel), None
 
 
 def _subtractive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, None]:
@@ -228,12 +235,12 @@ def _save_divisive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _divisive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    grad = _ops.divisive_norm2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    grad = _divisive_norm2d_grad(grad_output, *ctx.saved_tensors, *ctx.options)
     return grad, None, None, None
 
 
 def _contrastive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    grad = _ops.contrastive_norm2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    grad = _contrastive_norm2d_grad(grad_output, *ctx.saved_tensors, *ctx.options)
     return grad, None, None, None
 
 

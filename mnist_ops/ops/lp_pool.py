@@ -10,6 +10,7 @@ from torch import Tensor
 from ._common import (
     check_images,
     check_number,
+    direct,
     empty_images,
     not_offered,
     pair,
@@ -18,6 +19,8 @@ from ._common import (
 )
 
 _ops = torch.ops.mnist_ops
+_lp_pool2d = direct("lp_pool2d")
+_lp_pool2d_grad = direct("lp_pool2d_backward")
 
 
 def lp_pool2d(
@@ -75,7 +78,7 @@ def lp_pool2d(
     check_images(op, input)
     windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
     _output_size(op, input, *windows[1:])
-    return _ops.lp_pool2d(input, *windows)
+    return _lp_pool2d(input, *windows)
 
 
 def check_windows(
@@ -150,7 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, output = ctx.saved_tensors
-    grad_input = _ops.lp_pool2d_backward(grad_output, input, output, *ctx.options)
+    grad_input = _lp_pool2d_grad(grad_output, input, output, *ctx.options)
     return grad_input, None, None, None, None, None
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import batch_first, check_floating, register_autograd
+from ._common import batch_first, check_floating, direct, register_autograd
 
 _ops = torch.ops.mnist_ops
+_sigmoid = direct("sigmoid")
+_sigmoid_grad = direct("sigmoid_backward")
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def sigmoid(input: Tensor) -> Tensor:
         tensor([0.5000])
     """
     check_floating("sigmoid", "input", input)
-    return _ops.sigmoid(input)
+    return _sigmoid(input)
 
 
 @torch.library.register_fake("mnist_ops::sigmoid")
@@ -57,7 +59,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     (output,) = ctx.saved_tensors
-    return _ops.sigmoid_backward(grad_output, output)
+    return _sigmoid_grad(grad_output, output)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,11 +13,18 @@ from ._common import (
     batch_first,
     check_floating,
     check_number,
+    direct,
     is_channels_last,
     register_autograd,
 )
 
 _ops = torch.ops.mnist_ops
+_softmax = direct("softmax")
+_softmax_grad = direct("softmax_backward")
+_log_softmax = direct("log_softmax")
+_log_softmax_grad = direct("log_softmax_backward")
+_softmax_nll = direct("softmax_nll")
+_softmax_nll_grad = direct("softmax_nll_backward")
 
 
 def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
@@ -53,7 +60,7 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     op = "softmax"
-    return _ops.softmax(input, _dim(op, input, dim), _beta(op, beta))
+    return _softmax(input, _dim(op, input, dim), _beta(op, beta))
 
 
 def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
@@ -85,7 +92,7 @@ def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([-0.6931, -0.6931])
     """
     op = "log_softmax"
-    return _ops.log_softmax(input, _dim(op, input, dim), _beta(op, beta))
+    return _log_softmax(input, _dim(op, input, dim), _beta(op, beta))
 
 
 def softmax_nll(
@@ -138,7 +145,7 @@ def softmax_nll(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    loss, _ = _ops.softmax_nll(input, target.long(), _beta(op, beta))
+    loss, _ = _softmax_nll(input, target.long(), _beta(op, beta))
     if reduction == "mean":
         return loss.mean()
     return loss.sum() if reduction == "sum" else loss
@@ -198,11 +205,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-    return _ops.softmax_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
+    return _softmax_grad(grad_output, *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _log_softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-    return _ops.log_softmax_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
+    return _log_softmax_grad(grad_output, *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,7 +246,7 @@ def _nll_backward(
 ) -> tuple[Tensor | None, None, None]:
     if grad_loss is None:
         return None, None, None
-    return _ops.softmax_nll_backward(grad_loss, *ctx.saved_tensors, ctx.beta), None, None
+    return _softmax_nll_grad(grad_loss, *ctx.saved_tensors, ctx.beta), None, None
 
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
