@@ -59,4 +59,11 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
       "Tensor[] kernels, Tensor images, Tensor labels, Tensor order, Tensor uniform, int loss, "
       "int step, float lr, float lr_decay, float weight_decay, float momentum, float dampening, "
       "bool nesterov, bool started, int threads) -> (Tensor losses, Tensor predictions)");
+  // the same on CUDA for several models of one shape; settings has a row for each of them: lr,
+  // lr_decay, weight_decay, momentum, dampening, steps made before, whether velocities are there
+  m.def(
+      "online_sgd_models(Tensor(a!)[] parameters, Tensor(b!)[] velocities, str network, "
+      "Tensor[] kernels, Tensor images, Tensor labels, Tensor order, Tensor uniform, int loss, "
+      "Tensor settings, bool nesterov, int mode, bool fuse) "
+      "-> (Tensor losses, Tensor predictions)");
 }

@@ -120,7 +120,7 @@ void weight_gradient_tile(const T* x, int64_t x_row, const T* dy, int64_t OH, in
   } else {
     T gradient[kRows * kLanes<T>];
     std::memcpy(gradient, sum, sizeof gradient);
-    update.row(w, velocity, gradient, kRows * kLanes<T>);
+    update_row(update, w, velocity, gradient, kRows * kLanes<T>);
   }
 }
 
@@ -148,10 +148,6 @@ inline void for_each_tile(int64_t count, const F& body) {
     for (; first < count; first += rows) body(constant, first);
   });
 }
-
-struct ConvolutionOptions {
-  int64_t outputs, kernel_h, kernel_w, padding_h, padding_w;
-};
 
 template <typename T>
 class Convolution final : public Layer<T> {
@@ -328,7 +324,7 @@ class Convolution final : public Layer<T> {
     for (int64_t p = 0; p < OH * OW; ++p) {
       for (int64_t l = 0; l < kLanes<T>; ++l) sum[l] += dy[p * kLanes<T> + l];
     }
-    update.row(packed_bias_.data() + b * kLanes<T>,
+    update_row(update, packed_bias_.data() + b * kLanes<T>,
                bias_.velocity ? packed_bias_velocity_.data() + b * kLanes<T> : nullptr, sum,
                kLanes<T>);
   }

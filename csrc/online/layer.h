@@ -1,25 +1,11 @@
 // What a layer of the engine is, and the rule by which parameters change.
 #pragma once
 
+#include "formulas.h"
+#include "network_text.h"
 #include "simd.h"
 
 namespace mnist_ops::online {
-
-// One image's map of C channels, or a vector of C features as a map of one pixel.
-struct Shape {
-  int64_t C, H, W;
-  bool flat;  // a vector: what Linear and LogSoftmax take
-
-  int64_t pixels() const { return H * W; }
-  std::string text() const {
-    std::string result("(");
-    result.append(std::to_string(C));
-    if (!flat) {
-      result.append(", ").append(std::to_string(H)).append(", ").append(std::to_string(W));
-    }
-    return result.append(flat ? ",)" : ")");
-  }
-};
 
 template <typename T>
 int64_t block_count(const Shape& shape) {
@@ -42,37 +28,23 @@ struct Map {
   int64_t block() const { return shape.pixels() * lanes; }
 };
 
-// Plain SGD as in Torch7's optim.sgd, the arithmetic of mnist_ops.optim.Torch7SGD:
-//   g += decay w;  v = momentum v + (1 - dampening) g, v = g in the first step;
-//   w -= rate (g + momentum v | v | g)     Nesterov, momentum, neither
+// The update of n parameters from their gradients; v is nullptr where there is no momentum.
 template <typename T>
-struct Update {
-  T rate, weight_decay, momentum, keep;  // keep = 1 - dampening
-  bool first, nesterov;
-
-  bool plain() const { return weight_decay == T(0) && momentum == T(0); }
-
-  // New values of n parameters from their gradients; v is nullptr where there is no momentum.
-  void row(T* w, T* v, const T* g, int64_t n) const {
-    const T step = rate, decay = weight_decay;  // locals: w might be this object, for all C++ knows
-    if (plain()) {
+void update_row(const Update<T>& update, T* w, T* v, const T* g, int64_t n) {
+  const T step = update.rate, decay = update.weight_decay;
+  if (update.plain()) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) w[i] = cpu::fmadd(-step, g[i], w[i]);
-    } else if (momentum == T(0)) {
+    for (int64_t i = 0; i < n; ++i) w[i] = plain_step(w[i], g[i], step);
+  } else if (update.momentum == T(0)) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) w[i] -= step * (g[i] + decay * w[i]);
-    } else {
-      const T m = first ? T(0) : momentum, k = first ? T(1) : keep;
-      const T now = nesterov ? T(1) : T(0), later = nesterov ? momentum : T(1);
+    for (int64_t i = 0; i < n; ++i) w[i] = decayed_step(w[i], g[i], step, decay);
+  } else {
+    const T m = update.first ? T(0) : update.momentum, k = update.first ? T(1) : update.keep;
+    const T now = update.nesterov ? T(1) : T(0), later = update.nesterov ? update.momentum : T(1);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const T gradient = g[i] + decay * w[i];
-        v[i] = m * v[i] + k * gradient;
-        w[i] -= step * (now * gradient + later * v[i]);
-      }
-    }
+    for (int64_t i = 0; i < n; ++i) momentum_step(w[i], v[i], g[i], step, decay, m, k, now, later);
   }
-};
+}
 
 // What changes from step to step.
 template <typename T>

@@ -38,7 +38,7 @@ class Linear final : public Layer<T> {
       for (; o > 0; --o) backward_rows<1>(o - 1, begin, end, step.update);
     });
     if (bias_.value != nullptr) {
-      step.update.row(bias_.value, bias_.velocity, this->out.grad, outputs);
+      update_row(step.update, bias_.value, bias_.velocity, this->out.grad, outputs);
     }
   }
 
@@ -110,7 +110,7 @@ class Linear final : public Layer<T> {
       }
 #pragma omp simd
       for (int64_t i = begin; i < end; ++i) gradient_.data()[i] = g[m] * x[i];
-      update.row(row + begin, v, gradient_.data() + begin, end - begin);
+      update_row(update, row + begin, v, gradient_.data() + begin, end - begin);
     }
   }
 

@@ -1,4 +1,4 @@
-// Log-softmax, exact and as Torch7 approximated it, and the losses. Ten numbers or so: plain loops.
+// Log-softmax, exact and as Torch7 approximated it. Ten numbers or so: plain loops.
 #pragma once
 
 #include "layer.h"
@@ -33,7 +33,7 @@ class LogSoftmax final : public Layer<T> {
     T sum = T(0);
     for (int64_t i = 0; i < n; ++i) sum += g[i];
     for (int64_t i = 0; i < n; ++i) {
-      this->in.grad[i] = beta_ * (g[i] - cpu::exp(l[i]) * sum);
+      this->in.grad[i] = log_softmax_gradient(g[i], l[i], sum, beta_);
     }
   }
 
@@ -68,69 +68,9 @@ class Torch7LogSoftmax final : public Layer<T> {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(g[i]);
     for (int64_t i = 0; i < n; ++i) {
-      this->in.grad[i] = static_cast<T>(g[i] - std::exp(static_cast<double>(l[i])) * sum);
+      this->in.grad[i] = torch7_log_softmax_gradient(g[i], l[i], sum);
     }
-  }
-
- private:
-  static double exp_minus(double z) {
-    if (!(z < 13.0)) return z == z ? 0.0 : z;
-    double w = 1.0 + z * (0.125 + z * (0.0078125 + z * (0.00032552083 + z * 1.0172526e-5)));
-    w *= w;
-    w *= w;
-    w *= w;
-    return 1.0 / w;
   }
 };
-
-enum class Loss { kNll, kMultiMargin, kMse };
-
-// The loss of one sample with scores x of n classes; its gradient goes to g.
-template <typename T>
-T loss_and_gradient(Loss loss, const T* x, int64_t n, int64_t target, T* g) {
-  std::fill_n(g, n, T(0));
-  switch (loss) {
-    case Loss::kNll:
-      g[target] = T(-1);
-      return -x[target];
-    case Loss::kMultiMargin: {
-      T sum = T(0);
-      const T share = T(1) / static_cast<T>(n);
-      for (int64_t i = 0; i < n; ++i) {
-        const T margin = T(1) - x[target] + x[i];
-        if (i == target || !(margin > T(0))) {
-          if (margin != margin) sum += margin;
-          continue;
-        }
-        sum += margin;
-        g[i] += share;
-        g[target] -= share;
-      }
-      return sum / static_cast<T>(n);
-    }
-    case Loss::kMse: {
-      T sum = T(0);
-      for (int64_t i = 0; i < n; ++i) {
-        const T difference = x[i] - (i == target ? T(1) : T(-1));
-        sum += difference * difference;
-        g[i] = T(2) * difference;
-      }
-      return sum;
-    }
-  }
-  return T(0);
-}
-
-// The class of the largest score, compared in float32 as Torch7's confusion matrix does; the first
-// of equal ones, and NaN above all, as in torch.argmax.
-template <typename T>
-int64_t predicted_class(const T* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i) {
-    const float a = static_cast<float>(x[i]), b = static_cast<float>(x[best]);
-    if (a > b || (a != a && b == b)) best = i;
-  }
-  return best;
-}
 
 }  // namespace mnist_ops::online

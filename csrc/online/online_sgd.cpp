@@ -1,15 +1,7 @@
 // online_sgd: a stretch of training with batch size 1, sample after sample, in one call.
 //
-// The network comes as text, one layer a line: its kind, its numbers, its name in the module
-//   conv2d      out_channels kernel_h kernel_w padding_h padding_w bias
-//   linear      out_features bias
-//   identity | tanh | relu | sigmoid | flatten | log_softmax_torch7
-//   log_softmax beta
-//   lp_pool2d   norm_type kernel_h kernel_w stride_h stride_w padding_h padding_w ceil_mode
-//   max_pool2d  as lp_pool2d, without norm_type
-//   avg_pool2d  as max_pool2d, then count_include_pad divisor (0: the window's size)
-//   subtractive_norm2d
-//   dropout     p
+// network_text.h says how the network comes as text.
+//
 // Every buffer is planned before the first sample; the loop over samples allocates nothing and
 // cannot fail. What a step costs is in its convolutions (convolution.h says how they run) but for
 // about a tenth.
@@ -20,8 +12,6 @@
 #include "norm.h"
 #include "pointwise.h"
 #include "pooling.h"
-
-#include <sstream>
 
 namespace mnist_ops::online {
 namespace {
@@ -37,60 +27,10 @@ struct Settings {
   int64_t threads;
 };
 
-// A layer's line of the text, and where it takes its parameters and kernel from.
-class Reader {
- public:
-  explicit Reader(const std::string& line) : text_(line), line_(line) { text_ >> kind; }
-
-  template <typename V = int64_t>
-  V number() {
-    V value{};
-    std::string word;
-    text_ >> word;
-    std::size_t read = 0;
-    try {
-      // Not by a stream, which reads no "inf".
-      if constexpr (std::is_same_v<V, double>) {
-        value = std::stod(word, &read);
-      } else {
-        value = std::stoll(word, &read);
-      }
-    } catch (const std::logic_error&) {
-      read = 0;
-    }
-    MNIST_OPS_CHECK(read > 0 && read == word.size(), kOp, ": the network's line '", line_,
-                    "' has no number where one must be");
-    return value;
-  }
-
-  PoolArguments pooling(double p) {
-    PoolArguments a{p, {}, {}, {}, false};
-    for (auto* pair : {&a.kernel, &a.stride, &a.padding}) {
-      pair->push_back(number());
-      pair->push_back(number());
-    }
-    a.ceil_mode = number() != 0;
-    return a;
-  }
-
-  // "layer 'conv1' (conv2d)", for messages; to be called after the numbers were read.
-  std::string layer() {
-    std::string name;
-    std::getline(text_ >> std::ws, name);
-    return std::string(kOp) + ": layer '" + name + "' (" + kind + ")";
-  }
-
-  std::string kind;
-
- private:
-  std::istringstream text_;
-  std::string line_;
-};
-
 template <typename T>
 class Network {
  public:
-  Network(const std::string& text, const std::vector<Tensor>& parameters,
+  Network(const std::string& network, const std::vector<Tensor>& parameters,
           const std::vector<Tensor>& velocities, const std::vector<Tensor>& kernels,
           const Tensor& images, const Settings& settings)
       : settings_(settings), workers_{settings.threads} {
@@ -98,32 +38,16 @@ class Network {
       parameters_.push_back(torch::stable::contiguous(parameters[i]));
       if (!velocities.empty()) velocities_.push_back(torch::stable::contiguous(velocities[i]));
     }
-    Shape shape{1, 1, 1, false};
-    for (int64_t d = 1; d < images.dim(); ++d) {
-      (d == images.dim() - 3   ? shape.C
-       : d == images.dim() - 2 ? shape.H
-                               : shape.W) = images.size(d);
-    }
-    if (images.dim() == 2) shape = {images.size(1), 1, 1, true};
-
-    std::istringstream lines(text);
-    std::vector<std::string> all;
-    for (std::string line; std::getline(lines, line);) all.push_back(line);
-    MNIST_OPS_CHECK(!all.empty(), kOp, ": the network has no layers");
+    const NetworkSpec spec =
+        NetworkReader(kOp, parameters_, kernels).read(network, sample_shape(images));
+    uniforms_ = spec.uniforms;
     // An image of one channel stays as it is where a convolution reads it; otherwise it takes a
     // whole block like all other maps.
-    const bool image = all[0].rfind("conv2d ", 0) == 0 && shape.C == 1;
-    Map<T> map{shape, nullptr, nullptr, image ? 1 : kLanes<T>};
+    const bool image = spec.layers[0].kind == Kind::kConv2d && spec.input.C == 1;
+    Map<T> map{spec.input, nullptr, nullptr, image ? 1 : kLanes<T>};
     map.value = allocate(map.blocks() * map.block());
     input_ = map;
-    for (const std::string& line : all) map = add(line, map, kernels);
-    MNIST_OPS_CHECK(next_parameter_ == parameters_.size() && next_kernel_ == kernels.size(), kOp,
-                    ": ", parameters_.size(), " parameters and ", kernels.size(),
-                    " kernels were given, the layers have ", next_parameter_, " and ",
-                    next_kernel_);
-    MNIST_OPS_CHECK(map.shape.flat, layer_name_, ": the network must end in a vector of scores, ",
-                    "got a map of ", map.shape.text());
-    MNIST_OPS_CHECK(trained_, kOp, ": the network has no parameters to train");
+    for (const LayerSpec& layer : spec.layers) map = add(layer, map, kernels);
     output_ = map;
     plan();
   }
@@ -198,26 +122,16 @@ class Network {
     return map;
   }
 
-  Parameter<T> parameter(const std::vector<int64_t>& shape) {
-    MNIST_OPS_CHECK(next_parameter_ < parameters_.size(), layer_name_,
-                    ": its parameters were not given");
-    const Tensor& tensor = parameters_[next_parameter_];
-    bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-    std::string text;
-    for (std::size_t d = 0; d < shape.size(); ++d) {
-      fits = fits && tensor.size(d) == shape[d];
-      text += (d ? ", " : "") + std::to_string(shape[d]);
-    }
-    MNIST_OPS_CHECK(fits, layer_name_, ": expected a parameter of (", text, ") for its input of ",
-                    input_text_, ", got ", shape_string(tensor));
+  // The parameter with this index, or none.
+  Parameter<T> parameter(int64_t index) {
     Parameter<T> result;
-    result.value = parameters_[next_parameter_].template mutable_data_ptr<T>();
+    if (index < 0) return result;
+    result.value = parameters_[index].template mutable_data_ptr<T>();
     if (!velocities_.empty()) {
-      MNIST_OPS_CHECK(same_shape(velocities_[next_parameter_], tensor), layer_name_,
+      MNIST_OPS_CHECK(same_shape(velocities_[index], parameters_[index]), kOp,
                       ": velocities must have the shapes of their parameters");
-      result.velocity = velocities_[next_parameter_].template mutable_data_ptr<T>();
+      result.velocity = velocities_[index].template mutable_data_ptr<T>();
     }
-    ++next_parameter_;
     return result;
   }
 
@@ -227,124 +141,57 @@ class Network {
     return out;
   }
 
-  Shape pooled(const Map<T>& in, const PoolArguments& a) {
-    check_pool_arguments(kOp, a);
-    const Shape& s = in.shape;
-    const Shape out{s.C, pooled_size(s.H, a.kernel[0], a.stride[0], a.padding[0], a.ceil_mode),
-                    pooled_size(s.W, a.kernel[1], a.stride[1], a.padding[1], a.ceil_mode), false};
-    MNIST_OPS_CHECK(out.H > 0 && out.W > 0, layer_name_, ": kernel_size (", a.kernel[0], ", ",
-                    a.kernel[1], ") does not fit into its input of ", s.text());
-    return out;
-  }
-
-  void expect_map(const Map<T>& in) const {
-    MNIST_OPS_CHECK(!in.shape.flat, layer_name_, ": expected a map (C, H, W), got a vector of ",
-                    in.shape.C, " features");
-  }
-  void expect_vector(const Map<T>& in) const {
-    MNIST_OPS_CHECK(in.shape.flat, layer_name_, ": expected a vector, got a map of ",
-                    in.shape.text(), "; put a Flatten before it");
-  }
-
-  Map<T> add(const std::string& line, const Map<T>& in, const std::vector<Tensor>& kernels) {
-    Reader reader(line);
-    const std::string& kind = reader.kind;
-    input_text_ = in.shape.text();
-    // Layers before the first parameters need no gradient.
-    const bool grad = trained_;
-    if (kind == "conv2d") {
-      const ConvolutionOptions o{reader.number(), reader.number(), reader.number(), reader.number(),
-                                 reader.number()};
-      const bool bias = reader.number() != 0;
-      layer_name_ = reader.layer();
-      expect_map(in);
-      const int64_t limit = int64_t{1} << 20;  // keeps every product clear of overflow
-      MNIST_OPS_CHECK(o.outputs > 0 && o.kernel_h > 0 && o.kernel_w > 0 && o.padding_h >= 0 &&
-                          o.padding_w >= 0 && o.kernel_h < limit && o.kernel_w < limit &&
-                          o.padding_h < limit && o.padding_w < limit,
-                      layer_name_, ": impossible arguments in '", line, "'");
-      const Shape shape{o.outputs, in.shape.H + 2 * o.padding_h - o.kernel_h + 1,
-                        in.shape.W + 2 * o.padding_w - o.kernel_w + 1, false};
-      MNIST_OPS_CHECK(shape.H > 0 && shape.W > 0, layer_name_, ": a kernel of (", o.kernel_h, ", ",
-                      o.kernel_w, ") does not fit into its input of ", in.shape.text());
-      const Parameter<T> weight = parameter({o.outputs, in.shape.C, o.kernel_h, o.kernel_w});
-      const Parameter<T> none{};
-      const Parameter<T> bias_parameter = bias ? parameter({o.outputs}) : none;
-      trained_ = true;
-      const Map<T> out = new_map(shape, true);
-      layers_.push_back(std::make_unique<Convolution<T>>(o, in, out, weight, bias_parameter));
-      return out;
-    }
-    if (kind == "linear") {
-      const int64_t outputs = reader.number();
-      const bool bias = reader.number() != 0;
-      layer_name_ = reader.layer();
-      expect_vector(in);
-      MNIST_OPS_CHECK(outputs > 0, layer_name_, ": impossible arguments in '", line, "'");
-      const Parameter<T> weight = parameter({outputs, in.shape.C});
-      const Parameter<T> none{};
-      const Parameter<T> bias_parameter = bias ? parameter({outputs}) : none;
-      trained_ = true;
-      return push<Linear<T>>(in, new_map({outputs, 1, 1, true}, true), weight, bias_parameter);
-    }
-    if (kind == "tanh" || kind == "relu" || kind == "sigmoid") {
-      layer_name_ = reader.layer();
-      const Map<T> out = same_map(in);
-      if (kind == "tanh") return push<Activation<T, Tanh>>(in, out);
-      if (kind == "relu") return push<Activation<T, Relu>>(in, out);
-      return push<Activation<T, Sigmoid>>(in, out);
-    }
-    if (kind == "identity") return in;
-    if (kind == "dropout") {
-      const double p = reader.number<double>();
-      layer_name_ = reader.layer();
-      MNIST_OPS_CHECK(p >= 0 && p < 1, layer_name_, ": p must be in [0, 1), got ", p);
-      const int64_t first = uniforms_;
-      uniforms_ += in.shape.C * in.shape.pixels();
-      return push<Dropout<T>>(in, same_map(in), p, first);
-    }
-    if (kind == "flatten") {
-      layer_name_ = reader.layer();
-      if (in.shape.flat) return in;
-      return push<Flatten<T>>(in, new_map({in.shape.C * in.shape.pixels(), 1, 1, true}, grad));
-    }
-    if (kind == "log_softmax" || kind == "log_softmax_torch7") {
-      const double beta = kind == "log_softmax" ? reader.number<double>() : 1.0;
-      layer_name_ = reader.layer();
-      expect_vector(in);
-      const Map<T> out = new_map(in.shape, grad);
-      if (kind == "log_softmax") return push<LogSoftmax<T>>(in, out, beta);
-      return push<Torch7LogSoftmax<T>>(in, out);
-    }
-    if (kind == "subtractive_norm2d") {
-      layer_name_ = reader.layer();
-      expect_map(in);
-      MNIST_OPS_CHECK(next_kernel_ < kernels.size(), layer_name_, ": its kernel was not given");
-      check_norm_kernel(kOp, kernels[next_kernel_], kernels[next_kernel_]);
-      return push<SubtractiveNorm<T>>(in, same_map(in), kernels[next_kernel_++]);
-    }
-    if (kind == "lp_pool2d" || kind == "max_pool2d" || kind == "avg_pool2d") {
-      const PoolArguments a = reader.pooling(kind[0] == 'l' ? reader.number<double>() : 1.0);
-      const bool count_padding = kind[0] == 'a' && reader.number() != 0;
-      const int64_t divisor = kind[0] == 'a' ? reader.number() : 0;
-      layer_name_ = reader.layer();
-      expect_map(in);
-      const Map<T> out = new_map(pooled(in, a), grad);
-      if (kind[0] == 'm') return push<MaxPooling<T>>(in, out, a);
-      if (kind[0] == 'a') return push<AveragePooling<T>>(in, out, a, count_padding, divisor);
-      switch (norm_of(a.p)) {
-        case Norm::kOne:
-          return push<LpPooling<T, Norm::kOne>>(in, out, a);
-        case Norm::kTwo:
-          return push<LpPooling<T, Norm::kTwo>>(in, out, a);
-        case Norm::kInf:
-          return push<LpPooling<T, Norm::kInf>>(in, out, a);
-        case Norm::kGeneral:
-          return push<LpPooling<T, Norm::kGeneral>>(in, out, a);
+  Map<T> add(const LayerSpec& layer, const Map<T>& in, const std::vector<Tensor>& kernels) {
+    const Parameter<T> weight = parameter(layer.weight), bias = parameter(layer.bias);
+    switch (layer.kind) {
+      case Kind::kConv2d: {
+        const Map<T> out = new_map(layer.out, true);
+        layers_.push_back(
+            std::make_unique<Convolution<T>>(layer.convolution, in, out, weight, bias));
+        return out;
       }
+      case Kind::kLinear:
+        return push<Linear<T>>(in, new_map(layer.out, true), weight, bias);
+      case Kind::kTanh:
+        return push<Activation<T, Tanh>>(in, same_map(in));
+      case Kind::kRelu:
+        return push<Activation<T, Relu>>(in, same_map(in));
+      case Kind::kSigmoid:
+        return push<Activation<T, Sigmoid>>(in, same_map(in));
+      case Kind::kDropout:
+        return push<Dropout<T>>(in, same_map(in), layer.number, layer.first_uniform);
+      case Kind::kSubtractiveNorm2d:
+        return push<SubtractiveNorm<T>>(in, same_map(in), kernels[layer.kernel]);
+      default:
+        break;
     }
-    MNIST_OPS_CHECK(false, kOp, ": there is no layer '", kind, "' in this engine");
-    return in;
+    // Layers before the first parameters need no gradient.
+    const Map<T> out = new_map(layer.out, layer.gradient);
+    switch (layer.kind) {
+      case Kind::kFlatten:
+        return push<Flatten<T>>(in, out);
+      case Kind::kLogSoftmax:
+        return push<LogSoftmax<T>>(in, out, layer.number);
+      case Kind::kTorch7LogSoftmax:
+        return push<Torch7LogSoftmax<T>>(in, out);
+      case Kind::kMaxPool2d:
+        return push<MaxPooling<T>>(in, out, layer.pooling);
+      case Kind::kAvgPool2d:
+        return push<AveragePooling<T>>(in, out, layer.pooling, layer.count_padding, layer.divisor);
+      default:
+        break;
+    }
+    switch (norm_of(layer.pooling.p)) {
+      case Norm::kOne:
+        return push<LpPooling<T, Norm::kOne>>(in, out, layer.pooling);
+      case Norm::kTwo:
+        return push<LpPooling<T, Norm::kTwo>>(in, out, layer.pooling);
+      case Norm::kInf:
+        return push<LpPooling<T, Norm::kInf>>(in, out, layer.pooling);
+      case Norm::kGeneral:
+        break;
+    }
+    return push<LpPooling<T, Norm::kGeneral>>(in, out, layer.pooling);
   }
 
   void plan() {
@@ -409,10 +256,7 @@ class Network {
   std::vector<std::unique_ptr<Layer<T>>> layers_;
   std::vector<Phase> forward_, backward_;
   Map<T> input_{}, output_{};
-  std::string layer_name_, input_text_;  // the layer being added
-  std::size_t next_parameter_ = 0, next_kernel_ = 0;
   int64_t uniforms_ = 0;
-  bool trained_ = false;  // a layer with parameters was added
 };
 
 ScalarType check_parameters(const std::vector<Tensor>& parameters,

@@ -1,43 +1,9 @@
 // Activations and dropout: in place, element by element.
 #pragma once
 
-#include "../sigmoid.h"
 #include "layer.h"
 
 namespace mnist_ops::online {
-
-struct Tanh {
-  template <typename T>
-  static T value(T x) {
-    return online::tanh(x);
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return g * (T(1) - y * y);
-  }
-};
-
-struct Relu {
-  template <typename T>
-  static T value(T x) {
-    return x < T(0) ? T(0) : x;  // NaN stays NaN
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return y <= T(0) ? T(0) : g;
-  }
-};
-
-struct Sigmoid {
-  template <typename T>
-  static T value(T x) {
-    return T(1) / (T(1) + cpu::exp(-x));
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return sigmoid_gradient(g, y);
-  }
-};
 
 template <typename T, typename F>
 class Activation final : public Layer<T> {
@@ -82,13 +48,12 @@ class Dropout final : public Layer<T> {
   bool local() const override { return true; }
 
   void prepare_forward(const Step<T>& step, const Workers&) override {
-    const T scale = static_cast<T>(1.0 / keep_);
     const int64_t pixels = this->in.shape.pixels();
     const double* uniform = step.uniform + first_;
     for (int64_t c = 0; c < this->in.shape.C; ++c) {
       T* to = factor_.data() + c / kLanes<T> * this->in.block() + c % kLanes<T>;
       for (int64_t p = 0; p < pixels; ++p) {
-        to[p * kLanes<T>] = *uniform++ <= keep_ ? scale : T(0);
+        to[p * kLanes<T>] = dropout_factor<T>(*uniform++, keep_);
       }
     }
   }

@@ -224,7 +224,6 @@ class MaxPooling final : public Pooling<T> {
 template <typename T>
 class AveragePooling final : public Pooling<T> {
  public:
-  // divisor 0: the elements of the window, those of the padding among them if count_padding.
   AveragePooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments,
                  bool count_padding, int64_t divisor)
       : Pooling<T>(input, output, arguments), count_padding_(count_padding), divisor_(divisor) {}
@@ -237,7 +236,7 @@ class AveragePooling final : public Pooling<T> {
       this->each_element(window, [&](int64_t i) {
         for (int64_t l = 0; l < kLanes<T>; ++l) sum[l] += x[i + l];
       });
-      const T divisor = window_divisor(window.oh, window.ow);
+      const T divisor = window_divisor<T>(this->g_, window.oh, window.ow, count_padding_, divisor_);
       for (int64_t l = 0; l < kLanes<T>; ++l) y[o + l] = sum[l] / divisor;
     });
   }
@@ -247,7 +246,7 @@ class AveragePooling final : public Pooling<T> {
     T* dx = this->in.grad + b * this->in.block();
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
-      const T divisor = window_divisor(window.oh, window.ow);
+      const T divisor = window_divisor<T>(this->g_, window.oh, window.ow, count_padding_, divisor_);
       T share[kLanes<T>];
       for (int64_t l = 0; l < kLanes<T>; ++l) share[l] = dy[o + l] / divisor;
       this->each_element(window, [&](int64_t i) {
@@ -257,18 +256,6 @@ class AveragePooling final : public Pooling<T> {
   }
 
  private:
-  T window_divisor(int64_t oh, int64_t ow) const {
-    const PoolGeometry& g = this->g_;
-    if (divisor_ != 0) return static_cast<T>(divisor_);
-    if (!count_padding_) {
-      return static_cast<T>((g.last_row(oh) - g.first_row(oh)) *
-                            (g.last_column(ow) - g.first_column(ow)));
-    }
-    const int64_t top = oh * g.stride_h - g.padding_h, left = ow * g.stride_w - g.padding_w;
-    return static_cast<T>((std::min(top + g.kernel_h, g.H + g.padding_h) - top) *
-                          (std::min(left + g.kernel_w, g.W + g.padding_w) - left));
-  }
-
   bool count_padding_;
   int64_t divisor_;
 };

@@ -7,6 +7,11 @@
 // them have had a turn. So a kernel that lacks a barrier reads values that are not there yet, or
 // not there any more, and a barrier that not every thread comes to is reported.
 //
+// In a cooperative launch the threads of all blocks are there at once. A block runs until all of
+// its threads wait for other blocks or have finished, then another one does, in random order:
+// between two such waits a block's __shared__ memory is its own, but none of it lives any longer,
+// as another block may have used it meanwhile (except for what all blocks write alike).
+//
 // tests/test_cuda_emulator.py says what this proves and what it does not.
 #pragma once
 
@@ -19,6 +24,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 // The tests register these kernels beside the CPU's own, as the library mnist_ops_emulated (named
 // by -Dmnist_ops=mnist_ops_emulated, which also keeps the C++ namespaces apart) for tensors on the
@@ -29,8 +35,10 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-// One block runs at a time, so one copy is enough. It begins as zeros, as it does not on a GPU, and
-// then holds what the block before left: only that shows a kernel which counts on the zeros.
+#define __grid_constant__
+// One block runs at a time, so one copy is enough (see above for cooperative launches). It begins
+// as zeros, as it does not on a GPU, and then holds what the block before left: only that shows a
+// kernel which counts on the zeros.
 #define __shared__ static
 
 struct dim3 {
@@ -57,6 +65,13 @@ inline int64_t largest_narrow_index() {
 // Runs thread once as every thread of every block; throws where they wait for each other forever.
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
+// The same with all blocks alive at once.
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+// To be called by all threads of a block, which go on when `blocks` blocks have come here, for the
+// round-th time, with the same counter; it is not counted in.
+void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round);
+
 // To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
 // have come here.
 void wait_for_block();
@@ -76,6 +91,59 @@ class CurrentStream {
     const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
     run_grid(dim3(grid), threads, [&] { kernel(arguments...); });
   }
+};
+
+// A device of so many multiprocessors, each of which holds one block of online SGD at a time.
+struct Device {
+  int multiprocessors = 3, block_threads = 64;
+};
+inline Device device;
+
+inline int block_threads() {
+  return device.block_threads;
+}
+
+class Cooperation {
+ public:
+  explicit Cooperation(const torch::stable::Tensor&) {}
+
+  int multiprocessors() const { return device.multiprocessors; }
+
+  template <typename Kernel>
+  int resident_blocks(Kernel*) const {
+    return device.multiprocessors;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    run_grid(dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+             [&] { kernel(arguments...); });
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_together(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    run_grid_together(dim3(static_cast<unsigned>(blocks)),
+                      dim3(static_cast<unsigned>(block_threads())), [&] { kernel(arguments...); });
+  }
+};
+
+// The kernels of a graph with copies of their arguments, run one after the other.
+class KernelGraph {
+ public:
+  explicit KernelGraph(const Cooperation& device) : device_(device) {}
+
+  template <typename Kernel, typename... Arguments>
+  void add(Kernel* kernel, int64_t blocks, const Arguments&... arguments) {
+    nodes_.push_back([=, this] { device_.launch(kernel, blocks, arguments...); });
+  }
+
+  void launch() const {
+    for (const auto& node : nodes_) node();
+  }
+
+ private:
+  const Cooperation& device_;
+  std::vector<std::function<void()>> nodes_;
 };
 
 }  // namespace cuda_emulator

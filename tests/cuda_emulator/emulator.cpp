@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -33,7 +34,8 @@ struct Barrier {
   std::vector<unsigned> waiting;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // by thread of the block
+std::vector<std::unique_ptr<Fiber>> fibers;  // of the running block's threads from first_fiber on
+size_t first_fiber;
 jmp_buf scheduler;
 unsigned current;             // the thread that runs, of a block numbered x first
 std::vector<unsigned> ready;  // threads that could run
@@ -44,7 +46,7 @@ const std::function<void()>* body;
 std::mt19937 random_order;
 
 void back_to_scheduler() {
-  if (_setjmp(fibers[current]->resume) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(fibers[first_fiber + current]->resume) == 0) _longjmp(scheduler, 1);
 }
 
 void run_until_it_waits(Fiber& fiber) {
@@ -62,7 +64,7 @@ void fiber_main() {
   }
 }
 
-void make_fibers(unsigned count) {
+void make_fibers(size_t count) {
   while (fibers.size() < count) {
     auto fiber = std::make_unique<Fiber>();
     fiber->stack = std::make_unique<unsigned char[]>(kStackBytes);
@@ -92,28 +94,49 @@ unsigned take_ready_thread() {
   return thread;
 }
 
-void run_block(unsigned threads) {
-  finished = 0;
+// Where the threads of a block wait for other blocks.
+struct GridBarrier {
+  const unsigned* counter = nullptr;
+  unsigned blocks = 0, round = 0;
+  bool operator==(const GridBarrier&) const = default;
+};
+GridBarrier grid_barrier;
+unsigned at_grid_barrier;
+
+void start_block(unsigned threads) {
+  finished = at_grid_barrier = 0;
   block_barrier = {threads, {}};
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
   for (unsigned thread = 0; thread < threads; ++thread) {
     ready.push_back(thread);
     ++warp_barriers[thread / kWarp].expected;
   }
+}
+
+// Until all threads of the block have finished or wait for other blocks.
+void run_block(unsigned threads) {
   while (!ready.empty()) {
     current = take_ready_thread();
     threadIdx.x = current % blockDim.x;
     threadIdx.y = current / blockDim.x;
-    run_until_it_waits(*fibers[current]);
+    run_until_it_waits(*fibers[first_fiber + current]);
   }
-  if (finished == threads) return;
+  if (finished == threads || at_grid_barrier == threads) return;
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
   throw std::runtime_error(
       "CUDA emulator: threads wait for ones that never come: of " + std::to_string(threads) +
       " threads of a block, " + std::to_string(finished) + " have finished, " +
-      std::to_string(at_barrier) + " are at a barrier of the block, the others in a warp shuffle");
+      std::to_string(at_barrier) + " are at a barrier of the block, " +
+      std::to_string(at_grid_barrier) + " wait for other blocks, the others in a warp shuffle");
 }
+
+// What a block that waits for others takes up again.
+struct WaitingBlock {
+  Barrier block_barrier;
+  std::vector<Barrier> warp_barriers;
+  GridBarrier grid_barrier;
+};
 
 }  // namespace
 
@@ -123,7 +146,69 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
   gridDim = grid;
   body = &thread;
   make_fibers(threads);
-  for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+  first_fiber = 0;
+  for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) {
+    start_block(threads);
+    run_block(threads);
+    if (finished == threads) continue;
+    fibers.clear();
+    throw std::runtime_error("CUDA emulator: blocks wait for each other in an ordinary launch");
+  }
+}
+
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  const unsigned threads = block.x * block.y;
+  blockDim = block;
+  gridDim = grid;
+  body = &thread;
+  make_fibers(size_t{grid.x} * threads);
+  std::vector<WaitingBlock> blocks(grid.x);
+  std::vector<unsigned> runnable(grid.x), waiting;
+  for (unsigned i = 0; i < grid.x; ++i) runnable[i] = i;
+  std::vector<bool> started(grid.x, false);
+  while (!runnable.empty()) {
+    std::swap(runnable[random_order() % runnable.size()], runnable.back());
+    const unsigned index = runnable.back();
+    runnable.pop_back();
+    blockIdx = dim3(index);
+    first_fiber = size_t{index} * threads;
+    if (started[index]) {
+      block_barrier = std::move(blocks[index].block_barrier);
+      warp_barriers = std::move(blocks[index].warp_barriers);
+      finished = at_grid_barrier = 0;
+      for (unsigned t = 0; t < threads; ++t) ready.push_back(t);
+    } else {
+      start_block(threads);
+      started[index] = true;
+    }
+    run_block(threads);
+    if (finished == threads) continue;
+    blocks[index] = {std::move(block_barrier), std::move(warp_barriers), grid_barrier};
+    waiting.push_back(index);
+    std::vector<unsigned> here, elsewhere;
+    for (const unsigned other : waiting) {
+      (blocks[other].grid_barrier == grid_barrier ? here : elsewhere).push_back(other);
+    }
+    if (here.size() == grid_barrier.blocks) {
+      runnable.insert(runnable.end(), here.begin(), here.end());
+      waiting = std::move(elsewhere);
+    }
+  }
+  first_fiber = 0;
+  if (waiting.empty()) return;
+  fibers.clear();
+  throw std::runtime_error("CUDA emulator: " + std::to_string(waiting.size()) +
+                           " blocks wait for ones that never come");
+}
+
+void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round) {
+  const GridBarrier here{counter, blocks, round};
+  if (at_grid_barrier > 0 && !(grid_barrier == here)) {
+    std::abort();  // threads of a block at different barriers; a fiber cannot throw
+  }
+  grid_barrier = here;
+  ++at_grid_barrier;
+  back_to_scheduler();
 }
 
 void wait_for_block() {
@@ -139,7 +224,7 @@ unsigned this_thread() {
 }
 
 unsigned char* exchange_slot(unsigned thread) {
-  return fibers[thread]->exchange;
+  return fibers[first_fiber + thread]->exchange;
 }
 
 }  // namespace cuda_emulator
@@ -149,4 +234,10 @@ extern "C" __attribute__((visibility("default"))) void configure_cuda_emulator(
     int64_t max_blocks, int64_t largest_narrow_index, uint32_t seed) {
   cuda_emulator::settings = {max_blocks, largest_narrow_index};
   cuda_emulator::random_order.seed(seed);
+}
+
+// The emulated device of online SGD: how many blocks run at a time, and the threads of a block.
+extern "C" __attribute__((visibility("default"))) void configure_emulated_device(
+    int multiprocessors, int block_threads) {
+  cuda_emulator::device = {multiprocessors, block_threads};
 }

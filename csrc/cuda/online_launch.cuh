@@ -1,0 +1,144 @@
+// The two ways in which online SGD gets its phases onto a device: a CUDA graph of kernels, and one
+// cooperative kernel whose blocks wait for each other.
+#pragma once
+
+#include "common.cuh"
+
+#include <vector>
+
+namespace mnist_ops::cuda {
+
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+using cuda_emulator::block_threads;
+using cuda_emulator::Cooperation;
+using cuda_emulator::KernelGraph;
+using cuda_emulator::wait_for_blocks;
+#else
+
+constexpr int kBlockThreads = 512;
+constexpr int block_threads() {
+  return kBlockThreads;
+}
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  MNIST_OPS_CHECK(error == cudaSuccess, "online_sgd_models: ", what, ": ",
+                  cudaGetErrorString(error));
+}
+
+// Waits until `blocks` blocks have come here for the round-th time; counter starts at 0. What any
+// of their threads wrote before is then visible to all of them. The counter only grows, so that no
+// block can miss a turn; it wraps around after 2^32 arrivals, which the comparison allows for.
+__device__ __forceinline__ void wait_for_blocks(unsigned* counter, unsigned blocks,
+                                                unsigned round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned target = blocks * round;
+    unsigned arrived;
+    __threadfence();
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    } while (static_cast<int>(arrived - target) < 0);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// A device and stream to launch on, those of a tensor.
+class Cooperation {
+ public:
+  explicit Cooperation(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    const int device = tensor.get_device_index();
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device),
+               "cannot read the number of multiprocessors");
+    check_cuda(cudaDeviceGetAttribute(&cooperative_, cudaDevAttrCooperativeLaunch, device),
+               "cannot read whether kernels may be cooperative");
+  }
+
+  int multiprocessors() const { return multiprocessors_; }
+
+  // How many blocks of a cooperative kernel the device holds at once; 0: it knows no such kernels.
+  template <typename Kernel>
+  int resident_blocks(Kernel* kernel) const {
+    if (!cooperative_) return 0;
+    int each = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kBlockThreads, 0),
+               "cannot read how many blocks fit");
+    return each * multiprocessors_;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    kernel<<<static_cast<unsigned>(blocks), kBlockThreads, 0, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // All blocks run at the same time, or the launch fails.
+  template <typename Kernel, typename... Arguments>
+  void launch_together(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                           dim3(static_cast<unsigned>(blocks)), dim3(kBlockThreads),
+                                           pointers, 0, stream_),
+               "the cooperative kernel does not start");
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+  int multiprocessors_ = 0, cooperative_ = 0;
+};
+
+// Kernels one after the other, put together node by node: unlike a capture that works on the
+// default stream, too, and disturbs no other thread. A graph that is destroyed while it runs is
+// freed when it has finished.
+class KernelGraph {
+ public:
+  explicit KernelGraph(const Cooperation& device) : stream_(device.stream()) {
+    check_cuda(cudaGraphCreate(&graph_, 0), "cannot make a graph");
+  }
+  KernelGraph(const KernelGraph&) = delete;
+  KernelGraph& operator=(const KernelGraph&) = delete;
+  ~KernelGraph() {
+    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void add(Kernel* kernel, int64_t blocks, const Arguments&... arguments) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    cudaKernelNodeParams node{};
+    node.func = reinterpret_cast<void*>(kernel);
+    node.gridDim = dim3(static_cast<unsigned>(blocks));
+    node.blockDim = dim3(kBlockThreads);
+    node.kernelParams = pointers;  // copied
+    cudaGraphNode_t added = nullptr;
+    check_cuda(cudaGraphAddKernelNode(&added, graph_, last_ == nullptr ? nullptr : &last_,
+                                      last_ == nullptr ? 0 : 1, &node),
+               "cannot add a kernel to the graph");
+    last_ = added;
+  }
+
+  void launch() {
+    if (executable_ == nullptr) {
+      check_cuda(cudaGraphInstantiate(&executable_, graph_, 0), "cannot instantiate the graph");
+    }
+    check_cuda(cudaGraphLaunch(executable_, stream_), "cannot launch the graph");
+  }
+
+ private:
+  cudaStream_t stream_;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+  cudaGraphNode_t last_ = nullptr;
+};
+
+#endif
+
+}  // namespace mnist_ops::cuda

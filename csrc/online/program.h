@@ -1,0 +1,780 @@
+// The network as a program for many threads: a list of phases, planned on the host, of integers
+// only, so that one copy serves every model of the same shape.
+//
+// Every model has a workspace of the same layout: its parameters, velocities, maps, gradients and
+// planes, at the offsets that the phases name. A phase falls into tasks, which blocks of threads
+// take independently of each other. Phases of one level may run at the same time; between levels
+// all blocks of a model wait for each other. Nothing is added up across tasks, so the results do
+// not depend on how many blocks there are.
+//
+// Maps are stored with the channels innermost, (H, W, C): neighbouring threads take neighbouring
+// channels. The order of a flattened vector is (C, H, W).
+//
+// What is fused, and so costs neither a level nor a pass over memory:
+//   - forward: an activation, and an LP pooling (p = 2, disjoint windows of 2 x 2) behind it, into
+//     the convolution before them; an activation into the fully connected layer before it;
+//   - a subtractive normalization into the convolution or the flattened fully connected layer
+//     behind it: each block blurs the one small plane for itself, and subtracts on reading;
+//   - backward: normalization, pooling and activation into one phase, or into the weight gradient
+//     of a first convolution; fully connected layers make their input's gradient and their update
+//     in one pass;
+//   - the last fully connected layer, log-softmax, loss and their gradients into the backward of
+//     the fully connected layer before: every block computes these few numbers for itself.
+// A layer's update waits for the level after the one that reads the old weights.
+#pragma once
+
+#include "formulas.h"
+#include "network_text.h"
+
+#include <algorithm>
+#include <array>
+
+namespace mnist_ops::online {
+
+enum class Op : int32_t {
+  kConvolution,         // forward, or the gradient with respect to a convolution's input
+  kConvolutionUpdate,   // gradient of the weights, and their update
+  kLinear,              // forward
+  kLinearBackward,      // gradient with respect to the input, and update
+  kLinearUpdate,        // update alone
+  kLoss,                // [log-softmax,] prediction, loss, and the gradient of the scores
+  kActivation,          //
+  kActivationBackward,  //
+  kDropout,             // forward and backward
+  kPool,                //
+  kPoolBackward,        //
+  kChannelSum,          // a normalization in steps, for maps too large for a block's own memory:
+  kMean,                //   sums, the blurred plane,
+  kSubtract,            //   and from every channel
+  kLocalBackward,       // through a normalization, a pooling, an activation
+  kPermute,             // between a map and a flattened vector
+  kLogSoftmax,          //
+  kLogSoftmaxBackward,  //
+};
+
+enum class ActivationKind : int32_t { kNone, kTanh, kRelu, kSigmoid };
+enum class PoolKind : int32_t { kLp1, kLp2, kLpInf, kLp, kMax, kAverage };
+enum class LogSoftmaxKind : int32_t { kNone, kExact, kTorch7 };
+
+constexpr int64_t kNowhere = -1;  // instead of an offset in the workspace
+constexpr int64_t kImage = -2;    // the sample's image
+
+// Where the plane of a normalization comes from.
+enum class MeanSource : int32_t {
+  kNone,   // there is no normalization
+  kMap,    // each block adds up the map's channels and blurs the sums
+  kSum,    // the sums are there, each block blurs them
+  kReady,  // the blurred plane is there
+};
+
+struct BlurPlan {
+  MeanSource source = MeanSource::kNone;
+  int32_t C = 0, H = 0, W = 0, taps_h = 0, taps_w = 0;
+  int32_t separable = 0, adjoint = 0;
+  int64_t taps = kNowhere, coef = kNowhere, sum = kNowhere, mean = kNowhere;
+};
+
+// The last fully connected layer and the loss, where they are fused into what comes before.
+struct HeadPlan {
+  int32_t classes = 0;
+  ActivationKind activation = ActivationKind::kNone;
+  LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
+  int64_t weight = kNowhere, bias = kNowhere, grad = kNowhere;  // grad: of the scores
+  double beta = 1;
+};
+
+// One phase. Which fields count depends on op; offsets are in elements of the workspace.
+struct Phase {
+  Op op{};
+  int32_t tasks = 0, first_task = 0;  // first_task: tasks of the phases before it in its level
+  int32_t per_task = 0;               // tiles, rows or groups that a task has
+  int32_t ends_level = 0;             // set where phases of all levels follow each other
+  ActivationKind activation = ActivationKind::kNone;
+  PoolKind pool = PoolKind::kLp2;
+  LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
+  int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels
+  int32_t flip = 0;     // convolution: the gradient with respect to the input
+  int32_t staged = 0;   // the operand that a task uses again and again fits into a block's memory
+  int32_t local = 0;    // kConvolutionUpdate: goes back through pooling and activation itself
+  int32_t permute = 0;  // the map is read, or its gradient written, in the order of a vector
+  int32_t fused_pool = 0, count_padding = 0, divisor = 0;
+  int32_t C = 0, H = 0, W = 0, O = 0, OH = 0, OW = 0;
+  int32_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
+  int64_t x = kNowhere, y = kNowhere, pooled = kNowhere, dx = kNowhere, dy = kNowhere;
+  int64_t flat = kNowhere;  // the flattened, normalized vector that a linear layer keeps
+  int64_t weight = kNowhere, bias = kNowhere;
+  int64_t channel_sum = kNowhere;  // of the pooled map, for the normalization behind it
+  int64_t first_uniform = 0;
+  double number = 1;  // norm_type, dropout's 1 - p, beta
+  BlurPlan blur{};
+  HeadPlan head{};
+};
+
+constexpr int kMaxLevelPhases = 3;
+
+struct Level {
+  int32_t count = 0;
+  Phase phases[kMaxLevelPhases];
+};
+
+// A block's own memory, in numbers of the wider type.
+constexpr int32_t kScratch = 4480;
+constexpr int32_t kColumns = 16;  // of a task of kLinearBackward
+
+// ----------------------------------------------------------------------- indices, on both backends
+
+// The 2 x 2 tiles of a plane, row by row.
+struct Tiles {
+  int32_t across, count;
+};
+MNIST_OPS_HD Tiles tiles_of(int32_t H, int32_t W) {
+  const int32_t across = (W + 1) / 2;
+  return {across, (H + 1) / 2 * across};
+}
+
+// Where a convolution's weight for input channel c, output channel o and tap k lies; flip: of the
+// transposed convolution, whose input is the output's gradient.
+MNIST_OPS_HD int32_t weight_index(const Phase& p, int32_t o, int32_t c, int32_t k) {
+  const int32_t taps = p.kernel_h * p.kernel_w;
+  return p.flip ? (c * p.O + o) * taps + taps - 1 - k : (o * p.C + c) * taps + k;
+}
+
+// Distance of the weights of two input channels in a block's own memory: odd, so that neighbouring
+// lanes meet different banks.
+MNIST_OPS_HD int32_t odd(int32_t n) {
+  return n | 1;
+}
+
+// The place in an (H, W, C) map of element i of its flattened vector.
+MNIST_OPS_HD int32_t map_index(int32_t i, int32_t C, int32_t pixels) {
+  return i % pixels * C + i / pixels;
+}
+
+// One pixel of the correlation of a plane with taps, or with the flipped taps.
+template <typename T>
+MNIST_OPS_HD T blur_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h, int32_t w) {
+  const int32_t up = b.taps_h / 2, left = b.taps_w / 2;
+  T total = T(0);
+  for (int32_t kh = 0; kh < b.taps_h; ++kh) {
+    const int32_t row = h + kh - up;
+    if (row < 0 || row >= b.H) continue;
+    T sum = T(0);
+    for (int32_t kw = 0; kw < b.taps_w; ++kw) {
+      const int32_t column = w + kw - left;
+      if (column < 0 || column >= b.W) continue;
+      const int32_t k = b.separable ? kw : kh * b.taps_w + kw;
+      const int32_t last = (b.separable ? b.taps_w : b.taps_h * b.taps_w) - 1;
+      sum += plane[row * b.W + column] * taps[b.adjoint ? last - k : k];
+    }
+    total += b.separable ? sum * taps[b.adjoint ? b.taps_h - 1 - kh : kh] : sum;
+  }
+  return total;
+}
+
+// The geometry of a pooling of one channel in an (H, W, C) map.
+MNIST_OPS_HD PoolGeometryOf<int32_t> pool_geometry_of(const Phase& p) {
+  PoolGeometryOf<int32_t> g{};
+  g.N = 1, g.C = 1, g.H = p.H, g.W = p.W, g.OH = p.OH, g.OW = p.OW;
+  g.kernel_h = p.kernel_h, g.kernel_w = p.kernel_w;
+  g.stride_h = p.stride_h, g.stride_w = p.stride_w;
+  g.padding_h = p.padding_h, g.padding_w = p.padding_w;
+  g.in_h = p.W * p.C, g.in_w = p.C, g.out_h = p.OW * p.C, g.out_w = p.C;
+  return g;
+}
+
+// ------------------------------------------------------------------------------------- planning
+
+struct Program {
+  std::vector<Level> levels;
+  std::vector<int64_t> parameters;  // where each parameter lies; its velocity is behind all of them
+  int64_t parameter_elements = 0;   // of all parameters, aligned
+  int64_t workspace = 0;            // elements for one model, velocities not counted
+  int32_t phases = 0;
+
+  struct Kernel {  // of a normalization, to be prepared before the first step
+    int64_t index;
+    BlurPlan blur;
+  };
+  std::vector<Kernel> kernels;
+};
+
+class Planner {
+ public:
+  // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
+  // of a block; fuse: false plans every layer on its own.
+  Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
+          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, bool fuse)
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), fuse_(fuse) {
+    for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
+    program_.parameter_elements = program_.workspace;
+  }
+
+  Program plan() {
+    value_ = {kImage, kNowhere, {}};
+    const auto& layers = spec_.layers;
+    for (std::size_t i = 0; i < layers.size(); i = next_) {
+      next_ = i + 1;
+      forward(i);
+    }
+    // Backward in the reverse order; what was recorded for each layer knows its buffers.
+    for (std::size_t s = steps_.size(); s-- > 0;) backward(s);
+    while (!ready_.empty()) end_level();
+    return program_;
+  }
+
+ private:
+  // A map's value and gradient, and the normalization that is still to be subtracted from it.
+  struct Value {
+    int64_t value, grad;
+    BlurPlan blur;
+  };
+
+  // A layer, or several in one, with what its backward needs.
+  struct Step {
+    const LayerSpec* layer;
+    Value in, out;
+    const LayerSpec* activation = nullptr;
+    const LayerSpec* pool = nullptr;
+    const LayerSpec* norm = nullptr;
+    const LayerSpec* flatten = nullptr;
+    int64_t y = kNowhere, pooled = kNowhere, flat = kNowhere;
+    BlurPlan forward_blur{}, backward_blur{};
+  };
+
+  int64_t allocate(int64_t size) {
+    const int64_t offset = program_.workspace;
+    program_.workspace += (size + 31) / 32 * 32;
+    MNIST_OPS_CHECK(size < (int64_t{1} << 30), op_, ": the network is too large, ", size,
+                    " numbers in one map or parameter");
+    return offset;
+  }
+
+  static int32_t narrow(int64_t n) { return static_cast<int32_t>(n); }
+  static int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+  int32_t warps() const { return threads_ / 32; }
+
+  const LayerSpec* peek(std::size_t i) const {
+    return i < spec_.layers.size() ? &spec_.layers[i] : nullptr;
+  }
+
+  static ActivationKind activation_of(const LayerSpec* layer) {
+    if (layer == nullptr) return ActivationKind::kNone;
+    switch (layer->kind) {
+      case Kind::kTanh:
+        return ActivationKind::kTanh;
+      case Kind::kRelu:
+        return ActivationKind::kRelu;
+      case Kind::kSigmoid:
+        return ActivationKind::kSigmoid;
+      default:
+        return ActivationKind::kNone;
+    }
+  }
+
+  // ------------------------------------------------------------------------------ emitting phases
+
+  void emit(Phase phase) {
+    Level& level = current_;
+    phase.first_task = 0;
+    for (int32_t i = 0; i < level.count; ++i) phase.first_task += level.phases[i].tasks;
+    level.phases[level.count++] = phase;
+    ++program_.phases;
+  }
+
+  // Ends the level, with updates that the levels before it made possible.
+  void end_level() {
+    while (current_.count < kMaxLevelPhases && !ready_.empty()) {
+      emit(ready_.front());
+      ready_.erase(ready_.begin());
+    }
+    if (current_.count > 0) program_.levels.push_back(current_);
+    current_ = {};
+    ready_.insert(ready_.end(), pending_.begin(), pending_.end());
+    pending_.clear();
+  }
+
+  void emit_level(const Phase& phase) {
+    emit(phase);
+    end_level();
+  }
+
+  Phase elementwise(Op op, const Shape& shape) const {
+    Phase p;
+    p.op = op;
+    p.C = narrow(shape.C), p.H = narrow(shape.H), p.W = narrow(shape.W);
+    p.tasks = ceil_div(shape.numel(), threads_);
+    return p;
+  }
+
+  // --------------------------------------------------------------------------------- normalization
+
+  BlurPlan new_blur(const LayerSpec& layer, bool adjoint) {
+    BlurPlan b;
+    b.C = narrow(layer.in.C), b.H = narrow(layer.in.H), b.W = narrow(layer.in.W);
+    const auto& kernel = kernels_[layer.kernel];
+    b.taps_h = narrow(kernel[0]), b.taps_w = narrow(kernel[1]), b.separable = kernel[2] != 0;
+    b.adjoint = adjoint;
+    b.taps = allocate(b.separable ? kernel[1] : kernel[0] * kernel[1]);
+    b.coef = allocate(layer.in.pixels());
+    b.sum = allocate(layer.in.pixels());
+    b.mean = allocate(layer.in.pixels());
+    b.source = fuse_ && small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
+    return b;
+  }
+
+  static bool small_plane(const LayerSpec& layer) { return 2 * layer.in.pixels() <= 2048; }
+
+  // The steps of a normalization whose plane no block can hold.
+  void emit_mean(const BlurPlan& b, int64_t map) {
+    if (b.source != MeanSource::kReady) return;
+    Phase p;
+    p.op = Op::kChannelSum;
+    p.blur = b;
+    p.x = map;
+    p.tasks = ceil_div(int64_t{b.H} * b.W, warps());
+    emit_level(p);
+    p.op = Op::kMean;
+    p.tasks = ceil_div(int64_t{b.H} * b.W, threads_);
+    emit_level(p);
+  }
+
+  // Writes the map minus its blurred mean.
+  void emit_subtract(const BlurPlan& b, const Shape& shape, int64_t from, int64_t to) {
+    emit_mean(b, from);
+    Phase p = elementwise(Op::kSubtract, shape);
+    p.x = from, p.y = to, p.blur = b;
+    emit_level(p);
+  }
+
+  // The value as it is, where the next layer cannot subtract on reading.
+  void materialise(const Shape& shape) {
+    if (value_.blur.source == MeanSource::kNone) return;
+    const int64_t to = allocate(shape.numel());
+    emit_subtract(value_.blur, shape, value_.value, to);
+    value_.value = to;
+    value_.blur = {};
+  }
+
+  // ---------------------------------------------------------------------------------- convolution
+
+  // Sets how a convolution's work is shared out.
+  void share_convolution(Phase& p) const {
+    const Tiles tiles = tiles_of(p.OH, p.OW);
+    const int64_t all_weights = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w);
+    const int64_t plane = p.blur.source == MeanSource::kNone ? 0 : 2 * int64_t{p.H} * p.W;
+    p.split = p.C >= 8 || all_weights + plane > kScratch - 64;
+    p.staged = !p.split || int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + plane <= kScratch - 64;
+    if (p.split) {
+      const int32_t chunks = ceil_div(tiles.count, warps());
+      p.per_task = ceil_div(tiles.count, chunks);
+      p.tasks = p.O * ceil_div(tiles.count, p.per_task);
+    } else {
+      const int32_t lanes = std::min(threads_, (p.O + 31) / 32 * 32);
+      // Few tiles a task, so that they are spread over the device.
+      p.per_task = std::max(1, std::min(threads_ / lanes, ceil_div(tiles.count, 128)));
+      p.tasks = ceil_div(tiles.count, p.per_task);
+    }
+  }
+
+  void forward_convolution(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    if (!fuse_) materialise(layer.in);
+    Step s{&layer, value_, {}};
+    Phase p;
+    p.op = Op::kConvolution;
+    p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
+    p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+    const ConvolutionOptions& o = layer.convolution;
+    p.kernel_h = narrow(o.kernel_h), p.kernel_w = narrow(o.kernel_w);
+    p.padding_h = narrow(o.padding_h), p.padding_w = narrow(o.padding_w);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.x = value_.value;
+    emit_mean(value_.blur, value_.value);
+    p.blur = value_.blur;
+    if (fuse_) {
+      s.activation = take_activation();
+      s.pool = take_pool(layer.out);
+      s.norm = take_norm();
+    }
+    p.activation = activation_of(s.activation);
+    p.y = s.y = allocate(layer.out.numel());
+    share_convolution(p);
+    s.out = {s.y, allocate(layer.out.numel()), {}};
+    if (s.pool != nullptr) {
+      p.fused_pool = 1;
+      p.pooled = s.pooled = allocate(s.pool->out.numel());
+      s.out = {s.pooled, allocate(s.pool->out.numel()), {}};
+    }
+    if (s.norm != nullptr) {
+      s.out.blur = new_blur(*s.norm, false);
+      prepare(*s.norm, s.out.blur);
+      s.backward_blur = adjoint_of(s.out.blur);
+      // All channels of a pixel are in one block: their sum costs nothing more.
+      if (!p.split && s.out.blur.source == MeanSource::kMap) {
+        p.channel_sum = s.out.blur.sum;
+        s.out.blur.source = MeanSource::kSum;
+      }
+    }
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  void prepare(const LayerSpec& norm, const BlurPlan& blur) {
+    program_.kernels.push_back({norm.kernel, blur});
+  }
+
+  BlurPlan adjoint_of(const BlurPlan& forward) {
+    BlurPlan b = forward;
+    b.adjoint = 1;
+    b.source = forward.source == MeanSource::kReady ? MeanSource::kReady : MeanSource::kMap;
+    b.sum = allocate(int64_t{b.H} * b.W);
+    b.mean = allocate(int64_t{b.H} * b.W);
+    return b;
+  }
+
+  const LayerSpec* take_activation() {
+    const LayerSpec* layer = peek(next_);
+    if (activation_of(layer) == ActivationKind::kNone) return nullptr;
+    ++next_;
+    return layer;
+  }
+
+  // An LP pooling with p = 2 whose windows are the tiles of 2 x 2.
+  const LayerSpec* take_pool(const Shape& shape) {
+    const LayerSpec* layer = peek(next_);
+    if (layer == nullptr || layer->kind != Kind::kLpPool2d) return nullptr;
+    const PoolArguments& a = layer->pooling;
+    if (a.p != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0) return nullptr;
+    for (int d = 0; d < 2; ++d) {
+      if (a.kernel[d] != 2 || a.stride[d] != 2 || a.padding[d] != 0) return nullptr;
+    }
+    ++next_;
+    return layer;
+  }
+
+  const LayerSpec* take_norm() {
+    const LayerSpec* layer = peek(next_);
+    if (layer == nullptr || layer->kind != Kind::kSubtractiveNorm2d || !small_plane(*layer)) {
+      return nullptr;
+    }
+    ++next_;
+    return layer;
+  }
+
+  void backward_convolution(const Step& s) {
+    const LayerSpec& layer = *s.layer;
+    const int64_t pixels = layer.out.pixels();
+    Phase update;
+    update.op = Op::kConvolutionUpdate;
+    update.C = narrow(layer.in.C), update.H = narrow(layer.in.H), update.W = narrow(layer.in.W);
+    update.O = narrow(layer.out.C), update.OH = narrow(layer.out.H);
+    update.OW = narrow(layer.out.W);
+    const ConvolutionOptions& o = layer.convolution;
+    update.kernel_h = narrow(o.kernel_h), update.kernel_w = narrow(o.kernel_w);
+    update.padding_h = narrow(o.padding_h), update.padding_w = narrow(o.padding_w);
+    update.weight = program_.parameters[layer.weight];
+    update.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    update.x = s.in.value;
+    update.tasks = update.O;
+    update.dy = s.out.grad;
+    if (s.in.blur.source != MeanSource::kNone) {
+      update.blur = s.in.blur;
+      update.blur.source = MeanSource::kReady;  // the forward pass left it
+    }
+    update.staged = pixels + threads_ <= kScratch;
+    if (s.activation != nullptr || s.pool != nullptr || s.norm != nullptr) {
+      Phase local;
+      local.activation = activation_of(s.activation);
+      local.fused_pool = s.pool != nullptr;
+      local.y = s.y, local.pooled = s.pooled;
+      if (s.norm != nullptr) local.blur = s.backward_blur;
+      if (!layer.gradient && s.in.blur.source == MeanSource::kNone &&
+          pixels + threads_ + 2048 <= kScratch) {
+        // Nobody else wants the gradient of the convolution's output.
+        update.local = 1;
+        update.activation = local.activation, update.fused_pool = local.fused_pool;
+        update.y = local.y, update.pooled = local.pooled, update.blur = local.blur;
+      } else {
+        local.op = Op::kLocalBackward;
+        local.C = update.O, local.H = update.OH, local.W = update.OW;
+        local.dy = s.out.grad;
+        local.tasks = ceil_div(layer.out.numel(), threads_);
+        local.dx = update.dy = allocate(layer.out.numel());
+        emit_level(local);
+      }
+    }
+    if (layer.gradient) {
+      Phase p = update;
+      p.op = Op::kConvolution;
+      p.flip = 1;
+      std::swap(p.C, p.O), std::swap(p.H, p.OH), std::swap(p.W, p.OW);
+      p.padding_h = p.kernel_h - 1 - p.padding_h, p.padding_w = p.kernel_w - 1 - p.padding_w;
+      p.bias = kNowhere;
+      p.blur = {};
+      p.x = update.dy, p.y = s.in.grad;
+      share_convolution(p);
+      emit(p);
+      pending_.push_back(update);
+      end_level();
+    } else {
+      emit_level(update);
+    }
+  }
+
+  // ---------------------------------------------------------------------------------- linear
+  // layers
+
+  // Whether a vector of n numbers and the planes of a normalization fit into a block's own memory.
+  static bool fits(int64_t n, int64_t pixels) { return n + 2 * pixels + 64 <= kScratch; }
+
+  // Whether flatten is to be read by the linear layer behind it.
+  bool fuses_flatten(const LayerSpec& layer) const {
+    const LayerSpec* next = peek(next_);
+    return fuse_ && next != nullptr && next->kind == Kind::kLinear &&
+           fits(layer.in.numel(), layer.in.pixels());
+  }
+
+  void forward_linear(std::size_t i, const LayerSpec* flatten) {
+    const LayerSpec& layer = spec_.layers[i];
+    Step s{&layer, value_, {}};
+    s.flatten = flatten;
+    Phase p;
+    p.op = Op::kLinear;
+    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.x = value_.value;
+    s.flat = value_.value;
+    if (flatten != nullptr) {
+      p.permute = 1;
+      p.H = narrow(flatten->in.H), p.W = narrow(flatten->in.W);
+      p.blur = value_.blur;
+      emit_mean(value_.blur, value_.value);
+      p.flat = s.flat = allocate(layer.in.C);
+    }
+    if (fuse_ && backward_fits(layer)) s.activation = take_activation();
+    p.activation = activation_of(s.activation);
+    p.y = s.y = allocate(layer.out.C);
+    s.out = {s.y, allocate(layer.out.C), {}};
+    // A block for an output where there are few of them and they are long.
+    p.per_task = layer.in.C >= 512 && layer.out.C <= 512 ? 1 : warps();
+    p.tasks = ceil_div(layer.out.C, p.per_task);
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  // Whether the gradient of the outputs fits into a block's memory beside kLinearBackward's sums.
+  static bool backward_fits(const LayerSpec& layer) { return fits(layer.out.C + 64 * kColumns, 0); }
+
+  Phase linear_backward(const Step& s) const {
+    const LayerSpec& layer = *s.layer;
+    Phase p;
+    p.op = Op::kLinearBackward;
+    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.flat = s.flat, p.y = s.y, p.dy = s.out.grad;
+    p.activation = activation_of(s.activation);
+    p.tasks = ceil_div(p.C, kColumns);
+    p.staged = backward_fits(layer);
+    if (layer.gradient) p.dx = s.in.grad;
+    if (s.flatten != nullptr) {
+      p.permute = 1;
+      p.H = narrow(s.flatten->in.H), p.W = narrow(s.flatten->in.W);
+    }
+    return p;
+  }
+
+  // ------------------------------------------------------------------------------- the other
+  // layers
+
+  void forward(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    if (fuse_head(i)) return;
+    switch (layer.kind) {
+      case Kind::kConv2d:
+        return forward_convolution(i);
+      case Kind::kLinear:
+        return forward_linear(i, nullptr);
+      case Kind::kFlatten:
+        if (fuses_flatten(layer)) return forward_linear(next_++, &layer);
+        break;
+      default:
+        break;
+    }
+    materialise(layer.in);
+    Step s{&layer, value_, {}};
+    if (layer.kind == Kind::kSubtractiveNorm2d) {
+      s.out = {value_.value, layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
+      s.out.blur = new_blur(layer, false);
+      prepare(layer, s.out.blur);
+      s.backward_blur = adjoint_of(s.out.blur);
+      value_ = s.out;
+      if (value_.value == kImage || !fuse_) materialise(layer.out);
+      s.out.value = value_.value;
+      steps_.push_back(s);
+      return;
+    }
+    s.out = {
+        allocate(layer.out.numel()), layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
+    Phase p = phase_of(layer, false);
+    p.x = value_.value, p.y = s.out.value;
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  // A layer without parameters on its own.
+  Phase phase_of(const LayerSpec& layer, bool backward) const {
+    Phase p = elementwise(Op::kPermute, layer.in);
+    p.O = p.C, p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+    switch (layer.kind) {
+      case Kind::kTanh:
+      case Kind::kRelu:
+      case Kind::kSigmoid:
+        p.op = backward ? Op::kActivationBackward : Op::kActivation;
+        p.activation = activation_of(&layer);
+        break;
+      case Kind::kDropout:
+        p.op = Op::kDropout;
+        p.number = 1.0 - layer.number;
+        p.first_uniform = layer.first_uniform;
+        break;
+      case Kind::kLogSoftmax:
+      case Kind::kTorch7LogSoftmax:
+        p.op = backward ? Op::kLogSoftmaxBackward : Op::kLogSoftmax;
+        p.log_softmax =
+            layer.kind == Kind::kLogSoftmax ? LogSoftmaxKind::kExact : LogSoftmaxKind::kTorch7;
+        p.number = layer.number;
+        p.tasks = 1;
+        break;
+      case Kind::kLpPool2d:
+      case Kind::kMaxPool2d:
+      case Kind::kAvgPool2d: {
+        const PoolArguments& a = layer.pooling;
+        p.op = backward ? Op::kPoolBackward : Op::kPool;
+        p.pool = pool_kind(layer);
+        p.number = a.p;
+        p.kernel_h = narrow(a.kernel[0]), p.kernel_w = narrow(a.kernel[1]);
+        p.stride_h = narrow(a.stride[0]), p.stride_w = narrow(a.stride[1]);
+        p.padding_h = narrow(a.padding[0]), p.padding_w = narrow(a.padding[1]);
+        p.count_padding = layer.count_padding;
+        p.divisor = narrow(layer.divisor);
+        p.tasks = ceil_div(backward ? layer.in.numel() : layer.out.numel(), threads_);
+        break;
+      }
+      default:
+        p.flip = backward;
+        break;
+    }
+    return p;
+  }
+
+  static PoolKind pool_kind(const LayerSpec& layer) {
+    if (layer.kind == Kind::kMaxPool2d) return PoolKind::kMax;
+    if (layer.kind == Kind::kAvgPool2d) return PoolKind::kAverage;
+    switch (norm_of(layer.pooling.p)) {
+      case Norm::kOne:
+        return PoolKind::kLp1;
+      case Norm::kTwo:
+        return PoolKind::kLp2;
+      case Norm::kInf:
+        return PoolKind::kLpInf;
+      case Norm::kGeneral:
+        break;
+    }
+    return PoolKind::kLp;
+  }
+
+  // -------------------------------------------------------------------------------------- the end
+
+  // Linear, then perhaps an activation or a log-softmax, at the end of the network and behind
+  // another linear layer: nothing is done forward.
+  bool fuse_head(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    if (!fuse_ || layer.kind != Kind::kLinear || steps_.empty()) return false;
+    const Step& before = steps_.back();
+    if (before.layer->kind != Kind::kLinear || layer.out.C > 256) return false;
+    if (!fits(layer.in.C * 3 + 3 * layer.out.C + 64 * kColumns, 0)) return false;
+    const LayerSpec* last = peek(i + 1);
+    if (last != nullptr && peek(i + 2) != nullptr) return false;
+    HeadPlan h;
+    if (last != nullptr) {
+      h.activation = activation_of(last);
+      if (last->kind == Kind::kLogSoftmax) h.log_softmax = LogSoftmaxKind::kExact;
+      if (last->kind == Kind::kTorch7LogSoftmax) h.log_softmax = LogSoftmaxKind::kTorch7;
+      h.beta = last->number;
+      if (h.activation == ActivationKind::kNone && h.log_softmax == LogSoftmaxKind::kNone) {
+        return false;
+      }
+      next_ = i + 2;
+    }
+    h.classes = narrow(layer.out.C);
+    h.weight = program_.parameters[layer.weight];
+    h.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    h.grad = allocate(layer.out.C);
+    head_ = h;
+    return true;
+  }
+
+  // The loss of the network's output, where no head is fused.
+  void emit_loss(const Step& last) {
+    Phase p;
+    p.op = Op::kLoss;
+    p.C = narrow(spec_.output.C);
+    p.tasks = 1;
+    p.x = value_.value;
+    p.dy = last.out.grad;
+    emit_level(p);
+  }
+
+  void backward(std::size_t index) {
+    const Step& s = steps_[index];
+    const LayerSpec& layer = *s.layer;
+    const bool last = index + 1 == steps_.size();
+    if (last && head_.classes == 0) emit_loss(s);
+    if (layer.kind == Kind::kLinear) {
+      Phase p = linear_backward(s);
+      if (last && head_.classes > 0) {
+        p.head = head_;
+        Phase update;
+        update.op = Op::kLinearUpdate;
+        update.C = p.O, update.O = head_.classes;
+        update.weight = head_.weight, update.bias = head_.bias;
+        update.flat = s.y, update.dy = head_.grad;
+        update.tasks = ceil_div(int64_t{update.C} * update.O, threads_);
+        pending_.push_back(update);
+      }
+      emit_level(p);
+      return;
+    }
+    if (layer.kind == Kind::kConv2d) return backward_convolution(s);
+    if (!layer.gradient) return;
+    if (layer.kind == Kind::kSubtractiveNorm2d) {
+      emit_subtract(s.backward_blur, layer.in, s.out.grad, s.in.grad);
+      return;
+    }
+    Phase p = phase_of(layer, true);
+    p.x = s.in.value, p.y = s.out.value, p.dy = s.out.grad, p.dx = s.in.grad;
+    if (p.op == Op::kDropout) p.x = s.out.grad, p.y = s.in.grad;
+    emit_level(p);
+  }
+
+  const char* op_;
+  const NetworkSpec& spec_;
+  const std::vector<std::array<int64_t, 3>>& kernels_;
+  int32_t threads_;
+  bool fuse_;
+  Program program_;
+  Value value_{};
+  std::vector<Step> steps_;
+  std::size_t next_ = 0;
+  Level current_{};
+  std::vector<Phase> ready_, pending_;
+  HeadPlan head_{};
+};
+
+}  // namespace mnist_ops::online
