@@ -124,7 +124,7 @@ MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       const A x = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w]));
-      if (!(x <= largest)) largest = x;  // NaN fails the comparison, and then stays
+      if (x > largest || x != x) largest = x;  // nothing is above a NaN: it stays
     }
   }
   return largest;

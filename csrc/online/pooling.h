@@ -111,7 +111,8 @@ class LpPooling final : public Pooling<T> {
         for (int v = 0; v < kV; ++v) {
           const Vector<T> a = load(x + i + v * kWidth), old = load(largest + v * kWidth);
           const Vector<T> size = a < T(0) ? -a : a;
-          online::store(largest + v * kWidth, size <= old ? old : size);  // NaN stays
+          // Nothing is above a NaN: it stays.
+          online::store(largest + v * kWidth, (size > old) | (size != size) ? size : old);
         }
       });
       for (int64_t l = 0; l < kLanes<T>; ++l) {
