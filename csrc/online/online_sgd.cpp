@@ -290,9 +290,9 @@ class Network {
     if (kind == "tanh" || kind == "relu" || kind == "sigmoid") {
       layer_name_ = reader.layer();
       const Map<T> out = same_map(in);
-      if (kind == "tanh") return push<Activation<T, Tanh>>(in, out);
-      if (kind == "relu") return push<Activation<T, Relu>>(in, out);
-      return push<Activation<T, Sigmoid>>(in, out);
+      if (kind == "tanh") return push<Activation<T, ActivationKind::kTanh>>(in, out);
+      if (kind == "relu") return push<Activation<T, ActivationKind::kRelu>>(in, out);
+      return push<Activation<T, ActivationKind::kSigmoid>>(in, out);
     }
     if (kind == "identity") return in;
     if (kind == "dropout") {

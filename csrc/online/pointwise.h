@@ -1,45 +1,12 @@
 // Activations and dropout: in place, element by element.
 #pragma once
 
-#include "../sigmoid.h"
+#include "../stage.h"
 #include "layer.h"
 
 namespace mnist_ops::online {
 
-struct Tanh {
-  template <typename T>
-  static T value(T x) {
-    return online::tanh(x);
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return g * (T(1) - y * y);
-  }
-};
-
-struct Relu {
-  template <typename T>
-  static T value(T x) {
-    return x < T(0) ? T(0) : x;  // NaN stays NaN
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return y <= T(0) ? T(0) : g;
-  }
-};
-
-struct Sigmoid {
-  template <typename T>
-  static T value(T x) {
-    return T(1) / (T(1) + cpu::exp(-x));
-  }
-  template <typename T>
-  static T gradient(T g, T y) {
-    return sigmoid_gradient(g, y);
-  }
-};
-
-template <typename T, typename F>
+template <typename T, ActivationKind kind>
 class Activation final : public Layer<T> {
  public:
   Activation(const Map<T>& input, const Map<T>& output) {
@@ -55,7 +22,7 @@ class Activation final : public Layer<T> {
     const T* x = this->in.value + b * n;
     T* y = this->out.value + b * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = F::value(x[i]);
+    for (int64_t i = 0; i < n; ++i) y[i] = activation_value<kind, cpu::Functions>(x[i]);
   }
 
   void backward(int64_t b) override {
@@ -64,7 +31,7 @@ class Activation final : public Layer<T> {
     const T* dy = this->out.grad + b * n;
     T* dx = this->in.grad + b * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) dx[i] = F::gradient(dy[i], y[i]);
+    for (int64_t i = 0; i < n; ++i) dx[i] = activation_gradient<kind>(dy[i], y[i]);
   }
 };
 

@@ -1,4 +1,4 @@
-// Vectors, blocks of channels, and the elementary functions of the engine.
+// Vectors, and blocks of channels.
 //
 // Maps are stored in blocks of channels: [block of channels][pixel][lane]. A block's lanes at one
 // pixel fill one cache line, so every load and store is a whole, aligned line, loops over lanes
@@ -183,68 +183,5 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
   int64_t size_ = 0;
 };
-
-// -------------------------------------------------------------------------------------------- tanh
-//
-// tanh|x| = -t / (t + 2) with t = expm1(-2|x|) = 2^k p + (2^k - 1), where p = expm1(r) is a
-// polynomial in r = -2|x| - k ln 2. Nothing cancels: t keeps its relative precision down to the
-// smallest x, so the result is within 3 units in the last place everywhere. No branch and no call,
-// so loops over it vectorise. NaN stays NaN.
-
-inline float tanh(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  float a = std::fabs(x);
-  a = a > 10.0f ? 10.0f : a;  // tanh is 1 there already
-  const float y = -2.0f * a;
-  const float shifted = cpu::fmadd(y, 1.44269504088896341f, kRound);
-  const float k = shifted - kRound;
-  float r = cpu::fmadd(k, -0.693359375f, y);
-  r = cpu::fmadd(k, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = cpu::fmadd(p, r, 1.3981999507e-3f);
-  p = cpu::fmadd(p, r, 8.3334519073e-3f);
-  p = cpu::fmadd(p, r, 4.1665795894e-2f);
-  p = cpu::fmadd(p, r, 1.6666665459e-1f);
-  p = cpu::fmadd(p, r, 5.0000001201e-1f);
-  p = cpu::fmadd(p * r, r, r);
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;  // the exponent of 2^k; all above k's own bits is shifted out
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  const float t = cpu::fmadd(power, p, power - 1.0f);
-  return std::copysign(t / (t + 2.0f), x);
-}
-
-inline double tanh(double x) {
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  double a = std::fabs(x);
-  a = a > 22.0 ? 22.0 : a;
-  const double y = -2.0 * a;
-  const double shifted = cpu::fmadd(y, 1.4426950408889634, kRound);
-  const double k = shifted - kRound;
-  double r = cpu::fmadd(k, -0.693147180369123816490, y);
-  r = cpu::fmadd(k, -1.90821492927058770002e-10, r);
-  double p = 1.0 / 6227020800.0;  // Taylor to degree 13, as in cpu::exp
-  p = cpu::fmadd(p, r, 1.0 / 479001600.0);
-  p = cpu::fmadd(p, r, 1.0 / 39916800.0);
-  p = cpu::fmadd(p, r, 1.0 / 3628800.0);
-  p = cpu::fmadd(p, r, 1.0 / 362880.0);
-  p = cpu::fmadd(p, r, 1.0 / 40320.0);
-  p = cpu::fmadd(p, r, 1.0 / 5040.0);
-  p = cpu::fmadd(p, r, 1.0 / 720.0);
-  p = cpu::fmadd(p, r, 1.0 / 120.0);
-  p = cpu::fmadd(p, r, 1.0 / 24.0);
-  p = cpu::fmadd(p, r, 1.0 / 6.0);
-  p = cpu::fmadd(p, r, 0.5);
-  p = cpu::fmadd(p * r, r, r);
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 1023u) << 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  const double t = cpu::fmadd(power, p, power - 1.0);
-  return std::copysign(t / (t + 2.0), x);
-}
 
 }  // namespace mnist_ops::online

@@ -43,6 +43,14 @@ std::vector<Barrier> warp_barriers;
 const std::function<void()>* body;
 std::mt19937 random_order;
 
+// Dynamic shared memory, and behind it a margin in which nobody may write.
+struct alignas(16) Line {
+  unsigned char bytes[16];
+};
+constexpr size_t kMarginLines = 4;
+constexpr unsigned char kNaN = 0xff;  // every byte of a NaN, in all floating-point types
+std::vector<Line> dynamic_shared;
+
 void back_to_scheduler() {
   if (_setjmp(fibers[current]->resume) == 0) _longjmp(scheduler, 1);
 }
@@ -84,6 +92,14 @@ void wait(Barrier& barrier) {
   back_to_scheduler();
 }
 
+void check_margin() {
+  const auto* end = dynamic_shared_memory() + dynamic_shared.size() * sizeof(Line);
+  if (!std::all_of(end - kMarginLines * sizeof(Line), end,
+                   [](auto byte) { return byte == kNaN; })) {
+    throw std::runtime_error("CUDA emulator: a thread wrote behind the block's shared memory");
+  }
+}
+
 // A thread that could run, any of them.
 unsigned take_ready_thread() {
   std::swap(ready[random_order() % ready.size()], ready.back());
@@ -95,6 +111,8 @@ unsigned take_ready_thread() {
 void run_block(unsigned threads) {
   finished = 0;
   block_barrier = {threads, {}};
+  std::memset(static_cast<void*>(dynamic_shared.data()), kNaN,
+              dynamic_shared.size() * sizeof(Line));
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
   for (unsigned thread = 0; thread < threads; ++thread) {
     ready.push_back(thread);
@@ -106,7 +124,7 @@ void run_block(unsigned threads) {
     threadIdx.y = current / blockDim.x;
     run_until_it_waits(*fibers[current]);
   }
-  if (finished == threads) return;
+  if (finished == threads) return check_margin();
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
   throw std::runtime_error(
@@ -117,13 +135,18 @@ void run_block(unsigned threads) {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes) {
   const unsigned threads = block.x * block.y;
   blockDim = block;
   gridDim = grid;
   body = &thread;
   make_fibers(threads);
+  dynamic_shared.resize((shared_bytes + sizeof(Line) - 1) / sizeof(Line) + kMarginLines);
   for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+}
+
+unsigned char* dynamic_shared_memory() {
+  return dynamic_shared.data()->bytes;
 }
 
 void wait_for_block() {
