@@ -12,7 +12,8 @@ Contenders
     mnist_ops   this library
     eager       PyTorch as a good user writes it, and of several good ways the fastest at this size:
                 its own operator where there is one; for the normalizations the channel mean first,
-                then a blur of that one plane, with the border's correction computed once
+                then a blur of that one plane, with the border's correction computed once; for
+                stage2d also this library's own operators for its steps, one after the other
     compile     the same under torch.compile (fullgraph, static shapes), compiled before the timing;
                 for the normalizations also with the blur as a sum of shifts, which it can fuse
     copy        a copy that moves as many bytes as the operator has to: every input read once, every

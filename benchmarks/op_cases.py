@@ -200,6 +200,34 @@ def _normalization(kind: str, size: int) -> Case:
     )
 
 
+# ------------------------------------------------------------------------------------------ stage
+
+
+def _stage() -> Case:
+    """What follows a convolution of the networks: tanh, pool 2x2 with p = 2, normalize."""
+    pooling, normalization = POOLINGS[2.0, 2], NORMALIZATIONS["subtractive", 7]
+
+    def composed(pool: Function, normalize: Function) -> Function:
+        return lambda x, *constants: normalize(pool(torch.tanh(x)), *constants)
+
+    def constants(x: Tensor) -> tuple[Tensor, ...]:
+        return _normalization_constants(7, x.shape[2] // 2, x.shape[3] // 2, x.dtype, x.device)
+
+    pool = pooling.eager["avg_pool2d"]
+    return Case(
+        "stage2d",
+        "tanh p=2 2x2/2 7 taps",
+        lambda x, kernel, *_: mnist_ops.stage2d(x, kernel, "tanh"),
+        {
+            "PyTorch": composed(pool, normalization.eager["separable"]),
+            "three operators": composed(pooling.ours, normalization.ours),
+        },
+        {name: composed(pool, blurred) for name, blurred in normalization.compiled.items()},
+        output=pooling.output,
+        constants=constants,
+    )
+
+
 # ------------------------------------------------------------------------------ softmax, sigmoid
 
 
@@ -244,6 +272,7 @@ NORMALIZATIONS = {
     for size in (7, 15)
     for kind in ("subtractive", "contrastive", "divisive")
 }
+STAGE = _stage()
 SOFTMAXES = {name: _softmax(name) for name in ("softmax", "log_softmax")} | {"softmax_nll": _NLL}
 GIBBS = _softmax("softmax", beta=-2.0)
 ACROSS_CHANNELS = _softmax("softmax", dim=1)
@@ -251,6 +280,7 @@ ACROSS_CHANNELS = _softmax("softmax", dim=1)
 CASES = [
     *POOLINGS.values(),
     *NORMALIZATIONS.values(),
+    STAGE,
     *SOFTMAXES.values(),
     GIBBS,
     ACROSS_CHANNELS,
@@ -290,7 +320,7 @@ def _batch(elements: int, *each: int) -> tuple[int, ...]:
 
 def _sweep_shape(case: Case, elements: int) -> tuple[int, ...]:
     """The reports' maps for the layers of the reports, 1000 classes for the softmax."""
-    if case.family == "lp_pool2d":
+    if case.family in ("lp_pool2d", "stage2d"):
         return _batch(elements, 64, 28, 28)
     if case.family.endswith("norm2d"):
         return _batch(elements, 64, 14, 14)
@@ -303,6 +333,7 @@ def _sweep_shape(case: Case, elements: int) -> tuple[int, ...]:
 HEADLINES = [
     POOLINGS[2.0, 2],
     NORMALIZATIONS["subtractive", 7],
+    STAGE,
     NORMALIZATIONS["contrastive", 7],
     SOFTMAXES["softmax_nll"],
     SOFTMAXES["softmax"],
@@ -325,6 +356,7 @@ def _variants(elements: int) -> list[tuple[Case, tuple[int, ...], bool]]:
     found: list[tuple[Case, tuple[int, ...], bool]] = []
     first = POOLINGS[2.0, 2]
     found += [(POOLINGS[2.0, 3], maps, False), (first, maps, True)]
+    found += [(STAGE, maps, True), (STAGE, _batch(elements, 64, 10, 10), False)]
     found += [
         (NORMALIZATIONS[kind, 7], _batch(elements, 64, 32, 32), last)
         for last in (False, True)

@@ -97,6 +97,12 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor
         function = getattr(mnist_ops, f"{kind}_norm2d")
         found[f"{kind}_norm2d 7"] = (partial(function, kernel=kernel), True)
         found[f"{kind}_norm2d 3x9"] = (partial(function, kernel=wide), True)
+    stage = partial(mnist_ops.stage2d, kernel=kernel)
+    found["stage2d tanh 2x2/2"] = (stage, True)
+    found["stage2d relu p=1 3x3/2"] = (
+        partial(stage, activation="relu", norm_type=1.0, kernel_size=3, stride=2),
+        True,
+    )
     found["sigmoid"] = (mnist_ops.sigmoid, False)
     for name in ("softmax", "log_softmax"):
         function = getattr(mnist_ops, name)

@@ -39,6 +39,14 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
       "contrastive_norm2d_backward(Tensor grad_output, Tensor input, Tensor kernel, "
       "float threshold, float threshold_value) -> Tensor");
 
+  // stage: activation, LP pooling and subtractive normalization in one
+  m.def(
+      "stage2d(Tensor input, Tensor kernel, str activation, float norm_type, int[] kernel_size, "
+      "int[] stride, int[] padding, bool ceil_mode) -> Tensor");
+  m.def(
+      "stage2d_backward(Tensor grad_output, Tensor input, Tensor kernel, str activation, "
+      "float norm_type, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode) -> Tensor");
+
   // sigmoid
   m.def("sigmoid(Tensor input) -> Tensor");
   m.def("sigmoid_backward(Tensor grad_output, Tensor output) -> Tensor");

@@ -37,6 +37,12 @@ struct LocalNormOptions {
 
 // ----------------------------------------------------------------------------- arithmetic, shared
 
+// est(x) / coef of one pixel from the blurred sum over channels.
+template <typename A>
+MNIST_OPS_HD A local_mean(A blurred, A channels, A coef) {
+  return blurred / channels / coef;
+}
+
 // s of one pixel from the blurred sum of squares.
 template <typename A>
 MNIST_OPS_HD A local_deviation(A blurred, A channels, A coef) {
@@ -71,6 +77,33 @@ MNIST_OPS_HD A correlate_at(const A* in, int64_t step, int64_t size, int64_t i, 
   for (int64_t k = 0; k < taps; ++k) {
     const int64_t j = i + k - radius;
     if (j >= 0 && j < size) sum += in[j * step] * weight[k];
+  }
+  return sum;
+}
+
+// coef of the pixel (h, w) of an image of H x W, from the normalised kernel: what its taps inside
+// the image sum to.
+template <typename A>
+MNIST_OPS_HD A coefficient_at(int64_t h, int64_t w, int64_t H, int64_t W, const A* weight,
+                              int64_t taps_h, int64_t taps_w, bool separable) {
+  A sum = A(0);
+  if (separable) {
+    A row = A(0);
+    for (int64_t k = 0; k < taps_w; ++k) {
+      const int64_t j = w + k - taps_w / 2;
+      if (j >= 0 && j < W) row += weight[k];
+    }
+    for (int64_t k = 0; k < taps_h; ++k) {
+      const int64_t i = h + k - taps_h / 2;
+      if (i >= 0 && i < H) sum += row * weight[k];
+    }
+    return sum;
+  }
+  for (int64_t kh = 0; kh < taps_h; ++kh) {
+    for (int64_t kw = 0; kw < taps_w; ++kw) {
+      const int64_t i = h + kh - taps_h / 2, j = w + kw - taps_w / 2;
+      if (i >= 0 && i < H && j >= 0 && j < W) sum += weight[kh * taps_w + kw];
+    }
   }
   return sum;
 }
@@ -155,5 +188,13 @@ struct LocalNormOperators {
            TORCH_BOX(&LocalNormOperators::contrastive_norm2d_backward));
   }
 };
+
+namespace cuda {
+
+// For other operators (cuda/stage.cu), whose arguments are checked.
+Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel);
+Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel);
+
+}  // namespace cuda
 
 }  // namespace mnist_ops

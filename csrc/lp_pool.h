@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 namespace mnist_ops {
 
@@ -102,6 +103,13 @@ struct SafeSquares<double> {
   static constexpr double lower = 1e-280, upper = 1e307;
 };
 
+// Norms above this divide any gradient that one may expect (below 1e20 in float32) without
+// overflow.
+template <typename T>
+struct SafeNorm {
+  static constexpr T lower = std::is_same_v<T, float> ? T(1e-15) : T(1e-140);
+};
+
 template <typename T>
 MNIST_OPS_HD bool is_safe_square_sum(T sum) {
   return sum >= SafeSquares<T>::lower && sum <= SafeSquares<T>::upper;
@@ -117,9 +125,23 @@ MNIST_OPS_HD T sign_of(T x) {
   return T(x > T(0)) - T(x < T(0));
 }
 
+// The functions below take a plane as a pointer to its first element, or as anything else that
+// gives its elements by plane[offset] and names the type to compute in (stage.h has planes that
+// apply an activation when they are read).
+template <typename Plane>
+struct PlaneMath {
+  using type = typename Plane::math_type;
+};
+template <typename T>
+struct PlaneMath<T*> {
+  using type = opmath_t<std::remove_const_t<T>>;
+};
+template <typename Plane>
+using plane_math_t = typename PlaneMath<Plane>::type;
+
 // Largest magnitude of a window; NaN if there is one in it.
-template <typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow) {
+template <typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
   A largest = A(0);
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
@@ -131,8 +153,8 @@ MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow
 }
 
 // The p-norm of a window, by way of its largest element.
-template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
+template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   const A largest = window_max(plane, g, oh, ow);
   // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
   if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
@@ -153,8 +175,8 @@ MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometryOf<I>& g, A 
 }
 
 // y of one window: plane points at the channel's first element.
-template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
+template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
     return scaled_window_norm<norm>(plane, g, p, oh, ow);
   } else {
@@ -171,8 +193,8 @@ MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh
 }
 
 // How many elements of a window have its largest magnitude.
-template <typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A window_ties(const T* plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
+template <typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A window_ties(Plane plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
   A ties = A(0);
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
@@ -200,8 +222,9 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
 }
 
 // The gradient of one input element: the sum over the windows that hold it, in a fixed order.
-template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* out_plane,
+template <Norm norm, typename GradPlane, typename InPlane, typename OutPlane, typename I,
+          typename A = plane_math_t<InPlane>>
+MNIST_OPS_HD A input_gradient(GradPlane grad_plane, InPlane in_plane, OutPlane out_plane,
                               const PoolGeometryOf<I>& g, A p, I ih, I iw) {
   const A x = static_cast<A>(in_plane[ih * g.in_h + iw * g.in_w]);
   A sum = A(0);

@@ -23,6 +23,7 @@ from .ops import (
     sigmoid,
     softmax,
     softmax_nll,
+    stage2d,
     subtractive_norm2d,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "softmax_nll",
+    "stage2d",
     "subtractive_norm2d",
     *_LAZY,
 ]

@@ -42,6 +42,16 @@ def _activation(value: str | Callable[[], nn.Module]) -> tuple[str, nn.Module]:
     return value, _ACTIVATIONS[value]()
 
 
+#: The activations that a fused stage can begin with, by the module that it then stands for.
+_FUSABLE: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    ops_nn.Sigmoid: "sigmoid",
+    nn.Identity: "identity",
+}
+
+
 def _pool(kind: str, size: int, norm_type: float) -> nn.Module:
     if kind == "lp":
         return ops_nn.LPPool2d(norm_type, size, size)
@@ -75,6 +85,7 @@ def convnet(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     generator: torch7.Generator | None = None,
+    fused: bool = True,
 ) -> nn.Sequential:
     """The reports' convolutional network; the defaults are the original one.
 
@@ -108,9 +119,14 @@ def convnet(
         device: where they live; PyTorch's default unless given.
         generator: if given, :func:`mnist_ops.torch7.initialize` draws the initial values from it,
             and dropout its masks; otherwise both are PyTorch's own.
+        fused: let one :class:`mnist_ops.nn.Stage2d` do what follows the convolution in every stage
+            that has LP pooling, a normalization, and tanh, ReLU or sigmoid. The results are those
+            of the separate layers but for rounding; parameters, their names and initial values are
+            the same, so either network loads the other's ``state_dict``.
 
     Returns:
-        A :class:`torch.nn.Sequential` with layers named ``conv1, tanh1, pool1, norm1, conv2, ...``.
+        A :class:`torch.nn.Sequential` with layers named ``conv1, stage1, conv2, ...``, or where a
+        stage is not fused ``conv1, tanh1, pool1, norm1, conv2, ...``.
 
     Raises:
         ValueError: for an impossible argument, or where the map shrinks to nothing.
@@ -170,8 +186,11 @@ def convnet(
             )
         layers[f"conv{stage}"] = nn.Conv2d(channels, width, taps, padding=pad)
         name, module = _activation(activations[stage - 1])
-        layers[f"{name}{stage}"] = module
-        if kind is not None and pool > 1:
+        pools = kind is not None and pool > 1
+        fuses = fused and pools and kind == "lp" and norm is not None and type(module) in _FUSABLE
+        if not fuses:
+            layers[f"{name}{stage}"] = module
+        if pools:
             before, size = size, size // pool
             if size < 1:
                 raise ValueError(
@@ -179,10 +198,15 @@ def convnet(
                     f"too small for pool_size {pool}: use a smaller kernel, more padding, or "
                     "pool_size 1 in this stage"
                 )
-            layers[f"pool{stage}"] = _pool(kind, pool, norm_type)
+            if not fuses:
+                layers[f"pool{stage}"] = _pool(kind, pool, norm_type)
         if norm is not None:
             kernel = norm if isinstance(norm, Tensor) else gaussian1d(norm)
-            layers[f"norm{stage}"] = ops_nn.SubtractiveNorm2d(kernel)
+            layers[f"stage{stage}" if fuses else f"norm{stage}"] = (
+                ops_nn.Stage2d(kernel, _FUSABLE[type(module)], norm_type, pool)
+                if fuses
+                else ops_nn.SubtractiveNorm2d(kernel)
+            )
         channels = width
 
     layers["flatten"] = nn.Flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .ops.local_norm import check_kernel, check_thresholds
 from .ops.lp_pool import check_windows
+from .ops.stage import check_activation
 
 __all__ = [
     "ContrastiveNorm2d",
@@ -20,6 +22,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "SoftmaxNLLLoss",
+    "Stage2d",
     "SubtractiveNorm2d",
 ]
 
@@ -128,6 +131,58 @@ class ContrastiveNorm2d(DivisiveNorm2d):
         return ops.contrastive_norm2d(input, self.kernel, self.threshold, self.threshold_value)
 
 
+class Stage2d(SubtractiveNorm2d):
+    """Activation, LP pooling and subtractive normalization. See :func:`mnist_ops.stage2d`.
+
+    ``kernel`` is kept as in :class:`SubtractiveNorm2d`.
+    """
+
+    def __init__(
+        self,
+        kernel: Tensor,
+        activation: str = "tanh",
+        norm_type: float = 2.0,
+        kernel_size: int | tuple[int, int] = 2,
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__(kernel)
+        check_activation("Stage2d", activation)
+        check_windows("Stage2d", norm_type, kernel_size, stride, padding, ceil_mode)
+        self.activation = activation
+        self.norm_type = norm_type
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Take (N, C, H, W) or (C, H, W) through the stage."""
+        return ops.stage2d(input, self.kernel, self.activation, *self._windows())
+
+    def unfused(self) -> torch.nn.Sequential:
+        """Return three modules, ``activation``, ``pool`` and ``norm``, that compute the same."""
+        return torch.nn.Sequential(
+            OrderedDict(
+                activation=_ACTIVATIONS[self.activation](),
+                pool=LPPool2d(*self._windows()),
+                norm=SubtractiveNorm2d(self.kernel),
+            )
+        )
+
+    def _windows(self) -> tuple[Any, ...]:
+        return self.norm_type, self.kernel_size, self.stride, self.padding, self.ceil_mode
+
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor, and the kernel's shape."""
+        return (
+            f"kernel={tuple(self._exact.shape)}, activation={self.activation!r}, "
+            f"norm_type={self.norm_type}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, ceil_mode={self.ceil_mode}"
+        )
+
+
 class Sigmoid(torch.nn.Module):
     """Logistic sigmoid. See :func:`mnist_ops.sigmoid`."""
 
@@ -176,3 +231,11 @@ class SoftmaxNLLLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
         return f"beta={self.beta}, reduction={self.reduction!r}"
+
+
+_ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {
+    "tanh": torch.nn.Tanh,
+    "relu": torch.nn.ReLU,
+    "sigmoid": Sigmoid,
+    "identity": torch.nn.Identity,
+}

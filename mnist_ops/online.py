@@ -62,7 +62,8 @@ class OnlineSGD:
             in place. Its layers may be ``Conv2d`` (stride 1, no dilation, no groups, zero padding),
             ``Linear``, ``Tanh``, ``ReLU``, ``Sigmoid`` (PyTorch's or this library's),
             :class:`mnist_ops.nn.LPPool2d`, ``MaxPool2d`` (no dilation), ``AvgPool2d``,
-            :class:`mnist_ops.nn.SubtractiveNorm2d`, ``Flatten``, ``Identity``,
+            :class:`mnist_ops.nn.SubtractiveNorm2d`, :class:`mnist_ops.nn.Stage2d` (its three
+            layers, one after the other), ``Flatten``, ``Identity``,
             :class:`mnist_ops.torch7.Dropout`, and ``LogSoftmax`` over the classes (PyTorch's,
             :class:`mnist_ops.nn.LogSoftmax` or :class:`mnist_ops.torch7.LogSoftmax`). Every
             parameter is trained.
@@ -404,6 +405,8 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
         for child_name, child in module._modules.items():
             assert child is not None
             yield from _layers(child, f"{name}.{child_name}" if name else child_name)
+    elif type(module) is ops_nn.Stage2d:
+        yield from _layers(module.unfused(), name)
     elif not isinstance(module, nn.Identity):
         yield name or type(module).__name__, module
 

@@ -197,7 +197,8 @@ def initialize(model: nn.Module, generator: Generator, in_channels: int = 1) -> 
     Layer by layer in the order of definition: ``Conv2d`` draws its weight (row-major), then its
     bias, uniform in +-1/sqrt(kH kW C_in); ``Linear`` likewise in +-1/sqrt(in_features). The
     normalization layers have no parameters but consume words (:func:`normalization_words`): a
-    subtractive one builds one estimator, a divisive one two, a contrastive one three.
+    subtractive one, alone or at the end of a :class:`mnist_ops.nn.Stage2d`, builds one estimator, a
+    divisive one two, a contrastive one three.
 
     The numbers are drawn in float64 and rounded to the parameters' dtype.
 
@@ -214,6 +215,7 @@ def initialize(model: nn.Module, generator: Generator, in_channels: int = 1) -> 
     """
     estimators = {
         ops_nn.SubtractiveNorm2d: 1,
+        ops_nn.Stage2d: 1,
         ops_nn.DivisiveNorm2d: 2,
         ops_nn.ContrastiveNorm2d: 3,
     }

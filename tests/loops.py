@@ -108,6 +108,28 @@ def contrastive_norm2d(
     return divisive_norm2d(subtractive_norm2d(x, kernel), kernel, threshold, threshold_value)
 
 
+def stage2d(
+    x: Tensor,
+    kernel: Tensor,
+    activation: str = "tanh",
+    norm_type: float = 2.0,
+    kernel_size: int | tuple[int, int] = 2,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    squash = {
+        "tanh": math.tanh,
+        "relu": lambda v: v if v > 0 or math.isnan(v) else 0.0,
+        "sigmoid": lambda v: 1 / (1 + math.exp(-v)),
+        "identity": lambda v: v,
+    }[activation]
+    values = [squash(v) for v in x.double().flatten().tolist()]
+    a = torch.tensor(values, dtype=torch.float64).reshape(x.shape)
+    pooled = lp_pool2d(a, norm_type, kernel_size, stride, padding, ceil_mode)
+    return subtractive_norm2d(pooled, kernel)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     values = [
         1 / (1 + math.exp(-v)) if v > -700 else math.exp(v) for v in x.double().flatten().tolist()

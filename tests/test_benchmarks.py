@@ -80,7 +80,7 @@ def test_baselines_compute_what_ours_do(op_cases):
 def test_families_are_all_there(op_cases):
     wanted = {
         *(f"{kind}_norm2d" for kind in ("subtractive", "divisive", "contrastive")),
-        *("lp_pool2d", "softmax", "log_softmax", "softmax_nll", "sigmoid"),
+        *("lp_pool2d", "stage2d", "softmax", "log_softmax", "softmax_nll", "sigmoid"),
     }
     for device in ("cpu", "cuda"):
         settings = op_cases.settings(device)
@@ -108,6 +108,8 @@ def test_families_are_all_there(op_cases):
         ("subtractive_norm2d 7 taps", (1, 2, 3, 2), 96, 96),  # linear: gradient in and out
         ("divisive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
         ("contrastive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
+        # 4 of 4 bytes in, 1 pixel out; gradient of 1, input of 4, gradient of 4.
+        ("stage2d tanh p=2 2x2/2 7 taps", (1, 1, 2, 2), 20, 36),
         ("softmax", (2, 3), 48, 72),
         ("log_softmax", (2, 3), 48, 72),
         # 6 scores, 1 loss, 2 targets of 8 bytes; the loss's gradient, scores, their gradient.

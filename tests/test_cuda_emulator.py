@@ -337,11 +337,56 @@ def test_local_normalization(emulator: Emulator, case: Cases):
         emulator.check(f"{name}_backward", grad, x, kernel, *thresholds, loosen=20)
 
 
+@cases(16)
+def test_stage2d(emulator: Emulator, case: Cases):
+    """A block for an image, in pairs of rows and window by window; larger maps step by step."""
+    draw = case.random.randint
+    norm = case.choice(2.0, 2.0, 1.0, math.inf, 3.0)
+    windows = ([2, 2], [2, 2], [0, 0], False)
+    shape = case.choice(
+        (draw(0, 3), case.choice(1, 3, 8, 17), 2 * draw(1, 7) + draw(0, 1), 2 * draw(1, 8)),
+        (2, case.choice(16, 33), 2 * draw(2, 6), 4 * draw(1, 5)),
+        (draw(1, 5), draw(2, 9), draw(2, 11)),
+    )
+    if case.random.random() < 0.5:
+        kernel_size = [min(draw(1, 4), size) for size in shape[-2:]]
+        padding = [draw(0, k // 2) for k in kernel_size]
+        windows = (kernel_size, [draw(1, 3), draw(1, 3)], padding, case.choice(False, True))
+    sizes = [case.choice(1, 3, 7, 15) for _ in range(case.choice(1, 2))]
+    kernel = (torch.rand(sizes, generator=case.generator) + 0.1).to(case.choice(*DTYPES))
+    kernel = placed(kernel, case.choice("contiguous", "misaligned", "spaced"))
+    activation = case.choice("tanh", "relu", "sigmoid", "identity")
+    kind = case.choice("normal", "normal", "ties", "zero windows", "special")
+    if activation in ("relu", "identity"):  # the others make 0, 1/2 or 1 of such numbers
+        kind = case.choice(kind, "large", "tiny")
+    x = case.values(shape, kind=kind)
+    options = (kernel, activation, norm, *windows)
+    y = emulator.check("stage2d", x, *options, loosen=4)
+    # Of elements that are equal but for rounding p = inf takes one or both.
+    if norm != math.inf or activation in ("relu", "identity"):
+        grad = case.normal(y.shape)
+        emulator.check("stage2d_backward", grad, x, *options, loosen=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_map_too_large_for_a_block(configure, dtype: torch.dtype):
+    """64 x 16 x 16 numbers in float32 are 64 KiB, more than the emulated block has."""
+    emulator, case = Emulator(configure, MODES[0]), Cases(0, dtype)
+    options = (mnist_ops.gaussian1d(5), "tanh", 2.0, [2, 2], [2, 2], [0, 0], False)
+    for layout in ("contiguous", "channels last"):
+        x = case.normal((1, 64, 32, 32), layout)
+        y = emulator.check("stage2d", x, *options)
+        emulator.check("stage2d_backward", case.normal(y.shape), x, *options, loosen=4)
+
+
 def test_kernels_that_sum_to_zero_give_no_number(configure):
     """The CPU refuses them; on a GPU the host would have to wait to know."""
     emulator = Emulator(configure, MODES[0])
     kernel = torch.tensor([1.0, -2.0, 1.0])
     (y,) = emulator("subtractive_norm2d", torch.randn(1, 2, 5, 5), kernel)
+    assert not y.isfinite().any()
+    windows = (2.0, [2, 2], [2, 2], [0, 0], False)
+    (y,) = emulator("stage2d", torch.randn(1, 2, 8, 8), kernel, "tanh", *windows)
     assert not y.isfinite().any()
 
 

@@ -17,8 +17,32 @@ def shapes(model, size=32):
     return result
 
 
+def parameter_names(model):
+    order = ["conv1", "conv2", "linear1", "linear2"]
+    expected = [f"{name}.{kind}" for name in order for kind in ("weight", "bias")]
+    assert [name for name, _ in model.named_parameters()] == expected
+    return expected
+
+
 def test_original_network():
     model = models.convnet()
+    assert models.count_parameters(model) == 310_346
+    assert shapes(model) == {
+        "conv1": (64, 28, 28),
+        "stage1": (64, 14, 14),
+        "conv2": (64, 10, 10),
+        "stage2": (64, 5, 5),
+        "flatten": (1600,),
+        "linear1": (128,),
+        "tanh3": (128,),
+        "linear2": (10,),
+        "log_softmax": (10,),
+    }
+    assert list(model.state_dict()) == parameter_names(model)  # kernels are not saved
+
+
+def test_original_network_layer_by_layer():
+    model = models.convnet(fused=False)
     assert models.count_parameters(model) == 310_346
     assert shapes(model) == {
         "conv1": (64, 28, 28),
@@ -35,17 +59,79 @@ def test_original_network():
         "linear2": (10,),
         "log_softmax": (10,),
     }
-    order = ["conv1", "conv2", "linear1", "linear2"]
-    expected = [f"{name}.{kind}" for name in order for kind in ("weight", "bias")]
-    assert [name for name, _ in model.named_parameters()] == expected
-    assert list(model.state_dict()) == expected  # kernels are not saved
+    assert list(model.state_dict()) == parameter_names(model)
 
 
 def test_original_layers():
-    model = models.convnet()
+    model = models.convnet(fused=False)
     assert isinstance(model.log_softmax, torch7.LogSoftmax)
     assert isinstance(model.pool1, ops_nn.LPPool2d)
     torch.testing.assert_close(model.norm2.kernel.double(), gaussian1d(7), rtol=0, atol=1e-7)
+    stage = models.convnet().stage2
+    assert isinstance(stage, ops_nn.Stage2d)
+    assert (stage.activation, stage.norm_type, stage.kernel_size, stage.stride) == ("tanh", 2, 2, 2)
+    torch.testing.assert_close(stage.kernel.double(), gaussian1d(7), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": ("relu", nn.Tanh, "sigmoid")},
+        {"activation": (ops_nn.Sigmoid, nn.Sigmoid, nn.Identity)},
+        {"norm_type": 3.0, "padding": 2, "norm_kernel": (5, torch.ones(3, 5)), "dropout": 0.3},
+        {"norm_type": float("inf"), "pool_size": (3, 2), "in_channels": 2},
+    ],
+    ids=str,
+)
+def test_fused_network_is_the_unfused_one(options):
+    """The same initial values and random numbers, outputs, gradients; either state in either."""
+    outcome = []
+    for fused in (True, False):
+        generator = torch7.start(1)
+        model = models.convnet(
+            (6, 8, 16), dtype=torch.float64, generator=generator, fused=fused, **options
+        )
+        names = {name for name, _ in model.named_children()}
+        assert ({"stage1", "stage2"} <= names) == fused == ("norm1" not in names)
+        torch.manual_seed(0)
+        channels = options.get("in_channels", 1)
+        x = torch.randn(5, channels, 32, 32, dtype=torch.float64, requires_grad=True)
+        y = model(x)
+        torch7.nll_loss(y, torch.arange(5)).backward()
+        gradients = [x.grad, *(p.grad for p in model.parameters())]
+        outcome.append((model, y.detach(), gradients, generator.uniform(0.0, 1.0, (3,))))
+    (a, y_a, grads_a, next_a), (b, y_b, grads_b, next_b) = outcome
+    assert torch.equal(next_a, next_b)
+    torch.testing.assert_close(y_a, y_b, rtol=1e-13, atol=1e-13)
+    for ours, theirs in zip(grads_a, grads_b, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+    fresh = models.convnet((6, 8, 16), dtype=torch.float64, **options)
+    fresh.load_state_dict(b.state_dict())
+    fresh.eval(), a.eval()
+    assert torch.equal(fresh(x), a(x))
+    b.load_state_dict(fresh.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"norm_kernel": (None, 7)}, {"stage2"}),
+        ({"pooling": ("lp", "max")}, {"stage1"}),
+        ({"pooling": ("avg", None)}, set()),
+        ({"pool_size": (2, 1)}, {"stage1"}),
+        ({"activation": (nn.ELU, "tanh", "tanh")}, {"stage2"}),
+        ({"activation": lambda: nn.Sequential(nn.Tanh())}, set()),
+    ],
+    ids=str,
+)
+def test_where_a_stage_is_fused(options, stages):
+    model = models.convnet((4, 4, 8), **options)
+    assert {name for name, _ in model.named_children() if name.startswith("stage")} == stages
+    assert shapes(model)["log_softmax"] == (10,)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +147,8 @@ def test_three_layer_networks(options, features):
     model = models.convnet((32, 64, 128, 256), **options)
     assert model.linear1.in_features == features
     assert shapes(model)["log_softmax"] == (10,)
-    assert "norm3" in shapes(model)
+    last = "norm3" if "pool_size" in options else "stage3"  # without pooling it is not fused
+    assert last in shapes(model)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +161,7 @@ def test_three_layer_networks(options, features):
     ],
 )
 def test_activations(activation, kinds):
-    model = models.convnet((4, 4, 8), activation)
+    model = models.convnet((4, 4, 8), activation, fused=False)
     found = [layer for layer in model if isinstance(layer, (nn.Tanh, *kinds))]
     assert tuple(map(type, found)) == kinds
 

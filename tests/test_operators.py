@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,30 @@ OPERATORS = [
     Operator("divisive_norm2d", {"kernel": KERNEL, "threshold": 0.5}),
     Operator("divisive_norm2d", {"kernel": gaussian2d((3, 5))}),
     Operator("contrastive_norm2d", {"kernel": KERNEL, "threshold_value": 2.0}),
+    Operator("stage2d", {"kernel": KERNEL}),
+    Operator("stage2d", {"kernel": KERNEL, "activation": "relu", "norm_type": 1}),
+    Operator(
+        "stage2d",
+        {
+            "kernel": gaussian2d((3, 5)),
+            "activation": "sigmoid",
+            "norm_type": 3.5,
+            "kernel_size": (2, 3),
+            "stride": 2,
+            "padding": (0, 1),
+            "ceil_mode": True,
+        },
+    ),
+    Operator(
+        "stage2d",
+        {
+            "kernel": KERNEL,
+            "activation": "identity",
+            "norm_type": float("inf"),
+            "kernel_size": 3,
+            "stride": 1,
+        },
+    ),
     Operator("sigmoid"),
     Operator("softmax", {"dim": 1, "beta": -2.0}),
     Operator("softmax", {"dim": 3}),
@@ -84,6 +109,13 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
             (name, (x, kernel, 0.5, 0.7)),
             (f"{name}_backward", (g, x, kernel, 0.5, 0.7)),
         ]
+    for activation, p in (("tanh", 2.0), ("relu", 1.0), ("sigmoid", 3.0), ("identity", math.inf)):
+        options = (activation, p, [2, 2], [2, 1], [1, 0], True)
+        y = ops.stage2d(x, kernel, *options)
+        calls += [
+            ("stage2d", (x, kernel, *options)),
+            ("stage2d_backward", (torch.randn_like(y), x, kernel, *options)),
+        ]
     calls += [("sigmoid", (x,)), ("sigmoid_backward", (g, ops.sigmoid(x)))]
     for name in ("softmax", "log_softmax"):
         y = getattr(ops, name)(x, 1, -2.0)
@@ -122,6 +154,7 @@ def test_opcheck(device, layout, grad):
         # The kernel of a normalization and the logsumexp of a loss are constants.
         constants = {4} if name == "softmax_nll_backward" else set()
         constants |= {1, 2} if "norm2d" in name else set()
+        constants |= {"stage2d": {1}, "stage2d_backward": {2}}.get(name, set())
         differentiable = [
             a.detach().clone().requires_grad_()
             if grad and isinstance(a, Tensor) and a.is_floating_point() and i not in constants
@@ -396,7 +429,9 @@ LARGE = os.environ.get("MNIST_OPS_TEST_LARGE") == "1"
 
 
 @pytest.mark.skipif(not LARGE, reason="set MNIST_OPS_TEST_LARGE=1: needs 12 GB and minutes")
-@pytest.mark.parametrize("name", ["sigmoid", "lp_pool2d", "subtractive_norm2d", "softmax"])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "lp_pool2d", "subtractive_norm2d", "stage2d", "softmax"]
+)
 def test_more_than_two_to_the_31_elements(device, name):
     side = 5_840  # 64 * side^2 = 2.18e9 elements
     x = torch.zeros(1, 64, side, side, dtype=torch.bfloat16, device=device)
@@ -406,6 +441,7 @@ def test_more_than_two_to_the_31_elements(device, name):
         "sigmoid": Operator("sigmoid"),
         "lp_pool2d": Operator("lp_pool2d", {"norm_type": 2, "kernel_size": 2}),
         "subtractive_norm2d": Operator("subtractive_norm2d", {"kernel": torch.ones(1)}),
+        "stage2d": Operator("stage2d", {"kernel": torch.ones(1)}),
         "softmax": Operator("softmax", {"dim": 1}),
     }[name]
     y = operator(x)

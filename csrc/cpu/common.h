@@ -38,6 +38,7 @@ using elementary::exp;
 using elementary::fmadd;
 using elementary::log;
 using elementary::power;
+using elementary::tanh;
 
 // fmadd for sums whose float32 bits count on every processor: the product of two floats is exact in
 // float64.
@@ -124,5 +125,17 @@ template <typename T>
 void store(const opmath_t<T>* staged, T* to, int64_t n) {
   if constexpr (!std::is_same_v<T, opmath_t<T>>) convert(staged, to, n);
 }
+
+// The functions above for what is written once for all backends.
+struct Functions {
+  template <typename A>
+  MNIST_OPS_HD static A exp(A x) {
+    return cpu::exp(x);
+  }
+  template <typename A>
+  MNIST_OPS_HD static A tanh(A x) {
+    return cpu::tanh(x);
+  }
+};
 
 }  // namespace mnist_ops::cpu

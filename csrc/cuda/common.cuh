@@ -33,10 +33,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 // The tests run these kernels on the CPU: there is no device to choose, <<<>>> is not C++, and
 // small tensors must take the paths of large ones.
 using cuda_emulator::CurrentStream;
+using cuda_emulator::dynamic_shared_memory;
 using cuda_emulator::largest_narrow_index;
+using cuda_emulator::shared_memory_limit;
 #else
 inline int64_t largest_narrow_index() {
   return std::numeric_limits<int32_t>::max();
+}
+
+// The most bytes of shared memory that a block can ask for on the current device.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// What the launch asked for, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
 }
 
 // Makes a tensor's device the current one for as long as it lives, and launches on its stream.
@@ -52,6 +68,19 @@ class CurrentStream {
   template <typename Kernel, typename... Arguments>
   void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // The same with shared_bytes of dynamic shared memory, up to shared_memory_limit().
+  template <typename Kernel, typename... Arguments>
+  void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    if (shared_bytes > (int64_t{48} << 10)) {  // more than that only for those that ask
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream_>>>(
+        arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -82,6 +111,15 @@ class Launcher {
     const dim3 threads(static_cast<unsigned>(threads_x),
                        static_cast<unsigned>(kThreads / threads_x));
     stream_.launch(kernel, blocks, threads, arguments...);
+  }
+
+  // One block for each item, with so many threads and bytes of dynamic shared memory.
+  template <typename Kernel, typename... Arguments>
+  void run_blocks(Kernel* kernel, int64_t items, int threads, int64_t shared_bytes,
+                  const Arguments&... arguments) const {
+    if (items == 0) return;
+    stream_.launch_with_shared(kernel, std::min(items, kMaxBlocks),
+                               dim3(static_cast<unsigned>(threads)), shared_bytes, arguments...);
   }
 
   // The usual case: one item a thread.

@@ -583,6 +583,14 @@ using Operators = LocalNormOperators<&forward, &backward>;
 
 }  // namespace
 
+Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
+  return Operators::subtractive_norm2d(input, kernel);
+}
+
+Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
+  return Operators::subtractive_norm2d_backward(grad_output, kernel);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
   Operators::register_all(m);
 }

@@ -25,7 +25,7 @@ class SubtractiveNorm final : public Layer<T> {
     blur_.apply(sum_.data(), mean_.data(), scratch_.data(), false);
     const T channels = static_cast<T>(this->in.shape.C);
     for (int64_t p = 0; p < mean_.size(); ++p) {
-      mean_.data()[p] = mean_.data()[p] / channels / blur_.coef[p];
+      mean_.data()[p] = local_mean(mean_.data()[p], channels, blur_.coef[p]);
     }
   }
 

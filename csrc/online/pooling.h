@@ -4,30 +4,27 @@
 // other, all lanes of the block at once.
 #pragma once
 
-#include "../lp_pool.h"
+#include "../stage.h"
 #include "layer.h"
 
 namespace mnist_ops::online {
 
-// A block of channels as the images of lp_pool.h: one channel, its lanes innermost.
+// A block of channels as the images of lp_pool.h, its lanes innermost.
 template <typename T>
-PoolGeometry block_geometry(const Map<T>& in, const Map<T>& out, const PoolArguments& a) {
+PoolGeometry geometry_of(const Map<T>& in, const Map<T>& out, const PoolArguments& a) {
   PoolGeometry g{};
-  g.N = g.C = 1;
   g.H = in.shape.H, g.W = in.shape.W, g.OH = out.shape.H, g.OW = out.shape.W;
   g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
   g.stride_h = a.stride[0], g.stride_w = a.stride[1];
   g.padding_h = a.padding[0], g.padding_w = a.padding[1];
-  g.in_h = g.W * kLanes<T>, g.in_w = kLanes<T>;
-  g.out_h = g.OW * kLanes<T>, g.out_w = kLanes<T>;
-  return g;
+  return block_geometry(g, kLanes<T>);
 }
 
 template <typename T>
 class Pooling : public Layer<T> {
  public:
   Pooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
-      : g_(block_geometry(input, output, arguments)),
+      : g_(geometry_of(input, output, arguments)),
         disjoint_(g_.stride_h == g_.kernel_h && g_.stride_w == g_.kernel_w && g_.padding_h == 0 &&
                   g_.padding_w == 0 && g_.OH * g_.kernel_h == g_.H && g_.OW * g_.kernel_w == g_.W) {
     this->in = input;
@@ -111,7 +108,8 @@ class LpPooling final : public Pooling<T> {
         for (int v = 0; v < kV; ++v) {
           const Vector<T> a = load(x + i + v * kWidth), old = load(largest + v * kWidth);
           const Vector<T> size = a < T(0) ? -a : a;
-          online::store(largest + v * kWidth, size <= old ? old : size);  // NaN stays
+          // Nothing is above a NaN: it stays.
+          online::store(largest + v * kWidth, (size > old) | (size != size) ? size : old);
         }
       });
       for (int64_t l = 0; l < kLanes<T>; ++l) {
@@ -134,8 +132,8 @@ class LpPooling final : public Pooling<T> {
     if constexpr (norm == Norm::kTwo) {
       // g / y once for each window; where y is so small that it could overflow, x / y first.
       const int64_t n = this->out.block();
-      const bool safe =
-          all_of(y, n, [](Vector<T> norms) { return (norms == T(0)) | (norms > kSmall); });
+      const bool safe = all_of(
+          y, n, [](Vector<T> norms) { return (norms == T(0)) | (norms > SafeNorm<T>::lower); });
       if (safe) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) dy[i] = y[i] == T(0) ? T(0) : dy[i] / y[i];
@@ -167,7 +165,6 @@ class LpPooling final : public Pooling<T> {
  private:
   static constexpr int kV = kVectorsPerLine;
   static constexpr int64_t kWidth = kLanes<T> / kV;
-  static constexpr T kSmall = std::is_same_v<T, float> ? T(1e-15) : T(1e-140);
   T p_;
 };
 

@@ -5,6 +5,7 @@ from .local_norm import contrastive_norm2d, divisive_norm2d, subtractive_norm2d
 from .lp_pool import lp_pool2d
 from .sigmoid import sigmoid
 from .softmax import log_softmax, softmax, softmax_nll
+from .stage import stage2d
 
 __all__ = [
     "contrastive_norm2d",
@@ -16,5 +17,6 @@ __all__ = [
     "sigmoid",
     "softmax",
     "softmax_nll",
+    "stage2d",
     "subtractive_norm2d",
 ]

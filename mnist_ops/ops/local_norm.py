@@ -206,13 +206,14 @@ for _name in ("divisive_norm2d_backward", "contrastive_norm2d_backward"):
 # -------------------------------------------------------------------------------------- autograd
 
 
-def _refuse_kernel_gradient(kernel: Tensor) -> None:
+def refuse_kernel_gradient(kernel: Tensor) -> None:
+    """Refuse a kernel whose gradient would silently be missing, in an operator's autograd."""
     if kernel.requires_grad:
         raise RuntimeError("mnist_ops: local normalization offers no gradient for its kernel")
 
 
 def _save_subtractive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _refuse_kernel_gradient(inputs[1])
+    refuse_kernel_gradient(inputs[1])
     ctx.save_for_backward(inputs[1])
 
 
@@ -229,7 +230,7 @@ def _subtractive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Ten
 
 def _save_divisive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, kernel, threshold, value = inputs
-    _refuse_kernel_gradient(kernel)
+    refuse_kernel_gradient(kernel)
     ctx.save_for_backward(input, kernel)
     ctx.options = threshold, value
 
@@ -246,7 +247,7 @@ def _contrastive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad_output, input, kernel, threshold, value = inputs
-    _refuse_kernel_gradient(kernel)
+    refuse_kernel_gradient(kernel)
     ctx.save_for_backward(grad_output, input, kernel)
     ctx.options = threshold, value
 

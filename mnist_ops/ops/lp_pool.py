@@ -77,7 +77,7 @@ def lp_pool2d(
     op = "lp_pool2d"
     check_images(op, input)
     windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
-    _output_size(op, input, *windows[1:])
+    output_size(op, input, *windows[1:])
     return _lp_pool2d(input, *windows)
 
 
@@ -111,9 +111,10 @@ def _pooled(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) 
     return pooled
 
 
-def _output_size(
+def output_size(
     op: str, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool
 ) -> list[Any]:
+    """Return [height, width] of the pooled map; refuse windows that do not fit."""
     sizes = input.shape[-2:]
     for i in range(2):
         if sizes[i] + 2 * padding[i] < kernel[i]:
@@ -129,7 +130,7 @@ def _output_size(
 
 @torch.library.register_fake("mnist_ops::lp_pool2d")
 def _(input, norm_type, kernel_size, stride, padding, ceil_mode):
-    size = _output_size("lp_pool2d", input, kernel_size, stride, padding, ceil_mode)
+    size = output_size("lp_pool2d", input, kernel_size, stride, padding, ceil_mode)
     return empty_images(input, *size)
 
 

@@ -62,8 +62,15 @@ inline int64_t largest_narrow_index() {
   return settings.largest_narrow_index;
 }
 
-// Runs thread once as every thread of every block; throws where they wait for each other forever.
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
+// Runs thread once as every thread of every block; throws where they wait for each other forever,
+// and where one writes just behind the shared_bytes of dynamic shared memory.
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes = 0);
+
+// Dynamic shared memory of the block that runs: NaN when it begins. The limit is what any GPU has.
+unsigned char* dynamic_shared_memory();
+inline int64_t shared_memory_limit() {
+  return int64_t{48} << 10;
+}
 
 // The same with all blocks alive at once.
 void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread);
@@ -90,6 +97,13 @@ class CurrentStream {
   void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
     const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
     run_grid(dim3(grid), threads, [&] { kernel(arguments...); });
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
+    run_grid(dim3(grid), threads, [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 };
 

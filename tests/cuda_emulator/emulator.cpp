@@ -45,6 +45,14 @@ std::vector<Barrier> warp_barriers;
 const std::function<void()>* body;
 std::mt19937 random_order;
 
+// Dynamic shared memory, and behind it a margin in which nobody may write.
+struct alignas(16) Line {
+  unsigned char bytes[16];
+};
+constexpr size_t kMarginLines = 4;
+constexpr unsigned char kNaN = 0xff;  // every byte of a NaN, in all floating-point types
+std::vector<Line> dynamic_shared;
+
 void back_to_scheduler() {
   if (_setjmp(fibers[first_fiber + current]->resume) == 0) _longjmp(scheduler, 1);
 }
@@ -86,6 +94,14 @@ void wait(Barrier& barrier) {
   back_to_scheduler();
 }
 
+void check_margin() {
+  const auto* end = dynamic_shared_memory() + dynamic_shared.size() * sizeof(Line);
+  if (!std::all_of(end - kMarginLines * sizeof(Line), end,
+                   [](auto byte) { return byte == kNaN; })) {
+    throw std::runtime_error("CUDA emulator: a thread wrote behind the block's shared memory");
+  }
+}
+
 // A thread that could run, any of them.
 unsigned take_ready_thread() {
   std::swap(ready[random_order() % ready.size()], ready.back());
@@ -106,6 +122,8 @@ unsigned at_grid_barrier;
 void start_block(unsigned threads) {
   finished = at_grid_barrier = 0;
   block_barrier = {threads, {}};
+  std::memset(static_cast<void*>(dynamic_shared.data()), kNaN,
+              dynamic_shared.size() * sizeof(Line));
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
   for (unsigned thread = 0; thread < threads; ++thread) {
     ready.push_back(thread);
@@ -121,7 +139,8 @@ void run_block(unsigned threads) {
     threadIdx.y = current / blockDim.x;
     run_until_it_waits(*fibers[first_fiber + current]);
   }
-  if (finished == threads || at_grid_barrier == threads) return;
+  if (finished == threads) return check_margin();
+  if (at_grid_barrier == threads) return;
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
   throw std::runtime_error(
@@ -140,12 +159,13 @@ struct WaitingBlock {
 
 }  // namespace
 
-void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes) {
   const unsigned threads = block.x * block.y;
   blockDim = block;
   gridDim = grid;
   body = &thread;
   make_fibers(threads);
+  dynamic_shared.resize((shared_bytes + sizeof(Line) - 1) / sizeof(Line) + kMarginLines);
   first_fiber = 0;
   for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) {
     start_block(threads);
@@ -162,6 +182,7 @@ void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& threa
   gridDim = grid;
   body = &thread;
   make_fibers(size_t{grid.x} * threads);
+  dynamic_shared.resize(kMarginLines);  // a launch of this kind asks for none
   std::vector<WaitingBlock> blocks(grid.x);
   std::vector<unsigned> runnable(grid.x), waiting;
   for (unsigned i = 0; i < grid.x; ++i) runnable[i] = i;
@@ -209,6 +230,10 @@ void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round) {
   grid_barrier = here;
   ++at_grid_barrier;
   back_to_scheduler();
+}
+
+unsigned char* dynamic_shared_memory() {
+  return dynamic_shared.data()->bytes;
 }
 
 void wait_for_block() {

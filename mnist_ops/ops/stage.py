@@ -1,0 +1,174 @@
+"""A stage of the networks, activation to normalization, in one: everything Python knows of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import (
+    autocast_to_float32,
+    check_images,
+    empty_images,
+    register_autograd,
+    register_image_vmap,
+)
+from .local_norm import check_kernel, refuse_kernel_gradient
+from .lp_pool import check_windows, output_size
+
+_ops = torch.ops.mnist_ops
+
+#: The activations that a stage can begin with.
+ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
+
+
+def stage2d(
+    input: Tensor,
+    kernel: Tensor,
+    activation: str = "tanh",
+    norm_type: float = 2.0,
+    kernel_size: int | tuple[int, int] = 2,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+) -> Tensor:
+    r"""What follows a convolution in the reports' networks: squash, pool, normalize.
+
+    .. math:: y = \Big(\sum_{\text{window}} |\operatorname{act}(x)|^p\Big)^{1/p}, \qquad
+              z_c = y_c - \frac{\frac{1}{C} \sum_{c'} u \star y_{c'}}{u \star 1}
+
+    It is ``subtractive_norm2d(lp_pool2d(act(input), norm_type, kernel_size, ...), kernel)`` but for
+    rounding: :func:`lp_pool2d` and :func:`subtractive_norm2d` have the formulas, conventions and
+    :math:`u`. In one operator the input is read once, the output written once, and nothing between
+    them is stored; the backward pass reads the input again and computes the rest anew.
+
+    Half types are computed in float32 from the input to the output, where the three operators round
+    after each step. Differentiable twice; the third derivative is an error.
+
+    Args:
+        input: what the convolution gives: (N, C, H, W) or one image (C, H, W); float64, float32,
+            float16 or bfloat16.
+        kernel: weights of the normalization, as in :func:`subtractive_norm2d`.
+        activation: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
+        norm_type: the p of the pooling, as in :func:`lp_pool2d`.
+        kernel_size: height and width of its windows, in pixels; one int or two.
+        stride: distance between windows, in pixels; default ``kernel_size``.
+        padding: as in :func:`lp_pool2d`. Nothing lies there, whatever the activation makes of 0.
+        ceil_mode: as in :func:`lp_pool2d`.
+
+    Returns:
+        (N, C, H_out, W_out) or (C, H_out, W_out) as from :func:`lp_pool2d`, in the memory format of
+        the input (channels_last stays channels_last).
+
+    Raises:
+        TypeError: a tensor is not floating-point, a size is no int.
+        ValueError: the activation is none of the above, or as in :func:`lp_pool2d` and
+            :func:`subtractive_norm2d`.
+        RuntimeError: the kernel's sum is 0, as in :func:`subtractive_norm2d`.
+
+    Source:
+        Report 1, section 3.1: ``nn.Tanh``, ``nn.SpatialLPPooling`` and
+        ``nn.SpatialSubtractiveNormalization`` of Torch7, one after the other. Under autocast it
+        runs in float32.
+
+    Example:
+        >>> import torch, mnist_ops
+        >>> maps = torch.randn(8, 64, 28, 28)
+        >>> mnist_ops.stage2d(maps, mnist_ops.gaussian1d(7)).shape
+        torch.Size([8, 64, 14, 14])
+    """
+    op = "stage2d"
+    check_images(op, input)
+    check_activation(op, activation)
+    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
+    output_size(op, input, *windows[1:])
+    # A kernel made on the CPU serves input on any device; nothing is copied where it is there.
+    return _ops.stage2d(input, check_kernel(op, kernel).to(input.device), activation, *windows)
+
+
+def check_activation(op: str, activation: object) -> None:
+    """Refuse what is not the name of an activation."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{op}: activation must be one of {known}, got {activation!r}")
+
+
+# ------------------------------------------------------------------------------------------ fake
+
+
+@torch.library.register_fake("mnist_ops::stage2d")
+def _(input, kernel, activation, norm_type, kernel_size, stride, padding, ceil_mode):
+    size = output_size("stage2d", input, kernel_size, stride, padding, ceil_mode)
+    return empty_images(input, *size)
+
+
+@torch.library.register_fake("mnist_ops::stage2d_backward")
+def _(grad_output, input, kernel, activation, norm_type, kernel_size, stride, padding, ceil_mode):
+    return empty_images(input, *input.shape[-2:])
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    refuse_kernel_gradient(inputs[1])
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad_input = _ops.stage2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    return grad_input, None, None, None, None, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    refuse_kernel_gradient(inputs[2])
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _activated(activation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a = act(x), da/dx and the derivative of da/dx with respect to a."""
+    if activation == "tanh":
+        a = torch.tanh(x)
+        return a, 1 - a * a, -2 * a
+    if activation == "sigmoid":
+        a = _ops.sigmoid(x)
+        return a, a * (1 - a), 1 - 2 * a
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    if activation == "relu":
+        return torch.relu(x), torch.where(x <= 0, zero, one), zero
+    return x, one, zero
+
+
+def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``sum(v * stage2d_backward(g, x))`` with respect to g and x.
+
+    With S the normalization, y = P(a) the pooling and h = P'(a)^T S^T g, the backward is act'(x) h:
+    the chain rule over the operators that a stage is made of, each of which has a derivative.
+    """
+    g, x, kernel = ctx.saved_tensors
+    activation, *windows = ctx.options
+    dtype = x.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    v, g, x = grad_grad_input.to(wide), g.to(wide), x.to(wide)
+    a, slope, bend = _activated(activation, x)
+    y = _ops.lp_pool2d(a, *windows)
+    grad_y = _ops.subtractive_norm2d_backward(g, kernel)
+    h = _ops.lp_pool2d_backward(grad_y, a, y, *windows)
+    grad_grad_y, grad_a = _ops.lp_pool2d_double_backward(v * slope, grad_y, a, y, *windows)
+    grad_g = _ops.subtractive_norm2d(grad_grad_y, kernel)
+    grad_x = slope * (grad_a + v * h * bend)
+    rest = (None,) * (1 + len(ctx.options))
+    return grad_g.to(dtype), grad_x.to(dtype), *rest
+
+
+register_autograd("stage2d", _backward, setup_context=_save)
+register_autograd("stage2d_backward", _double_backward, setup_context=_save_backward)
+
+# -------------------------------------------------------------------------------- vmap, autocast
+
+register_image_vmap("stage2d", images=1, other_tensors=1)
+register_image_vmap("stage2d_backward", images=2, other_tensors=1)
+autocast_to_float32("stage2d")
