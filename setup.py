@@ -164,7 +164,10 @@ def main() -> None:
         f"-DTORCH_TARGET_VERSION=0x{int(major):02x}{int(minor):02x}000000000000",
         "-DTORCH_STABLE_ONLY",
     ]
-    warn = ["-Wall", "-Wextra", *(["-Werror"] if werror else [])]
+    # Warnings are about our sources. A folder named by -isystem is one of the system's even where
+    # -I names it, too, as torch does; some releases' headers do not compile without warnings.
+    torch_headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    warn = ["-Wall", "-Wextra", *(["-Werror"] if werror else []), *torch_headers]
     optimise = ["-O0", "-g"] if debug else ["-O3", "-DNDEBUG"]
     # No contraction: where a fused multiply-add is wanted the source says so, and float32 results
     # do not depend on what the compiler happened to fuse.
@@ -183,7 +186,7 @@ def main() -> None:
         [] if not werror else ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
     )
     device = ["-O0", "-G"] if debug else ["-O3"]
-    nvcc = ["-std=c++20", *device, *define, "-DUSE_CUDA", *host_warn]
+    nvcc = ["-std=c++20", *device, *define, "-DUSE_CUDA", *host_warn, *torch_headers]
     nvcc += ["-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr", "--threads", "2"]
 
     include = [str(ROOT / "csrc")]
