@@ -117,6 +117,15 @@ MNIST_OPS_HD T sign_of(T x) {
   return T(x > T(0)) - T(x < T(0));
 }
 
+// r^p for r >= 0, by multiplication where p is 1 to 4 (as it is for p = 3, 4 and their gradients).
+template <typename T>
+MNIST_OPS_HD T raised(T r, T p) {
+  if (p == T(2)) return r * r;
+  if (p == T(3)) return r * (r * r);
+  if (p == T(4)) return (r * r) * (r * r);
+  return p == T(1) ? r : std::pow(r, p);
+}
+
 // Largest magnitude of a window; NaN if there is one in it.
 template <typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow) {
@@ -145,7 +154,7 @@ MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometryOf<I>& g, A 
       if (norm == Norm::kTwo) {
         sum += r * r;
       } else {
-        sum += std::pow(r, p);
+        sum += raised(r, p);
       }
     }
   }
@@ -195,7 +204,7 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
   } else {
     if (y == A(0)) return A(0);
     const A r = magnitude(x) / y;
-    return r == A(0) ? A(0) : sign_of(x) * std::pow(r, p - A(1));
+    return r == A(0) ? A(0) : sign_of(x) * raised(r, p - A(1));
   }
 }
 
@@ -262,7 +271,7 @@ MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* i
         A curvature = A(1);
         if constexpr (norm == Norm::kGeneral) {
           // At r = 0 the power is 0 for p > 2; for p < 2 it is infinite and the convention is 0.
-          curvature = r == A(0) ? A(0) : std::pow(r, p - A(2));
+          curvature = r == A(0) ? A(0) : raised(r, p - A(2));
         }
         const A change = v * curvature - static_cast<A>(directional[o]) * slope;
         sum += static_cast<A>(grad_plane[o]) / y * change;
