@@ -139,6 +139,15 @@ struct PlaneMath<T*> {
 template <typename Plane>
 using plane_math_t = typename PlaneMath<Plane>::type;
 
+// r^p for r >= 0, by multiplication where p is 1 to 4 (as it is for p = 3, 4 and their gradients).
+template <typename T>
+MNIST_OPS_HD T raised(T r, T p) {
+  if (p == T(2)) return r * r;
+  if (p == T(3)) return r * (r * r);
+  if (p == T(4)) return (r * r) * (r * r);
+  return p == T(1) ? r : std::pow(r, p);
+}
+
 // Largest magnitude of a window; NaN if there is one in it.
 template <typename Plane, typename I, typename A = plane_math_t<Plane>>
 MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
@@ -167,7 +176,7 @@ MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, 
       if (norm == Norm::kTwo) {
         sum += r * r;
       } else {
-        sum += std::pow(r, p);
+        sum += raised(r, p);
       }
     }
   }
@@ -217,7 +226,7 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
   } else {
     if (y == A(0)) return A(0);
     const A r = magnitude(x) / y;
-    return r == A(0) ? A(0) : sign_of(x) * std::pow(r, p - A(1));
+    return r == A(0) ? A(0) : sign_of(x) * raised(r, p - A(1));
   }
 }
 
@@ -285,7 +294,7 @@ MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* i
         A curvature = A(1);
         if constexpr (norm == Norm::kGeneral) {
           // At r = 0 the power is 0 for p > 2; for p < 2 it is infinite and the convention is 0.
-          curvature = r == A(0) ? A(0) : std::pow(r, p - A(2));
+          curvature = r == A(0) ? A(0) : raised(r, p - A(2));
         }
         const A change = v * curvature - static_cast<A>(directional[o]) * slope;
         sum += static_cast<A>(grad_plane[o]) / y * change;

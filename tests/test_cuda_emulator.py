@@ -318,6 +318,34 @@ def test_lp_pool2d(emulator: Emulator, case: Cases):
     emulator.check("lp_pool2d_double_backward", direction, grad, x, y, *windows, loosen=10)
 
 
+POOLED_SHAPES = (
+    (2, 3, 8, 16),
+    (1, 2, 9, 16),  # a row, or a column, that no window of two has
+    (1, 2, 8, 17),
+    (2, 2, 28, 28),
+    (1, 3, 7, 12),
+    (3, 16, 6, 5),
+    (2, 8, 9, 9),
+    (7, 2, 16, 24),  # more than two blocks' work
+    (2, 1, 3, 8),
+)
+
+
+@cases(16)
+def test_lp_pool2d_of_common_windows(emulator: Emulator, case: Cases):
+    """2x2 and 3x3 with stride 2, and packs of channels: the kernels with vector accesses."""
+    shape = case.choice(*POOLED_SHAPES)
+    size = case.choice(2, 3)
+    norm = case.choice(1.0, 2.0, 2.0, math.inf, 3.0, 4.0, 0.5)
+    windows = (norm, [size] * 2, [2, 2], [0, 0], case.choice(False, False, True))
+    if case.random.random() < 0.2:
+        windows = (norm, [3, 2], [1, 2], [1, 0], False)
+    x = case.values(shape, case.choice("contiguous", "contiguous", "channels last", "misaligned"))
+    y = emulator.check("lp_pool2d", x, *windows)
+    grad = case.normal(y.shape)
+    emulator.check("lp_pool2d_backward", grad, x, y, *windows, loosen=4)
+
+
 @cases(10)
 def test_local_normalization(emulator: Emulator, case: Cases):
     shape = case.image_shape()
@@ -379,6 +407,31 @@ def test_a_map_too_large_for_a_block(configure, dtype: torch.dtype):
         emulator.check("stage2d_backward", case.normal(y.shape), x, *options, loosen=4)
 
 
+@cases(4)
+def test_local_normalization_of_larger_images(emulator: Emulator, case: Cases):
+    """More pixels than shared memory takes, kernels beyond a tile's surroundings."""
+    shape = case.choice((1, 3, 33, 40), (2, 2, 70, 31), (1, 8, 26, 40), (1, 1, 64, 64))
+    x, grad = case.normal(shape), case.normal(shape)
+    kernel = torch.rand(case.choice([3], [21], [23], [5, 3]), generator=case.generator) + 0.1
+    emulator.check("subtractive_norm2d", x, kernel)
+    emulator.check("subtractive_norm2d_backward", grad, kernel)
+    name = case.choice("divisive_norm2d", "contrastive_norm2d")
+    emulator.check(name, x, kernel, 1e-4, 1e-4, loosen=4)
+    emulator.check(f"{name}_backward", grad, x, kernel, 1e-4, 1e-4, loosen=20)
+
+
+def test_local_normalization_of_many_images(configure):
+    """A launch of fewer blocks than images, and images too large for few blocks."""
+    for mode in (MODES[0], MODES[2]):
+        emulator = Emulator(configure, mode)
+        generator = torch.Generator().manual_seed(0)
+        for shape in ((2100, 1, 2, 3), (1, 600, 8, 8), (265, 150, 4, 4)):
+            x = torch.randn(shape, generator=generator)
+            kernel = torch.tensor([1.0, 2.0, 1.0])
+            emulator.check("contrastive_norm2d", x, kernel, 1e-4, 1e-4, loosen=4)
+            emulator.check("subtractive_norm2d_backward", x, kernel)
+
+
 def test_kernels_that_sum_to_zero_give_no_number(configure):
     """The CPU refuses them; on a GPU the host would have to wait to know."""
     emulator = Emulator(configure, MODES[0])
@@ -437,6 +490,26 @@ def test_softmax_and_log_softmax(emulator: Emulator, case: Cases):
     for name in ("softmax", "log_softmax"):
         y = emulator.check(name, x, dim, beta, loosen=2)
         emulator.check(f"{name}_backward", grad, y, dim, beta, loosen=20)
+
+
+# Rows that a warp, a block of either width or nobody can hold; multiples of a pack, and others.
+ROW_SIZES = (24, 256, 264, 1024, 1032, 2048, 4104, 8192, 8200, 9001, 16392, 32768, 32776, 33001)
+
+
+@cases(5)
+def test_softmax_of_every_length_of_rows(emulator: Emulator, case: Cases):
+    size = case.choice(*ROW_SIZES)
+    shape = [case.choice(1, 3), size]
+    x = placed(scores(case, shape), case.choice("contiguous", "contiguous", "misaligned"))
+    grad = case.normal(shape, case.choice("contiguous", "contiguous", "misaligned"))
+    beta = case.choice(1.0, -0.7)
+    for name in ("softmax", "log_softmax"):
+        y = emulator.check(name, x, 1, beta, loosen=2)
+        emulator.check(f"{name}_backward", grad, y, 1, beta, loosen=20)
+    target = torch.randint(size, shape[:1], generator=case.generator)
+    emulator.check("softmax_nll", x, target, beta, loosen=2)
+    _, logsumexp = torch.ops.mnist_ops.softmax_nll(x, target, beta)
+    emulator.check("softmax_nll_backward", grad[:, 0], x, target, logsumexp, beta, loosen=4)
 
 
 @cases(16)

@@ -297,3 +297,77 @@ def test_module_is_the_function(device):
     x = torch.randn(2, 3, 8, 8, device=device)
     assert torch.equal(module(x), lp_pool2d(x, 3, (2, 3), 2, 1, True))
     assert "norm_type=3, kernel_size=(2, 3), stride=2, padding=1, ceil_mode=True" in repr(module)
+
+
+# ------------------------------------------------------------ batches, bands, powers of the CPU's
+
+
+def windows_of(x, size, stride):
+    """(N, C, OH, OW, size * size): every window of every channel, in float64."""
+    return x.double().unfold(2, size, stride).unfold(3, size, stride).flatten(-2)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 0.5, 2.5, 7.3, INF])
+@pytest.mark.parametrize(
+    ("shape", "size", "stride"),
+    [
+        ((1, 1, 300, 201), 3, 2),  # more rows than a thread takes at a time
+        ((1, 2, 41, 1300), 2, 2),  # rows longer than a batch, one row left over
+        ((2, 600, 7, 9), 3, 2),  # more channels than a batch
+        ((2, 3, 60, 60), 5, 3),
+        ((1, 2, 64, 64), 20, 4),  # windows too large to gather in one cache
+    ],
+    ids=str,
+)
+def test_many_windows(device, p, shape, size, stride):
+    x = torch.randn(shape, device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        y = lp_pool2d(leaf, p, size, stride)
+        truth = x.double().requires_grad_()
+        magnitudes = windows_of(truth, size, stride).abs()
+        if p == INF:
+            expected = magnitudes.amax(-1)
+        else:
+            expected = magnitudes.pow(p).sum(-1).pow(1 / p)
+        torch.testing.assert_close(y.detach().double(), expected.detach(), rtol=2e-6, atol=0)
+        grad = torch.randn(y.shape, device=device)
+        (ours,) = torch.autograd.grad(y, leaf, grad)
+        (theirs,) = torch.autograd.grad(expected, truth, grad.double())
+        # Windows that share an element may cancel: relative to the largest of the gradients.
+        atol = 2e-6 * theirs.abs().max().item()
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 0.5, 1.5, 2.5, 7.3, 40.0, INF])
+def test_norms_of_large_and_small_numbers(device, p, dtype):
+    """Relative errors near those of one rounding, wherever the result can be represented."""
+    largest = {torch.float32: 36, torch.float64: 300}[dtype]
+    exponents = torch.arange(-largest, largest + 1, 4, dtype=torch.float64)
+    x = torch.randn(len(exponents), 8, 8, dtype=torch.float64) * 10 ** exponents[:, None, None]
+    x = x.to(dtype)
+    scale = x.double().abs().amax((1, 2), keepdim=True)  # the reference overflows without
+    windows = windows_of((x.double() / scale).unsqueeze(0), 2, 2)[0].abs()
+    expected = windows.amax(-1) if p == INF else windows.pow(p).sum(-1).pow(1 / p)
+    leaf = x.to(device).requires_grad_()
+    y = lp_pool2d(leaf, p, 2)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.detach().cpu().double() / scale, expected, rtol=8 * eps, atol=0)
+    # sum over a window of x dy/dx is y: the norm is homogeneous.
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    assert grad.isfinite().all()
+    moment = windows_of((x.double() / scale * grad.cpu().double()).unsqueeze(0), 2, 2)[0].sum(-1)
+    torch.testing.assert_close(moment, expected, rtol=max(30, 4 * min(p, 40)) * eps, atol=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_nan_stays_wherever_it_is(device, p):
+    for place in range(4):
+        x = torch.ones(1, 2, 2, device=device)
+        x.view(-1)[place] = float("nan")
+        x.requires_grad_()
+        y = lp_pool2d(x, p, 2)
+        assert y.isnan().all()
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert grad.view(-1)[place].isnan() or p == 1  # the sign of NaN is taken as 0

@@ -65,7 +65,11 @@ MNIST_OPS_HD A term(A x, A p) {
 template <Power power, typename A>
 MNIST_OPS_HD A root(A sum, A p) {
   if constexpr (power == Power::kTwo) return std::sqrt(sum);
-  if constexpr (power == Power::kThree) return cpu::power(sum, A(1) / A(3));
+  if constexpr (power == Power::kThree) {
+    // 1 / 3 is rounded, which a step of Newton's mends.
+    const A y = cpu::power(sum, A(1) / A(3));
+    return y - (y * y * y - sum) / (A(3) * y * y);
+  }
   if constexpr (power == Power::kFour) return std::sqrt(std::sqrt(sum));
   if constexpr (power == Power::kGeneral) return cpu::power(sum, A(1) / p);
   return sum;

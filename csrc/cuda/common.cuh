@@ -113,10 +113,19 @@ class Launcher {
     stream_.launch(kernel, blocks, threads, arguments...);
   }
 
+  // The same with another number of threads, all in a row.
+  template <typename Kernel, typename... Arguments>
+  void run_blocks(Kernel* kernel, int64_t blocks, int threads,
+                  const Arguments&... arguments) const {
+    if (blocks == 0) return;
+    stream_.launch(kernel, std::min(blocks, kMaxBlocks), dim3(static_cast<unsigned>(threads)),
+                   arguments...);
+  }
+
   // One block for each item, with so many threads and bytes of dynamic shared memory.
   template <typename Kernel, typename... Arguments>
-  void run_blocks(Kernel* kernel, int64_t items, int threads, int64_t shared_bytes,
-                  const Arguments&... arguments) const {
+  void run_blocks_with_shared(Kernel* kernel, int64_t items, int threads, int64_t shared_bytes,
+                              const Arguments&... arguments) const {
     if (items == 0) return;
     stream_.launch_with_shared(kernel, std::min(items, kMaxBlocks),
                                dim3(static_cast<unsigned>(threads)), shared_bytes, arguments...);
@@ -200,6 +209,31 @@ __device__ __forceinline__ A lane_max(A value, int lanes) {
     value = other > value ? other : value;
   }
   return value;
+}
+
+// The same over a block of kBlock threads in a row, for all of them. shared has a value for each
+// warp; what was in it before the call may be lost. All threads of the block must take part.
+template <int kBlock, typename A, typename Combine>
+__device__ __forceinline__ A block_combine(A value_of_warp, A* shared, const Combine& combine) {
+  constexpr int kWarps = kBlock / kWarp;
+  __syncthreads();  // whoever read shared before is done
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value_of_warp;
+  __syncthreads();
+  A value = shared[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, shared[warp]);
+  return value;
+}
+
+template <int kBlock, typename A>
+__device__ __forceinline__ A block_sum(A value, A* shared) {
+  return block_combine<kBlock>(lane_sum(value, kWarp), shared, [](A a, A b) { return a + b; });
+}
+
+template <int kBlock, typename A>
+__device__ __forceinline__ A block_max(A value, A* shared) {
+  return block_combine<kBlock>(lane_max(value, kWarp), shared,
+                               [](A a, A b) { return b > a ? b : a; });
 }
 
 // How many lanes share `size` items: all of them for large sizes, no more than needed for small.

@@ -1,14 +1,22 @@
 // Local normalization on CUDA.
 //
-// Bound by memory: subtractive reads the input twice (for the sum over channels, then to subtract)
-// and writes it once; divisive and contrastive read it once more for the squares. Between those
-// passes everything happens on planes, one value a pixel, 1/C of the data. The steps are kernels of
-// their own, so that images and kernels may have any size:
+// Bound by memory. Subtractive needs the input twice (for the sum over channels, then to subtract)
+// and writes it once, divisive and contrastive need it once more for the squares. Between those
+// passes everything happens on planes, one value a pixel, 1/C of the data.
+//
+// Small images (up to 1024 pixels, float64: 512), enough of them or none of them large: one launch.
+// A block takes an image at a time and keeps all planes in shared memory. It reads the input two or
+// three times, but from L1 or L2 after the first: memory sees one read and one write.
+//
+// Other images: the steps are kernels of their own, so that images and kernels may have any size.
 //   prepare   the kernel divided by its sum, and the coef plane
 //   reduce    sums over channels, several in one pass over the data
-//   blur      rows, then columns (or the 2-D kernel at once); the last step also finishes the plane
-//             (divides by coef, takes the root, applies the threshold, ...)
+//   blur      rows and columns of a tile by way of shared memory; the same launch finishes the
+//   plane
+//             (divides by coef, takes the root, applies the threshold, ...). Long kernels: rows,
+//             then columns; 2-D kernels at once
 //   apply     from planes back to every channel
+// Launches: subtractive 4 forward and backward; divisive 4 and 5; contrastive 6 and 8.
 //
 // A kernel whose sum is 0 or not finite gives infinities and NaN: to refuse it, as the CPU does,
 // the host would have to wait for the device.
@@ -21,29 +29,6 @@ namespace mnist_ops::cuda {
 namespace {
 
 // ---------------------------------------------------------------------------------------- prepare
-
-// weight = values / sum, as they are and flipped (the adjoint's); float64 until the last rounding.
-// One block: kernels have few taps. Partial sums by thread, then a tree, so the order is fixed.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    normalise_kernel(int64_t taps, const double* __restrict__ values, A* __restrict__ weight,
-                     A* __restrict__ flipped) {
-  __shared__ double partial[kThreads];
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    __syncthreads();
-  }
-  const double total = partial[0];
-  for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
-    const A normalised = static_cast<A>(values[i] / total);
-    weight[i] = normalised;
-    flipped[taps - 1 - i] = normalised;
-  }
-}
 
 // Sizes of a kernel and of the planes it blurs. A separable kernel has taps_h == taps_w.
 struct BlurGeometry {
@@ -61,27 +46,58 @@ __device__ __forceinline__ Taps taps_inside(int64_t i, int64_t size, int64_t tap
   return {i < radius ? radius - i : 0, i + radius < size ? taps : size + radius - i};
 }
 
-// The blur of a plane of ones. A thread computes a pixel; the taps come from L1, one address for
-// all threads of a warp.
+// weight = values / sum, as they are and flipped (the adjoint's), by a whole block; float64 until
+// the last rounding. Kernels have few taps. shared has a value for each warp.
+template <typename A>
+__device__ __forceinline__ void normalise(int64_t taps, const double* values, double* shared,
+                                          A* weight, A* flipped) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
+  sum = block_sum<kThreads>(sum, shared);
+  for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
+    const A normalised = static_cast<A>(values[i] / sum);
+    weight[i] = normalised;
+    flipped[taps - 1 - i] = normalised;
+  }
+}
+
+// One pixel of the blur of a plane of ones, with the weights weight(k).
+template <typename A, typename Weight>
+__device__ __forceinline__ A coefficient(const BlurGeometry& g, int64_t h, int64_t w,
+                                         const Weight& weight) {
+  const Taps rows = taps_inside(h, g.H, g.taps_h);
+  const Taps columns = taps_inside(w, g.W, g.taps_w);
+  A sum = A(0);
+  if (g.separable) {
+    A row = A(0);
+    for (int64_t k = columns.first; k < columns.last; ++k) row += weight(k);
+    for (int64_t k = rows.first; k < rows.last; ++k) sum += row * weight(k);
+  } else {
+    for (int64_t kh = rows.first; kh < rows.last; ++kh) {
+      for (int64_t kw = columns.first; kw < columns.last; ++kw) sum += weight(kh * g.taps_w + kw);
+    }
+  }
+  return sum;
+}
+
+// Every block adds up the kernel for itself, so that one launch does; the first one leaves the
+// weights. A thread computes a pixel; the taps come from L1, one address for all threads of a warp.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    coefficient_kernel(BlurGeometry g, const A* __restrict__ weight, A* __restrict__ coef) {
-  for (int64_t i = first_item<int64_t>(); i < g.H * g.W; i += item_stride<int64_t>()) {
-    const Taps rows = taps_inside(i / g.W, g.H, g.taps_h);
-    const Taps columns = taps_inside(i % g.W, g.W, g.taps_w);
-    A sum = A(0);
-    if (g.separable) {
-      A row = A(0);
-      for (int64_t k = columns.first; k < columns.last; ++k) row += weight[k];
-      for (int64_t k = rows.first; k < rows.last; ++k) sum += row * weight[k];
-    } else {
-      for (int64_t kh = rows.first; kh < rows.last; ++kh) {
-        for (int64_t kw = columns.first; kw < columns.last; ++kw) {
-          sum += weight[kh * g.taps_w + kw];
-        }
-      }
+    prepare_kernel(int64_t taps, BlurGeometry g, const double* __restrict__ values,
+                   A* __restrict__ weight, A* __restrict__ flipped, A* __restrict__ coef) {
+  __shared__ double shared[kThreads / kWarp];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
+  sum = block_sum<kThreads>(sum, shared);
+  const auto normalised = [=](int64_t i) { return static_cast<A>(values[i] / sum); };
+  if (blockIdx.x == 0) {
+    for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
+      weight[i] = flipped[taps - 1 - i] = normalised(i);
     }
-    coef[i] = sum;
+  }
+  for (int64_t i = first_item<int64_t>(); i < g.H * g.W; i += item_stride<int64_t>()) {
+    coef[i] = coefficient<A>(g, i / g.W, i % g.W, normalised);
   }
 }
 
@@ -104,6 +120,15 @@ struct SumOfSquares {
   template <typename A>
   __device__ void operator()(A (&sums)[kSums], A, A x, A mean) const {
     sums[0] += (x - mean) * (x - mean);
+  }
+};
+
+struct SumOfProducts {
+  static constexpr int kSums = 1;
+  static constexpr bool kReadsGradient = true;
+  template <typename A>
+  __device__ void operator()(A (&sums)[kSums], A grad, A x, A mean) const {
+    sums[0] += grad * (x - mean);
   }
 };
 
@@ -304,6 +329,52 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Both steps of a separable kernel at once, for a tile of the plane: the tile with its surroundings
+// comes to shared memory, zeros where the image ends, is blurred along rows and then along columns.
+// Up to kTileRadius the surroundings are 1.3 to 2.5 times the tile, and neighbouring tiles find
+// them in L2.
+constexpr int kTileSide = 32;
+constexpr int kTileRadius = 10;
+
+template <typename A, typename Finish>
+__global__ void __launch_bounds__(kThreads)
+    blur_tile_kernel(int64_t N, BlurGeometry g, const A* __restrict__ weight,
+                     const A* __restrict__ in, Finish finish) {
+  constexpr int kSide = kTileSide + 2 * kTileRadius;
+  __shared__ A tile[kSide * kSide];
+  __shared__ A blurred_rows[kSide * kTileSide];
+  const int taps = static_cast<int>(g.taps_w), radius = taps / 2;
+  const int side = kTileSide + 2 * radius;
+  const int64_t down = (g.H + kTileSide - 1) / kTileSide,
+                across = (g.W + kTileSide - 1) / kTileSide;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int64_t t = blockIdx.x; t < N * down * across; t += gridDim.x) {
+    const int64_t image = t / (down * across), place = t % (down * across);
+    const int64_t top = place / across * kTileSide, left = place % across * kTileSide;
+    const A* plane = in + image * g.H * g.W;
+    for (int i = thread; i < side * side; i += kThreads) {
+      const int64_t h = top + i / side - radius, w = left + i % side - radius;
+      tile[i] = h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
+    }
+    __syncthreads();
+    for (int i = thread; i < side * kTileSide; i += kThreads) {
+      const A* x = tile + i / kTileSide * side + i % kTileSide;
+      A sum = A(0);
+      for (int k = 0; k < taps; ++k) sum += x[k] * weight[k];
+      blurred_rows[i] = sum;
+    }
+    __syncthreads();
+    for (int i = thread; i < kTileSide * kTileSide; i += kThreads) {
+      const int64_t h = top + i / kTileSide, w = left + i % kTileSide;
+      if (h >= g.H || w >= g.W) continue;
+      A sum = A(0);
+      for (int k = 0; k < taps; ++k) sum += blurred_rows[i + k * kTileSide] * weight[k];
+      finish(sum, (image * g.H + h) * g.W + w, h * g.W + w);
+    }
+    __syncthreads();  // before the next turn overwrites the tile
+  }
+}
+
 // ------------------------------------------------------------------------------------------ apply
 
 // The planes that the last pass takes; null where it has no use for one.
@@ -370,6 +441,342 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ----------------------------------------------------------------------- small images, one launch
+
+constexpr int kMaxTaps = 512;  // of a kernel that shared memory holds
+
+template <typename A>
+constexpr int kMaxPixels = static_cast<int>(4096 / sizeof(A));
+
+template <typename T>
+struct ImageArguments {
+  LocalNorm kind;
+  int64_t N;
+  int C;
+  BlurGeometry g;
+  opmath_t<T> threshold, value;
+  const double* kernel;
+  const T* grad;   // backward
+  const T* input;  // of the subtractive backward: the gradient
+  T* out;
+};
+
+// A block's threads on one image, in either layout, n elements at a time: n divides H * W (NCHW) or
+// C (NHWC). Each step ends with a barrier.
+template <bool kChannelsLast, int n, typename T>
+struct ImageBlock {
+  using A = opmath_t<T>;
+  int C, H, W, HW, taps_h, taps_w;
+  bool separable;
+  const A *weight, *flipped;
+  A* partial;  // kThreads * n values
+
+  // sums[k][p] = the sums over channels that Terms names; mean is null for 0.
+  template <typename Terms>
+  __device__ __forceinline__ void reduce(const T* grad, const T* x, const A* mean,
+                                         A* const (&sums)[Terms::kSums]) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto add = [](A(&to)[Terms::kSums], T x_value, T grad_value, A centre) {
+      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(grad_value) : A(0),
+              static_cast<A>(x_value), centre);
+    };
+    if constexpr (kChannelsLast) {
+      const int packs = C / n;
+      int lanes = 1;
+      while (lanes < kWarp && lanes < packs) lanes *= 2;
+      const int lane = thread % lanes, per_turn = kThreads / lanes;
+      // The same number of turns for every thread of a warp: they meet in the shuffles.
+      for (int base = 0; base < HW; base += per_turn) {
+        const int pixel = base + thread / lanes;
+        A total[Terms::kSums] = {};
+        if (pixel < HW) {
+          const A centre = mean ? mean[pixel] : A(0);
+#pragma unroll 4
+          for (int c = lane; c < packs; c += lanes) {
+            const int64_t i = static_cast<int64_t>(pixel) * C + c * n;
+            const Pack<T, n> xs = load_pack<n>(x + i);
+            const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(grad + i) : xs;
+#pragma unroll
+            for (int j = 0; j < n; ++j) add(total, xs.values[j], gs.values[j], centre);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < Terms::kSums; ++k) {
+          total[k] = lane_sum(total[k], lanes);
+          if (lane == 0 && pixel < HW) sums[k][pixel] = total[k];
+        }
+      }
+    } else {
+      // Where a plane is less than one pack for each thread, groups of threads share the channels,
+      // and their sums are added in order.
+      const int packs = HW / n, groups = packs < kThreads ? kThreads / packs : 1;
+      const int group = groups > 1 ? thread / packs : 0;
+      const int first = groups > 1 ? thread % packs : thread;
+      for (int q = first; q < packs && group < groups; q += kThreads) {
+        A total[n][Terms::kSums] = {};
+#pragma unroll 4
+        for (int c = group; c < C; c += groups) {
+          const int64_t i = static_cast<int64_t>(c) * HW + q * n;
+          const Pack<T, n> xs = load_pack<n>(x + i);
+          const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(grad + i) : xs;
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            add(total[j], xs.values[j], gs.values[j], mean ? mean[q * n + j] : A(0));
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < Terms::kSums; ++k) {
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            // The first group's sums have their place in the plane, the others' wait.
+            A* const to = group == 0 ? sums[k] : partial + (k * (groups - 1) + group - 1) * HW;
+            to[q * n + j] = total[j][k];
+          }
+        }
+      }
+      __syncthreads();
+      if (groups > 1) {
+        for (int p = thread; p < HW; p += kThreads) {
+#pragma unroll
+          for (int k = 0; k < Terms::kSums; ++k) {
+            A total = sums[k][p];
+            for (int other = 1; other < groups; ++other) {
+              total += partial[(k * (groups - 1) + other - 1) * HW + p];
+            }
+            sums[k][p] = total;
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Blurs a plane and finishes it, by way of scratch; finish may write the plane itself.
+  template <typename Finish>
+  __device__ __forceinline__ void blur(const A* in, A* scratch, bool adjoint,
+                                       const Finish& finish) const {
+    const A* const taps = adjoint ? flipped : weight;
+    for (int p = static_cast<int>(threadIdx.x); p < HW; p += kThreads) {
+      const int h = p / W, w = p % W;
+      if (separable) {
+        scratch[p] = line(in + h * W, 1, W, w, taps, taps_w);
+      } else {
+        A sum = A(0);
+        for (int k = 0; k < taps_h; ++k) {
+          const int row = h + k - taps_h / 2;
+          if (row < 0 || row >= H) continue;
+          sum += line(in + row * W, 1, W, w, taps + k * taps_w, taps_w);
+        }
+        scratch[p] = sum;
+      }
+    }
+    __syncthreads();
+    for (int p = static_cast<int>(threadIdx.x); p < HW; p += kThreads) {
+      finish(separable ? line(scratch + p % W, W, H, p / W, taps, taps_h) : scratch[p], p, p);
+    }
+    __syncthreads();
+  }
+
+  // out = value(a, b, planes) for every element.
+  template <typename Value>
+  __device__ __forceinline__ void apply(const T* a, const T* b, const Planes<A>& planes,
+                                        T* out) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto one = [&](int64_t i, int pixel) {
+      const Pack<T, n> as = load_pack<n>(a + i);
+      const Pack<T, n> bs = Value::kReadsInput ? load_pack<n>(b + i) : as;
+      Pack<T, n> to;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        to.values[j] =
+            static_cast<T>(Value{}(static_cast<A>(as.values[j]), static_cast<A>(bs.values[j]),
+                                   planes, static_cast<int64_t>(pixel + (kChannelsLast ? 0 : j))));
+      }
+      store_pack(out + i, to);
+    };
+    if constexpr (kChannelsLast) {
+      const int packs = C / n;
+#pragma unroll 4
+      for (int i = thread; i < HW * packs; i += kThreads)
+        one(static_cast<int64_t>(i) * n, i / packs);
+    } else {
+      const int packs = HW / n, groups = packs < kThreads ? kThreads / packs : 1;
+      const int group = groups > 1 ? thread / packs : 0;
+      for (int q = groups > 1 ? thread % packs : thread; q < packs && group < groups;
+           q += kThreads) {
+#pragma unroll 4
+        for (int c = group; c < C; c += groups) one(static_cast<int64_t>(c) * HW + q * n, q * n);
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  // One output of a correlation along one dimension: correlate_at in 32 bits.
+  __device__ __forceinline__ static A line(const A* in, int step, int size, int i, const A* taps,
+                                           int count) {
+    const int radius = count / 2;
+    const int first = i < radius ? radius - i : 0;
+    const int last = i + radius < size ? count : size + radius - i;
+    A sum = A(0);
+    for (int k = first; k < last; ++k) sum += in[(i + k - radius) * step] * taps[k];
+    return sum;
+  }
+};
+
+// What the kernels of whole images begin with: weights and coef, and the block's view of them.
+template <int kPlanes, typename A>
+struct alignas(kVectorBytes) ImageMemory {
+  A planes[kPlanes][kMaxPixels<A>];
+  A coef[kMaxPixels<A>];
+  A weight[kMaxTaps], flipped[kMaxTaps];
+  double sums[kThreads / kWarp];
+};
+
+template <bool kChannelsLast, int n, typename T, typename Memory>
+__device__ __forceinline__ ImageBlock<kChannelsLast, n, T> begin(const ImageArguments<T>& a,
+                                                                 Memory& memory,
+                                                                 opmath_t<T>* partial) {
+  using A = opmath_t<T>;
+  const int H = static_cast<int>(a.g.H), W = static_cast<int>(a.g.W);
+  normalise(a.g.taps_h * (a.g.separable ? 1 : a.g.taps_w), a.kernel, memory.sums, memory.weight,
+            memory.flipped);
+  __syncthreads();
+  for (int p = static_cast<int>(threadIdx.x); p < H * W; p += kThreads) {
+    memory.coef[p] = coefficient<A>(a.g, p / W, p % W, [&](int64_t k) { return memory.weight[k]; });
+  }
+  __syncthreads();
+  return {a.C,
+          H,
+          W,
+          H * W,
+          static_cast<int>(a.g.taps_h),
+          static_cast<int>(a.g.taps_w),
+          a.g.separable,
+          memory.weight,
+          memory.flipped,
+          partial};
+}
+
+template <bool kChannelsLast, int n, typename T>
+__global__ void __launch_bounds__(kThreads) forward_image_kernel(ImageArguments<T> a) {
+  using A = opmath_t<T>;
+  __shared__ ImageMemory<3, A> memory;
+  __shared__ A partial[kThreads * n];
+  const auto block = begin<kChannelsLast, n>(a, memory, partial);
+  A *sum = memory.planes[0], *scratch = memory.planes[1];
+  A* const mean = a.kind == LocalNorm::kDivisive ? nullptr : memory.planes[2];
+  const A* const coef = memory.coef;
+  const A channels = static_cast<A>(a.C);
+  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
+    const T* x = a.input + image * a.C * block.HW;
+    T* y = a.out + image * a.C * block.HW;
+    if (mean) {
+      block.template reduce<SumOfInput>(x, x, nullptr, {sum});
+      block.blur(sum, scratch, false, FinishMean<A>{channels, coef, mean});
+    }
+    if (a.kind == LocalNorm::kSubtractive) {
+      block.template apply<Subtract>(x, x, {.mean = mean}, y);
+    } else {
+      block.template reduce<SumOfSquares>(x, x, mean, {sum});
+      block.blur(sum, scratch, false, FinishDivisor<A>{channels, a.threshold, a.value, coef, sum});
+      block.template apply<Divide>(x, x, {.mean = mean, .d = sum}, y);
+    }
+  }
+}
+
+// a.input of the subtractive gradient is the gradient.
+template <bool kChannelsLast, int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward_image_kernel(ImageArguments<T> a) {
+  using A = opmath_t<T>;
+  __shared__ ImageMemory<6, A> memory;
+  __shared__ A partial[kThreads * n];
+  const auto block = begin<kChannelsLast, n>(a, memory, partial);
+  A *sum = memory.planes[0], *scratch = memory.planes[1], *q = memory.planes[2];
+  A *squares = memory.planes[3], *grads = memory.planes[4];
+  const bool contrastive = a.kind == LocalNorm::kContrastive;
+  A* const mean = contrastive ? memory.planes[5] : nullptr;
+  const A* const coef = memory.coef;
+  const A channels = static_cast<A>(a.C);
+  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
+    const int64_t offset = image * a.C * block.HW;
+    const T *g = a.grad + offset, *x = a.input + offset;
+    T* gx = a.out + offset;
+    if (a.kind == LocalNorm::kSubtractive) {
+      block.template reduce<SumOfInput>(g, g, nullptr, {sum});
+      for (int p = static_cast<int>(threadIdx.x); p < block.HW; p += kThreads) sum[p] /= coef[p];
+      __syncthreads();
+      block.blur(sum, scratch, true, FinishAdjointMean<A>{channels, sum});
+      block.template apply<Subtract>(g, g, {.mean = sum}, gx);
+      continue;
+    }
+    if (contrastive) {
+      block.template reduce<SumOfInput>(x, x, nullptr, {sum});
+      block.blur(sum, scratch, false, FinishMean<A>{channels, coef, mean});
+    }
+    // Three sums of a group need three times the room: one after the other, from L1.
+    block.template reduce<SumOfProducts>(g, x, mean, {q});
+    block.template reduce<SumOfSquares>(x, x, mean, {squares});
+    block.template reduce<SumOfInput>(g, g, nullptr, {grads});
+    // In place: d of the squares, B of q, the mean's gradient of the sum.
+    block.blur(squares, scratch, false,
+               FinishDivisorGradient<A>{channels, a.threshold, a.value, coef, squares, q});
+    block.blur(q, scratch, true,
+               FinishB<A>{channels, coef, squares, grads, mean, q, contrastive ? sum : nullptr});
+    if (contrastive) block.blur(sum, scratch, true, FinishAdjointMean<A>{channels, sum});
+    block.template apply<DivideGradient>(
+        g, x, {.mean = mean, .d = squares, .b = q, .t = contrastive ? sum : nullptr}, gx);
+  }
+}
+
+// Blocks that look at enough images to make up for their preparation, and fill any device.
+constexpr int64_t kImageBlocks = 2048;
+
+template <typename T>
+bool takes_one_launch(const Images& images, const Tensor& kernel) {
+  // Few images that are large would leave most of the device without work.
+  const bool spread = images.N >= 264 || images.stride_n() <= 32768;
+  return images.H * images.W <= kMaxPixels<opmath_t<T>> && kernel.numel() <= kMaxTaps && spread &&
+         fits_32_bits(images.N * images.stride_n());
+}
+
+template <bool backward, typename T>
+void run_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
+                const LocalNormOptions& options, const T* grad, const T* input, T* out) {
+  const Tensor values = kernel_in_double(kernel);
+  const ImageArguments<T> a{
+      options.kind,
+      images.N,
+      static_cast<int>(images.C),
+      {images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1), kernel.dim() == 1},
+      static_cast<opmath_t<T>>(options.threshold),
+      static_cast<opmath_t<T>>(options.value),
+      values.const_data_ptr<double>(),
+      grad,
+      input,
+      out};
+  const auto launch = [&](auto* one, auto* packs, int64_t divided) {
+    const bool aligned = divided % kPackSize<T> == 0 && are_aligned(grad, input, out);
+    launcher.run_blocks(aligned ? packs : one, std::min(images.N, kImageBlocks), kThreads, a);
+  };
+  constexpr int n = kPackSize<T>;
+  if constexpr (backward) {
+    if (images.channels_last) {
+      launch(backward_image_kernel<true, 1, T>, backward_image_kernel<true, n, T>, images.C);
+    } else {
+      launch(backward_image_kernel<false, 1, T>, backward_image_kernel<false, n, T>,
+             images.H * images.W);
+    }
+  } else {
+    if (images.channels_last) {
+      launch(forward_image_kernel<true, 1, T>, forward_image_kernel<true, n, T>, images.C);
+    } else {
+      launch(forward_image_kernel<false, 1, T>, forward_image_kernel<false, n, T>,
+             images.H * images.W);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------- steps
 
 // The steps above on one batch of images, with the planes they need.
@@ -397,9 +804,8 @@ class Problem {
     weight_[0] = workspace_.mutable_data_ptr<A>();
     weight_[1] = weight_[0] + taps;
     coef = weight_[1] + taps;
-    launcher_.run(normalise_kernel<A>, 1, 1, kThreads, taps, values.const_data_ptr<double>(),
-                  weight_[0], weight_[1]);
-    launcher_.run_over(coefficient_kernel<A>, HW_, blur_, static_cast<const A*>(weight_[0]), coef);
+    launcher_.run_over(prepare_kernel<A>, HW_, taps, blur_, values.const_data_ptr<double>(),
+                       weight_[0], weight_[1], coef);
   }
 
   A* plane(int64_t k) const { return coef + HW_ + k * N_ * HW_; }
@@ -423,7 +829,11 @@ class Problem {
   void blur(const A* in, A* scratch, bool adjoint, const Finish& finish) const {
     const int64_t pixels = N_ * HW_;
     const A* weight = weight_[adjoint];
-    if (blur_.separable) {
+    if (blur_.separable && blur_.taps_w / 2 <= kTileRadius) {
+      const int64_t tiles = ceil_div(blur_.H, kTileSide) * ceil_div(blur_.W, kTileSide);
+      launcher_.run(blur_tile_kernel<A, Finish>, N_ * tiles, 1, kThreads, N_, blur_, weight, in,
+                    finish);
+    } else if (blur_.separable) {
       launcher_.run_over(blur_kernel<BlurStep::kRows, A, Store<A>>, pixels, pixels, blur_, weight,
                          in, Store<A>{scratch});
       launcher_.run_over(blur_kernel<BlurStep::kColumns, A, Finish>, pixels, pixels, blur_, weight,
@@ -550,6 +960,11 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if (output.numel() == 0) return;
+    if (takes_one_launch<T>(x, kernel)) {
+      const T* in = x.data.const_data_ptr<T>();
+      run_images<false, T>(launcher, x, kernel, options, in, in, output.mutable_data_ptr<T>());
+      return;
+    }
     forward_images(launcher, x, kernel, options, x.data.const_data_ptr<T>(),
                    output.mutable_data_ptr<T>());
   });
@@ -570,7 +985,9 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
     if (grad_input.numel() == 0) return;
     const T* go = grad.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
-    if (options.kind == LocalNorm::kSubtractive) {
+    if (takes_one_launch<T>(x, kernel)) {
+      run_images<true, T>(launcher, x, kernel, options, go, x.data.const_data_ptr<T>(), gi);
+    } else if (options.kind == LocalNorm::kSubtractive) {
       subtractive_backward_images(launcher, x, kernel, options, go, gi);
     } else {
       divisive_backward_images(launcher, x, kernel, options, go, x.data.const_data_ptr<T>(), gi);

@@ -1,10 +1,18 @@
-// LP pooling on CUDA.
+// LP pooling on CUDA. Every operator is one launch, the double backward two.
 //
-// One thread computes one result with the functions of one window and one element in ../lp_pool.h,
-// results in the order of memory: along a row in NCHW, along the channels in NHWC, so that writes
-// are coalesced in both and reads are apart by no more than the stride. p = 1, 2 and inf are bound
-// by memory (one read of the input and one write forward; gradient, input and output read and one
-// write backward: what windows share comes from cache), other norms by pow.
+// p = 1, 2 and inf are bound by memory: one read of the input and one write forward; gradient,
+// input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
+// which multiply. Three kinds of kernels, the first that fits:
+//   pairs     NCHW, 2x2 or 3x3 windows with stride 2, no padding (the reports' pooling): a thread
+//             takes a pack of neighbouring elements of each of a window's rows, and all windows
+//             that begin in it. 2x2: everything is read and written once, in packs, backward too,
+//             where the windows tile the image. 3x3: what windows share comes from L1.
+//   channels  NHWC, any windows, p = 1, 2, inf: a thread takes a pack of channels of one result;
+//             what windows share comes from L1 and L2.
+//   one       a thread computes one result with the functions of ../lp_pool.h, results in the order
+//             of memory, so that writes are coalesced and reads are apart by no more than the
+//             stride.
+// Divisions that find a result's place are in 32 bits, two or three for all that a thread does.
 //
 // The gradients gather from the windows over an element, in a fixed order: no atomics.
 
@@ -117,6 +125,404 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ------------------------------------------------------------------------- NCHW, 2x2 and 3x3,
+// stride 2
+
+// The p-norm of a window in registers.
+template <Norm norm, int kTaps, typename A>
+__device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
+  if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
+    A sum = A(0);
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) sum += norm == Norm::kTwo ? x[k] * x[k] : magnitude(x[k]);
+    if (norm == Norm::kOne) return sum;
+    if (is_safe_square_sum(sum)) return std::sqrt(sum);
+  }
+  A largest = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    const A size = magnitude(x[k]);
+    if (size > largest || size != size) largest = size;  // nothing is above NaN: it stays
+  }
+  // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
+  if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
+    return largest;
+  }
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    const A r = magnitude(x[k]) / largest;
+    sum += norm == Norm::kTwo ? r * r : raised(r, p);
+  }
+  return largest * (norm == Norm::kTwo ? std::sqrt(sum) : std::pow(sum, A(1) / p));
+}
+
+// Sizes of the planes that `pairs` kernels work on.
+struct PairGeometry {
+  int H, W, OH, OW;
+  int columns;  // packs of a row in which windows begin, or, backward, all packs
+};
+
+// Where a thread's pack lies: its plane, its row of windows, its index in the row.
+struct PairPlace {
+  int plane, row, column;
+};
+
+__device__ __forceinline__ PairPlace pair_place(int item, int rows, int columns) {
+  const unsigned above = static_cast<unsigned>(item) / static_cast<unsigned>(columns);
+  const unsigned plane = above / static_cast<unsigned>(rows);
+  return {static_cast<int>(plane), static_cast<int>(above - plane * static_cast<unsigned>(rows)),
+          static_cast<int>(static_cast<unsigned>(item) - above * static_cast<unsigned>(columns))};
+}
+
+// n elements of each of kSize rows, n / 2 windows.
+template <Norm norm, int kSize, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_pairs_kernel(int count, PairGeometry g, bool packed_out, opmath_t<T> p,
+                         const T* __restrict__ input, T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const PairPlace at = pair_place(item, g.OH, g.columns);
+    const T* x = input + (at.plane * g.H + 2 * at.row) * g.W + at.column * n;
+    const int ow = at.column * (n / 2);
+    A rows[kSize][n + 1];
+#pragma unroll
+    for (int kh = 0; kh < kSize; ++kh) {
+      const Pack<T, n> pack = load_pack<n>(x + kh * g.W);
+#pragma unroll
+      for (int j = 0; j < n; ++j) rows[kh][j] = static_cast<A>(pack.values[j]);
+      // The last window of three columns reaches into the next pack.
+      rows[kh][n] = kSize == 3 && ow + n / 2 <= g.OW ? static_cast<A>(x[kh * g.W + n]) : A(0);
+    }
+    Pack<T, n / 2> to;
+#pragma unroll
+    for (int m = 0; m < n / 2; ++m) {
+      A taps[kSize * kSize];
+#pragma unroll
+      for (int kh = 0; kh < kSize; ++kh) {
+#pragma unroll
+        for (int kw = 0; kw < kSize; ++kw) taps[kh * kSize + kw] = rows[kh][2 * m + kw];
+      }
+      to.values[m] = static_cast<T>(norm_of_taps<norm>(taps, p));
+    }
+    T* y = output + (at.plane * g.OH + at.row) * g.OW + ow;
+    if (packed_out) {
+      store_pack(y, to);
+    } else {
+#pragma unroll
+      for (int m = 0; m < n / 2; ++m) {
+        if (ow + m < g.OW) y[m] = to.values[m];
+      }
+    }
+  }
+}
+
+// 2x2 windows that tile the image: n elements of two rows, n / 2 windows.
+template <Norm norm, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_tiles_kernel(int count, PairGeometry g, opmath_t<T> p,
+                          const T* __restrict__ grad_output, const T* __restrict__ input,
+                          const T* __restrict__ output, T* __restrict__ grad_input) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const PairPlace at = pair_place(item, g.OH, g.columns);
+    const int i = (at.plane * g.H + 2 * at.row) * g.W + at.column * n;
+    const int o = (at.plane * g.OH + at.row) * g.OW + at.column * (n / 2);
+    const Pack<T, n> upper = load_pack<n>(input + i), lower = load_pack<n>(input + i + g.W);
+    const Pack<T, n / 2> ys = load_pack<n / 2>(output + o), gs = load_pack<n / 2>(grad_output + o);
+    Pack<T, n> to_upper, to_lower;
+#pragma unroll
+    for (int m = 0; m < n / 2; ++m) {
+      const A y = static_cast<A>(ys.values[m]), grad = static_cast<A>(gs.values[m]);
+      const A x[4] = {static_cast<A>(upper.values[2 * m]), static_cast<A>(upper.values[2 * m + 1]),
+                      static_cast<A>(lower.values[2 * m]), static_cast<A>(lower.values[2 * m + 1])};
+      A ties = A(0), slopes[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        slopes[k] = norm_gradient<norm>(x[k], y, p);
+        if (norm == Norm::kInf) ties += A(magnitude(x[k]) == y);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (norm == Norm::kInf && slopes[k] != A(0) && slopes[k] == slopes[k]) slopes[k] /= ties;
+        (k < 2 ? to_upper : to_lower).values[2 * m + k % 2] = static_cast<T>(grad * slopes[k]);
+      }
+    }
+    store_pack(grad_input + i, to_upper);
+    store_pack(grad_input + i + g.W, to_lower);
+  }
+}
+
+// 3x3 windows: n elements of the rows 2 i and 2 i + 1, over which lie the windows of the rows i - 1
+// and i. Windows that are not there count as 0.
+template <Norm norm, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_threes_kernel(int count, PairGeometry g, opmath_t<T> p,
+                           const T* __restrict__ grad_output, const T* __restrict__ input,
+                           const T* __restrict__ output, T* __restrict__ grad_input) {
+  using A = opmath_t<T>;
+  constexpr int kWindows = n / 2 + 1;  // in a row: one begins before the pack
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const PairPlace at = pair_place(item, (g.H + 1) / 2, g.columns);
+    const int first = at.column * (n / 2) - 1;
+    A ys[2][kWindows], gs[2][kWindows];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int oh = at.row - 1 + r;
+#pragma unroll
+      for (int m = 0; m < kWindows; ++m) {
+        const int ow = first + m;
+        const bool there = oh >= 0 && oh < g.OH && ow >= 0 && ow < g.OW;
+        const int o = (at.plane * g.OH + oh) * g.OW + ow;
+        ys[r][m] = there ? static_cast<A>(output[o]) : A(1);
+        gs[r][m] = there ? static_cast<A>(grad_output[o]) : A(0);
+      }
+    }
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      const int ih = 2 * at.row + below;
+      if (ih >= g.H) continue;
+      const int i = (at.plane * g.H + ih) * g.W + at.column * n;
+      const Pack<T, n> xs = load_pack<n>(input + i);
+      Pack<T, n> to;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const A x = static_cast<A>(xs.values[j]);
+        A sum = A(0);
+        // A window's rows 0 and 1 are those of this pair, its row 2 the next pair's first.
+#pragma unroll
+        for (int r = below; r < 2; ++r) {
+#pragma unroll
+          for (int m = j / 2 + j % 2; m < j / 2 + 2; ++m) {
+            const int ow = first + m, oh = at.row - 1 + r;
+            if (oh < 0 || oh >= g.OH || ow < 0 || ow >= g.OW) continue;
+            sum += gs[r][m] * norm_gradient<norm>(x, ys[r][m], p);
+          }
+        }
+        to.values[j] = static_cast<T>(sum);
+      }
+      store_pack(grad_input + i, to);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------ NHWC, any windows
+
+// The channels of a pack of one pixel, and where the pixel is.
+struct ChannelPlace {
+  int n, h, w, c;
+};
+
+__device__ __forceinline__ ChannelPlace channel_place(int item, int H, int W, int packs) {
+  const unsigned pixel = static_cast<unsigned>(item) / static_cast<unsigned>(packs);
+  const unsigned row = pixel / static_cast<unsigned>(W);
+  const unsigned image = row / static_cast<unsigned>(H);
+  return {static_cast<int>(image), static_cast<int>(row - image * static_cast<unsigned>(H)),
+          static_cast<int>(pixel - row * static_cast<unsigned>(W)),
+          static_cast<int>(static_cast<unsigned>(item) - pixel * static_cast<unsigned>(packs))};
+}
+
+template <Norm norm, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_channels_kernel(int count, PoolGeometryOf<int32_t> g, const T* __restrict__ input,
+                            T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
+    const T* image = input + g.input_offset(at.n, at.c * n);
+    const int top = g.first_row(at.h), bottom = g.last_row(at.h);
+    const int left = g.first_column(at.w), right = g.last_column(at.w);
+    A sums[n] = {};
+    for (int ih = top; ih < bottom; ++ih) {
+      for (int iw = left; iw < right; ++iw) {
+        const Pack<T, n> pack = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const A x = static_cast<A>(pack.values[j]), size = magnitude(x);
+          if (norm == Norm::kInf) {
+            if (size > sums[j] || size != size) sums[j] = size;
+          } else {
+            sums[j] += norm == Norm::kTwo ? x * x : size;
+          }
+        }
+      }
+    }
+    Pack<T, n> to;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      if (norm == Norm::kTwo) {
+        sums[j] = is_safe_square_sum(sums[j])
+                      ? std::sqrt(sums[j])
+                      : scaled_window_norm<norm>(image + j, g, A(2), at.h, at.w);
+      }
+      to.values[j] = static_cast<T>(sums[j]);
+    }
+    store_pack(output + item * n, to);
+  }
+}
+
+template <Norm norm, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_channels_kernel(int count, PoolGeometryOf<int32_t> g,
+                             const T* __restrict__ grad_output, const T* __restrict__ input,
+                             const T* __restrict__ output, T* __restrict__ grad_input) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, g.H, g.W, g.C / n);
+    const T* image = input + g.input_offset(at.n, at.c * n);
+    const int outputs = g.output_offset(at.n, at.c * n);
+    const Pack<T, n> xs = load_pack<n>(input + item * n);
+    A sums[n] = {};
+    for (int oh = g.first_window(at.h); oh < g.last_window(at.h); ++oh) {
+      for (int ow = g.first_window_column(at.w); ow < g.last_window_column(at.w); ++ow) {
+        const int o = outputs + oh * g.out_h + ow * g.out_w;
+        const Pack<T, n> ys = load_pack<n>(output + o), gs = load_pack<n>(grad_output + o);
+        A ties[n] = {};
+        if constexpr (norm == Norm::kInf) {
+          for (int ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+            for (int iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+              const Pack<T, n> others = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
+#pragma unroll
+              for (int j = 0; j < n; ++j) {
+                ties[j] +=
+                    A(magnitude(static_cast<A>(others.values[j])) == static_cast<A>(ys.values[j]));
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          A slope =
+              norm_gradient<norm>(static_cast<A>(xs.values[j]), static_cast<A>(ys.values[j]), A(2));
+          if (norm == Norm::kInf && slope != A(0) && slope == slope) slope /= ties[j];
+          sums[j] += static_cast<A>(gs.values[j]) * slope;
+        }
+      }
+    }
+    Pack<T, n> to;
+#pragma unroll
+    for (int j = 0; j < n; ++j) to.values[j] = static_cast<T>(sums[j]);
+    store_pack(grad_input + item * n, to);
+  }
+}
+
+// --------------------------------------------------------------------------------------- launches
+
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
+// What the pairs and channels kernels count in 32 bits: elements, and those a pack or a row beyond.
+bool counts_in_32_bits(const PoolGeometry& g) {
+  return fits_32_bits(g.N * g.C * g.H * g.W + 4 * g.W) && fits_32_bits(g.N * g.C * g.OH * g.OW);
+}
+
+// Windows of k x k with stride 2 that lie inside the image, in NCHW.
+bool in_pairs(const PoolGeometry& g, int64_t k, bool channels_last) {
+  return !channels_last && counts_in_32_bits(g) && g.kernel_h == k && g.kernel_w == k &&
+         g.stride_h == 2 && g.stride_w == 2 && g.padding_h == 0 && g.padding_w == 0 &&
+         2 * (g.OH - 1) + k <= g.H && 2 * (g.OW - 1) + k <= g.W;
+}
+
+// Calls body with the largest pack that rows of the input consist of; false if there is none.
+template <typename T, typename F>
+bool dispatch_row_pack(int64_t W, bool aligned, F&& body) {
+  constexpr int n = kPackSize<T>;
+  if (!aligned) return false;
+  if (W % n == 0) {
+    body(Number<n>{});
+    return true;
+  }
+  if constexpr (n > 2) {
+    if (W % (n / 2) == 0) {
+      body(Number<n / 2>{});
+      return true;
+    }
+  }
+  return false;
+}
+
+template <Norm norm, typename T>
+bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
+                     const T* input, T* output) {
+  using A = opmath_t<T>;
+  const bool aligned = are_aligned(input, output);
+  if constexpr (norm != Norm::kGeneral) {
+    constexpr int n = kPackSize<T>;
+    if (channels_last && counts_in_32_bits(g) && aligned && g.C % n == 0) {
+      bool launched = false;
+      dispatch_index(g, [&](const auto& narrow) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
+          const int64_t count = g.N * g.OH * g.OW * g.C / n;
+          launcher.run_over(forward_channels_kernel<norm, n, T>, count, static_cast<int>(count),
+                            narrow, input, output);
+          launched = true;
+        }
+      });
+      return launched;
+    }
+  }
+  const bool twos = in_pairs(g, 2, channels_last), threes = in_pairs(g, 3, channels_last);
+  if (!twos && !threes) return false;
+  return dispatch_row_pack<T>(g.W, aligned, [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    const int64_t columns = ceil_div(g.OW, n / 2), count = g.N * g.C * g.OH * columns;
+    const PairGeometry pairs{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
+                             static_cast<int>(g.OW), static_cast<int>(columns)};
+    const auto run = [&](auto* kernel) {
+      launcher.run_over(kernel, count, static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
+                        static_cast<A>(p), input, output);
+    };
+    if (twos) {
+      run(forward_pairs_kernel<norm, 2, n, T>);
+    } else {
+      run(forward_pairs_kernel<norm, 3, n, T>);
+    }
+  });
+}
+
+template <Norm norm, typename T>
+bool backward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
+                      const T* grad_output, const T* input, const T* output, T* grad_input) {
+  using A = opmath_t<T>;
+  const bool aligned = are_aligned(grad_output, input, output, grad_input);
+  if constexpr (norm != Norm::kGeneral) {
+    constexpr int n = kPackSize<T>;
+    if (channels_last && counts_in_32_bits(g) && aligned && g.C % n == 0) {
+      bool launched = false;
+      dispatch_index(g, [&](const auto& narrow) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
+          const int64_t count = g.N * g.H * g.W * g.C / n;
+          launcher.run_over(backward_channels_kernel<norm, n, T>, count, static_cast<int>(count),
+                            narrow, grad_output, input, output, grad_input);
+          launched = true;
+        }
+      });
+      return launched;
+    }
+  }
+  const bool tiles = in_pairs(g, 2, channels_last) && g.H == 2 * g.OH && g.W == 2 * g.OW;
+  // Equal maxima would have to be counted in windows that a thread does not hold.
+  const bool threes = norm != Norm::kInf && in_pairs(g, 3, channels_last);
+  if (!tiles && !threes) return false;
+  return dispatch_row_pack<T>(g.W, aligned, [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    const int64_t columns = g.W / n, count = g.N * g.C * ((g.H + 1) / 2) * columns;
+    const PairGeometry pairs{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
+                             static_cast<int>(g.OW), static_cast<int>(columns)};
+    const auto run = [&](auto* kernel) {
+      launcher.run_over(kernel, count, static_cast<int>(count), pairs, static_cast<A>(p),
+                        grad_output, input, output, grad_input);
+    };
+    if (tiles) {
+      run(backward_tiles_kernel<norm, n, T>);
+    } else if constexpr (norm != Norm::kInf) {
+      run(backward_threes_kernel<norm, n, T>);
+    }
+  });
+}
+
 // ------------------------------------------------------------------------------------- operators
 
 Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
@@ -131,6 +537,10 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
     using A = opmath_t<T>;
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
+      if (forward_vectors<norm>(launcher, geometry, x.channels_last, p, x.data.const_data_ptr<T>(),
+                                output.mutable_data_ptr<T>())) {
+        return;
+      }
       dispatch_index(geometry, [&](const auto& g) {
         using I = decltype(g.N + 0);
         launcher.run_over(forward_kernel<norm, T, I>, output.numel(),
@@ -157,6 +567,11 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
     using A = opmath_t<T>;
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
+      if (backward_vectors<norm>(launcher, geometry, x.channels_last, p, grad.const_data_ptr<T>(),
+                                 x.data.const_data_ptr<T>(), y.const_data_ptr<T>(),
+                                 grad_input.mutable_data_ptr<T>())) {
+        return;
+      }
       dispatch_index(geometry, [&](const auto& g) {
         using I = decltype(g.N + 0);
         launcher.run_over(backward_kernel<norm, T, I>, grad_input.numel(),

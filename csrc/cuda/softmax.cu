@@ -1,14 +1,18 @@
 // Softmax, log-softmax and softmax + NLL on CUDA.
 //
-// Bound by memory: one read and one write of every element where a line fits into registers, two
-// reads and one write elsewhere, the second of which finds most of its data in L2.
-//
-// Short rows, of up to 1024 elements innermost in memory: the lanes of a warp share a row and hold
-// it in registers; rows of up to 16 elements share a warp.
-//
-// Other lines: a block takes one long row, or 32 to 256 neighbouring lines where the dimension is
-// not innermost (threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out each
-// line). One pass finds the largest value and the sum together.
+// Bound by memory; every operator is one launch. Where the dimension is innermost in memory each
+// element is read once and written once (softmax_nll: read once), in packs of 16 bytes where rows
+// are aligned to that:
+//   tile    rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
+//   block
+//           brings 256 rows to shared memory, as one piece, and a thread takes a row from there
+//   warp    rows of up to 1024 elements: up to 32 lanes share a row and hold it in registers
+//   block   rows of up to 8192 (256 threads) and 32768 elements (1024 threads, float64: half), held
+//           in registers too; backward, which holds two numbers an element, half of it
+//   stream  longer rows: read twice, the second time from the end, whose elements are still in L2
+// Elsewhere (lines): a block takes 32 to 256 neighbouring lines, threadIdx.x across them, so that
+// reads are coalesced, and threadIdx.y shares out each line, which is read twice: the second
+// reading finds most of its data in L2. One pass finds the largest value and the sum together.
 //
 // Sums are added in an order that depends on the shape alone.
 //
@@ -24,6 +28,16 @@ namespace {
 
 enum class Kind { kSoftmax, kLogSoftmax, kNll };
 
+// exp(x) for elements of type T: half types are rounded more coarsely than the fast instruction is,
+// and with 4 bytes an element the exact one would be the bound, not memory.
+template <typename T>
+__device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (!std::is_same_v<T, opmath_t<T>>) return __expf(x);
+#endif
+  return std::exp(x);
+}
+
 // The largest of some values v, and the sum of exp(v - largest).
 template <typename A>
 struct Partial {
@@ -36,6 +50,23 @@ struct Partial {
       largest = v;
     } else if (v != -std::numeric_limits<A>::infinity()) {  // whose share is 0, not exp(-inf + inf)
       sum += std::exp(v - largest);
+    }
+  }
+
+  // Several at once: one rescaling for all of them.
+  template <typename T, int count>
+  __device__ void add_all(const A (&values)[count]) {
+    A m = largest;
+#pragma unroll
+    for (int j = 0; j < count; ++j) m = values[j] > m ? values[j] : m;
+    if (m > largest) {
+      sum *= exp_for<T>(largest - m);
+      largest = m;
+    }
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      // The share of -inf is 0, not exp(-inf + inf).
+      if (values[j] != -std::numeric_limits<A>::infinity()) sum += exp_for<T>(values[j] - m);
     }
   }
 
@@ -85,52 +116,118 @@ __device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, co
   f.logsumexp[line] = largest + log_sum;
 }
 
-// ------------------------------------------------------------------------------------- short rows
+// --------------------------------------------------------------------------- rows in registers
 
-// kHeld elements a thread, `lanes` threads a row. The missing elements of a row count as -inf.
-template <Kind kind, int kHeld, typename T>
-__global__ void __launch_bounds__(kThreads) forward_rows_kernel(Forward<T> f, int lanes) {
+// What one of `workers` threads holds of a row: kLoads packs of n elements, `workers` packs apart.
+// Those beyond the row's end count as `missing`, the others are multiplied by scale.
+template <int kLoads, int n, typename T>
+struct HeldRow {
+  using A = opmath_t<T>;
+  A values[kLoads][n];
+
+  __device__ __forceinline__ void load(const T* row, int size, int worker, int workers, A scale,
+                                       A missing) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = (worker + k * workers) * n;
+      if (i < size) {
+        const Pack<T, n> pack = load_pack<n>(row + i);
+#pragma unroll
+        for (int j = 0; j < n; ++j) values[k][j] = scale * static_cast<A>(pack.values[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < n; ++j) values[k][j] = missing;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(T* row, int size, int worker, int workers) const {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = (worker + k * workers) * n;
+      if (i < size) {
+        Pack<T, n> pack;
+#pragma unroll
+        for (int j = 0; j < n; ++j) pack.values[j] = static_cast<T>(values[k][j]);
+        store_pack(row + i, pack);
+      }
+    }
+  }
+
+  // Calls body with every value, by reference.
+  template <typename F>
+  __device__ __forceinline__ void each(const F& body) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) body(values[k][j]);
+    }
+  }
+};
+
+// Division by the sum: by multiplication for half types, which round it away.
+template <typename T, typename A>
+__device__ __forceinline__ A share_of(A power, A sum, A inverse) {
+  return std::is_same_v<T, A> ? power / sum : power * inverse;
+}
+
+// The steps of the forward on what a thread holds; max and sum reduce over the row's threads.
+template <Kind kind, int kLoads, int n, typename T, typename Max, typename Sum>
+__device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bool inside,
+                                            int worker, int workers, const Max& max,
+                                            const Sum& sum_up) {
+  using A = opmath_t<T>;
+  const int size = static_cast<int>(f.g.size);
+  const T* first = f.in + row * size;
+  constexpr A kMissing = -std::numeric_limits<A>::infinity();
+  HeldRow<kLoads, n, T> held;
+  held.load(first, inside ? size : 0, worker, workers, f.scale, kMissing);
+  A largest = kMissing;
+  held.each([&](A& v) { largest = v > largest ? v : largest; });
+  largest = max(largest);
+  A sum = A(0);
+  held.each([&](A& v) {
+    const A power = exp_for<T>(v - largest);
+    sum += power;
+    if (kind == Kind::kSoftmax) v = power;
+  });
+  sum = sum_up(sum);
+  if (!inside) return;
+  if constexpr (kind == Kind::kNll) {
+    if (worker == 0) write_loss(f, row, first, largest, sum);
+  } else {
+    const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+    const A inverse = A(1) / sum;
+    held.each(
+        [&](A& v) { v = kind == Kind::kSoftmax ? share_of<T>(v, sum, inverse) : v - log_sum; });
+    held.store(f.out + row * size, size, worker, workers);
+  }
+}
+
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kThreads) forward_warp_kernel(Forward<T> f, int lanes) {
   using A = opmath_t<T>;
   const int64_t rows = f.g.outer;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int size = static_cast<int>(f.g.size);
   // The same number of turns for every thread of a warp: they meet in the shuffles.
   for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    const T* first = f.in + row * size;
-    A values[kHeld];
-    A largest = -std::numeric_limits<A>::infinity();
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int i = lane + k * lanes;
-      values[k] = row < rows && i < size ? f.scale * static_cast<A>(first[i])
-                                         : -std::numeric_limits<A>::infinity();
-      largest = values[k] > largest ? values[k] : largest;
-    }
-    largest = lane_max(largest, lanes);
-    A sum = A(0);
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const A power = std::exp(values[k] - largest);
-      sum += power;
-      if (kind == Kind::kSoftmax) values[k] = power;
-    }
-    sum = lane_sum(sum, lanes);
-    if (row >= rows) continue;
-    if constexpr (kind == Kind::kNll) {
-      if (lane == 0) write_loss(f, row, first, largest, sum);
-    } else {
-      const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
-#pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int i = lane + k * lanes;
-        if (i < size) {
-          f.out[row * size + i] =
-              static_cast<T>(kind == Kind::kSoftmax ? values[k] / sum : values[k] - log_sum);
-        }
-      }
-    }
+    forward_row<kind, kLoads, n>(
+        f, row, row < rows, lane, lanes, [=](A v) { return lane_max(v, lanes); },
+        [=](A v) { return lane_sum(v, lanes); });
+  }
+}
+
+template <Kind kind, int kBlock, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kBlock) forward_block_kernel(Forward<T> f) {
+  using A = opmath_t<T>;
+  __shared__ A shared[kBlock / kWarp];
+  for (int64_t row = blockIdx.x; row < f.g.outer; row += gridDim.x) {
+    forward_row<kind, kLoads, n>(
+        f, row, true, static_cast<int>(threadIdx.x), kBlock,
+        [&](A v) { return block_max<kBlock>(v, shared); },
+        [&](A v) { return block_sum<kBlock>(v, shared); });
   }
 }
 
@@ -148,39 +245,278 @@ __device__ __forceinline__ A gradient_term(A grad, A y) {
   return kind == Kind::kSoftmax ? grad * y : grad;
 }
 
-template <Kind kind, typename A>
+template <Kind kind, typename T, typename A = opmath_t<T>>
 __device__ __forceinline__ A gradient_value(A grad, A y, A sum, A scale) {
-  return kind == Kind::kSoftmax ? scale * y * (grad - sum) : scale * (grad - std::exp(y) * sum);
+  return kind == Kind::kSoftmax ? scale * y * (grad - sum) : scale * (grad - exp_for<T>(y) * sum);
 }
 
-template <Kind kind, int kHeld, typename T>
-__global__ void __launch_bounds__(kThreads) backward_rows_kernel(Backward<T> b, int lanes) {
+template <Kind kind, int kLoads, int n, typename T, typename Sum>
+__device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, bool inside,
+                                             int worker, int workers, const Sum& sum_up) {
+  using A = opmath_t<T>;
+  const int size = static_cast<int>(b.g.size);
+  const int64_t first = row * size;
+  HeldRow<kLoads, n, T> grads, ys;
+  grads.load(b.grad + first, inside ? size : 0, worker, workers, A(1), A(0));
+  ys.load(b.out + first, inside ? size : 0, worker, workers, A(1), A(0));
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum += gradient_term<kind>(grads.values[k][j], ys.values[k][j]);
+  }
+  sum = sum_up(sum);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A& grad = grads.values[k][j];
+      grad = gradient_value<kind, T>(grad, ys.values[k][j], sum, b.scale);
+    }
+  }
+  if (inside) grads.store(b.result + first, size, worker, workers);
+}
+
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward_warp_kernel(Backward<T> b, int lanes) {
   using A = opmath_t<T>;
   const int64_t rows = b.g.outer;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int size = static_cast<int>(b.g.size);
   for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    const int64_t first = row * size;
-    A grads[kHeld], ys[kHeld];
-    A sum = A(0);
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int i = lane + k * lanes;
-      const bool inside = row < rows && i < size;
-      grads[k] = inside ? static_cast<A>(b.grad[first + i]) : A(0);
-      ys[k] = inside ? static_cast<A>(b.out[first + i]) : A(0);
-      sum += gradient_term<kind>(grads[k], ys[k]);
-    }
-    sum = lane_sum(sum, lanes);
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int i = lane + k * lanes;
-      if (row < rows && i < size) {
-        b.result[first + i] = static_cast<T>(gradient_value<kind>(grads[k], ys[k], sum, b.scale));
+    backward_row<kind, kLoads, n>(b, row, row < rows, lane, lanes,
+                                  [=](A v) { return lane_sum(v, lanes); });
+  }
+}
+
+template <Kind kind, int kBlock, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kBlock) backward_block_kernel(Backward<T> b) {
+  using A = opmath_t<T>;
+  __shared__ A shared[kBlock / kWarp];
+  for (int64_t row = blockIdx.x; row < b.g.outer; row += gridDim.x) {
+    backward_row<kind, kLoads, n>(b, row, true, static_cast<int>(threadIdx.x), kBlock,
+                                  [&](A v) { return block_sum<kBlock>(v, shared); });
+  }
+}
+
+// ---------------------------------------------------------------- short rows, by way of shared
+// memory
+
+constexpr int64_t kTileBytes = int64_t{32} << 10;
+
+// Between count neighbouring elements in global memory and in shared memory, by a whole block.
+template <typename T>
+__device__ __forceinline__ void copy_tile(const T* from, T* to, int count, bool aligned) {
+  constexpr int n = kPackSize<T>;
+  const int packs = aligned ? count / n : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
+    store_pack(to + i * n, load_pack<n>(from + i * n));
+  }
+  for (int i = packs * n + static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
+}
+
+// Shared memory for `bytes` bytes of T, which may have constructors, aligned to packs.
+template <int64_t bytes>
+struct alignas(kVectorBytes) SharedBytes {
+  unsigned char storage[bytes];
+  template <typename T>
+  __device__ T* as() {
+    return reinterpret_cast<T*>(storage);
+  }
+};
+
+// A row a thread. Rows follow each other in shared memory as they do outside: sizes that are no
+// multiple of a pack put the threads of a warp on different banks, or on few equal ones.
+template <Kind kind, typename T>
+__global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bool aligned) {
+  using A = opmath_t<T>;
+  __shared__ SharedBytes<kTileBytes> shared;
+  T* const tile = shared.template as<T>();
+  const int size = static_cast<int>(f.g.size);
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads; base < f.g.outer;
+       base += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int rows = static_cast<int>(f.g.outer - base < kThreads ? f.g.outer - base : kThreads);
+    copy_tile(f.in + base * size, tile, rows * size, aligned);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < rows) {
+      T* const x = tile + static_cast<int>(threadIdx.x) * size;
+      A largest = -std::numeric_limits<A>::infinity(), sum = A(0);
+      for (int i = 0; i < size; ++i) {
+        const A v = f.scale * static_cast<A>(x[i]);
+        largest = v > largest ? v : largest;
+      }
+      for (int i = 0; i < size; ++i) sum += exp_for<T>(f.scale * static_cast<A>(x[i]) - largest);
+      if constexpr (kind == Kind::kNll) {
+        write_loss(f, base + threadIdx.x, x, largest, sum);
+      } else {
+        const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+        const A inverse = A(1) / sum;
+        for (int i = 0; i < size; ++i) {
+          const A v = f.scale * static_cast<A>(x[i]);
+          x[i] = static_cast<T>(kind == Kind::kSoftmax
+                                    ? share_of<T>(exp_for<T>(v - largest), sum, inverse)
+                                    : v - log_sum);
+        }
       }
     }
+    __syncthreads();
+    if constexpr (kind != Kind::kNll) {
+      copy_tile(static_cast<const T*>(tile), f.out + base * size, rows * size, aligned);
+      __syncthreads();  // before the next turn overwrites the tile
+    }
+  }
+}
+
+template <Kind kind, typename T>
+__global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, bool aligned) {
+  using A = opmath_t<T>;
+  __shared__ SharedBytes<kTileBytes> shared;
+  T* const grads = shared.template as<T>();
+  T* const ys = grads + kTileBytes / 2 / static_cast<int64_t>(sizeof(T));
+  const int size = static_cast<int>(b.g.size);
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads; base < b.g.outer;
+       base += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int rows = static_cast<int>(b.g.outer - base < kThreads ? b.g.outer - base : kThreads);
+    copy_tile(b.grad + base * size, grads, rows * size, aligned);
+    copy_tile(b.out + base * size, ys, rows * size, aligned);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < rows) {
+      T* const g = grads + static_cast<int>(threadIdx.x) * size;
+      const T* const y = ys + static_cast<int>(threadIdx.x) * size;
+      A sum = A(0);
+      for (int i = 0; i < size; ++i) {
+        sum += gradient_term<kind>(static_cast<A>(g[i]), static_cast<A>(y[i]));
+      }
+      for (int i = 0; i < size; ++i) {
+        g[i] = static_cast<T>(
+            gradient_value<kind, T>(static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.scale));
+      }
+    }
+    __syncthreads();
+    copy_tile(static_cast<const T*>(grads), b.result + base * size, rows * size, aligned);
+    __syncthreads();
+  }
+}
+
+// ------------------------------------------------------------------------------ very long rows
+
+constexpr int kWideBlock = 1024;  // threads, so that few rows are under way and L2 holds them
+constexpr int kFlight = 4;        // packs of a thread that are read together
+
+// Calls body(index of the first element, is it inside) for a thread's packs of a row, kFlight of
+// them in a turn; from the end where `backwards`.
+template <bool backwards, int n, typename F>
+__device__ __forceinline__ void each_turn(int64_t size, const F& body) {
+  constexpr int64_t kTurn = int64_t{kWideBlock} * kFlight * n;
+  const int64_t turns = (size + kTurn - 1) / kTurn;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    body((backwards ? turns - 1 - turn : turn) * kTurn + static_cast<int64_t>(threadIdx.x) * n);
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f) {
+  using A = opmath_t<T>;
+  __shared__ SharedBytes<sizeof(Partial<A>) * (kWideBlock / kWarp)> shared;
+  const int64_t size = f.g.size;
+  const auto read = [&](const T* first, int64_t start, A(&values)[kFlight* n]) {
+#pragma unroll
+    for (int k = 0; k < kFlight; ++k) {
+      const int64_t i = start + int64_t{k} * kWideBlock * n;
+      const Pack<T, n> pack = i < size ? load_pack<n>(first + i) : Pack<T, n>{};
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        values[k * n + j] = i < size ? f.scale * static_cast<A>(pack.values[j])
+                                     : -std::numeric_limits<A>::infinity();
+      }
+    }
+  };
+  for (int64_t row = blockIdx.x; row < f.g.outer; row += gridDim.x) {
+    const T* first = f.in + row * size;
+    Partial<A> whole;
+    each_turn<false, n>(size, [&](int64_t start) {
+      A values[kFlight * n];
+      read(first, start, values);
+      whole.template add_all<T>(values);
+    });
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      Partial<A> other;
+      other.largest = __shfl_xor_sync(kWholeWarp, whole.largest, distance);
+      other.sum = __shfl_xor_sync(kWholeWarp, whole.sum, distance);
+      whole.merge(other);
+    }
+    whole = block_combine<kWideBlock>(whole, shared.template as<Partial<A>>(),
+                                      [](Partial<A> a, const Partial<A>& b) {
+                                        a.merge(b);
+                                        return a;
+                                      });
+    whole.finish();
+    if constexpr (kind == Kind::kNll) {
+      if (threadIdx.x == 0) write_loss(f, row, first, whole.largest, whole.sum);
+    } else {
+      const A log_sum = kind == Kind::kLogSoftmax ? whole.largest + std::log(whole.sum) : A(0);
+      const A inverse = A(1) / whole.sum;
+      T* out = f.out + row * size;
+      each_turn<true, n>(size, [&](int64_t start) {
+        A values[kFlight * n];
+        read(first, start, values);
+#pragma unroll
+        for (int k = 0; k < kFlight; ++k) {
+          const int64_t i = start + int64_t{k} * kWideBlock * n;
+          Pack<T, n> to;
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            const A v = values[k * n + j];
+            to.values[j] =
+                static_cast<T>(kind == Kind::kSoftmax
+                                   ? share_of<T>(exp_for<T>(v - whole.largest), whole.sum, inverse)
+                                   : v - log_sum);
+          }
+          if (i < size) store_pack(out + i, to);
+        }
+      });
+    }
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T> b) {
+  using A = opmath_t<T>;
+  __shared__ A shared[kWideBlock / kWarp];
+  const int64_t size = b.g.size;
+  for (int64_t row = blockIdx.x; row < b.g.outer; row += gridDim.x) {
+    const T *grad = b.grad + row * size, *out = b.out + row * size;
+    T* result = b.result + row * size;
+    A sum = A(0);
+    each_turn<false, n>(size, [&](int64_t start) {
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + int64_t{k} * kWideBlock * n;
+        if (i >= size) continue;
+        const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          sum += gradient_term<kind>(static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
+        }
+      }
+    });
+    sum = block_sum<kWideBlock>(sum, shared);
+    each_turn<true, n>(size, [&](int64_t start) {
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + int64_t{k} * kWideBlock * n;
+        if (i >= size) continue;
+        const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
+        Pack<T, n> to;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          to.values[j] = static_cast<T>(gradient_value<kind, T>(
+              static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.scale));
+        }
+        store_pack(result + i, to);
+      }
+    });
   }
 }
 
@@ -275,7 +611,7 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
     T* result = b.result + offset;
 #pragma unroll 4
     for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
-      result[i * step] = static_cast<T>(gradient_value<kind>(
+      result[i * step] = static_cast<T>(gradient_value<kind, T>(
           static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.scale));
     }
   }
@@ -283,8 +619,10 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
 
 // ------------------------------------------------------------------------- gradient of the loss
 
-// Element by element in the order of memory: the forward left the log of the sum.
-template <typename T, typename I>
+// In the order of memory: the forward left the log of the sum. n elements a thread, n > 1 for rows
+// (inner == 1), of which a pack may meet several; what remains after the packs is left to the first
+// threads.
+template <int n, typename T, typename I>
 __global__ void __launch_bounds__(kThreads)
     nll_gradient_kernel(I count, I size, I inner, opmath_t<T> scale,
                         const T* __restrict__ grad_loss, const T* __restrict__ input,
@@ -292,37 +630,89 @@ __global__ void __launch_bounds__(kThreads)
                         const opmath_t<T>* __restrict__ logsumexp, T* __restrict__ grad_input) {
   using A = opmath_t<T>;
   using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
-  for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
+  // The gradient of elements whose line and place along it are given, one line after the other.
+  struct Line {
+    A factor, log_sum;
+    int64_t target;
+  };
+  const auto line_at = [&](U line) {
+    const int64_t t = target[line];
+    A factor = scale * static_cast<A>(grad_loss[line]);
+    if (t < 0 || t >= static_cast<int64_t>(size)) factor = std::numeric_limits<A>::quiet_NaN();
+    return Line{factor, logsumexp[line], t};
+  };
+  const auto gradient = [&](const Line& line, U index, T x) {
+    A value = line.factor * exp_for<T>(scale * static_cast<A>(x) - line.log_sum);
+    if (static_cast<int64_t>(index) == line.target) value -= line.factor;
+    return static_cast<T>(value);
+  };
+  const auto one = [&](I i) {
     const U above = inner == 1 ? static_cast<U>(i) : static_cast<U>(i) / static_cast<U>(inner);
     const U outer = above / static_cast<U>(size);
     const U index = above - outer * static_cast<U>(size);  // along the line
     const U line =
         outer * static_cast<U>(inner) + (static_cast<U>(i) - above * static_cast<U>(inner));
-    const int64_t t = target[line];
-    A factor = scale * static_cast<A>(grad_loss[line]);
-    if (t < 0 || t >= static_cast<int64_t>(size)) factor = std::numeric_limits<A>::quiet_NaN();
-    A value = factor * std::exp(scale * static_cast<A>(input[i]) - logsumexp[line]);
-    if (static_cast<int64_t>(index) == t) value -= factor;
-    grad_input[i] = static_cast<T>(value);
+    grad_input[i] = gradient(line_at(line), index, input[i]);
+  };
+  if constexpr (n == 1) {
+    for (I i = first_item<I>(); i < count; i += item_stride<I>()) one(i);
+  } else {
+    const I packs = count / n;
+    for (I pack = first_item<I>(); pack < packs; pack += item_stride<I>()) {
+      const Pack<T, n> from = load_pack<n>(input + pack * n);
+      Pack<T, n> to;
+      U row = static_cast<U>(pack * n) / static_cast<U>(size);
+      U index = static_cast<U>(pack * n) - row * static_cast<U>(size);
+      Line line = line_at(row);
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (index == static_cast<U>(size)) {
+          index = 0;
+          line = line_at(++row);
+        }
+        to.values[j] = gradient(line, index++, from.values[j]);
+      }
+      store_pack(grad_input + pack * n, to);
+    }
+    const I rest = packs * n + first_item<I>();
+    if (rest < count) one(rest);
   }
 }
 
 // --------------------------------------------------------------------------------------- launches
 
-constexpr int64_t kLongestHeldRow = 1024;
-
 template <int n>
-struct Held {
+struct Number {
   static constexpr int value = n;
 };
 
-// Calls body(elements a thread holds, lanes) for a row of up to kLongestHeldRow elements.
-template <typename F>
-void dispatch_held(int64_t size, F&& body) {
-  if (size <= kWarp) return body(Held<1>{}, lanes_for(size));
-  if (size <= 4 * kWarp) return body(Held<4>{}, kWarp);
-  if (size <= 16 * kWarp) return body(Held<16>{}, kWarp);
-  return body(Held<32>{}, kWarp);
+// Which rows a block brings to shared memory: `tensors` of them at a time.
+template <typename T>
+bool takes_tile(const SoftmaxGeometry& g, int64_t tensors) {
+  return g.size % kPackSize<T> != 0 &&
+         g.size * kThreads * static_cast<int64_t>(sizeof(T)) * tensors <= kTileBytes;
+}
+
+// Calls body with the elements of a pack of rows of g.size elements that begin at these addresses.
+template <typename T, typename F, typename... Pointers>
+void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
+  constexpr int n = kPackSize<T>;
+  if (size % n == 0 && are_aligned(pointers...)) return body(Number<n>{});
+  body(Number<1>{});
+}
+
+// Calls warp(loads), block(threads, loads) or stream(), the first that can hold a row; loads are
+// the packs of n elements that a thread holds. A thread of a wide block has 64 registers.
+template <typename A, int n, int tensors, typename Warp, typename Block, typename Stream>
+void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stream& stream) {
+  constexpr int kFew = 8, kMany = 32 / tensors;
+  constexpr int kWide = 32 / tensors / static_cast<int>(sizeof(A) / sizeof(float));
+  if (size <= kWarp && n == 1) return warp(Number<1>{});
+  if (size <= kFew * kWarp) return warp(Number<kFew / n>{});
+  if (size <= 32 * kWarp) return warp(Number<32 / n>{});
+  if (size <= kMany * kThreads) return block(Number<kThreads>{}, Number<kMany / n>{});
+  if (size <= kWide * kWideBlock) return block(Number<kWideBlock>{}, Number<kWide / n>{});
+  stream();
 }
 
 // How many lines a block takes side by side.
@@ -333,28 +723,71 @@ int lines_of_block(const SoftmaxGeometry& g) {
 
 template <Kind kind, typename T>
 void launch_forward(const Launcher& launcher, const Forward<T>& f) {
-  if (f.g.inner == 1 && f.g.size <= kLongestHeldRow) {
-    dispatch_held(f.g.size, [&](auto held, int lanes) {
-      launcher.run(forward_rows_kernel<kind, decltype(held)::value, T>, f.g.outer, kThreads / lanes,
-                   kThreads, f, lanes);
-    });
-  } else {
+  const int64_t rows = f.g.outer, size = f.g.size;
+  if (f.g.inner != 1) {
     const int lines = lines_of_block(f.g);
     launcher.run(forward_lines_kernel<kind, T>, f.g.outer * f.g.inner, lines, lines, f);
+    return;
   }
+  // A loss is written by itself.
+  const T* const out = kind == Kind::kNll ? f.in : f.out;
+  if (takes_tile<T>(f.g, 1)) {
+    launcher.run(forward_tile_kernel<kind, T>, rows, kThreads, kThreads, f, are_aligned(f.in, out));
+    return;
+  }
+  dispatch_pack<T>(
+      size,
+      [&](auto pack) {
+        constexpr int n = decltype(pack)::value;
+        dispatch_row<opmath_t<T>, n, 1>(
+            size,
+            [&](auto loads) {
+              const int lanes = lanes_for(ceil_div(size, n));
+              launcher.run(forward_warp_kernel<kind, decltype(loads)::value, n, T>, rows,
+                           kThreads / lanes, kThreads, f, lanes);
+            },
+            [&](auto threads, auto loads) {
+              constexpr int kBlock = decltype(threads)::value;
+              launcher.run_blocks(forward_block_kernel<kind, kBlock, decltype(loads)::value, n, T>,
+                                  rows, kBlock, f);
+            },
+            [&] { launcher.run_blocks(forward_stream_kernel<kind, n, T>, rows, kWideBlock, f); });
+      },
+      f.in, out);
 }
 
 template <Kind kind, typename T>
 void launch_backward(const Launcher& launcher, const Backward<T>& b) {
-  if (b.g.inner == 1 && b.g.size <= kLongestHeldRow) {
-    dispatch_held(b.g.size, [&](auto held, int lanes) {
-      launcher.run(backward_rows_kernel<kind, decltype(held)::value, T>, b.g.outer,
-                   kThreads / lanes, kThreads, b, lanes);
-    });
-  } else {
+  const int64_t rows = b.g.outer, size = b.g.size;
+  if (b.g.inner != 1) {
     const int lines = lines_of_block(b.g);
     launcher.run(backward_lines_kernel<kind, T>, b.g.outer * b.g.inner, lines, lines, b);
+    return;
   }
+  if (takes_tile<T>(b.g, 2)) {
+    launcher.run(backward_tile_kernel<kind, T>, rows, kThreads, kThreads, b,
+                 are_aligned(b.grad, b.out, b.result));
+    return;
+  }
+  dispatch_pack<T>(
+      size,
+      [&](auto pack) {
+        constexpr int n = decltype(pack)::value;
+        dispatch_row<opmath_t<T>, n, 2>(
+            size,
+            [&](auto loads) {
+              const int lanes = lanes_for(ceil_div(size, n));
+              launcher.run(backward_warp_kernel<kind, decltype(loads)::value, n, T>, rows,
+                           kThreads / lanes, kThreads, b, lanes);
+            },
+            [&](auto threads, auto loads) {
+              constexpr int kBlock = decltype(threads)::value;
+              launcher.run_blocks(backward_block_kernel<kind, kBlock, decltype(loads)::value, n, T>,
+                                  rows, kBlock, b);
+            },
+            [&] { launcher.run_blocks(backward_stream_kernel<kind, n, T>, rows, kWideBlock, b); });
+      },
+      b.grad, b.out, static_cast<const T*>(b.result));
 }
 
 // ------------------------------------------------------------------------------------- operators
@@ -458,13 +891,23 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
     MNIST_OPS_CHECK(saved.scalar_type() == kWide<A>, op, ": logsumexp must be ",
                     torch::headeronly::toString(kWide<A>), ", got ",
                     torch::headeronly::toString(saved.scalar_type()));
+    const T* in = x.const_data_ptr<T>();
+    T* gi = grad_input.mutable_data_ptr<T>();
+    const bool packs = g.inner == 1 && are_aligned(in, gi);
+    const auto run = [&](auto kernel, int64_t items, auto index) {
+      using I = decltype(index);
+      launcher.run_over(kernel, items, static_cast<I>(x.numel()), static_cast<I>(g.size),
+                        static_cast<I>(g.inner), static_cast<A>(beta), grad.const_data_ptr<T>(), in,
+                        classes.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(), gi);
+    };
     const auto launch = [&](auto index) {
       using I = decltype(index);
-      launcher.run_over(nll_gradient_kernel<T, I>, x.numel(), static_cast<I>(x.numel()),
-                        static_cast<I>(g.size), static_cast<I>(g.inner), static_cast<A>(beta),
-                        grad.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                        classes.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(),
-                        grad_input.mutable_data_ptr<T>());
+      constexpr int n = kPackSize<T>;
+      if (packs) {
+        run(nll_gradient_kernel<n, T, I>, ceil_div(x.numel(), n), index);
+      } else {
+        run(nll_gradient_kernel<1, T, I>, x.numel(), index);
+      }
     };
     if (fits_32_bits(x.numel())) {
       launch(int32_t{});

@@ -108,9 +108,9 @@ def direct(name: str) -> Callable[..., Any]:
     """Return ``torch.ops.mnist_ops.<name>``, on a shorter way where there is one.
 
     The Autograd kernels are Python (see ``register_autograd``), and a call of the operator goes
-    from Python through the dispatcher into Python again. For plain tensors in eager PyTorch, outside
-    of ``torch.func`` and autocast, what that kernel would do is done at once. It halves the time of
-    a small call.
+    from Python through the dispatcher into Python again. For plain tensors in eager PyTorch,
+    outside of ``torch.func`` and autocast, what that kernel would do is done at once. It halves the
+    time of a small call.
     """
     op = getattr(torch.ops.mnist_ops, name).default
     below_autograd = torch._C._AutoDispatchBelowAutograd
