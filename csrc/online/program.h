@@ -411,7 +411,7 @@ class Planner {
       prepare(*s.norm, s.out.blur);
       s.backward_blur = adjoint_of(s.out.blur);
       // All channels of a pixel are in one block: their sum costs nothing more.
-      if (!p.split && s.out.blur.source == MeanSource::kMap) {
+      if (!p.split && s.pool != nullptr && s.out.blur.source == MeanSource::kMap) {
         p.channel_sum = s.out.blur.sum;
         s.out.blur.source = MeanSource::kSum;
       }
