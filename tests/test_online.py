@@ -513,6 +513,25 @@ def test_the_same_bits_in_every_run_and_mode(cuda, dtype):
     assert all(torch.equal(found[0], other) for other in found)
 
 
+def test_opcheck_on_cuda(cuda):
+    networks = [network(nn.LPPool2d(2, 2), nn.SubtractiveNorm2d(gaussian1d(3))) for _ in range(2)]
+    engine = OnlineSGD([model.to(cuda) for model in networks], momentum=0.5)
+    images, labels = samples(3, 9, 8)
+    values_of = [p.detach().clone() for model in networks for p in model.parameters()]
+    settings = torch.tensor([[0.1, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0]] * 2, dtype=torch.float64)
+    for mode in (1, 2):
+        arguments = (
+            values_of,
+            [torch.zeros_like(value) for value in values_of],
+            engine.engines[0]._network,
+            [kernel for each in engine.engines for kernel in each._kernels],
+            *(images.to(cuda), labels.to(cuda), torch.arange(10, device=cuda).reshape(2, 5)),
+            torch.empty(0, dtype=torch.float64, device=cuda),
+            *(0, settings, False, mode, True),
+        )
+        torch.library.opcheck(torch.ops.mnist_ops.online_sgd_models, arguments)
+
+
 def test_errors_on_the_device_change_nothing(device):
     model = network(nn.LPPool2d(2, 2)).to(device)
     before = values(model).clone()

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_cuda_emulator import _memory_filled_with_nan
-from test_online import LAYERS, network, samples, values
+from test_online import LAYERS, fit, fit_setup, network, samples, values
 from torch import Tensor
 from torch.nn import Conv2d, Flatten, Linear, MaxPool2d, ReLU, Sequential, Tanh
 
 from mnist_ops import gaussian1d, models, nn, online, torch7
-from mnist_ops.online import LOSSES, OnlineSGD
+from mnist_ops.online import LOSSES, OnlineSGD, OptimizerEngine
 
 __all__ = ["_memory_filled_with_nan"]  # a fixture for all tests
 
@@ -335,6 +335,25 @@ def test_chunks_and_saved_states_change_nothing(emulated, tmp_path):
     parts = [*first, again.run(images, labels, order[15:])]
     for got, wanted in zip(zip(*parts, strict=True), whole, strict=True):
         assert torch.equal(torch.cat(got), wanted)
+
+
+def test_in_place_of_autograd(emulated):
+    """Behind training.fit, with the optimizer's state and a transform, as on the CPU."""
+    emulated.set()
+    histories = []
+    for on_device in (True, False):
+        model, sgd, generator = fit_setup()
+        engine = OptimizerEngine(model, sgd, transform=lambda batch: batch * 0.5)
+        if on_device:
+            emulated.put(engine)
+            assert engine.chunk == 2000
+        histories.append((fit(model, sgd, generator, engine, chunk=11), values(model), sgd))
+    (ours, our_values, our_sgd), (theirs, their_values, their_sgd) = histories
+    assert [r.train_accuracy for r in ours] == [r.train_accuracy for r in theirs]
+    torch.testing.assert_close(our_values, their_values, rtol=0, atol=1e-12)
+    assert our_sgd.param_groups[0]["steps"] == their_sgd.param_groups[0]["steps"] == 60
+    for state, other in zip(our_sgd.state.values(), their_sgd.state.values(), strict=True):
+        torch.testing.assert_close(state["velocity"], other["velocity"], rtol=0, atol=1e-12)
 
 
 # ----------------------------------------------------------------------------- several models
