@@ -1,6 +1,7 @@
 """Online SGD of the original network, microseconds a sample: engine, eager, compiled, floor.
 
     python benchmarks/bench_online_sgd.py [--rounds 15] [--threads 1] [--json FILE]
+    python benchmarks/bench_online_sgd.py --device cuda [--models 1,2,4,8,16,32,64] [--json FILE]
 
 Every round times each contender once, on the same samples, one after the other in one process, so
 that whatever else the machine does meets all of them. Printed are medians over the rounds, of the
@@ -19,6 +20,17 @@ Contenders
                   with the network's own matrix products, and with one large square product: what a
                   step would take if im2col, tanh, pooling, normalization, the fully connected
                   weights' way through memory and the loop itself cost nothing
+
+On CUDA, without TF32, timed with the device idle before and after
+    graph, persistent  ``OnlineSGD`` in its two modes, float32 and float64
+    tuned eager   as above, on the device
+    captured      the same step, forward, backward and update, as one ``torch.cuda.CUDAGraph`` that
+                  is replayed for each sample: PyTorch's own operators without the interpreter
+    compiled      ``torch.compile(mode="reduce-overhead")`` of its forward and backward
+    floor         the step's multiplications at the rate of ``torch.mm`` for a large product
+
+    and the samples a second of all models together against how many of them share the device
+    (``OnlineSGD`` of a list), which on the CPU is what ``--models`` alone gives, too.
 
 What the profile said (time stamps around every layer; AMD Zen 4, one thread; microseconds in
 float32 / float64, of about 720 / 1530 in all)
@@ -47,17 +59,22 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_ops import gaussian1d, models, torch7
+from mnist_ops import build_info, gaussian1d, models, torch7
 from mnist_ops.online import OnlineSGD
 from mnist_ops.runner import processor
+
+#: The exit status of a benchmark that has no meaning here.
+SKIPPED = 77
 
 # Multiplications and additions of one step: each convolution's forward and gradients (none for the
 # images), and the fully connected layers'.
@@ -108,36 +125,84 @@ class Eager(nn.Module):
         return F.log_softmax(self.linear2(torch.tanh(self.linear1(x.flatten(1)))), 1)
 
 
-def eager_runner(tuned: bool, compiled: bool) -> Callable[[Tensor, Tensor], None]:
+Runner = Callable[[Tensor, Tensor], None]
+
+
+def eager_runner(
+    tuned: bool, compiled: bool, device: str = "cpu", compile_mode: str | None = None
+) -> Runner:
     """Train an Eager network on the samples given to the function that is returned."""
-    model = Eager(tuned)
+    model = Eager(tuned).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
 
     def forward(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         output = model(image)
         return F.nll_loss(output, label), output.detach().argmax(1)
 
-    step = torch.compile(forward) if compiled else forward
+    step = torch.compile(forward, mode=compile_mode) if compiled else forward
 
     def run(images: Tensor, labels: Tensor) -> None:
         results = []
         for image, label in zip(images.split(1), labels.split(1), strict=True):
+            if compile_mode is not None:
+                torch.compiler.cudagraph_mark_step_begin()
             optimizer.zero_grad()
             loss, prediction = step(image, label)
             loss.backward()
             optimizer.step()
-            results.append((loss.detach(), prediction))
+            # The next replay of a graph writes to the same memory.
+            results.append((loss.detach().clone(), prediction.clone()))
 
     return run
 
 
-def engine_runner(dtype: torch.dtype, threads: int) -> Callable[[Tensor, Tensor], None]:
-    """Train the library's network with the engine."""
-    model = models.convnet(dtype=dtype, generator=torch7.start(seed=1))
-    engine = OnlineSGD(model, threads=threads)
+def captured_runner(device: str) -> Runner:
+    """The same step as one CUDA graph of PyTorch's operators; inputs are copied into its memory."""
+    model = Eager(tuned=True).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+    image, label = torch.zeros(1, 1, 32, 32, device=device), torch.zeros(1, device=device).long()
+
+    def step() -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        output = model(image)
+        loss = F.nll_loss(output, label)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), output.detach().argmax(1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, prediction = step()
 
     def run(images: Tensor, labels: Tensor) -> None:
-        engine.run(images, labels, torch.arange(len(images)))
+        results = []
+        for one, its_label in zip(images.split(1), labels.split(1), strict=True):
+            image.copy_(one)
+            label.copy_(its_label)
+            graph.replay()
+            results.append((loss.clone(), prediction.clone()))
+
+    return run
+
+
+def engine_runner(
+    dtype: torch.dtype, threads: int, device: str = "cpu", mode: str = "auto", count: int = 0
+) -> Runner:
+    """Train the library's network with the engine; with a count, so many of them at once."""
+    networks = [
+        models.convnet(dtype=dtype, device=device, generator=torch7.start(seed=seed))
+        for seed in range(1, max(count, 1) + 1)
+    ]
+    engine = OnlineSGD(networks if count else networks[0], threads=threads, mode=mode)
+
+    def run(images: Tensor, labels: Tensor) -> None:
+        engine.run(images, labels, torch.arange(len(images), device=images.device))
 
     return run
 
@@ -171,15 +236,133 @@ def floors(dtype: torch.dtype) -> list[tuple[float, float]]:
     return result
 
 
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """On the wall, with the device idle before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def square_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    """Floating-point operations a second of one large matrix product."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    b = torch.randn_like(a)
+    best = min(seconds(lambda: torch.mm(a, b), device) for _ in range(5))
+    return 2 * size**3 / best
+
+
+def median_times(runners: dict[str, Runner], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Microseconds a step of each contender in each round; one that fails is left out, and told."""
+    torch.manual_seed(0)
+    images = torch.randn(args.samples, 1, 32, 32, device=args.device)
+    labels = torch.randint(0, 10, (args.samples,), device=args.device)
+    for name, run in list(runners.items()):
+        try:
+            for _ in range(3):  # compilers, caches, allocators
+                run(images[:20], labels[:20])
+            seconds(lambda run=run: run(images, labels), args.device)  # type: ignore[misc]
+        except Exception as error:
+            print(f"{name} does not run: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+            del runners[name]
+    rows: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(args.rounds):
+        for name, run in runners.items():
+            took = seconds(lambda run=run: run(images, labels), args.device)  # type: ignore[misc]
+            rows[name].append(took / args.samples * 1e6)
+    return rows
+
+
+def several_models(args: argparse.Namespace) -> dict[str, Any]:
+    """Samples a second of all models together, against how many of them there are."""
+    runners = {}
+    for dtype in (torch.float32, torch.float64):
+        for count in args.models:
+            name = f"{count} models {str(dtype).removeprefix('torch.')}"
+            runners[name] = engine_runner(dtype, args.threads, args.device, count=count)
+    rows = median_times(runners, args)
+    print(f"\n{'models at once':30s} {'us a step':>10s} {'samples/s':>12s} {'gain':>6s}")
+    rates: dict[str, float] = {}
+    for name, times in rows.items():
+        count, _, dtype_name = name.split()
+        step = statistics.median(times)
+        rates[name] = int(count) / step * 1e6
+        alone = rates.get(f"1 models {dtype_name}")
+        gain = f"{rates[name] / alone:6.2f}" if alone else ""
+        print(f"{name:30s} {step:10.1f} {rates[name]:12.0f} {gain}")
+    return {"microseconds": rows, "samples a second": rates}
+
+
+def on_cuda(args: argparse.Namespace) -> dict[str, Any]:
+    """The table of one model on CUDA."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    runners = {
+        f"{mode} {name}": engine_runner(dtype, 1, "cuda", mode)
+        for name, dtype in (("float32", torch.float32), ("float64", torch.float64))
+        for mode in ("graph", "persistent")
+    }
+    runners["tuned eager float32"] = eager_runner(True, False, "cuda")
+    try:
+        runners["captured float32"] = captured_runner("cuda")
+    except Exception as error:
+        print(f"no capture: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+    if not args.no_compile:
+        runners["compiled float32"] = eager_runner(True, True, "cuda", "reduce-overhead")
+    rows = median_times(runners, args)
+    floors_us = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        floors_us[f"floor {name}"] = FLOP / square_rate(dtype, "cuda", 4096) * 1e6
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.rounds} rounds of "
+        f"{args.samples} samples, {FLOP / 1e6:.1f} MFLOP a sample"
+    )
+    print(f"{'microseconds a step':30s} {'median':>8s} {'best':>8s} {'s an epoch':>11s}")
+    for name, times in rows.items():
+        step = statistics.median(times)
+        print(f"{name:30s} {step:8.1f} {min(times):8.1f} {step * 0.06:11.2f}")
+    for name, step in floors_us.items():
+        print(f"{name:30s} {step:8.2f}")
+    return {"microseconds": rows, "floors": floors_us, "device": torch.cuda.get_device_name()}
+
+
+def device_main(args: argparse.Namespace) -> None:
+    """Everything on CUDA, or several models on the CPU."""
+    record: dict[str, Any] = {"torch": torch.__version__, "machine": processor()}
+    if args.device == "cuda":
+        record |= on_cuda(args)
+        args.models = args.models or [1, 2, 4, 8, 16, 32, 64]
+    if args.models:
+        record["several models"] = several_models(args)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--samples", type=int, default=50, help="timed at a time")
+    parser.add_argument("--samples", type=int, help="timed at a time: 50, on CUDA 1000")
+    parser.add_argument(
+        "--models",
+        type=lambda text: [int(count) for count in text.split(",")],
+        help="numbers of models that train at once, as 1,2,4",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of the engine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
+    if args.device == "cuda" and build_info()["cuda"] != "available":
+        print(f"skipped: {build_info()['cuda']}")
+        sys.exit(SKIPPED)
+    args.samples = args.samples or (1000 if args.device == "cuda" else 50)
+    if args.device == "cuda" or args.models:
+        torch.set_num_threads(args.threads)
+        device_main(args)
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images, labels = torch.randn(args.samples, 1, 32, 32), torch.randint(0, 10, (args.samples,))

@@ -13,7 +13,8 @@ Steps, each a process of its own with a time limit of its own
     streams       streams.txt: other streams, other devices
     large         large.txt: more than 2^31 elements
     ops           ops.json, ops.md, ops-<operator>.png: benchmarks/bench_ops.py
-    online        online_sgd.json: benchmarks/bench_online_sgd.py
+    online        online_sgd.json: benchmarks/bench_online_sgd.py, and online_sgd_cuda.json where
+                  there is a GPU
     reproduce     reproduce/: a short run of the reports' experiments on the device
 
 What cannot run here is skipped, and says why; what fails or takes too long stops no other step.
@@ -231,9 +232,17 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         ]
 
     def online(out: Path, machine: dict[str, Any], limit: float) -> list[Command]:
-        how: list[str | Path] = ["--json", out / "online_sgd.json"]
-        how += ["--rounds=1", "--samples=10", "--no-compile"] if quick else []
-        return [Command(python("benchmarks/bench_online_sgd.py", *how), "online_sgd.txt")]
+        small = ["--rounds=1", "--samples=10", "--no-compile"] if quick else []
+        script = "benchmarks/bench_online_sgd.py"
+        how: list[str | Path] = ["--json", out / "online_sgd.json", *small]
+        if why_no_cuda(machine):
+            return [Command(python(script, *how), "online_sgd.txt")]
+        how = ["--device=cuda", "--json", out / "online_sgd_cuda.json", *small]
+        few = ["--rounds=5", "--json", out / "online_sgd.json", *small]
+        return [
+            Command(python(script, *how), "online_sgd_cuda.txt"),
+            Command(python(script, *few), "online_sgd.txt"),
+        ]
 
     def reproduce(out: Path, machine: dict[str, Any], limit: float) -> list[Command]:
         device = "cpu" if why_no_cuda(machine) else "cuda"

@@ -1,6 +1,7 @@
 """Online SGD, one sample at a time, in compiled code: the reports' training without Python in it.
 
-:class:`OnlineSGD` trains an ordinary module in place, sample after sample::
+:class:`OnlineSGD` trains an ordinary module in place, sample after sample, on the CPU or on CUDA,
+or several modules of one shape side by side::
 
     >>> import torch
     >>> from mnist_ops import models, online
@@ -15,20 +16,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _libraries, torch7
 from . import nn as ops_nn
-from . import torch7
 from .ops._common import check_number, pair
 from .optim import Torch7SGD
 
 __all__ = ["OnlineSGD", "OptimizerEngine", "UnsupportedError"]
 
 LOSSES = ("nll", "multi_margin", "mse")
+MODES = ("auto", "graph", "persistent")
 
 # Dropout's random numbers are drawn for a piece of a run at a time: at most this many.
 _NUMBERS_AT_ONCE = 1 << 21
@@ -43,7 +46,7 @@ class UnsupportedError(ValueError):
 
 
 class OnlineSGD:
-    r"""Stochastic gradient descent with batch size 1, entirely in C++.
+    r"""Stochastic gradient descent with batch size 1, entirely in C++ or CUDA.
 
     For each sample in turn: forward, loss, prediction, backward, update. With t counting samples
     from 0, weight decay :math:`\lambda`, momentum m and dampening d:
@@ -55,12 +58,20 @@ class OnlineSGD:
         u = g + m v \text{ (Nesterov)},\ v \text{ (momentum)},\ g \text{ (neither)}
 
     This is :class:`mnist_ops.optim.Torch7SGD` behind autograd, but for rounding (1e-12 relative in
-    float64 after 100 steps) and for the time it takes.
+    float64 after 100 steps) and for the time it takes. CPU and CUDA differ by rounding, too; on
+    either one a run can be repeated bit for bit.
+
+    On CUDA all of the device works on one sample: the step is a short list of phases, with every
+    layer's work shared out among all multiprocessors, and nothing comes back to the host between
+    samples. One network cannot fill such a device; given a list of models, it works on one sample
+    of each of them at the same time.
 
     Args:
-        model: a ``torch.nn.Sequential``, nested or not, on the CPU in float64 or float32, trained
-            in place. Its layers may be ``Conv2d`` (stride 1, no dilation, no groups, zero padding),
-            ``Linear``, ``Tanh``, ``ReLU``, ``Sigmoid`` (PyTorch's or this library's),
+        model: a ``torch.nn.Sequential``, nested or not, in float64 or float32, trained in place;
+            or a list of such modules of the same layers and shapes, on one device, each with its
+            own parameters and, where there is dropout, its own generator. Its layers may be
+            ``Conv2d`` (stride 1, no dilation, no groups, zero padding), ``Linear``, ``Tanh``,
+            ``ReLU``, ``Sigmoid`` (PyTorch's or this library's),
             :class:`mnist_ops.nn.LPPool2d`, ``MaxPool2d`` (no dilation), ``AvgPool2d``,
             :class:`mnist_ops.nn.SubtractiveNorm2d`, :class:`mnist_ops.nn.Stage2d` (its three
             layers, one after the other), ``Flatten``, ``Identity``,
@@ -69,24 +80,32 @@ class OnlineSGD:
             parameter is trained.
         loss: ``"nll"``, ``"multi_margin"`` or ``"mse"``: :func:`mnist_ops.torch7.nll_loss`,
             :func:`~mnist_ops.torch7.multi_margin_loss`, :func:`~mnist_ops.torch7.mse_loss`.
-        lr: learning rate of the first step.
+        lr: learning rate of the first step. With a list of models it may be a sequence with one
+            for each, as may ``lr_decay`` and ``weight_decay``.
         lr_decay: see above; the reports use 1e-7.
         weight_decay: 0 switches it off, as for ``momentum``.
         momentum: m.
         dampening: d, equal to ``momentum`` unless given, as in Torch7.
         nesterov: needs ``momentum > 0`` and ``dampening=0``.
-        threads: how many threads of PyTorch's pool may share the work of a sample. The results do
-            not depend on it.
+        threads: how many threads of PyTorch's pool may share the work of a sample on the CPU. The
+            results do not depend on it.
+        mode: on CUDA, ``"graph"``: a CUDA graph of kernels, many steps of it at a time;
+            ``"persistent"``: one cooperative kernel that goes through the samples itself, without
+            any launches; ``"auto"``: persistent, but for networks of more than about fifteen layers
+            and devices without cooperative kernels. The results do not depend on it.
 
     Attributes:
         description: what runs, in a line.
+        chunk: a good number of samples for one call of :meth:`run`: few enough for Ctrl-C, enough
+            for the work before the first and after the last of them to be lost in the rest.
         steps: samples used so far.
         velocities: one tensor for each parameter, or an empty list without momentum or before the
-            first step.
+            first step; with a list of models, see ``engines``.
+        engines: with a list of models, one ``OnlineSGD`` for each, which holds its state.
 
     Raises:
-        UnsupportedError: (a ``ValueError``) for a layer, loss or dtype that the engine does not
-            know; the message names it. Such networks train with
+        UnsupportedError: (a ``ValueError``) for a layer, loss, dtype or device that the engine does
+            not know; the message names it. Such networks train with
             :class:`mnist_ops.training.AutogradEngine`.
         TypeError, ValueError: for an impossible argument.
 
@@ -97,25 +116,42 @@ class OnlineSGD:
         >>> engine = OnlineSGD(model, lr=1e-3, lr_decay=1e-7)
         >>> for chunk in torch.randperm(len(images)).split(1000):  # Ctrl-C works between chunks
         ...     losses, predictions = engine.run(images, labels, chunk)
+        >>> seeds = [models.convnet(generator=torch7.start(seed)) for seed in (1, 2, 3)]
+        >>> engine = OnlineSGD(seeds, lr=[1e-3, 1e-3, 1e-4])
+        >>> losses, predictions = engine.run(images, labels, torch.randperm(len(images)))
+        >>> losses.shape
+        torch.Size([3, 50])
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         loss: str = "nll",
-        lr: float = 1e-3,
-        lr_decay: float = 1e-7,
-        weight_decay: float = 0.0,
+        lr: float | Sequence[float] = 1e-3,
+        lr_decay: float | Sequence[float] = 1e-7,
+        weight_decay: float | Sequence[float] = 0.0,
         momentum: float = 0.0,
         dampening: float | None = None,
         nesterov: bool = False,
         threads: int = 1,
+        mode: str = "auto",
     ) -> None:
+        if mode not in MODES:
+            known = ", ".join(map(repr, MODES))
+            raise ValueError(f"OnlineSGD: mode must be {known}, got {mode!r}")
+        self.mode = mode
+        self.engines: list[OnlineSGD] = []
+        if isinstance(model, (list, tuple)):
+            rates = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
+            others = (momentum, dampening, nesterov, threads, mode)
+            self._start_several(model, loss, rates, others)
+            return
+        assert isinstance(model, nn.Module)
         if loss not in LOSSES:
             known = ", ".join(map(repr, LOSSES))
             raise ValueError(f"OnlineSGD: loss must be {known}, got {loss!r}")
         dampening = momentum if dampening is None else dampening
-        numbers = {
+        numbers: dict[str, Any] = {
             "lr": lr,
             "lr_decay": lr_decay,
             "weight_decay": weight_decay,
@@ -136,21 +172,80 @@ class OnlineSGD:
             raise ValueError(f"OnlineSGD: threads must be >= 1, got {threads}")
         self.model = model
         self.loss = loss
-        self.lr = float(lr)
-        self.lr_decay = float(lr_decay)
-        self.weight_decay = float(weight_decay)
+        self.lr = float(numbers["lr"])
+        self.lr_decay = float(numbers["lr_decay"])
+        self.weight_decay = float(numbers["weight_decay"])
         self.momentum = float(momentum)
         self.dampening = float(dampening)
         self.nesterov = bool(nesterov)
         self.threads = threads
         self.steps = 0
         self.velocities: list[Tensor] = []
+        # The operator that runs several models, and this one as one of them; None: the CPU's.
+        self._operator: Any = None
+        self._placed: dict[str, tuple[Any, int, Tensor]] = {}
         self._read_model()
+        self._device = self._parameters[0].device
         dtype = str(self._parameters[0].dtype).removeprefix("torch.")
-        plural = "s" if threads > 1 else ""
-        self.description = (
-            f"compiled online SGD, {dtype}, cpu, {threads} thread{plural}, batch size 1"
-        )
+        if self._device.type == "cuda":
+            self._operator = torch.ops.mnist_ops.online_sgd_models
+            how = f"{self._device}, {'CUDA graph' if mode == 'graph' else 'persistent kernel'}"
+        else:
+            how = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+        self.description = f"compiled online SGD, {dtype}, {how}, batch size 1"
+
+    def _start_several(
+        self, models: Sequence[nn.Module], loss: str, rates: dict[str, Any], others: tuple[Any, ...]
+    ) -> None:
+        """Make an engine for each model, and see that they can share their launches."""
+        if not models:
+            raise ValueError("OnlineSGD: model must be a module or a list of one at least, got []")
+        for name, value in rates.items():
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                if len(value) != len(models):
+                    raise ValueError(
+                        f"OnlineSGD: {name} must be one number or one for each of {len(models)} "
+                        f"models, got {len(value)}"
+                    )
+            else:
+                rates[name] = [value] * len(models)
+        self.engines = [
+            OnlineSGD(model, loss, *numbers, *others)
+            for model, *numbers in zip(models, *rates.values(), strict=True)
+        ]
+        first = self.engines[0]
+        seen: set[int] = set()
+        generators: set[int] = set()
+        for i, engine in enumerate(self.engines):
+            ids = {id(parameter) for parameter in engine._parameters}
+            if ids & seen:
+                raise ValueError(f"OnlineSGD: model {i} shares parameters with one before it")
+            seen |= ids
+            if engine._dropouts:
+                if id(engine._dropouts[0].generator) in generators:
+                    raise ValueError(f"OnlineSGD: model {i} shares its generator with another one")
+                generators.add(id(engine._dropouts[0].generator))
+            if engine._layout() != first._layout():
+                raise ValueError(
+                    f"OnlineSGD: model {i} differs from model 0 in its layers, shapes, dtype or "
+                    "device"
+                )
+        self.model = nn.ModuleList(models)
+        self.loss, self.threads, self.nesterov = first.loss, first.threads, first.nesterov
+        self.momentum, self.dampening = first.momentum, first.dampening
+        self.description = f"{first.description}, {len(models)} models at once"
+
+    def _layout(self) -> tuple[Any, ...]:
+        """What models that run together must have in common."""
+        kernels = [tuple(kernel.shape) for kernel in self._kernels]
+        shapes = [tuple(parameter.shape) for parameter in self._parameters]
+        return self._network, shapes, kernels, self._parameters[0].dtype, self._device
+
+    @property
+    def chunk(self) -> int:
+        """A good number of samples for one call of :meth:`run`."""
+        engine = self.engines[0] if self.engines else self
+        return 200 if engine._operator is None else 2000
 
     def _read_model(self) -> None:
         """Turn the module into the engine's text, and refuse what it cannot say."""
@@ -169,9 +264,13 @@ class OnlineSGD:
                     )
                 if not parameter.requires_grad:
                     raise UnsupportedError(f"{where} has a frozen {parameter_name}")
-                if parameter.device.type != "cpu":
+                if parameter.device.type not in ("cpu", "cuda"):
                     raise UnsupportedError(
-                        f"{where} is on {parameter.device}, the engine runs on the CPU"
+                        f"{where} is on {parameter.device}, the engine runs on the CPU and on CUDA"
+                    )
+                if parameter.is_cuda and _libraries.CUDA_MISSING:
+                    raise UnsupportedError(
+                        f"{where} is on {parameter.device}: {_libraries.CUDA_MISSING}"
                     )
                 if parameter.dtype not in (torch.float64, torch.float32):
                     raise UnsupportedError(f"{where} is {parameter.dtype}, not float64 or float32")
@@ -183,6 +282,10 @@ class OnlineSGD:
                 self._dropouts.append(module)
         if not self._parameters:
             raise UnsupportedError("the network has no parameters")
+        devices = {tensor.device for tensor in (*self._parameters, *self._kernels)}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise UnsupportedError(f"the network must be on one device, got {names}")
         dtypes = {parameter.dtype for parameter in self._parameters}
         if len(dtypes) > 1:
             names = ", ".join(sorted(map(str, dtypes)))
@@ -199,13 +302,17 @@ class OnlineSGD:
 
         Args:
             images: ``(N, C, H, W)``, or ``(N, features)`` for a network of vectors, float64 or
-                float32 on the CPU; cast to the network's dtype sample by sample.
+                float32; cast to the network's dtype sample by sample. For a network on CUDA they
+                may be on the CPU: they are moved once, and again when another tensor comes or this
+                one has changed.
             labels: int64 ``(N,)``, classes from 0.
-            order: int64 ``(M,)``, the samples to use, each in ``[0, N)``.
+            order: int64 ``(M,)``, the samples to use, each in ``[0, N)``; with a list of models
+                also ``(models, M)``, an order for each.
 
         Returns:
             The losses ``(M,)`` in the network's dtype and the predicted classes ``(M,)`` int64,
-            each sample's from before its own update. Both are on the CPU.
+            each sample's from before its own update; with a list of models ``(models, M)``. Both
+            are on the network's device.
 
         Raises:
             TypeError: for an argument that is no tensor.
@@ -214,37 +321,66 @@ class OnlineSGD:
         for name, tensor in (("images", images), ("labels", labels), ("order", order)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"OnlineSGD.run: {name} must be a Tensor, got {type(tensor)}")
-        self.model.train()
-        if not self._dropouts or order.dim() != 1 or images.dim() < 2:
-            return self._run(images, labels, order, torch.empty(0, dtype=torch.float64))
+        engines = self.engines or [self]
+        for engine in engines:
+            engine.model.train()
+        if self.engines and order.dim() == 1:
+            order = order.expand(len(engines), -1)
+        elif self.engines and (order.dim() != 2 or len(order) != len(engines)):
+            raise RuntimeError(
+                f"online_sgd: order must be int64 (M,) or ({len(engines)}, M), "
+                f"got {order.dtype} {tuple(order.shape)}"
+            )
+        if engines[0]._operator is not None:
+            images = engines[0]._place("images", images)
+            labels = engines[0]._place("labels", labels)
+        nothing = torch.empty(0, dtype=torch.float64)
+        if not engines[0]._dropouts or order.dim() not in (1, 2) or images.dim() < 2:
+            return self._run(images, labels, order, nothing)
         # One sample's numbers come together, layer after layer, as the original draws them.
-        generator = self._dropouts[0].generator
-        per_sample = self._numbers_per_sample(images)
+        generators = [engine._dropouts[0].generator for engine in engines]
+        per_sample = engines[0]._numbers_per_sample(images)
         results = []
-        for piece in order.split(max(1, _NUMBERS_AT_ONCE // per_sample)):
-            before = generator.get_state()
-            uniform = generator.uniform(0.0, 1.0, (len(piece), per_sample))
+        at_once = max(1, _NUMBERS_AT_ONCE // (per_sample * len(engines)))
+        for piece in order.split(at_once, dim=-1):
+            before = [generator.get_state() for generator in generators]
+            size = (piece.shape[-1], per_sample)
+            uniform = torch.stack([generator.uniform(0.0, 1.0, size) for generator in generators])
             try:
                 results.append(self._run(images, labels, piece, uniform))
             except Exception:
-                generator.set_state(before)
+                for generator, state in zip(generators, before, strict=True):
+                    generator.set_state(state)
                 raise
         losses, predictions = zip(*results, strict=True)
-        return torch.cat(losses), torch.cat(predictions)
+        return torch.cat(losses, dim=-1), torch.cat(predictions, dim=-1)
+
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor on the network's device; a copy is kept for the next call."""
+        if tensor.device == self._device:
+            return tensor
+        known = self._placed.get(name)
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        moved = tensor.to(self._device)
+        self._placed[name] = (weakref.ref(tensor), tensor._version, moved)
+        return moved
 
     def _run(
         self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor]:
+        engines = self.engines or [self]
+        if engines[0]._operator is not None:
+            losses, predictions = _run_together(engines, images, labels, order, uniform)
+            return (losses, predictions) if self.engines else (losses[0], predictions[0])
+        if self.engines:
+            return _run_in_turn(engines, images, labels, order, uniform)
         started = bool(self.velocities)
-        if self.momentum and not started:
-            self.velocities = [
-                torch.zeros_like(p, requires_grad=False, memory_format=torch.contiguous_format)
-                for p in self._parameters
-            ]
+        velocities = self._next_velocities()
         with torch.no_grad():
             result = torch.ops.mnist_ops.online_sgd(
                 [parameter.detach() for parameter in self._parameters],
-                self.velocities if self.momentum else [],
+                velocities,
                 self._network,
                 self._kernels,
                 images,
@@ -262,10 +398,25 @@ class OnlineSGD:
                 started,
                 self.threads,
             )
-        self.steps += len(order)
+        self._advance(velocities, len(order))
+        return result
+
+    def _next_velocities(self) -> list[Tensor]:
+        """Those there are, or zeros where the first step is still to come."""
+        if not self.momentum or self.velocities:
+            return self.velocities if self.momentum else []
+        return [
+            torch.zeros_like(p, requires_grad=False, memory_format=torch.contiguous_format)
+            for p in self._parameters
+        ]
+
+    def _advance(self, velocities: list[Tensor], count: int) -> None:
+        """Take note of steps that were made."""
+        if velocities:
+            self.velocities = velocities
+        self.steps += count
         # A graph that autograd recorded before holds the old values: let it notice.
         torch.autograd.graph.increment_version(self._parameters)
-        return result
 
     def _numbers_per_sample(self, images: Tensor) -> int:
         """How many random numbers one forward pass draws: one per element that dropout sees."""
@@ -274,7 +425,8 @@ class OnlineSGD:
             module.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
             for module in self._dropouts
         ]
-        sample = torch.zeros((1, *images.shape[1:]), dtype=self._parameters[0].dtype)
+        parameter = self._parameters[0]
+        sample = parameter.new_zeros((1, *images.shape[1:]), requires_grad=False)
         try:
             with torch.no_grad():
                 self.model.eval()(sample)  # in evaluation mode nothing is drawn
@@ -288,8 +440,10 @@ class OnlineSGD:
         """The steps, velocities and, where there is dropout, its generator's state.
 
         Ints, strings and tensors, fit for ``torch.load(weights_only=True)``. The parameters are in
-        the model's own ``state_dict``.
+        the model's own ``state_dict``. With a list of models: their states, in a list.
         """
+        if self.engines:
+            return {"engines": [engine.state_dict() for engine in self.engines]}
         generator = self._dropouts[0].generator.get_state() if self._dropouts else None
         return {
             "steps": self.steps,
@@ -303,6 +457,16 @@ class OnlineSGD:
         Raises:
             ValueError: if it belongs to another network or another kind of run.
         """
+        if self.engines or "engines" in state:
+            states = state.get("engines", [])
+            if len(states) != len(self.engines):
+                raise ValueError(
+                    f"OnlineSGD.load_state_dict: the state is of {len(states) or 'no list of'} "
+                    f"models, not of {len(self.engines) or 'one'}"
+                )
+            for engine, one in zip(self.engines, states, strict=True):
+                engine.load_state_dict(one)
+            return
         velocities = list(state["velocities"])
         shapes = [tuple(velocity.shape) for velocity in velocities]
         if velocities and shapes != [tuple(p.shape) for p in self._parameters]:
@@ -315,11 +479,66 @@ class OnlineSGD:
             raise ValueError("OnlineSGD.load_state_dict: the state is of another network's dropout")
         self.steps = int(state["steps"])
         self.velocities = [
-            velocity.to(parameter.dtype, copy=True).contiguous()
+            velocity.to(parameter.device, parameter.dtype, copy=True).contiguous()
             for velocity, parameter in zip(velocities, self._parameters, strict=False)
         ]
         if self._dropouts:
             self._dropouts[0].generator.set_state(state["generator"])
+
+
+def _run_together(
+    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the engines of one device in one call of the operator for several models."""
+    first = engines[0]
+    velocities = [engine._next_velocities() for engine in engines]
+    settings = [
+        (e.lr, e.lr_decay, e.weight_decay, e.momentum, e.dampening, e.steps, bool(e.velocities))
+        for e in engines
+    ]
+    orders = order if order.dim() == 2 else order.unsqueeze(0)
+    with torch.no_grad():
+        result = first._operator(
+            [parameter.detach() for engine in engines for parameter in engine._parameters],
+            [velocity for each in velocities for velocity in each],
+            first._network,
+            [kernel for engine in engines for kernel in engine._kernels],
+            images,
+            labels,
+            orders.to(first._device),
+            uniform.to(first._device),
+            LOSSES.index(first.loss),
+            torch.tensor(settings, dtype=torch.float64),
+            first.nesterov,
+            MODES.index(first.mode),
+            True,
+        )
+    for engine, each in zip(engines, velocities, strict=True):
+        engine._advance(each, orders.shape[1])
+    return result
+
+
+def _run_in_turn(
+    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the engines one after the other; all or none of them change."""
+    results, undo = [], []
+    numbers = uniform if uniform.dim() == 3 else uniform.expand(len(engines), -1)
+    for engine, own_order, own_numbers in zip(engines, order, numbers, strict=True):
+        values = [parameter.detach().clone() for parameter in engine._parameters]
+        velocities = [velocity.clone() for velocity in engine.velocities]
+        undo.append((engine, values, velocities, engine.steps))
+        try:
+            results.append(engine._run(images, labels, own_order, own_numbers))
+        except Exception:
+            for changed, values, velocities, steps in undo[:-1]:
+                with torch.no_grad():
+                    for parameter, value in zip(changed._parameters, values, strict=True):
+                        parameter.copy_(value)
+                changed.velocities, changed.steps = velocities, steps
+            raise
+    losses, predictions = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(predictions)
 
 
 class OptimizerEngine(OnlineSGD):
@@ -336,7 +555,7 @@ class OptimizerEngine(OnlineSGD):
         transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
             has a true attribute ``batched``, to all images of a run at once; not together with
             dropout, whose random numbers it would have to draw in turn with.
-        threads: as for :class:`OnlineSGD`.
+        threads: as for :class:`OnlineSGD`, as is ``mode``.
 
     Raises:
         UnsupportedError: if the network, optimizer or criterion is none that the engine knows.
@@ -349,6 +568,7 @@ class OptimizerEngine(OnlineSGD):
         criterion: Callable[..., Tensor] = torch7.nll_loss,
         transform: Callable[[Tensor], Tensor] | None = None,
         threads: int = 1,
+        mode: str = "auto",
     ) -> None:
         if type(optimizer) is not Torch7SGD:
             raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not Torch7SGD")
@@ -360,14 +580,14 @@ class OptimizerEngine(OnlineSGD):
         self.optimizer = optimizer
         self.transform = transform
         settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
-        super().__init__(model, _CRITERIA[criterion], threads=threads, **settings)
+        super().__init__(model, _CRITERIA[criterion], threads=threads, mode=mode, **settings)
         if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
             raise UnsupportedError("the optimizer's parameters are not those of the network")
         if transform is not None and self._dropouts:
             raise UnsupportedError("a transform together with dropout")
 
     def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`OnlineSGD.run`."""
+        """See :meth:`OnlineSGD.run`; the results are on the CPU."""
         group, state = self.optimizer.param_groups[0], self.optimizer.state
         for name in _SETTINGS:
             setattr(self, name, group[name])
@@ -381,11 +601,11 @@ class OptimizerEngine(OnlineSGD):
             images = torch.cat([self.transform(piece) for piece in pieces])
             labels = labels.index_select(0, order)
             order = torch.arange(len(order))
-        result = super().run(images, labels, order)
+        losses, predictions = super().run(images, labels, order)
         group["steps"] = self.steps
         for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
             state[parameter]["velocity"] = velocity
-        return result
+        return losses.cpu(), predictions.cpu()
 
 
 _SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")
@@ -417,7 +637,7 @@ def _number(value: float) -> str:
 
 
 def _line(name: str, module: nn.Module) -> str:
-    """One layer in the engine's words; csrc/online/online_sgd.cpp lists them."""
+    """One layer in the engine's words; csrc/online/network_text.h lists them."""
     kind = type(module)
     where = f"layer {name!r} ({kind.__name__})"
 
@@ -487,5 +707,10 @@ _PLAIN: dict[type[nn.Module], str] = {
 
 
 @torch.library.register_fake("mnist_ops::online_sgd")
+def _(parameters, velocities, network, kernels, images, labels, order, *options):
+    return parameters[0].new_empty(order.shape), order.new_empty(order.shape)
+
+
+@torch.library.register_fake("mnist_ops::online_sgd_models")
 def _(parameters, velocities, network, kernels, images, labels, order, *options):
     return parameters[0].new_empty(order.shape), order.new_empty(order.shape)

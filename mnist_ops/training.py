@@ -271,10 +271,11 @@ def choose_engine(
     """The compiled engine where it can run the steps, else autograd; arguments as for :func:`fit`.
 
     :class:`mnist_ops.online.OnlineSGD` is taken for batch size 1 with ``Torch7SGD``, one of the
-    criteria of :mod:`mnist_ops.torch7`, and a network on the CPU of layers that it knows. The
-    ``description`` says which one it is and, at batch size 1, why not the compiled one. It runs on
-    one thread: a second one gains 1.6 to 1.8 times on two idle cores and loses ten times on busy
-    ones; ``fit(engine=online.OptimizerEngine(..., threads=2))`` asks for it.
+    criteria of :mod:`mnist_ops.torch7`, and a network of layers that it knows, on the CPU or on
+    CUDA. The ``description`` says which one it is and, at batch size 1, why not the compiled one.
+    On the CPU it runs on one thread: a second one gains 1.6 to 1.8 times on two idle cores and
+    loses ten times on busy ones; ``fit(engine=online.OptimizerEngine(..., threads=2))`` asks for
+    it.
     """
     reason = ""
     if batch_size == 1:
@@ -560,7 +561,8 @@ def fit(
             other settings is refused.
         engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
             each optimizer of a mapping.
-        chunk: samples handed to the engine at a time, about 200 unless given.
+        chunk: samples handed to the engine at a time; unless given about 200, or the ``chunk`` that
+            the engine wishes for.
         progress: show progress bars on standard error; ``None``: on a terminal only.
         verbose: print the engine's description and one line per epoch to standard output.
         on_progress: called after each chunk with the number of samples just trained.
@@ -599,7 +601,9 @@ def fit(
         first: engine or choose_engine(model, one, criterion, batch_size, transform)
         for first, one in sorted(optimizers.items())
     }
-    chunk = batch_size * max(1, (chunk or max(200, 8 * batch_size)) // batch_size)
+    if chunk is None:
+        chunk = max(8 * batch_size, *(getattr(one, "chunk", 200) for one in engines.values()))
+    chunk = batch_size * max(1, chunk // batch_size)
     show = sys.stderr.isatty() if progress is None else progress
     run = _Run(model, optimizers, generator, dict(settings or {}), [])
     folder = None if folder is None else Path(folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +55,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels as operators of the CPU, torch.ops.mnist_ops_emulated; built once."""
+    from test_cuda_emulator import build
+
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("there is no g++ to compile the emulated CUDA kernels")
+    library = build(tmp_path_factory.mktemp("cuda_emulator"), compiler)
+    torch.ops.load_library(str(library))
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import random
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,15 +108,10 @@ MODES = (
 )
 
 
-@pytest.fixture(scope="session")
-def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int], None]:
-    """The emulated operators, loaded; a function that says what is emulated."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("there is no g++ to compile the emulated CUDA kernels")
-    library = build(tmp_path_factory.mktemp("cuda_emulator"), compiler)
-    torch.ops.load_library(str(library))
-    function = ctypes.CDLL(str(library)).configure_cuda_emulator
+@pytest.fixture
+def configure(emulated_cuda: ctypes.CDLL) -> Callable[[int, int, int], None]:
+    """A function that says what is emulated."""
+    function = emulated_cuda.configure_cuda_emulator
     function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32), None
     return function
 

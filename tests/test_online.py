@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import why_no_cuda
 from torch.nn import (
     AvgPool2d,
     Conv2d,
@@ -358,6 +359,216 @@ def test_states_that_do_not_fit():
         plain.load_state_dict({**state, "velocities": []})
     with pytest.raises(ValueError, match="velocities are of another network"):
         chunked_setup()[2].load_state_dict({**state, "velocities": state["velocities"][:2]})
+
+
+# ------------------------------------------------------------------------------- several models
+
+
+def several(device="cpu", count=3, **options):
+    """Networks of other seeds, the middle one with a kernel of its own."""
+    options = {"dropout": 0.25, "dtype": torch.float64, "image_size": 16} | options
+    networks = [
+        models.convnet((5, 8, 12), device=device, generator=torch7.start(seed), **options)
+        for seed in range(count)
+    ]
+    networks[1].norm1.kernel.mul_(torch.rand(7).to(networks[1].norm1.kernel))
+    return networks
+
+
+def test_several_models_are_each_as_if_alone(device, tmp_path):
+    networks = several(device)
+    alone = copy.deepcopy(networks)
+    images, labels = samples(1, 16, 16, classes=10)
+    order = torch.randint(0, 20, (3, 40))
+    rates, settings = [0.02, 0.05, 0.01], {"lr_decay": 0.01, "momentum": 0.5}
+    engine = OnlineSGD(networks, lr=rates, weight_decay=[0.0, 0.1, 0.0], **settings)
+    assert engine.description.endswith("batch size 1, 3 models at once")
+    images, labels = images.to(device), labels.to(device)
+    parts = [engine.run(images, labels, order[:, :25])]
+    torch.save(engine.state_dict(), tmp_path / "state.pt")
+    engine.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    parts.append(engine.run(images, labels, order[:, 25:].to(device)))
+    losses, predictions = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    assert losses.shape == predictions.shape == (3, 40) and losses.device.type == device
+    for i, model in enumerate(alone):
+        one = OnlineSGD(model, lr=rates[i], weight_decay=[0.0, 0.1, 0.0][i], **settings)
+        expected = one.run(images, labels, order[i])
+        assert torch.equal(losses[i], expected[0]) and torch.equal(predictions[i], expected[1])
+        assert torch.equal(values(networks[i]), values(model))
+        assert engine.engines[i].steps == one.steps == 40
+    with pytest.raises(ValueError, match="the state is of 3 models, not of one"):
+        one.load_state_dict(engine.state_dict())
+    with pytest.raises(ValueError, match="the state is of no list of models, not of 3"):
+        engine.load_state_dict(one.state_dict())
+
+
+def test_one_order_for_several_models():
+    images, labels = samples(1, 16, 16, classes=10)
+    losses, _ = OnlineSGD(several(count=2)).run(images, labels, torch.arange(5))
+    assert losses.shape == (2, 5) and not torch.equal(losses[0], losses[1])
+
+
+def test_none_of_several_models_changes_where_one_cannot():
+    images, labels = samples(1, 16, 16, classes=10)
+    networks = several()
+    engine = OnlineSGD(networks, momentum=0.5)
+    engine.run(images, labels, torch.arange(2))
+    before = [
+        (values(model), one.state_dict())
+        for model, one in zip(networks, engine.engines, strict=True)
+    ]
+    order = torch.arange(6).reshape(3, 2)
+    order[2, 1] = 20
+    with pytest.raises(RuntimeError, match=r"order must be in \[0, 20\), got 20 at position 1"):
+        engine.run(images, labels, order)
+    for (numbers, state), model, one in zip(before, networks, engine.engines, strict=True):
+        assert torch.equal(values(model), numbers) and one.steps == 2
+        for now, then in zip(one.velocities, state["velocities"], strict=True):
+            assert torch.equal(now, then)
+        assert str(one.state_dict()["generator"]) == str(state["generator"])
+    with pytest.raises(RuntimeError, match=r"order must be int64 \(M,\) or \(3, M\), got"):
+        engine.run(images, labels, order[:2])
+
+
+def test_models_that_cannot_run_together():
+    one, two, three = several()
+    with pytest.raises(ValueError, match="one at least"):
+        OnlineSGD([])
+    with pytest.raises(ValueError, match="model 1 shares parameters with one before it"):
+        OnlineSGD([one, one])
+    with pytest.raises(ValueError, match="model 1 differs from model 0 in its layers"):
+        OnlineSGD([one, several(activation="relu")[0]])
+    with pytest.raises(
+        ValueError, match="lr must be one number or one for each of 2 models, got 3"
+    ):
+        OnlineSGD([one, two], lr=[0.1, 0.2, 0.3])
+    two.dropout.generator = one.dropout.generator
+    with pytest.raises(ValueError, match="model 1 shares its generator"):
+        OnlineSGD([one, two, three])
+
+
+# ---------------------------------------------------------------------------------------- on CUDA
+
+
+@pytest.fixture
+def cuda():
+    """The device, for what has no meaning on the CPU or compares with it."""
+    reason = why_no_cuda()
+    if reason:
+        pytest.skip(f"CUDA: {reason}")
+    return "cuda"
+
+
+def on_both(device, model, mode, steps=50, shape=(3, 9, 8), classes=4, **settings):
+    """Train copies on the CPU and on the device; losses, predictions, and all values of both."""
+    images, labels = samples(*shape, classes=classes)
+    order = torch.randint(0, 20, (steps,))
+    found = []
+    for where in ("cpu", device):
+        ours = copy.deepcopy(model).to(where)
+        engine = OnlineSGD(ours, mode=mode, **settings)
+        losses, predictions = engine.run(images, labels, order)
+        assert losses.device.type == where and engine.steps == steps
+        state = torch.cat([values(ours), *(v.flatten() for v in engine.velocities)])
+        found.append((losses.cpu(), predictions.cpu(), state.cpu()))
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layer_on_cuda(cuda, layer):
+    model = network(copy.deepcopy(layer))
+    lr = 1e-6 if getattr(layer, "norm_type", 1) < 1 else 0.02
+    for mode in ("graph", "persistent"):
+        expected, found = on_both(cuda, model, mode, lr=lr, momentum=0.5)
+        for got, wanted in zip(found, expected, strict=True):
+            bound = 1e-11 * wanted.abs().max().item()
+            torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("mode", ["graph", "persistent"])
+def test_a_thousand_steps_on_cuda(cuda, mode):
+    model = models.convnet(dtype=torch.float64, generator=torch7.start(seed=1))
+    images = {"shape": (1, 32, 32), "classes": 10}
+    expected, found = on_both(cuda, model, mode, steps=1000, lr=1e-3, **images)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    expected, found = on_both(cuda, model.float(), mode, steps=1000, lr=1e-3, **images)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_same_bits_in_every_run_and_mode(cuda, dtype):
+    """With a graph, a persistent kernel, and one model among few and among many others."""
+    images, labels = samples(1, 32, 32, classes=10)
+    order = torch.randint(0, 20, (100,))
+    found = []
+    kinds = (("graph", 1), ("persistent", 1), ("persistent", 1), ("auto", 5), ("graph", 200))
+    for mode, among in kinds:
+        networks = [
+            models.convnet(dtype=dtype, device=cuda, generator=torch7.start(seed=1))
+            for _ in range(among)
+        ]
+        losses, _ = OnlineSGD(networks, mode=mode).run(images, labels, order)
+        found.append(torch.cat([losses[-1], values(networks[-1])]))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_opcheck_on_cuda(cuda):
+    networks = [network(nn.LPPool2d(2, 2), nn.SubtractiveNorm2d(gaussian1d(3))) for _ in range(2)]
+    engine = OnlineSGD([model.to(cuda) for model in networks], momentum=0.5)
+    images, labels = samples(3, 9, 8)
+    values_of = [p.detach().clone() for model in networks for p in model.parameters()]
+    settings = torch.tensor([[0.1, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0]] * 2, dtype=torch.float64)
+    for mode in (1, 2):
+        arguments = (
+            values_of,
+            [torch.zeros_like(value) for value in values_of],
+            engine.engines[0]._network,
+            [kernel for each in engine.engines for kernel in each._kernels],
+            *(images.to(cuda), labels.to(cuda), torch.arange(10, device=cuda).reshape(2, 5)),
+            torch.empty(0, dtype=torch.float64, device=cuda),
+            *(0, settings, False, mode, True),
+        )
+        torch.library.opcheck(torch.ops.mnist_ops.online_sgd_models, arguments)
+
+
+def test_errors_on_the_device_change_nothing(device):
+    model = network(nn.LPPool2d(2, 2)).to(device)
+    before = values(model).clone()
+    images, labels = samples(3, 9, 8)
+    images, labels = images.to(device), labels.to(device)
+    engine = OnlineSGD(model, momentum=0.5)
+    for wrong, message in [(20, "order must be in"), (-(2**62), "order must be in")]:
+        with pytest.raises(RuntimeError, match=message):
+            engine.run(images, labels, torch.tensor([0, wrong], device=device))
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 4\), got 4 at position 1"):
+        engine.run(images, labels.where(labels < 0, 4), torch.tensor([1], device=device))
+    assert torch.equal(values(model), before) and engine.steps == 0
+    assert engine.velocities == []  # the next step is still the first one
+
+
+def test_fit_on_the_device(device, capsys):
+    """The engine is taken, moves the images once, and gives what the CPU gives."""
+    histories = []
+    for where in {"cpu", device}:
+        model, _, generator = fit_setup(dropout=0.5, device=where)
+        sgd = Torch7SGD(model.parameters(), lr=0.01, lr_decay=1e-4, momentum=0.5)
+        torch.manual_seed(3)
+        histories.append(fit(model, sgd, generator, chunk=7))
+        assert f"compiled online SGD, float64, {where}" in capsys.readouterr().out
+    losses = [[result.train_loss for result in history] for history in histories]
+    assert losses[0] == pytest.approx(losses[-1], rel=1e-11)
+
+
+def test_what_moves_to_the_device_moves_once():
+    engine = OnlineSGD(Linear(2, 2).double(), "mse")
+    images = torch.randn(4, 2)
+    engine._device = torch.device("meta")
+    first = engine._place("images", images)
+    assert first.device.type == "meta" and engine._place("images", images) is first
+    images[0] = 1.0
+    assert engine._place("images", images) is not first
+    assert engine._place("images", first) is first
 
 
 def elementwise(layer, x):

@@ -143,18 +143,19 @@ __device__ __forceinline__ T channel_sum(const T* map, int32_t C, int32_t pixel,
 
 // The plane that a normalization subtracts from every channel of a map, or of a gradient, where the
 // whole block can read it: computed in `shared` (2 H W numbers), or there already. To be called by
-// all threads of a block; keep: this block leaves the plane in the workspace.
+// all threads of a block.
 template <typename T>
-__device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* map, T* shared,
-                                 bool keep) {
+__device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* map, T* shared) {
   if (b.source == MeanSource::kNone) return nullptr;
   if (b.source == MeanSource::kReady) return s.at(b.mean);
   const int32_t pixels = b.H * b.W;
   T* sum = shared;
   T* mean = shared + pixels;
   const T* coef = s.at(b.coef);
+  const T* taps = s.at(b.taps);
   if (b.source == MeanSource::kMap) {
     const int32_t lane = thread_index() % kWarp;
+#pragma unroll 4
     for (int32_t i = thread_index() / kWarp; i < pixels; i += thread_count() / kWarp) {
       const T total = channel_sum(map, b.C, i, lane);
       if (lane == 0) sum[i] = b.adjoint ? total / coef[i] : total;
@@ -163,11 +164,21 @@ __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* m
     for (int32_t i = thread_index(); i < pixels; i += thread_count()) sum[i] = s.at(b.sum)[i];
   }
   __syncthreads();
+  if (b.separable) {
+    for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
+      mean[i] = blur_row_at(b, sum, taps, i / b.W, i % b.W);
+    }
+    __syncthreads();
+    T* rows = mean;
+    mean = sum;
+    sum = rows;
+  }
   const T channels = static_cast<T>(b.C);
   for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
-    const T blurred = blur_at(b, sum, s.at(b.taps), i / b.W, i % b.W) / channels;
+    const T blurred = (b.separable ? blur_column_at(b, sum, taps, i / b.W, i % b.W)
+                                   : blur_at(b, sum, taps, i / b.W, i % b.W)) /
+                      channels;
     mean[i] = b.adjoint ? blurred : blurred / coef[i];
-    if (keep) s.at(b.mean)[i] = mean[i];
   }
   __syncthreads();
   return mean;
@@ -200,7 +211,7 @@ template <typename T>
 __device__ void subtract_mean(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                               T* shared) {
   const T* x = s.map(p.x);
-  const T* mean = prepare_mean(p.blur, s, x, shared, block == 0);
+  const T* mean = prepare_mean(p.blur, s, x, shared);
   each_element(p, p.C * p.H * p.W, block, blocks,
                [&](int32_t i) { s.at(p.y)[i] = x[i] - mean[i / p.C]; });
 }
@@ -383,9 +394,17 @@ template <typename T>
 __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                             T* shared) {
   const T* x = s.map(p.x);
-  const T* mean = prepare_mean(p.blur, s, x, shared, block == 0);
+  const T* mean = prepare_mean(p.blur, s, x, shared);
   const ConvolutionInput<T> in{x, mean, p.C, p.H, p.W};
-  if (mean != nullptr) shared += 2 * p.H * p.W;
+  if (mean != nullptr) {
+    shared += 2 * p.H * p.W;
+    // Each block leaves a part of the normalized input for the update.
+    const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
+    for (int32_t i = block * thread_count() + thread_index(); i < p.C * p.H * p.W;
+         i += parts * thread_count()) {
+      s.at(p.flat)[i] = x[i] - mean[i / p.C];
+    }
+  }
   const bool square = p.kernel_h == p.kernel_w;
   if (p.split) {
     if (square && p.kernel_h == 5) {
@@ -421,7 +440,7 @@ template <typename T>
 __device__ void local_backward(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                T* shared) {
   const T* dy = s.at(p.dy);
-  const T* mean = prepare_mean(p.blur, s, dy, shared, false);
+  const T* mean = prepare_mean(p.blur, s, dy, shared);
   const T* pooled = p.fused_pool ? s.at(p.pooled) : nullptr;
   each_element(p, p.C * p.H * p.W, block, blocks, [&](int32_t i) {
     const int32_t pixel = i / p.C;
@@ -430,20 +449,29 @@ __device__ void local_backward(const Phase& p, const Step<T>& s, int32_t block, 
   });
 }
 
-// The gradients of K weights of one row of the kernel, for one input channel.
-template <int K, typename T>
-__device__ __forceinline__ void row_gradient(T (&sum)[K], const Phase& p,
-                                             const ConvolutionInput<T>& in, const T* d,
+// The gradients of K weights of one row of the kernel, for one input channel; inside: no column of
+// the input lies in the padding.
+template <int K, bool inside, typename T>
+__device__ __forceinline__ void row_gradient(T (&sum)[K], const Phase& p, const T* map, const T* d,
                                              int32_t d_step, int32_t c, int32_t kh) {
   for (int32_t oh = 0; oh < p.OH; ++oh) {
     const int32_t h = oh + kh - p.padding_h;
     if (h < 0 || h >= p.H) continue;
+    const T* row = map + h * p.W * p.C + c;
+    const auto at = [&](int32_t w) {
+      if constexpr (inside) {
+        return row[w * p.C];
+      } else {
+        const int32_t column = w - p.padding_w;
+        return column >= 0 && column < p.W ? row[column * p.C] : T(0);
+      }
+    };
     T x[K];
 #pragma unroll
-    for (int k = 0; k < K - 1; ++k) x[k] = in(h, k - p.padding_w, c);
+    for (int k = 0; k < K - 1; ++k) x[k] = at(k);
 #pragma unroll K
     for (int32_t ow = 0; ow < p.OW; ++ow) {
-      x[K - 1] = in(h, ow + K - 1 - p.padding_w, c);
+      x[K - 1] = at(ow + K - 1);
       const T g = d[(oh * p.OW + ow) * d_step];
 #pragma unroll
       for (int k = 0; k < K; ++k) sum[k] += g * x[k];
@@ -460,7 +488,11 @@ __device__ __forceinline__ void update_rows(const Phase& p, const Step<T>& s,
   for (int32_t i = thread_index(); i < p.C * K; i += thread_count()) {
     const int32_t c = i % p.C, kh = i / p.C;
     T sum[K] = {};
-    row_gradient<K>(sum, p, in, d, d_step, c, kh);
+    if (p.padding_w == 0) {
+      row_gradient<K, true>(sum, p, in.data, d, d_step, c, kh);
+    } else {
+      row_gradient<K, false>(sum, p, in.data, d, d_step, c, kh);
+    }
     const int64_t first = p.weight + (o * p.C + c) * K * K + kh * K;
     T* velocity = s.velocity(first);
 #pragma unroll
@@ -479,9 +511,9 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
   if (block >= p.tasks) return;
   const int32_t pixels = p.OH * p.OW, taps = p.kernel_h * p.kernel_w, weights = p.C * taps;
   const T* dy = s.at(p.dy);
-  const T* mean = prepare_mean(p.blur, s, dy, shared, false);
-  const ConvolutionInput<T> in{s.map(p.x), p.local ? nullptr : mean, p.C, p.H, p.W};
-  T* plane = shared + (p.local && mean != nullptr ? 2 * p.blur.H * p.blur.W : 0);
+  const T* mean = prepare_mean(p.blur, s, dy, shared);
+  const ConvolutionInput<T> in{s.map(p.x), nullptr, p.C, p.H, p.W};
+  T* plane = shared + (mean != nullptr ? 2 * p.blur.H * p.blur.W : 0);
   T* partial = plane + (p.staged ? pixels : 0);
   const T* pooled = p.local && p.fused_pool ? s.at(p.pooled) : nullptr;
   const Update<T> update = s.update();
@@ -623,7 +655,7 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
   const T* x = s.map(p.x);
   if (p.permute) {
     const int32_t pixels = p.H * p.W, channels = p.C / pixels;
-    const T* mean = prepare_mean(p.blur, s, x, shared, false);
+    const T* mean = prepare_mean(p.blur, s, x, shared);
     if (mean != nullptr) shared += 2 * pixels;
     for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
       const T value = x[map_index(i, channels, pixels)];

@@ -153,60 +153,51 @@ struct Counters {
   int64_t *next, *current;
 };
 
-// One level of one step for all models. The first level reads `next` and tells the others, which
-// read `current`; the last level advances `next`: nobody reads what a kernel's other blocks write.
+// Both drivers' kernel, as it takes the compiler long: phases [0, phases) of the program, for the
+// models from first_model on.
+//   persistent  barriers are given: `steps` steps of all phases; after those that end a level all
+//               blocks of a model wait for each other
+//   graph       the phases are one level's, the step is the one that `counters` say. The first
+//               level of a step reads `next` and tells the others, which read `current`; the last
+//               level advances `next`: nobody reads what a kernel's other blocks write.
 template <typename T>
 __global__ void __launch_bounds__(512)
-    run_level(const __grid_constant__ Level level, const __grid_constant__ Run<T> run,
-              Counters counters, bool is_first, bool is_last) {
-  __shared__ double shared[kScratch];
-  const int64_t model = static_cast<int64_t>(blockIdx.x) / run.blocks;
-  const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
-  const int64_t index = (is_first ? counters.next : counters.current)[model];
-  const Step<T> step{run, run.workspace + model * run.model_stride, model, index, block};
-  for (int32_t i = 0; i < level.count; ++i) {
-    if (i > 0) __syncthreads();
-    run_phase(level.phases[i], step, reinterpret_cast<T*>(shared));
-  }
-  if (block == 0 && threadIdx.x == 0) {
-    if (is_first) counters.current[model] = index;
-    if (is_last) counters.next[model] = index + 1;
-  }
-}
-
-// `steps` steps of `models` models, the first of which is first_model. program holds its
-// phases one after the other; after those that end a level the blocks of a model wait.
-template <typename T>
-__global__ void __launch_bounds__(512)
-    run_steps(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
-              int64_t first_model, int64_t steps, unsigned* barriers) {
+    run_phases(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
+               int64_t first_model, int64_t steps, unsigned* barriers, Counters counters,
+               bool is_first, bool is_last) {
   __shared__ double shared[kScratch];
   __shared__ double own_program[kMaxPhases * sizeof(Phase) / sizeof(double)];
   static_assert(sizeof(Phase) % sizeof(double) == 0);
+  const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
+  const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
+  const bool persistent = barriers != nullptr;
+  const int64_t begin =
+      persistent ? run.first : (is_first ? counters.next : counters.current)[model];
   const auto* words = reinterpret_cast<const double*>(program);
   const auto count = static_cast<unsigned>(phases * sizeof(Phase) / sizeof(double));
   for (unsigned i = threadIdx.x; i < count; i += blockDim.x) own_program[i] = words[i];
   __syncthreads();
   const auto* own = reinterpret_cast<const Phase*>(own_program);
-  const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
-  const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
-  unsigned* barrier = barriers + kBarrierStride * model;
   unsigned round = 0;
   for (int64_t i = 0; i < steps; ++i) {
-    const Step<T> step{run, run.workspace + model * run.model_stride, model, run.first + i, block};
+    const Step<T> step{run, run.workspace + model * run.model_stride, model, begin + i, block};
     for (int32_t p = 0; p < phases; ++p) {
       run_phase(own[p], step, reinterpret_cast<T*>(shared));
-      if (own[p].ends_level) {
-        wait_for_blocks(barrier, static_cast<unsigned>(run.blocks), ++round);
+      if (persistent && own[p].ends_level) {
+        wait_for_blocks(barriers + kBarrierStride * model, static_cast<unsigned>(run.blocks),
+                        ++round);
       } else {
         __syncthreads();
       }
     }
   }
+  if (!persistent && block == 0 && threadIdx.x == 0) {
+    if (is_first) counters.current[model] = begin;
+    if (is_last) counters.next[model] = begin + 1;
+  }
 }
 
-// -------------------------------------------------------------------------------------- the
-// operator
+// ------------------------------------------------------------------------------------ the operator
 
 // A tensor on the device with a copy of numbers of the host.
 template <typename V>
@@ -272,6 +263,7 @@ class Engine {
     piece = std::max<int64_t>(1, std::min(piece, run_.count));
     Tensor samples = torch::stable::new_empty(losses_, {call_.models * piece * run_.image_size});
     run_.samples = samples.template const_data_ptr<T>();
+    upload_program();
     const bool persistent = choose_persistent();
     counters_ = torch::stable::new_zeros(call_.order, {2 * call_.models});
     for (run_.first = 0; run_.first < run_.count; run_.first += piece) {
@@ -362,7 +354,7 @@ class Engine {
 
   bool choose_persistent() {
     const bool possible =
-        program_.phases <= kMaxPhases && device_.resident_blocks(run_steps<T>) > 0;
+        program_.phases <= kMaxPhases && device_.resident_blocks(run_phases<T>) > 0;
     MNIST_OPS_CHECK(possible || call_.mode != Mode::kPersistent, kOp,
                     ": the persistent kernel needs a device with cooperative launches and at most ",
                     kMaxPhases, " phases a step, the network has ", program_.phases);
@@ -375,29 +367,32 @@ class Engine {
     const int64_t blocks = int64_t{run_.blocks} * run_.models;
     int64_t* counters = counters_.template mutable_data_ptr<int64_t>();
     const Counters where{counters, counters + run_.models};
-    const auto each_level = [&](const auto& body) {
+    const auto each_level = [&](const auto& launch) {
+      const Phase* phases = program_on_device();
       for (std::size_t l = 0; l < program_.levels.size(); ++l) {
-        body(program_.levels[l], l == 0, l + 1 == program_.levels.size());
+        unsigned* no_barriers = nullptr;
+        const int64_t first_model = 0, steps = 1;
+        const bool is_first = l == 0, is_last = l + 1 == program_.levels.size();
+        launch(run_phases<T>, blocks, phases, program_.levels[l].count, run_, first_model, steps,
+               no_barriers, where, is_first, is_last);
+        phases += program_.levels[l].count;
       }
     };
     int64_t left = run_.piece;
     if (left >= 2 * kStepsInGraph) {
       KernelGraph graph(device_);
       for (int i = 0; i < kStepsInGraph; ++i) {
-        each_level([&](const Level& level, bool first, bool last) {
-          graph.add(run_level<T>, blocks, level, run_, where, first, last);
-        });
+        each_level([&](const auto&... arguments) { graph.add(arguments...); });
       }
       for (; left >= kStepsInGraph; left -= kStepsInGraph) graph.launch();
     }
     for (; left > 0; --left) {
-      each_level([&](const Level& level, bool first, bool last) {
-        device_.launch(run_level<T>, blocks, level, run_, where, first, last);
-      });
+      each_level([&](const auto&... arguments) { device_.launch(arguments...); });
     }
   }
 
-  void run_persistent() {
+  // The phases of all levels, one after the other.
+  void upload_program() {
     std::vector<double> words;
     for (const Level& level : program_.levels) {
       for (int32_t i = 0; i < level.count; ++i) {
@@ -409,17 +404,21 @@ class Engine {
       }
     }
     phases_ = to_device(words, ScalarType::Double, losses_);
+  }
+  const Phase* program_on_device() const { return static_cast<const Phase*>(phases_.data_ptr()); }
+
+  void run_persistent() {
     // Barriers of different models in different lines of the cache.
-    Tensor barriers =
+    const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
-    const int64_t resident = device_.resident_blocks(run_steps<T>);
+    const int64_t resident = device_.resident_blocks(run_phases<T>);
     const int64_t together = std::min(call_.models, resident);
     run_.blocks = static_cast<int32_t>(resident / together);
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
-      device_.launch_together(run_steps<T>, models * run_.blocks,
-                              static_cast<const Phase*>(phases_.data_ptr()), program_.phases, run_,
-                              first, run_.piece, static_cast<unsigned*>(barriers.data_ptr()));
+      device_.launch_together(
+          run_phases<T>, models * run_.blocks, program_on_device(), program_.phases, run_, first,
+          run_.piece, static_cast<unsigned*>(barriers.data_ptr()), Counters{}, false, false);
     }
   }
 

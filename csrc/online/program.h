@@ -101,7 +101,7 @@ struct Phase {
   int32_t C = 0, H = 0, W = 0, O = 0, OH = 0, OW = 0;
   int32_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
   int64_t x = kNowhere, y = kNowhere, pooled = kNowhere, dx = kNowhere, dy = kNowhere;
-  int64_t flat = kNowhere;  // the flattened, normalized vector that a linear layer keeps
+  int64_t flat = kNowhere;  // the normalized input, of a linear layer flattened, for the update
   int64_t weight = kNowhere, bias = kNowhere;
   int64_t channel_sum = kNowhere;  // of the pooled map, for the normalization behind it
   int64_t first_uniform = 0;
@@ -120,6 +120,7 @@ struct Level {
 // A block's own memory, in numbers of the wider type.
 constexpr int32_t kScratch = 4480;
 constexpr int32_t kColumns = 16;  // of a task of kLinearBackward
+constexpr int32_t kWantedTasks = 128;
 
 // ----------------------------------------------------------------------- indices, on both backends
 
@@ -169,6 +170,29 @@ MNIST_OPS_HD T blur_at(const BlurPlan& b, const T* plane, const T* taps, int32_t
     total += b.separable ? sum * taps[b.adjoint ? b.taps_h - 1 - kh : kh] : sum;
   }
   return total;
+}
+
+// The same in two steps for a separable kernel: along the rows, then along the columns of that.
+template <typename T>
+MNIST_OPS_HD T blur_row_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h, int32_t w) {
+  T sum = T(0);
+  for (int32_t k = 0; k < b.taps_w; ++k) {
+    const int32_t column = w + k - b.taps_w / 2;
+    if (column < 0 || column >= b.W) continue;
+    sum += plane[h * b.W + column] * taps[b.adjoint ? b.taps_w - 1 - k : k];
+  }
+  return sum;
+}
+template <typename T>
+MNIST_OPS_HD T blur_column_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h,
+                              int32_t w) {
+  T sum = T(0);
+  for (int32_t k = 0; k < b.taps_h; ++k) {
+    const int32_t row = h + k - b.taps_h / 2;
+    if (row < 0 || row >= b.H) continue;
+    sum += plane[row * b.W + w] * taps[b.adjoint ? b.taps_h - 1 - k : k];
+  }
+  return sum;
 }
 
 // The geometry of a pooling of one channel in an (H, W, C) map.
@@ -365,13 +389,14 @@ class Planner {
     p.split = p.C >= 8 || all_weights + plane > kScratch - 64;
     p.staged = !p.split || int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + plane <= kScratch - 64;
     if (p.split) {
-      const int32_t chunks = ceil_div(tiles.count, warps());
+      // Enough tasks for a large device and no more: each copies its weights first.
+      const int32_t chunks = std::min(tiles.count, ceil_div(kWantedTasks, p.O));
       p.per_task = ceil_div(tiles.count, chunks);
       p.tasks = p.O * ceil_div(tiles.count, p.per_task);
     } else {
       const int32_t lanes = std::min(threads_, (p.O + 31) / 32 * 32);
       // Few tiles a task, so that they are spread over the device.
-      p.per_task = std::max(1, std::min(threads_ / lanes, ceil_div(tiles.count, 128)));
+      p.per_task = std::max(1, std::min(threads_ / lanes, ceil_div(tiles.count, kWantedTasks)));
       p.tasks = ceil_div(tiles.count, p.per_task);
     }
   }
@@ -392,6 +417,11 @@ class Planner {
     p.x = value_.value;
     emit_mean(value_.blur, value_.value);
     p.blur = value_.blur;
+    if (value_.blur.source != MeanSource::kNone) {
+      // The update reads the normalized input many times.
+      p.flat = allocate(layer.in.numel());
+      s.in.value = p.flat;
+    }
     if (fuse_) {
       s.activation = take_activation();
       s.pool = take_pool(layer.out);
@@ -411,7 +441,7 @@ class Planner {
       prepare(*s.norm, s.out.blur);
       s.backward_blur = adjoint_of(s.out.blur);
       // All channels of a pixel are in one block: their sum costs nothing more.
-      if (!p.split && s.out.blur.source == MeanSource::kMap) {
+      if (!p.split && s.pool != nullptr && s.out.blur.source == MeanSource::kMap) {
         p.channel_sum = s.out.blur.sum;
         s.out.blur.source = MeanSource::kSum;
       }
@@ -479,10 +509,6 @@ class Planner {
     update.x = s.in.value;
     update.tasks = update.O;
     update.dy = s.out.grad;
-    if (s.in.blur.source != MeanSource::kNone) {
-      update.blur = s.in.blur;
-      update.blur.source = MeanSource::kReady;  // the forward pass left it
-    }
     update.staged = pixels + threads_ <= kScratch;
     if (s.activation != nullptr || s.pool != nullptr || s.norm != nullptr) {
       Phase local;
@@ -490,8 +516,7 @@ class Planner {
       local.fused_pool = s.pool != nullptr;
       local.y = s.y, local.pooled = s.pooled;
       if (s.norm != nullptr) local.blur = s.backward_blur;
-      if (!layer.gradient && s.in.blur.source == MeanSource::kNone &&
-          pixels + threads_ + 2048 <= kScratch) {
+      if (!layer.gradient && pixels + threads_ + 2048 <= kScratch) {
         // Nobody else wants the gradient of the convolution's output.
         update.local = 1;
         update.activation = local.activation, update.fused_pool = local.fused_pool;
