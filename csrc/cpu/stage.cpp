@@ -1,13 +1,14 @@
 // A stage (activation, LP pooling, subtractive normalization) on the CPU.
 //
-// Reads the input once and writes the output once; what lies between stays in cache: a block of
-// channels at a time is activated and pooled, the pooled map of one image (in the type to compute
-// in, whatever the tensors are) waits for its mean. A block is one plane in NCHW and up to 16
-// channels of each pixel, a cache line of float32, in NHWC. In float32 tanh bounds it, not memory.
+// Reads the input once and writes the output once; what lies between stays in cache: a part of the
+// image at a time is activated and pooled, and the pooled map of one image (in the type to compute
+// in, whatever the tensors are) waits for its mean. Where windows tile the image a part is as many
+// rows of them as fit into L1, of one plane in NCHW and of all channels in NHWC: one piece of
+// memory either way. Where they overlap it is a plane, or up to 16 channels of every pixel. In
+// float32 tanh bounds the forward pass, not memory, and the backward pass makes it once more.
 //
-// With at least as many images as threads each thread takes whole images; with fewer, the blocks of
-// each image are shared out. Results do not depend on the number of threads: sums over channels are
-// made in the order of the channels.
+// With at least as many images as threads each thread takes whole images; with fewer, the parts of
+// each image are shared out. Results do not depend on the number of threads.
 
 #include "../stage.h"
 
@@ -18,88 +19,59 @@
 namespace mnist_ops::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // elements of a plane converted at a time
-constexpr int64_t kBlockLanes = 16;
-
-// Neighbouring channels of an image, with which work is done at a time.
-struct Block {
-  int64_t first, lanes;
-};
-
-// The images of one call: of the input or of the output.
-struct Layout {
-  int64_t C, pixels;
-  bool channels_last;
-
-  int64_t lanes() const { return channels_last ? std::min(C, kBlockLanes) : 1; }
-  int64_t blocks() const { return (C + lanes() - 1) / lanes(); }
-  Block block(int64_t b) const {
-    const int64_t first = b * lanes();
-    return {first, std::min(lanes(), C - first)};
-  }
-  int64_t size() const { return C * pixels; }
-
-  // body(Block) for every block, shared out over the threads where they are free.
-  template <typename F>
-  void over_blocks(int64_t cost, const F& body) const {
-    parallel_for(blocks(), cost * pixels * lanes(), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) body(block(b));
-    });
-  }
-};
+constexpr int64_t kChunk = 1024;  // elements converted at a time
+constexpr int64_t kPart = 4096;   // elements of the input in a part, where it can be cut so small
+constexpr int64_t kLanes = 16;    // channels of a part in NHWC where windows overlap
 
 template <typename A>
 std::unique_ptr<A[]> scratch(int64_t size) {
   return std::make_unique_for_overwrite<A[]>(static_cast<std::size_t>(size));
 }
 
-// to[pixel][lane] = value(element, pixel), for a block of an image. All types go by way of a
-// buffer: from the image itself the compiler does not vectorise tanh.
-template <typename T, typename A, typename F>
-void read_block(const T* image, const Layout& layout, const Block& b, A* to, const F& value) {
-  if (layout.channels_last) {
-    A buffer[kBlockLanes];
-    for (int64_t p = 0; p < layout.pixels; ++p) {
-      convert(image + p * layout.C + b.first, buffer, b.lanes);
-      A* out = to + p * b.lanes;
-#pragma omp simd
-      for (int64_t l = 0; l < b.lanes; ++l) out[l] = value(buffer[l], p);
-    }
-  } else {
-    A buffer[kChunk];
-    const T* plane = image + b.first * layout.pixels;
-    for (int64_t p0 = 0; p0 < layout.pixels; p0 += kChunk) {
-      const int64_t n = std::min(kChunk, layout.pixels - p0);
-      convert(plane + p0, buffer, n);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) to[p0 + j] = value(buffer[j], p0 + j);
+// Some channels, side by side, of neighbouring pixels of an image. Copies of it are dense, the
+// lanes innermost.
+struct Region {
+  int64_t offset, pixels, lanes;
+  int64_t pitch;  // from pixel to pixel
+
+  int64_t size() const { return pixels * lanes; }
+
+  // body(offset in the image, offset in a copy, count) for pieces of up to kChunk elements.
+  template <typename F>
+  void pieces(const F& body) const {
+    if (pitch == lanes) {
+      for (int64_t i = 0; i < size(); i += kChunk) {
+        body(offset + i, i, std::min(kChunk, size() - i));
+      }
+    } else {
+      for (int64_t p = 0; p < pixels; ++p) body(offset + p * pitch, p * lanes, lanes);
     }
   }
+};
+
+// to[i] = value(i-th element of the region). All types go by way of a buffer: from the image itself
+// the compiler does not vectorise tanh.
+template <typename T, typename A, typename F>
+void read_region(const T* image, const Region& region, A* to, const F& value) {
+  A buffer[kChunk];
+  region.pieces([&](int64_t from, int64_t i, int64_t n) {
+    convert(image + from, buffer, n);
+    A* out = to + i;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = value(buffer[j]);
+  });
 }
 
-// The block's elements of an image = value(index in the block, pixel).
+// i-th element of the region = value(i).
 template <typename T, typename A = opmath_t<T>, typename F>
-void write_block(T* image, const Layout& layout, const Block& b, const F& value) {
-  if (layout.channels_last) {
-    A buffer[kBlockLanes];
-    for (int64_t p = 0; p < layout.pixels; ++p) {
-      T* to = image + p * layout.C + b.first;
-      A* out = stage(to, buffer);
+void write_region(T* image, const Region& region, const F& value) {
+  A buffer[kChunk];
+  region.pieces([&](int64_t to, int64_t i, int64_t n) {
+    A* out = stage(image + to, buffer);
 #pragma omp simd
-      for (int64_t l = 0; l < b.lanes; ++l) out[l] = value(p * b.lanes + l, p);
-      store(out, to, b.lanes);
-    }
-  } else {
-    A buffer[kChunk];
-    T* plane = image + b.first * layout.pixels;
-    for (int64_t p0 = 0; p0 < layout.pixels; p0 += kChunk) {
-      const int64_t n = std::min(kChunk, layout.pixels - p0);
-      A* out = stage(plane + p0, buffer);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) out[j] = value(p0 + j, p0 + j);
-      store(out, plane + p0, n);
-    }
-  }
+    for (int64_t j = 0; j < n; ++j) out[j] = value(i + j);
+    store(out, image + to, n);
+  });
 }
 
 // ------------------------------------------------------------------------------ pooling of a block
@@ -131,10 +103,10 @@ void over_tap(const PoolGeometry& g, int64_t kw, const F& body) {
   }
 }
 
-// Whether every element of the image lies in exactly one window.
+// Whether whole windows lie side by side; what is left over on the right and below is in none.
 bool is_tiled(const PoolGeometry& g) {
   return g.stride_h == g.kernel_h && g.stride_w == g.kernel_w && g.padding_h == 0 &&
-         g.padding_w == 0 && g.OH * g.kernel_h == g.H && g.OW * g.kernel_w == g.W;
+         g.padding_w == 0 && g.OH * g.kernel_h <= g.H && g.OW * g.kernel_w <= g.W;
 }
 
 template <Norm norm, typename A>
@@ -198,16 +170,17 @@ void pool_block(const A* a, A* y, const PoolGeometry& g, A p) {
       }
     }
     if constexpr (norm == Norm::kTwo) {
+      // Windows of zeros are common behind rectifiers: they must not cost the others their vectors.
       bool safe = true;
 #pragma omp simd reduction(&& : safe)
-      for (int64_t o = 0; o < size; ++o) safe = safe && is_safe_square_sum(y[o]);
-      if (safe) {
-#pragma omp simd
-        for (int64_t o = 0; o < size; ++o) y[o] = std::sqrt(y[o]);
-      } else {
+      for (int64_t o = 0; o < size; ++o) {
+        const bool root = is_safe_square_sum(y[o]);
+        safe = safe && root;
+        y[o] = root ? std::sqrt(y[o]) : A(-1);
+      }
+      if (!safe) {
         each_element(g.OH, g.OW, g.C, [&](int64_t l, int64_t oh, int64_t ow, int64_t o) {
-          y[o] = is_safe_square_sum(y[o]) ? std::sqrt(y[o])
-                                          : scaled_window_norm<norm>(a + l, g, p, oh, ow);
+          if (y[o] < A(0)) y[o] = scaled_window_norm<norm>(a + l, g, p, oh, ow);
         });
       }
     }
@@ -264,60 +237,113 @@ void unpool_block(A* gp, const A* a, const A* y, A* ga, const PoolGeometry& g, A
 #pragma omp simd
       for (int64_t ow = 0; ow < g.OW; ++ow) to[2 * ow] = to[2 * ow + 1] = from[ow];
     } else {
-      for (int64_t iw = 0; iw < g.W; ++iw) {
+      for (int64_t iw = 0; iw < g.OW * g.kernel_w; ++iw) {
         const A* window = from + iw / g.kernel_w * g.C;
 #pragma omp simd
         for (int64_t l = 0; l < g.C; ++l) to[iw * g.C + l] = window[l];
       }
     }
+    if (g.OW * g.kernel_w < g.W) std::fill(to + g.OW * g.kernel_w * g.C, to + g.in_h, A(0));
     for (int64_t kh = 1; kh < g.kernel_h; ++kh) std::copy(to, to + g.in_h, to + kh * g.in_h);
   }
+  const int64_t covered = g.OH * g.kernel_h * g.in_h;
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) ga[i] *= norm == Norm::kTwo ? a[i] : sign_of(a[i]);
+  for (int64_t i = 0; i < covered; ++i) ga[i] *= norm == Norm::kTwo ? a[i] : sign_of(a[i]);
+  // After the product, which may be one with infinity.
+  for (int64_t ih = 0; ih < g.OH * g.kernel_h && g.OW * g.kernel_w < g.W; ++ih) {
+    std::fill(ga + ih * g.in_h + g.OW * g.kernel_w * g.C, ga + (ih + 1) * g.in_h, A(0));
+  }
+  std::fill(ga + covered, ga + size, A(0));
 }
 
 // -------------------------------------------------------------------------------------- one image
+
+// A part of the input, what is pooled from it, and how.
+struct Part {
+  Region in, out;
+  PoolGeometry g;
+};
 
 template <typename T>
 struct Problem {
   using A = opmath_t<T>;
   StageArguments arguments;
-  Layout in, out;
+  bool channels_last;
   const Blur<A>& blur;
 
+  const PoolGeometry& g() const { return arguments.geometry; }
   A p() const { return static_cast<A>(arguments.p); }
-  PoolGeometry geometry(const Block& b) const {
-    return block_geometry(arguments.geometry, b.lanes);
-  }
+  int64_t in_size() const { return g().C * g().H * g().W; }
+  int64_t out_size() const { return g().C * pixels(); }
+  int64_t pixels() const { return g().OH * g().OW; }  // of the output
 
-  // a = act(x) of a block.
-  void activate(const T* x, const Block& b, A* a) const {
-    dispatch_activation(arguments.activation, [&](auto tag) {
-      read_block(x, in, b, a, [](A value, int64_t) {
-        return activation_value<decltype(tag)::value, Functions>(value);
-      });
+  // body(part) for every part, shared out over the threads where they are free.
+  template <typename F>
+  void over_parts(int64_t cost, const F& body) const {
+    const bool tiled = is_tiled(g());
+    const int64_t C = g().C;
+    const int64_t lanes = !channels_last ? 1 : tiled ? C : std::min(C, kLanes);
+    const int64_t row = g().kernel_h * g().W * lanes;  // elements of a row of windows
+    const int64_t rows = tiled ? std::clamp(kPart / row, int64_t{1}, g().OH) : g().OH;
+    const int64_t strips = (g().OH + rows - 1) / rows, blocks = (C + lanes - 1) / lanes;
+    parallel_for(blocks * strips, cost * rows * row, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        body(part(i / strips * lanes, lanes, i % strips * rows, rows, tiled));
+      }
     });
   }
 
-  void pool(const A* a, A* y, const PoolGeometry& g) const {
-    dispatch_norm(arguments.p, [&](auto tag) { pool_block<decltype(tag)::value>(a, y, g, p()); });
+  Part part(int64_t c, int64_t lanes, int64_t row, int64_t rows, bool tiled) const {
+    Part result{};
+    PoolGeometry& part = result.g = g();
+    lanes = std::min(lanes, part.C - c);
+    const bool last = row + rows >= part.OH;  // takes what is left over below the windows, too
+    const int64_t first = tiled ? row * part.kernel_h : 0;
+    if (tiled) {
+      part.OH = last ? part.OH - row : rows;
+      part.H = last ? part.H - first : rows * part.kernel_h;
+    }
+    const int64_t pitch = channels_last ? part.C : 1;
+    const int64_t plane = channels_last ? 1 : g().H * g().W;
+    const int64_t out_plane = channels_last ? 1 : pixels();
+    result.in = {c * plane + first * part.W * pitch, part.H * part.W, lanes, pitch};
+    result.out = {c * out_plane + row * part.OW * pitch, part.OH * part.OW, lanes, pitch};
+    part = block_geometry(part, lanes);
+    return result;
   }
 
-  // sum[pixel] = sum over channels of a map in blocks, [block][pixel][lane].
+  // a = act(x) of a part.
+  void activate(const T* x, const Region& region, A* a) const {
+    dispatch_activation(arguments.activation, [&](auto tag) {
+      read_region(x, region, a,
+                  [](A value) { return activation_value<decltype(tag)::value, Functions>(value); });
+    });
+  }
+
+  void pool(const A* a, A* y, const PoolGeometry& geometry) const {
+    dispatch_norm(arguments.p,
+                  [&](auto tag) { pool_block<decltype(tag)::value>(a, y, geometry, p()); });
+  }
+
+  // sum[pixel] = sum over the channels of a map, in the order of the channels in NCHW.
   void add_channels(const A* map, A* sum) const {
-    parallel_for(out.pixels, out.C, [&](int64_t begin, int64_t end) {
-      std::fill(sum + begin, sum + end, A(0));
-      for (int64_t k = 0; k < out.blocks(); ++k) {
-        const Block b = out.block(k);
-        const A* from = map + b.first * out.pixels;
-        if (b.lanes == 1) {
-#pragma omp simd
-          for (int64_t q = begin; q < end; ++q) sum[q] += from[q];
-        } else {
-          for (int64_t q = begin; q < end; ++q) {
-            for (int64_t l = 0; l < b.lanes; ++l) sum[q] += from[q * b.lanes + l];
-          }
+    const int64_t C = g().C, HW = pixels();
+    parallel_for(HW, C, [=, this](int64_t begin, int64_t end) {
+      if (channels_last) {
+        for (int64_t q = begin; q < end; ++q) {
+          const A* from = map + q * C;
+          A total = A(0);
+#pragma omp simd reduction(+ : total)
+          for (int64_t c = 0; c < C; ++c) total += from[c];
+          sum[q] = total;
         }
+        return;
+      }
+      std::copy(map + begin, map + end, sum + begin);
+      for (int64_t c = 1; c < C; ++c) {
+        const A* from = map + c * HW;
+#pragma omp simd
+        for (int64_t q = begin; q < end; ++q) sum[q] += from[q];
       }
     });
   }
@@ -325,66 +351,74 @@ struct Problem {
   // Both take the sum over channels, give the plane to subtract and use a third one.
   void mean_of(const A* sum, A* mean, A* plane) const {
     blur.apply(sum, mean, plane, false);
-    for (int64_t q = 0; q < out.pixels; ++q) {
-      mean[q] = local_mean(mean[q], static_cast<A>(out.C), blur.coef[q]);
+    for (int64_t q = 0; q < pixels(); ++q) {
+      mean[q] = local_mean(mean[q], static_cast<A>(g().C), blur.coef[q]);
     }
   }
   void adjoint_mean_of(A* sum, A* mean, A* plane) const {
-    for (int64_t q = 0; q < out.pixels; ++q) sum[q] /= blur.coef[q];
+    for (int64_t q = 0; q < pixels(); ++q) sum[q] /= blur.coef[q];
     blur.apply(sum, mean, plane, true);
-    for (int64_t q = 0; q < out.pixels; ++q) mean[q] /= static_cast<A>(out.C);
+    for (int64_t q = 0; q < pixels(); ++q) mean[q] /= static_cast<A>(g().C);
+  }
+
+  // map[i] -= mean[its pixel], for a copy of a region of the map.
+  void subtract(A* map, const Region& region, const A* mean) const {
+    mean += channels_last ? region.offset / region.pitch : region.offset % pixels();
+    if (region.lanes == 1) {
+#pragma omp simd
+      for (int64_t q = 0; q < region.pixels; ++q) map[q] -= mean[q];
+      return;
+    }
+    for (int64_t q = 0; q < region.pixels; ++q) {
+      A* pixel = map + q * region.lanes;
+#pragma omp simd
+      for (int64_t l = 0; l < region.lanes; ++l) pixel[l] -= mean[q];
+    }
   }
 };
 
-// map: the image's pooled channels, in blocks; planes: three of the output's size.
+// map: of the image's output; planes: three of its planes.
 template <typename T, typename A = opmath_t<T>>
 void forward_image(const Problem<T>& problem, const T* x, T* z, A* map, A* planes) {
-  const Layout& out = problem.out;
-  A *sum = planes, *mean = planes + out.pixels, *plane = planes + 2 * out.pixels;
-  problem.in.over_blocks(8, [&](const Block& b) {
-    const auto a = scratch<A>(problem.in.pixels * b.lanes);
-    problem.activate(x, b, a.get());
-    problem.pool(a.get(), map + b.first * out.pixels, problem.geometry(b));
+  const int64_t HW = problem.pixels();
+  A *sum = planes, *mean = planes + HW, *plane = planes + 2 * HW;
+  problem.over_parts(8, [&](const Part& part) {
+    const auto buffer = scratch<A>(part.in.size() + part.out.size());
+    A *a = buffer.get(), *y = a + part.in.size();
+    problem.activate(x, part.in, a);
+    problem.pool(a, y, part.g);
+    write_region(map, part.out, [=](int64_t i) { return y[i]; });
   });
   problem.add_channels(map, sum);
   problem.mean_of(sum, mean, plane);
-  out.over_blocks(1, [&](const Block& b) {
-    const A* from = map + b.first * out.pixels;
-    write_block(z, out, b, [=](int64_t i, int64_t pixel) { return from[i] - mean[pixel]; });
+  problem.over_parts(1, [&](const Part& part) {
+    const auto y = scratch<A>(part.out.size());
+    read_region(map, part.out, y.get(), [](A value) { return value; });
+    problem.subtract(y.get(), part.out, mean);
+    write_region(z, part.out, [from = y.get()](int64_t i) { return from[i]; });
   });
 }
 
 template <typename T, typename A = opmath_t<T>>
 void backward_image(const Problem<T>& problem, const T* g, const T* x, T* gx, A* map, A* planes) {
-  const Layout &in = problem.in, &out = problem.out;
-  A *sum = planes, *mean = planes + out.pixels, *plane = planes + 2 * out.pixels;
-  out.over_blocks(1, [&](const Block& b) {
-    read_block(g, out, b, map + b.first * out.pixels, [](A grad, int64_t) { return grad; });
-  });
-  problem.add_channels(map, sum);
+  const int64_t HW = problem.pixels();
+  A *sum = planes, *mean = planes + HW, *plane = planes + 2 * HW;
+  const A* grads = load(g, map, problem.out_size());
+  problem.add_channels(grads, sum);
   problem.adjoint_mean_of(sum, mean, plane);
-  in.over_blocks(16, [&](const Block& b) {
-    const PoolGeometry geometry = problem.geometry(b);
-    const int64_t size = in.pixels * b.lanes, pooled = out.pixels * b.lanes;
-    const auto buffer = scratch<A>(2 * size + pooled);
-    A *a = buffer.get(), *ga = a + size, *y = ga + size;
-    A* gp = map + b.first * out.pixels;
-    if (b.lanes == 1) {
-#pragma omp simd
-      for (int64_t q = 0; q < pooled; ++q) gp[q] -= mean[q];
-    } else {
-      for (int64_t q = 0; q < out.pixels; ++q) {
-#pragma omp simd
-        for (int64_t l = 0; l < b.lanes; ++l) gp[q * b.lanes + l] -= mean[q];
-      }
-    }
-    problem.activate(x, b, a);
-    problem.pool(a, y, geometry);
+  problem.over_parts(16, [&](const Part& part) {
+    const int64_t size = part.in.size(), pooled = part.out.size();
+    const auto buffer = scratch<A>(2 * (size + pooled));
+    A *a = buffer.get(), *ga = a + size, *y = ga + size, *gp = y + pooled;
+    read_region(grads, part.out, gp, [](A grad) { return grad; });
+    problem.subtract(gp, part.out, mean);
+    problem.activate(x, part.in, a);
+    problem.pool(a, y, part.g);
     dispatch_norm(problem.arguments.p, [&](auto tag) {
-      unpool_block<decltype(tag)::value>(gp, a, y, ga, geometry, problem.p());
+      unpool_block<decltype(tag)::value>(gp, a, y, ga, part.g, problem.p());
     });
     dispatch_activation(problem.arguments.activation, [&](auto tag) {
-      write_block(gx, in, b, [=](int64_t i, int64_t) {
+      write_region(gx, part.in, [=](int64_t i) {
         return activation_gradient<decltype(tag)::value>(ga[i], a[i]);
       });
     });
@@ -401,16 +435,15 @@ void for_each_image(const char* op, const Images& x, const Tensor& kernel,
   const PoolGeometry& g = arguments.geometry;
   if (x.data.numel() == 0) return;
   const Blur<A> blur(op, kernel, g.OH, g.OW);
-  const Problem<T> problem{
-      arguments, {g.C, g.H * g.W, x.channels_last}, {g.C, g.OH * g.OW, x.channels_last}, blur};
+  const Problem<T> problem{arguments, x.channels_last, blur};
   const auto run = [&](int64_t begin, int64_t end) {
-    const auto map = scratch<A>(problem.out.size() + 3 * problem.out.pixels);
+    const auto workspace = scratch<A>(problem.out_size() + 3 * problem.pixels());
     for (int64_t n = begin; n < end; ++n) {
-      body(problem, n, map.get(), map.get() + problem.out.size());
+      body(problem, n, workspace.get(), workspace.get() + problem.out_size());
     }
   };
   if (g.N >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    parallel_for(g.N, 8 * problem.in.size(), run);
+    parallel_for(g.N, 8 * problem.in_size(), run);
   } else {
     run(0, g.N);
   }
@@ -424,7 +457,7 @@ Tensor forward(const char* op, const Images& x, const Tensor& kernel,
     const T* in = x.data.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
     for_each_image<T>(op, x, kernel, arguments, [&](const auto& problem, int64_t n, auto... rest) {
-      forward_image(problem, in + n * problem.in.size(), out + n * problem.out.size(), rest...);
+      forward_image(problem, in + n * problem.in_size(), out + n * problem.out_size(), rest...);
     });
   });
   return output;
@@ -439,8 +472,8 @@ Tensor backward(const char* op, const Tensor& grad_output, const Images& x, cons
     const T* in = x.data.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
     for_each_image<T>(op, x, kernel, arguments, [&](const auto& problem, int64_t n, auto... rest) {
-      backward_image(problem, go + n * problem.out.size(), in + n * problem.in.size(),
-                     gi + n * problem.in.size(), rest...);
+      backward_image(problem, go + n * problem.out_size(), in + n * problem.in_size(),
+                     gi + n * problem.in_size(), rest...);
     });
   });
   return grad_input;
