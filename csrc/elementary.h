@@ -1,5 +1,5 @@
-// Exponential, logarithm, power and tanh of one number, and the fused multiply-add they are made of:
-// on the CPU the loops over them vectorise, and on CUDA the same polynomials give the same bits
+// Exponential, logarithm, power and tanh of one number, and the fused multiply-add they are made
+// of: on the CPU the loops over them vectorise, and on CUDA the same polynomials give the same bits
 // wherever the processor has the fused operation.
 #pragma once
 

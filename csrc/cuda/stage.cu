@@ -619,8 +619,8 @@ Tensor forward(const char* op, const Images& x, const Tensor& kernel,
       T* out = output.mutable_data_ptr<T>();
       const Fused<T> s = fused<T>(arguments, x.channels_last, weights, out, in);
       dispatch_norm(arguments.p, [&](auto tag) {
-        launcher.run_blocks_with_shared(fused_forward_kernel<decltype(tag)::value, T>, s.N, kStageThreads,
-                            s.shared_bytes(1), s, in, out);
+        launcher.run_blocks_with_shared(fused_forward_kernel<decltype(tag)::value, T>, s.N,
+                                        kStageThreads, s.shared_bytes(1), s, in, out);
       });
       return;
     }
@@ -648,8 +648,8 @@ Tensor backward(const char* op, const Tensor& grad_output, const Images& x, cons
       const T* go = grad_output.const_data_ptr<T>();
       const Fused<T> s = fused<T>(arguments, x.channels_last, weights, go, in, gi);
       dispatch_norm(arguments.p, [&](auto tag) {
-        launcher.run_blocks_with_shared(fused_backward_kernel<decltype(tag)::value, T>, s.N, kStageThreads,
-                            s.shared_bytes(maps), s, maps, go, in, gi);
+        launcher.run_blocks_with_shared(fused_backward_kernel<decltype(tag)::value, T>, s.N,
+                                        kStageThreads, s.shared_bytes(maps), s, maps, go, in, gi);
       });
       return;
     }
