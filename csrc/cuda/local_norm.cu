@@ -70,10 +70,13 @@ __device__ __forceinline__ A coefficient(const BlurGeometry& g, int64_t h, int64
   A sum = A(0);
   if (g.separable) {
     A row = A(0);
+#pragma unroll 1
     for (int64_t k = columns.first; k < columns.last; ++k) row += weight(k);
+#pragma unroll 1
     for (int64_t k = rows.first; k < rows.last; ++k) sum += row * weight(k);
   } else {
     for (int64_t kh = rows.first; kh < rows.last; ++kh) {
+#pragma unroll 1
       for (int64_t kw = columns.first; kw < columns.last; ++kw) sum += weight(kh * g.taps_w + kw);
     }
   }
@@ -619,6 +622,7 @@ struct ImageBlock {
     const int first = i < radius ? radius - i : 0;
     const int last = i + radius < size ? count : size + radius - i;
     A sum = A(0);
+#pragma unroll 1  // it stands in many places of a kernel, and is a small part of its time
     for (int k = first; k < last; ++k) sum += in[(i + k - radius) * step] * taps[k];
     return sum;
   }

@@ -3,10 +3,11 @@
 // p = 1, 2 and inf are bound by memory: one read of the input and one write forward; gradient,
 // input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
 // which multiply. Three kinds of kernels, the first that fits:
-//   pairs     NCHW, 2x2 or 3x3 windows with stride 2, no padding (the reports' pooling): a thread
-//             takes a pack of neighbouring elements of each of a window's rows, and all windows
-//             that begin in it. 2x2: everything is read and written once, in packs, backward too,
-//             where the windows tile the image. 3x3: what windows share comes from L1.
+//   pairs     NCHW, 2x2 or 3x3 windows with stride 2, no padding (the reports' pooling), p = 1, 2,
+//             3, 4 or inf: a thread takes a pack of neighbouring elements of each of a window's
+//             rows, and all windows that begin in it. 2x2: everything is read and written once, in
+//             packs, backward too, where the windows tile the image. 3x3: what windows share comes
+//             from L1.
 //   channels  NHWC, any windows, p = 1, 2, inf: a thread takes a pack of channels of one result;
 //             what windows share comes from L1 and L2.
 //   one       a thread computes one result with the functions of ../lp_pool.h, results in the order
@@ -128,6 +129,23 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------- NCHW, 2x2 and 3x3,
 // stride 2
 
+// r^p for p = 2, 3 and 4. These kernels are not for other powers: pow would be their bound, and too
+// much code where loops over windows and elements are unrolled.
+template <typename A>
+__device__ __forceinline__ A small_power(A r, A p) {
+  return p == A(2) ? r * r : p == A(3) ? r * (r * r) : (r * r) * (r * r);
+}
+
+// norm_gradient of lp_pool.h; kGeneral stands for p = 3 and 4.
+template <Norm norm, typename A>
+__device__ __forceinline__ A slope_of(A x, A y, A p) {
+  if constexpr (norm == Norm::kGeneral) {
+    return y == A(0) ? A(0) : sign_of(x) * small_power(magnitude(x) / y, p - A(1));
+  } else {
+    return norm_gradient<norm>(x, y, p);
+  }
+}
+
 // The p-norm of a window in registers.
 template <Norm norm, int kTaps, typename A>
 __device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
@@ -152,9 +170,10 @@ __device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     const A r = magnitude(x[k]) / largest;
-    sum += norm == Norm::kTwo ? r * r : raised(r, p);
+    sum += norm == Norm::kTwo ? r * r : small_power(r, p);
   }
-  return largest * (norm == Norm::kTwo ? std::sqrt(sum) : std::pow(sum, A(1) / p));
+  if (norm == Norm::kTwo) return largest * std::sqrt(sum);
+  return largest * (p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum)));
 }
 
 // Sizes of the planes that `pairs` kernels work on.
@@ -239,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
       A ties = A(0), slopes[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        slopes[k] = norm_gradient<norm>(x[k], y, p);
+        slopes[k] = slope_of<norm>(x[k], y, p);
         if (norm == Norm::kInf) ties += A(magnitude(x[k]) == y);
       }
 #pragma unroll
@@ -296,7 +315,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int m = j / 2 + j % 2; m < j / 2 + 2; ++m) {
             const int ow = first + m, oh = at.row - 1 + r;
             if (oh < 0 || oh >= g.OH || ow < 0 || ow >= g.OW) continue;
-            sum += gs[r][m] * norm_gradient<norm>(x, ys[r][m], p);
+            sum += gs[r][m] * slope_of<norm>(x, ys[r][m], p);
           }
         }
         to.values[j] = static_cast<T>(sum);
@@ -463,6 +482,7 @@ bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool chann
       return launched;
     }
   }
+  if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
   const bool twos = in_pairs(g, 2, channels_last), threes = in_pairs(g, 3, channels_last);
   if (!twos && !threes) return false;
   return dispatch_row_pack<T>(g.W, aligned, [&](auto pack) {
@@ -502,6 +522,7 @@ bool backward_vectors(const Launcher& launcher, const PoolGeometry& g, bool chan
       return launched;
     }
   }
+  if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
   const bool tiles = in_pairs(g, 2, channels_last) && g.H == 2 * g.OH && g.W == 2 * g.OW;
   // Equal maxima would have to be counted in windows that a thread does not hold.
   const bool threes = norm != Norm::kInf && in_pairs(g, 3, channels_last);

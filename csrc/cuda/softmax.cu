@@ -7,8 +7,9 @@
 //   block
 //           brings 256 rows to shared memory, as one piece, and a thread takes a row from there
 //   warp    rows of up to 1024 elements: up to 32 lanes share a row and hold it in registers
-//   block   rows of up to 8192 (256 threads) and 32768 elements (1024 threads, float64: half), held
-//           in registers too; backward, which holds two numbers an element, half of it
+//   block   rows of up to 8192 elements (256 threads), in packs of up to 32768 (1024 threads;
+//           float64: half), held in registers too; backward, which holds two numbers an element,
+//           half of it
 //   stream  longer rows: read twice, the second time from the end, whose elements are still in L2
 // Elsewhere (lines): a block takes 32 to 256 neighbouring lines, threadIdx.x across them, so that
 // reads are coalesced, and threadIdx.y shares out each line, which is read twice: the second
@@ -711,7 +712,9 @@ void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stre
   if (size <= kFew * kWarp) return warp(Number<kFew / n>{});
   if (size <= 32 * kWarp) return warp(Number<32 / n>{});
   if (size <= kMany * kThreads) return block(Number<kThreads>{}, Number<kMany / n>{});
-  if (size <= kWide * kWideBlock) return block(Number<kWideBlock>{}, Number<kWide / n>{});
+  if constexpr (n > 1) {  // without packs it is more code than such rows are worth
+    if (size <= kWide * kWideBlock) return block(Number<kWideBlock>{}, Number<kWide / n>{});
+  }
   stream();
 }
 
