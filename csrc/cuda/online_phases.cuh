@@ -318,7 +318,7 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t o = task / chunks, begin = task % chunks * p.per_task;
     const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
-    if (p.staged) {
+    if (K > 0 || p.staged) {
       __syncthreads();  // the task before may still be reading
       for (int32_t i = thread_index(); i < p.C * taps; i += thread_count()) {
         shared[i / taps * step + i % taps] = weights[weight_index(p, o, i / taps, i % taps)];
@@ -329,7 +329,7 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
       const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
       T sum[4] = {};
       for (int32_t c = lane; c < p.C; c += kWarp) {
-        if (p.staged) {
+        if (K > 0 || p.staged) {
           const T* row = shared + c * step;
           correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
                        [&](int32_t k) { return row[k]; });
@@ -405,7 +405,7 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
       s.at(p.flat)[i] = x[i] - mean[i / p.C];
     }
   }
-  const bool square = p.kernel_h == p.kernel_w;
+  const bool square = p.kernel_h == p.kernel_w && p.staged;
   if (p.split) {
     if (square && p.kernel_h == 5) {
       convolution_by_warps<5>(p, s, block, blocks, in, shared);
