@@ -629,11 +629,13 @@ __device__ void log_softmax_backward(LogSoftmaxKind kind, double beta, const T* 
 }
 
 // The gradient of the network's output to g; this block also keeps loss and prediction, if told to.
+// Thread 0 alone must know the target.
 template <typename T>
-__device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, bool keep) {
+__device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, int32_t target,
+                            bool keep) {
   const int64_t at = s.model * s.run.count + s.index;
   if (thread_index() == 0) {
-    const T loss = loss_and_gradient(s.run.loss, output, n, s.target(), g);
+    const T loss = loss_and_gradient(s.run.loss, output, n, target, g);
     if (keep) s.run.losses[at] = loss;
   }
   // Another warp, where there is one.
@@ -644,7 +646,7 @@ __device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, 
 
 template <typename T>
 __device__ void loss_phase(const Phase& p, const Step<T>& s, int32_t block) {
-  if (block == 0) sample_loss(s, s.map(p.x), s.at(p.dy), p.C, true);
+  if (block == 0) sample_loss(s, s.map(p.x), s.at(p.dy), p.C, s.target(), true);
 }
 
 // ------------------------------------------------------------------------------- fully connected
@@ -704,6 +706,7 @@ template <typename T>
 __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, const T* input, int32_t n,
                              T* shared, bool keep) {
   const int32_t classes = head.classes;
+  const int32_t target = thread_index() == 0 ? s.target() : 0;  // on its way until it is wanted
   T* x = shared;
   T* dx = x + n;
   T* scores = dx + n;
@@ -729,7 +732,7 @@ __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, const T* in
     }
   }
   __syncthreads();
-  sample_loss(s, output, grad, classes, keep);
+  sample_loss(s, output, grad, classes, target, keep);
   __syncthreads();
   if (head.log_softmax != LogSoftmaxKind::kNone) {
     log_softmax_backward(head.log_softmax, head.beta, output, grad, scores, classes);
