@@ -371,7 +371,8 @@ class OnlineSGD:
     ) -> tuple[Tensor, Tensor]:
         engines = self.engines or [self]
         if engines[0]._operator is not None:
-            losses, predictions = _run_together(engines, images, labels, order, uniform)
+            orders = order if self.engines else order.unsqueeze(0)
+            losses, predictions = _run_together(engines, images, labels, orders, uniform)
             return (losses, predictions) if self.engines else (losses[0], predictions[0])
         if self.engines:
             return _run_in_turn(engines, images, labels, order, uniform)
@@ -412,7 +413,7 @@ class OnlineSGD:
 
     def _advance(self, velocities: list[Tensor], count: int) -> None:
         """Take note of steps that were made."""
-        if velocities:
+        if velocities and count > 0:  # after no step the next one is still the first
             self.velocities = velocities
         self.steps += count
         # A graph that autograd recorded before holds the old values: let it notice.
@@ -487,7 +488,7 @@ class OnlineSGD:
 
 
 def _run_together(
-    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, orders: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the engines of one device in one call of the operator for several models."""
     first = engines[0]
@@ -496,7 +497,6 @@ def _run_together(
         (e.lr, e.lr_decay, e.weight_decay, e.momentum, e.dampening, e.steps, bool(e.velocities))
         for e in engines
     ]
-    orders = order if order.dim() == 2 else order.unsqueeze(0)
     with torch.no_grad():
         result = first._operator(
             [parameter.detach() for engine in engines for parameter in engine._parameters],

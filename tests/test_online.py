@@ -348,6 +348,23 @@ def test_chunks_threads_and_saved_states_change_nothing(tmp_path):
     assert (resumed_generator.random32(5) == generator.random32(5)).all()
 
 
+def test_the_first_step_is_the_first_that_is_made(device):
+    """Not a call without samples, nor one that failed: then the velocity is the gradient."""
+    images, labels = (tensor.to(device) for tensor in samples(5, classes=3))
+    model = Linear(5, 3).double().to(device)
+    found = []
+    for calls_before in (False, True):
+        ours = copy.deepcopy(model)
+        engine = OnlineSGD(ours, "mse", lr=0.1, momentum=0.5)
+        if calls_before:
+            engine.run(images, labels, torch.arange(0))
+            with pytest.raises(RuntimeError, match="order must be in"):
+                engine.run(images, labels, torch.tensor([20]))
+        engine.run(images, labels, torch.arange(3))
+        found.append(values(ours))
+    assert torch.equal(*found)
+
+
 def test_states_that_do_not_fit():
     _, _, engine = chunked_setup()
     engine.run(*samples(1, 20, 20, classes=10), torch.arange(3))

@@ -396,6 +396,7 @@ def test_several_models_at_once(emulated, mode, multiprocessors):
         ({"order": torch.tensor([0, 20])}, r"order must be in \[0, 20\), got 20 at position 1"),
         ({"order": torch.tensor([3, -1, 99])}, r"order must be in \[0, 20\), got -1 at position 1"),
         ({"order": torch.tensor([0.0])}, "order must be int64"),
+        ({"order": torch.zeros(1, 1).long()}, "order must be int64"),
         ({"labels": torch.full((20,), 4)}, r"labels must be in \[0, 4\), got 4 at position 0"),
         ({"labels": torch.full((20,), -(2**62))}, r"labels must be in \[0, 4\), got -"),
         ({"labels": torch.zeros(19).long()}, r"labels must be int64 \(20,\), got"),

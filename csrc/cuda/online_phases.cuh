@@ -318,7 +318,7 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t o = task / chunks, begin = task % chunks * p.per_task;
     const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
-    if (p.staged) {
+    if (K > 0 || p.staged) {
       __syncthreads();  // the task before may still be reading
       for (int32_t i = thread_index(); i < p.C * taps; i += thread_count()) {
         shared[i / taps * step + i % taps] = weights[weight_index(p, o, i / taps, i % taps)];
@@ -329,7 +329,7 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
       const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
       T sum[4] = {};
       for (int32_t c = lane; c < p.C; c += kWarp) {
-        if (p.staged) {
+        if (K > 0 || p.staged) {
           const T* row = shared + c * step;
           correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
                        [&](int32_t k) { return row[k]; });
@@ -405,7 +405,7 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
       s.at(p.flat)[i] = x[i] - mean[i / p.C];
     }
   }
-  const bool square = p.kernel_h == p.kernel_w;
+  const bool square = p.kernel_h == p.kernel_w && p.staged;
   if (p.split) {
     if (square && p.kernel_h == 5) {
       convolution_by_warps<5>(p, s, block, blocks, in, shared);
@@ -629,11 +629,13 @@ __device__ void log_softmax_backward(LogSoftmaxKind kind, double beta, const T* 
 }
 
 // The gradient of the network's output to g; this block also keeps loss and prediction, if told to.
+// Thread 0 alone must know the target.
 template <typename T>
-__device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, bool keep) {
+__device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, int32_t target,
+                            bool keep) {
   const int64_t at = s.model * s.run.count + s.index;
   if (thread_index() == 0) {
-    const T loss = loss_and_gradient(s.run.loss, output, n, s.target(), g);
+    const T loss = loss_and_gradient(s.run.loss, output, n, target, g);
     if (keep) s.run.losses[at] = loss;
   }
   // Another warp, where there is one.
@@ -644,7 +646,7 @@ __device__ void sample_loss(const Step<T>& s, const T* output, T* g, int32_t n, 
 
 template <typename T>
 __device__ void loss_phase(const Phase& p, const Step<T>& s, int32_t block) {
-  if (block == 0) sample_loss(s, s.map(p.x), s.at(p.dy), p.C, true);
+  if (block == 0) sample_loss(s, s.map(p.x), s.at(p.dy), p.C, s.target(), true);
 }
 
 // ------------------------------------------------------------------------------- fully connected
@@ -704,6 +706,7 @@ template <typename T>
 __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, const T* input, int32_t n,
                              T* shared, bool keep) {
   const int32_t classes = head.classes;
+  const int32_t target = thread_index() == 0 ? s.target() : 0;  // on its way until it is wanted
   T* x = shared;
   T* dx = x + n;
   T* scores = dx + n;
@@ -729,7 +732,7 @@ __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, const T* in
     }
   }
   __syncthreads();
-  sample_loss(s, output, grad, classes, keep);
+  sample_loss(s, output, grad, classes, target, keep);
   __syncthreads();
   if (head.log_softmax != LogSoftmaxKind::kNone) {
     log_softmax_backward(head.log_softmax, head.beta, output, grad, scores, classes);

@@ -161,7 +161,7 @@ struct Counters {
 //               level of a step reads `next` and tells the others, which read `current`; the last
 //               level advances `next`: nobody reads what a kernel's other blocks write.
 template <typename T>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 1)
     run_phases(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
                int64_t first_model, int64_t steps, unsigned* barriers, Counters counters,
                bool is_first, bool is_last) {

@@ -34,7 +34,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 // One block runs at a time, so one copy is enough (see above for cooperative launches). It begins
 // as zeros, as it does not on a GPU, and then holds what the block before left: only that shows a
