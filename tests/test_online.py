@@ -300,6 +300,47 @@ def test_nan_is_reported_not_hidden():
     assert ((predictions >= 0) & (predictions < 4)).all()
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, float("inf")])
+def test_nan_anywhere_in_a_window_is_reported(p):
+    for row, column in itertools.product(range(2), range(2)):
+        model = network(nn.LPPool2d(p, 2))
+        images, labels = samples(3, 9, 8)
+        images[0, 1, 4 + row, 4 + column] = torch.nan
+        losses, _ = OnlineSGD(model, lr=0.0).run(images, labels, torch.arange(1))
+        assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_fused_stage_is_its_three_layers(dtype):
+    """The same bits, and the names of the layers in messages."""
+    outcome = []
+    for fused in (True, False):
+        generator = torch7.start(1)
+        model = models.convnet(
+            (9, 8, 12),
+            activation=("relu", torch.nn.Identity, "tanh"),
+            norm_type=3.0,
+            dtype=dtype,
+            generator=generator,
+            fused=fused,
+        )
+        assert fused == isinstance(model[1], nn.Stage2d)
+        torch.manual_seed(0)
+        images, labels = samples(1, 32, 32, count=6)
+        losses, _ = OnlineSGD(model, lr=0.01, momentum=0.5).run(images, labels, torch.arange(6))
+        outcome.append((losses, values(model)))
+    for ours, theirs in zip(*outcome, strict=True):
+        assert torch.equal(ours, theirs)
+    model = models.convnet((4, 4, 8))
+    model.stage2.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="layer 'stage2' has hooks"):
+        OnlineSGD(model)
+    small = Sequential(Conv2d(1, 2, 3), nn.Stage2d(gaussian1d(3), kernel_size=9), Flatten())
+    small.append(Linear(2, 4))
+    with pytest.raises(RuntimeError, match=r"layer '1.pool' \(lp_pool2d\): kernel_size \(9, 9\)"):
+        OnlineSGD(small).run(*samples(1, 8, 8, dtype=torch.float32), torch.arange(1))
+
+
 def test_memory_formats_and_strides():
     model = network(Conv2d(9, 5, 3)).to(memory_format=torch.channels_last)
     model[1].weight.data = model[1].weight.data.t().contiguous().t()

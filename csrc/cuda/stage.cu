@@ -522,15 +522,17 @@ bool fits_narrow(const PoolGeometry& g, int64_t images) {
          fits_32_bits(columns);
 }
 
-// Calls body(norm's tag, geometry) with the geometry in 32 bits where that is enough.
+// Calls body(norm's tag, geometry) with the geometry in 32 bits where that is enough, for p = 2
+// alone: others are bound by their powers, or rare enough to do without.
 template <typename F>
 void dispatch_large(const StageArguments& arguments, F&& body) {
   dispatch_norm(arguments.p, [&](auto tag) {
-    if (fits_narrow(arguments.geometry, arguments.geometry.N)) {
-      body(tag, narrow(arguments.geometry));
-    } else {
-      body(tag, arguments.geometry);
+    if constexpr (decltype(tag)::value == Norm::kTwo) {
+      if (fits_narrow(arguments.geometry, arguments.geometry.N)) {
+        return body(tag, narrow(arguments.geometry));
+      }
     }
+    body(tag, arguments.geometry);
   });
 }
 
