@@ -9,69 +9,17 @@
 // The backward pass is given x and nothing else: a and y are computed again from it, which is
 // cheaper than to write and read them. Half types stay in float32 from x to z.
 //
-// Pooling is lp_pool.h's arithmetic and normalization local_norm.h's; here are the activations, for
-// this operator and the layers of the online-SGD engine (online/pointwise.h).
+// The arithmetic is that of activation.h, lp_pool.h and local_norm.h, which the layers of the
+// online-SGD engine share.
 #pragma once
 
+#include "activation.h"
 #include "local_norm.h"
 #include "lp_pool.h"
-#include "sigmoid.h"
 
 #include <string>
 
 namespace mnist_ops {
-
-enum class ActivationKind { kIdentity, kTanh, kRelu, kSigmoid };
-
-// Calls body with the activation's tag, so that each activation is compiled on its own.
-template <ActivationKind kind>
-struct ActivationTag {
-  static constexpr ActivationKind value = kind;
-};
-
-template <typename F>
-MNIST_OPS_HD void dispatch_activation(ActivationKind kind, const F& body) {
-  switch (kind) {
-    case ActivationKind::kIdentity:
-      return body(ActivationTag<ActivationKind::kIdentity>{});
-    case ActivationKind::kTanh:
-      return body(ActivationTag<ActivationKind::kTanh>{});
-    case ActivationKind::kRelu:
-      return body(ActivationTag<ActivationKind::kRelu>{});
-    case ActivationKind::kSigmoid:
-      return body(ActivationTag<ActivationKind::kSigmoid>{});
-  }
-}
-
-// ----------------------------------------------------------------------------- arithmetic, shared
-
-// act(x). Functions has the backend's tanh and exp.
-template <ActivationKind kind, typename Functions, typename A>
-MNIST_OPS_HD A activation_value(A x) {
-  if constexpr (kind == ActivationKind::kTanh) {
-    return Functions::tanh(x);
-  } else if constexpr (kind == ActivationKind::kRelu) {
-    return x < A(0) ? A(0) : x;  // NaN stays NaN
-  } else if constexpr (kind == ActivationKind::kSigmoid) {
-    return A(1) / (A(1) + Functions::exp(-x));
-  } else {
-    return x;
-  }
-}
-
-// grad times act'(x), from a = act(x).
-template <ActivationKind kind, typename A>
-MNIST_OPS_HD A activation_gradient(A grad, A a) {
-  if constexpr (kind == ActivationKind::kTanh) {
-    return grad * (A(1) - a * a);
-  } else if constexpr (kind == ActivationKind::kRelu) {
-    return a <= A(0) ? A(0) : grad;
-  } else if constexpr (kind == ActivationKind::kSigmoid) {
-    return sigmoid_gradient(grad, a);
-  } else {
-    return grad;
-  }
-}
 
 // ----------------------------------------------------------------------------- checks and shapes
 

@@ -126,16 +126,4 @@ void store(const opmath_t<T>* staged, T* to, int64_t n) {
   if constexpr (!std::is_same_v<T, opmath_t<T>>) convert(staged, to, n);
 }
 
-// The functions above for what is written once for all backends.
-struct Functions {
-  template <typename A>
-  MNIST_OPS_HD static A exp(A x) {
-    return cpu::exp(x);
-  }
-  template <typename A>
-  MNIST_OPS_HD static A tanh(A x) {
-    return cpu::tanh(x);
-  }
-};
-
 }  // namespace mnist_ops::cpu

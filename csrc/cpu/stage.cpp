@@ -316,7 +316,7 @@ struct Problem {
   void activate(const T* x, const Region& region, A* a) const {
     dispatch_activation(arguments.activation, [&](auto tag) {
       read_region(x, region, a,
-                  [](A value) { return activation_value<decltype(tag)::value, Functions>(value); });
+                  [](A value) { return activation_value<decltype(tag)::value>(value); });
     });
   }
 

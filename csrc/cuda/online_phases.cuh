@@ -84,36 +84,6 @@ __device__ __forceinline__ int32_t thread_count() {
   return static_cast<int32_t>(blockDim.x);
 }
 
-template <typename T>
-__device__ __forceinline__ T activate(ActivationKind kind, T x) {
-  switch (kind) {
-    case ActivationKind::kTanh:
-      return Tanh::value(x);
-    case ActivationKind::kRelu:
-      return Relu::value(x);
-    case ActivationKind::kSigmoid:
-      return Sigmoid::value(x);
-    case ActivationKind::kNone:
-      break;
-  }
-  return x;
-}
-
-template <typename T>
-__device__ __forceinline__ T activation_gradient(ActivationKind kind, T g, T y) {
-  switch (kind) {
-    case ActivationKind::kTanh:
-      return Tanh::gradient(g, y);
-    case ActivationKind::kRelu:
-      return Relu::gradient(g, y);
-    case ActivationKind::kSigmoid:
-      return Sigmoid::gradient(g, y);
-    case ActivationKind::kNone:
-      break;
-  }
-  return g;
-}
-
 // Calls body(task) for the tasks of this block; `block` counts from the phase's first task.
 template <typename F>
 __device__ __forceinline__ void each_task(int32_t tasks, int32_t block, int32_t blocks,
@@ -295,7 +265,7 @@ __device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int32_t row = h + i / 2, column = w + i % 2;
-    v[i] = activate(p.activation, v[i] + bias);
+    v[i] = activation_value(p.activation, v[i] + bias);
     if (row < p.OH && column < p.OW) y[(row * p.OW + column) * p.O + o] = v[i];
   }
   if (!p.fused_pool) return v[0];
@@ -672,7 +642,7 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
   const int32_t warps = thread_count() / kWarp;
   const auto finish = [&](int32_t o, T sum) {
     if (p.bias != kNowhere) sum += s.at(p.bias)[o];
-    s.at(p.y)[o] = activate(p.activation, sum);
+    s.at(p.y)[o] = activation_value(p.activation, sum);
   };
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     T sum = T(0);
@@ -728,7 +698,7 @@ __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, const T* in
     log_softmax(head.log_softmax, head.beta, scores, output, classes);
   } else {
     for (int32_t i = thread_index(); i < classes; i += thread_count()) {
-      output[i] = activate(head.activation, scores[i]);
+      output[i] = activation_value(head.activation, scores[i]);
     }
   }
   __syncthreads();
@@ -770,8 +740,8 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
   if (p.staged) {
     // Each thread its own elements, with those that it wrote in run_head.
     for (int32_t i = thread_index(); i < p.O; i += thread_count()) {
-      shared[i] = activation_gradient(p.activation, dy[i],
-                                      p.activation == ActivationKind::kNone ? T(0) : s.at(p.y)[i]);
+      shared[i] = activation_gradient(
+          p.activation, dy[i], p.activation == ActivationKind::kIdentity ? T(0) : s.at(p.y)[i]);
     }
     dz = shared;
     shared += p.O;
@@ -833,7 +803,7 @@ template <typename T>
 __device__ void activation(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
   const T* x = s.map(p.x);
   each_element(p, p.C * p.H * p.W, block, blocks,
-               [&](int32_t i) { s.at(p.y)[i] = activate(p.activation, x[i]); });
+               [&](int32_t i) { s.at(p.y)[i] = activation_value(p.activation, x[i]); });
 }
 
 template <typename T>

@@ -25,17 +25,6 @@ namespace {
 
 constexpr int kStageThreads = 512;  // of a block: four blocks fill an SM where registers allow it
 
-struct Functions {
-  template <typename A>
-  __device__ static A tanh(A x) {
-    return std::tanh(x);
-  }
-  template <typename A>
-  __device__ static A exp(A x) {
-    return std::exp(x);
-  }
-};
-
 // An input plane as lp_pool.h reads it, activated element by element.
 template <typename T>
 struct ActivatedPlane {
@@ -45,33 +34,9 @@ struct ActivatedPlane {
 
   template <typename I>
   __device__ math_type operator[](I i) const {
-    const math_type x = static_cast<math_type>(first[i]);
-    switch (kind) {
-      case ActivationKind::kTanh:
-        return activation_value<ActivationKind::kTanh, Functions>(x);
-      case ActivationKind::kRelu:
-        return activation_value<ActivationKind::kRelu, Functions>(x);
-      case ActivationKind::kSigmoid:
-        return activation_value<ActivationKind::kSigmoid, Functions>(x);
-      default:
-        return x;
-    }
+    return activation_value(kind, static_cast<math_type>(first[i]));
   }
 };
-
-template <typename A>
-__device__ A gradient_of(ActivationKind kind, A grad, A a) {
-  switch (kind) {
-    case ActivationKind::kTanh:
-      return activation_gradient<ActivationKind::kTanh>(grad, a);
-    case ActivationKind::kRelu:
-      return activation_gradient<ActivationKind::kRelu>(grad, a);
-    case ActivationKind::kSigmoid:
-      return activation_gradient<ActivationKind::kSigmoid>(grad, a);
-    default:
-      return grad;
-  }
-}
 
 // Where the index-th element, in the order of memory, of images with planes of H x W lies.
 template <typename I>
@@ -289,8 +254,8 @@ __device__ __forceinline__ Pair<A, n> activated_pair(const T* x, int32_t W) {
   Pair<A, n> pair;
 #pragma unroll
   for (int j = 0; j < n; ++j) {
-    pair.top[j] = activation_value<kind, Functions>(static_cast<A>(top.values[j]));
-    pair.bottom[j] = activation_value<kind, Functions>(static_cast<A>(bottom.values[j]));
+    pair.top[j] = activation_value<kind>(static_cast<A>(top.values[j]));
+    pair.bottom[j] = activation_value<kind>(static_cast<A>(bottom.values[j]));
   }
   return pair;
 }
@@ -364,7 +329,7 @@ __device__ void unpool_pairs(const Fused<T>& s, const SharedMemory<A>& m, const 
       const int32_t c = i / s.g.W, at = (c + 1) * s.g.H * s.g.W - s.g.W + (i - c * s.g.W);
       // Nothing but a NaN makes anything of it.
       const A a = ActivatedPlane<T>{x, s.activation}[at];
-      gx[at] = static_cast<T>(gradient_of(s.activation, A(0), a));
+      gx[at] = static_cast<T>(activation_gradient(s.activation, A(0), a));
     }
   }
 }
@@ -393,7 +358,8 @@ __device__ void unpool_windows(const Fused<T>& s, const SharedMemory<A>& m, cons
     const int32_t o = g.output_offset(0, at.c);
     const A grad = input_gradient<norm>(static_cast<const A*>(m.map + o), plane,
                                         static_cast<const A*>(m.norms + o), g, s.p, at.h, at.w);
-    gx[i] = static_cast<T>(gradient_of(s.activation, grad, plane[at.h * g.in_h + at.w * g.in_w]));
+    gx[i] = static_cast<T>(
+        activation_gradient(s.activation, grad, plane[at.h * g.in_h + at.w * g.in_w]));
   }
 }
 
@@ -492,8 +458,8 @@ __global__ void __launch_bounds__(kThreads)
     const I o = g.output_offset(at.n, at.c);
     const opmath_t<T> gradient =
         input_gradient<norm>(grad + o, plane, pooled + o, g, p, at.h, at.w);
-    grad_input[i] =
-        static_cast<T>(gradient_of(activation, gradient, plane[at.h * g.in_h + at.w * g.in_w]));
+    grad_input[i] = static_cast<T>(
+        activation_gradient(activation, gradient, plane[at.h * g.in_h + at.w * g.in_w]));
   }
 }
 

@@ -2,46 +2,10 @@
 // loops and the GPU's threads share.
 #pragma once
 
-#include "../elementary.h"
+#include "../activation.h"
 #include "../lp_pool.h"
-#include "../sigmoid.h"
 
 namespace mnist_ops::online {
-
-// --------------------------------------------------------------------------------- activations
-
-struct Tanh {
-  template <typename T>
-  MNIST_OPS_HD static T value(T x) {
-    return elementary::tanh(x);
-  }
-  template <typename T>
-  MNIST_OPS_HD static T gradient(T g, T y) {
-    return g * (T(1) - y * y);
-  }
-};
-
-struct Relu {
-  template <typename T>
-  MNIST_OPS_HD static T value(T x) {
-    return x < T(0) ? T(0) : x;  // NaN stays NaN
-  }
-  template <typename T>
-  MNIST_OPS_HD static T gradient(T g, T y) {
-    return y <= T(0) ? T(0) : g;
-  }
-};
-
-struct Sigmoid {
-  template <typename T>
-  MNIST_OPS_HD static T value(T x) {
-    return T(1) / (T(1) + elementary::exp(-x));
-  }
-  template <typename T>
-  MNIST_OPS_HD static T gradient(T g, T y) {
-    return sigmoid_gradient(g, y);
-  }
-};
 
 // Torch7's dropout: kept where a uniform number is <= 1 - p, and scaled by 1 / (1 - p).
 template <typename T>

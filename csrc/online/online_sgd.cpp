@@ -153,11 +153,11 @@ class Network {
       case Kind::kLinear:
         return push<Linear<T>>(in, new_map(layer.out, true), weight, bias);
       case Kind::kTanh:
-        return push<Activation<T, Tanh>>(in, same_map(in));
+        return push<Activation<T, ActivationKind::kTanh>>(in, same_map(in));
       case Kind::kRelu:
-        return push<Activation<T, Relu>>(in, same_map(in));
+        return push<Activation<T, ActivationKind::kRelu>>(in, same_map(in));
       case Kind::kSigmoid:
-        return push<Activation<T, Sigmoid>>(in, same_map(in));
+        return push<Activation<T, ActivationKind::kSigmoid>>(in, same_map(in));
       case Kind::kDropout:
         return push<Dropout<T>>(in, same_map(in), layer.number, layer.first_uniform);
       case Kind::kSubtractiveNorm2d:

@@ -5,7 +5,7 @@
 
 namespace mnist_ops::online {
 
-template <typename T, typename F>
+template <typename T, ActivationKind kind>
 class Activation final : public Layer<T> {
  public:
   Activation(const Map<T>& input, const Map<T>& output) {
@@ -21,7 +21,7 @@ class Activation final : public Layer<T> {
     const T* x = this->in.value + b * n;
     T* y = this->out.value + b * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) y[i] = F::value(x[i]);
+    for (int64_t i = 0; i < n; ++i) y[i] = activation_value<kind>(x[i]);
   }
 
   void backward(int64_t b) override {
@@ -30,7 +30,7 @@ class Activation final : public Layer<T> {
     const T* dy = this->out.grad + b * n;
     T* dx = this->in.grad + b * n;
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) dx[i] = F::gradient(dy[i], y[i]);
+    for (int64_t i = 0; i < n; ++i) dx[i] = activation_gradient<kind>(dy[i], y[i]);
   }
 };
 

@@ -52,7 +52,6 @@ enum class Op : int32_t {
   kLogSoftmaxBackward,  //
 };
 
-enum class ActivationKind : int32_t { kNone, kTanh, kRelu, kSigmoid };
 enum class PoolKind : int32_t { kLp1, kLp2, kLpInf, kLp, kMax, kAverage };
 enum class LogSoftmaxKind : int32_t { kNone, kExact, kTorch7 };
 
@@ -77,7 +76,7 @@ struct BlurPlan {
 // The last fully connected layer and the loss, where they are fused into what comes before.
 struct HeadPlan {
   int32_t classes = 0;
-  ActivationKind activation = ActivationKind::kNone;
+  ActivationKind activation = ActivationKind::kIdentity;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
   int64_t weight = kNowhere, bias = kNowhere, grad = kNowhere;  // grad: of the scores
   double beta = 1;
@@ -89,7 +88,7 @@ struct Phase {
   int32_t tasks = 0, first_task = 0;  // first_task: tasks of the phases before it in its level
   int32_t per_task = 0;               // tiles, rows or groups that a task has
   int32_t ends_level = 0;             // set where phases of all levels follow each other
-  ActivationKind activation = ActivationKind::kNone;
+  ActivationKind activation = ActivationKind::kIdentity;
   PoolKind pool = PoolKind::kLp2;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
   int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels
@@ -282,7 +281,7 @@ class Planner {
   }
 
   static ActivationKind activation_of(const LayerSpec* layer) {
-    if (layer == nullptr) return ActivationKind::kNone;
+    if (layer == nullptr) return ActivationKind::kIdentity;
     switch (layer->kind) {
       case Kind::kTanh:
         return ActivationKind::kTanh;
@@ -291,7 +290,7 @@ class Planner {
       case Kind::kSigmoid:
         return ActivationKind::kSigmoid;
       default:
-        return ActivationKind::kNone;
+        return ActivationKind::kIdentity;
     }
   }
 
@@ -466,7 +465,7 @@ class Planner {
 
   const LayerSpec* take_activation() {
     const LayerSpec* layer = peek(next_);
-    if (activation_of(layer) == ActivationKind::kNone) return nullptr;
+    if (activation_of(layer) == ActivationKind::kIdentity) return nullptr;
     ++next_;
     return layer;
   }
@@ -732,7 +731,7 @@ class Planner {
       if (last->kind == Kind::kLogSoftmax) h.log_softmax = LogSoftmaxKind::kExact;
       if (last->kind == Kind::kTorch7LogSoftmax) h.log_softmax = LogSoftmaxKind::kTorch7;
       h.beta = last->number;
-      if (h.activation == ActivationKind::kNone && h.log_softmax == LogSoftmaxKind::kNone) {
+      if (h.activation == ActivationKind::kIdentity && h.log_softmax == LogSoftmaxKind::kNone) {
         return false;
       }
       next_ = i + 2;
