@@ -71,7 +71,8 @@ def figure(record: dict[str, Any], family: str, path: Path) -> None:
         handles, labels = axes[0].get_legend_handles_labels()
         machine = record["machine"]
         case = next(row["case"] for row in record["rows"] if row["family"] == family)
-        drawing.suptitle(f"{case}, float32\n{machine['name']}", fontsize=9)
+        threads = f", {machine['threads']} thread(s)" if machine["device"] == "cpu" else ""
+        drawing.suptitle(f"{case}, float32\n{machine['name']}{threads}", fontsize=9)
         drawing.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         drawing.savefig(path, dpi=200)
 
