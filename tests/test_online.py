@@ -429,7 +429,7 @@ def several(device="cpu", count=3, **options):
         models.convnet((5, 8, 12), device=device, generator=torch7.start(seed), **options)
         for seed in range(count)
     ]
-    networks[1].norm1.kernel.mul_(torch.rand(7).to(networks[1].norm1.kernel))
+    networks[1].stage1.kernel.mul_(torch.rand(7).to(networks[1].stage1.kernel))
     return networks
 
 

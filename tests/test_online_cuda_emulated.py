@@ -367,7 +367,7 @@ def test_several_models_at_once(emulated, mode, multiprocessors):
     order = torch.randint(0, 20, (3, 6))
     rates, decays = [0.02, 0.05, 0.01], [0.0, 0.1, 0.01]
     networks = [dropping(seed) for seed in (1, 2, 3)]
-    networks[1].norm1.kernel.mul_(torch.rand(7) + 0.5)
+    networks[1].stage1.kernel.mul_(torch.rand(7) + 0.5)
     alone = copy.deepcopy(networks)
     emulated.set(multiprocessors)
     settings = {"lr_decay": 0.01, "momentum": 0.5}
