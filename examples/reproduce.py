@@ -73,6 +73,13 @@ def parse_arguments() -> argparse.Namespace:
         help="N runs more, each with another weight changed by 1e-15",
     )
     how.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores")
+    how.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="up to N runs of one network share the launches of a GPU, as one of --jobs",
+    )
     how.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     how.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     how.add_argument("--resume", action="store_true", help="continue what is in --out")
@@ -80,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     how.add_argument("--no-progress", action="store_true", help="no progress bars")
     args = p.parse_args()
-    for name in ("seeds", "epochs", "limit", "jobs"):
+    for name in ("seeds", "epochs", "limit", "jobs", "together"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
     if args.perturb < 0:
@@ -203,6 +210,7 @@ def run(args: argparse.Namespace) -> int:
         args.resume,
         progress=False if args.no_progress else None,
         repository=Path(__file__).resolve().parents[1],
+        together=args.together,
     )
     extras(args)
     results = json.loads((args.out / "results.json").read_text())

@@ -16,8 +16,11 @@ or several modules of one shape side by side::
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from . import nn as ops_nn
 from .ops._common import check_number, pair
 from .optim import Torch7SGD
 
-__all__ = ["OnlineSGD", "OptimizerEngine", "UnsupportedError"]
+__all__ = ["OnlineSGD", "OptimizerEngine", "SharedLaunches", "UnsupportedError"]
 
 LOSSES = ("nll", "multi_margin", "mse")
 MODES = ("auto", "graph", "persistent")
@@ -369,6 +372,12 @@ class OnlineSGD:
     def _run(
         self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Steps of which the random numbers are drawn; OptimizerEngine may share them."""
+        return self._run_now(images, labels, order, uniform)
+
+    def _run_now(
+        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
         engines = self.engines or [self]
         if engines[0]._operator is not None:
             orders = order if self.engines else order.unsqueeze(0)
@@ -529,7 +538,7 @@ def _run_in_turn(
         velocities = [velocity.clone() for velocity in engine.velocities]
         undo.append((engine, values, velocities, engine.steps))
         try:
-            results.append(engine._run(images, labels, own_order, own_numbers))
+            results.append(engine._run_now(images, labels, own_order, own_numbers))
         except Exception:
             for changed, values, velocities, steps in undo[:-1]:
                 with torch.no_grad():
@@ -539,6 +548,122 @@ def _run_in_turn(
             raise
     losses, predictions = zip(*results, strict=True)
     return torch.stack(losses), torch.stack(predictions)
+
+
+@dataclass
+class _SharedCall:
+    """What one engine wants to run, and what came of it."""
+
+    engine: OnlineSGD
+    images: Tensor
+    labels: Tensor
+    order: Tensor
+    uniform: Tensor
+    result: tuple[Tensor, Tensor] | None = None
+    error: BaseException | None = None
+
+    def kind(self) -> tuple[Any, ...]:
+        """Calls of one kind can be one."""
+        e = self.engine
+        return (*e._layout(), e.loss, e.nesterov, e.momentum > 0, e.mode, len(self.order))
+
+
+class SharedLaunches:
+    """Lets training loops in several threads run their steps together.
+
+    One network cannot fill a GPU. Loops that were written for one network each go on as they are,
+    in a thread each: every call of their engines waits until all the others have called, too, and
+    those of one kind become one call for several models, as of :class:`OnlineSGD` with a list. The
+    results are, bit for bit, those of each loop alone.
+
+    Args:
+        members: how many loops there are. Each of them calls :meth:`leave` at its end, however it
+            ends: the others wait for it.
+
+    Example::
+
+        >>> shared = SharedLaunches(len(runs))
+        >>> def train(run):
+        ...     try:
+        ...         engine = OptimizerEngine(run.model, run.optimizer, shared=shared)
+        ...         fit(run.model, ..., engine=engine)
+        ...     finally:
+        ...         shared.leave()
+        >>> threads = [threading.Thread(target=train, args=(run,)) for run in runs]
+    """
+
+    def __init__(self, members: int) -> None:
+        if members < 1:
+            raise ValueError(f"SharedLaunches: members must be >= 1, got {members}")
+        self._members = members
+        self._waiting: list[_SharedCall] = []
+        self._condition = threading.Condition()
+        self._stopped = False
+        # What the engines have moved to the device, once for all of them.
+        self._placed: dict[str, tuple[Any, int, Tensor]] = {}
+
+    def leave(self) -> None:
+        """One member will call no more."""
+        with self._condition:
+            self._members -= 1
+            self._serve_if_all_wait()
+
+    def stop(self) -> None:
+        """Make every call that waits, and every later one, raise an ``InterruptedError``."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+
+    def _run(
+        self, engine: OnlineSGD, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        call = _SharedCall(engine, images, labels, order, uniform)
+        with self._condition:
+            self._waiting.append(call)
+            self._serve_if_all_wait()
+            while call.result is None and call.error is None and not self._stopped:
+                self._condition.wait()
+        if call.error is not None:
+            raise call.error
+        if call.result is None:
+            raise InterruptedError("the runs that share their launches were stopped")
+        return call.result
+
+    def _serve_if_all_wait(self) -> None:
+        if not self._waiting or len(self._waiting) < self._members or self._stopped:
+            return
+        calls, self._waiting = self._waiting, []
+        kinds: dict[tuple[Any, ...], list[_SharedCall]] = {}
+        for call in calls:
+            kinds.setdefault(call.kind(), []).append(call)
+        for alike in kinds.values():
+            try:
+                losses, predictions = self._run_as_one(alike)
+                for call, *result in zip(alike, losses, predictions, strict=True):
+                    call.result = (result[0], result[1])
+            except BaseException as error:  # it belongs to the threads whose calls these are
+                for call in alike:
+                    call.error = error
+        self._condition.notify_all()
+
+    @staticmethod
+    def _run_as_one(calls: Sequence[_SharedCall]) -> tuple[Tensor, Tensor]:
+        first = calls[0]
+        images, labels = first.images, first.labels
+        orders = [call.order for call in calls]
+        if any(call.images is not images or call.labels is not labels for call in calls):
+            images = torch.cat([call.images for call in calls])
+            labels = torch.cat([call.labels for call in calls])
+            begin = 0
+            for i, call in enumerate(calls):
+                orders[i] = orders[i] + begin
+                begin += len(call.images)
+        uniform = first.uniform
+        if uniform.numel():
+            uniform = torch.cat([call.uniform for call in calls])
+        engines = [call.engine for call in calls]
+        run = _run_in_turn if first.engine._operator is None else _run_together
+        return run(engines, images, labels, torch.stack(orders), uniform)
 
 
 class OptimizerEngine(OnlineSGD):
@@ -556,6 +681,7 @@ class OptimizerEngine(OnlineSGD):
             has a true attribute ``batched``, to all images of a run at once; not together with
             dropout, whose random numbers it would have to draw in turn with.
         threads: as for :class:`OnlineSGD`, as is ``mode``.
+        shared: of several runs in threads of one process, see :class:`SharedLaunches`.
 
     Raises:
         UnsupportedError: if the network, optimizer or criterion is none that the engine knows.
@@ -569,6 +695,7 @@ class OptimizerEngine(OnlineSGD):
         transform: Callable[[Tensor], Tensor] | None = None,
         threads: int = 1,
         mode: str = "auto",
+        shared: SharedLaunches | None = None,
     ) -> None:
         if type(optimizer) is not Torch7SGD:
             raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not Torch7SGD")
@@ -585,6 +712,9 @@ class OptimizerEngine(OnlineSGD):
             raise UnsupportedError("the optimizer's parameters are not those of the network")
         if transform is not None and self._dropouts:
             raise UnsupportedError("a transform together with dropout")
+        self.shared = shared
+        if shared is not None:
+            self._placed = shared._placed
 
     def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`OnlineSGD.run`; the results are on the CPU."""
@@ -606,6 +736,12 @@ class OptimizerEngine(OnlineSGD):
         for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
             state[parameter]["velocity"] = velocity
         return losses.cpu(), predictions.cpu()
+
+    def _run(
+        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        run = self._run_now if self.shared is None else partial(self.shared._run, self)
+        return run(images, labels, order, uniform)
 
 
 _SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, experiments, training
+from . import __version__, experiments, online, training
 from .experiments import Experiment
 
 __all__ = ["RunError", "Task", "collect", "environment", "processor", "run_all", "tasks"]
@@ -176,6 +176,14 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _machine(device: str, where: dict[str, Any]) -> str:
+    """The processor, and the GPU if that does the work."""
+    machine = str(where["machine"])
+    if torch.device(device).type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
+    return machine
+
+
 def _describe(task: Task, where: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run before it starts. Nothing that differs when it is made again."""
     return {
@@ -189,7 +197,7 @@ def _describe(task: Task, where: dict[str, Any]) -> dict[str, Any]:
         "epochs_wanted": task.epochs,
         "settings": task.experiment.settings(),
         "commit": where["commit"],
-        "machine": where["machine"],
+        "machine": _machine(task.device, where),
         "torch": where["torch"],
     }
 
@@ -312,21 +320,61 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(
-    task: Task, out: Path, resume: bool, threads: int, where: dict[str, Any], parent: int
-) -> str | None:
-    """One run, in whatever process joblib chose. Returns what went wrong, as text."""
-    folder = task.folder(out)
-    in_worker = os.getpid() != parent
-    if in_worker:
+def _run_group(
+    group: Sequence[Task], out: Path, resume: bool, threads: int, where: dict[str, Any], parent: int
+) -> list[str]:
+    """Runs that belong together, in whatever process joblib chose; what went wrong, as text."""
+    if os.getpid() != parent:
         # Ctrl-C is for the process that hands out the work; it stops the others.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    failures: list[str] = []
+    if len(group) == 1:
+        _run(group[0], out, resume, where, parent, None, failures)
+        return failures
+    with contextlib.suppress(Exception):  # where there are no digits each run says so
+        task = group[0]
+        experiments.digits(task.experiment.data_kernel, task.root, task.limit)  # kept for all
+    shared = online.SharedLaunches(len(group))
+    workers = [
+        threading.Thread(
+            target=_run, args=(task, out, resume, where, parent, shared, failures), daemon=True
+        )
+        for task in group
+    ]
+    # Each run sets these flags and puts back what it found: let it be the same for all.
+    with training.repeatable():
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except BaseException:
+            shared.stop()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            raise
+    return failures
+
+
+def _run(
+    task: Task,
+    out: Path,
+    resume: bool,
+    where: dict[str, Any],
+    parent: int,
+    shared: online.SharedLaunches | None,
+    failures: list[str],
+) -> None:
+    """One run. What went wrong is added to the failures, as text."""
+    folder = task.folder(out)
+    in_worker = os.getpid() != parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             if resume and _is_complete(task, out):
-                return None
+                return
             resume = resume and (folder / training.CHECKPOINT).exists()
             done = _epochs_done(folder) if resume else 0
             progress = _Progress(_progress_path(task, out), task, done, in_worker)
@@ -354,6 +402,7 @@ def _run(
                 task.root,
                 verbose=False,
                 progress=False,
+                shared=shared,
                 on_progress=progress.on_progress,
                 on_epoch=on_epoch,
             )
@@ -363,8 +412,26 @@ def _run(
             training.save_checkpoint(folder / "model.pt", model.state_dict())
             _write_json(folder / "run.json", record)
     except Exception as error:  # one run that fails must not take the others with it
-        return f"{task.name}: {type(error).__name__}: {error}"
-    return None
+        failures.append(f"{task.name}: {type(error).__name__}: {error}")
+    finally:
+        if shared is not None:
+            shared.leave()
+
+
+def _groups(left: Sequence[Task], together: int) -> list[list[Task]]:
+    """The runs that share their launches: up to ``together`` of one network, loss and digits."""
+    groups: dict[Any, list[list[Task]]] = {}
+    for i, task in enumerate(left):
+        e = task.experiment
+        key: Any = i
+        if together > 1 and "online" in experiments.describe_engine(e, task.device):
+            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, task.limit, task.root)
+            key += (task.device,)
+        found = groups.setdefault(key, [[]])
+        if len(found[-1]) == together:
+            found.append([])
+        found[-1].append(task)
+    return [group for found in groups.values() for group in found]
 
 
 @dataclass
@@ -465,6 +532,7 @@ def run_all(
     progress: bool | None = None,
     quiet: bool = False,
     repository: Path | None = None,
+    together: int = 1,
 ) -> list[str]:
     """Make all runs and write ``out/results.json``.
 
@@ -476,6 +544,9 @@ def run_all(
         progress: bars on standard error; ``None``: on a terminal only.
         quiet: no line per epoch on standard output.
         repository: the git checkout whose commit is recorded.
+        together: so many runs of one network (seeds, say, or learning rates) at most are one of the
+            ``jobs`` and share their launches on a GPU, which one network cannot fill, see
+            :class:`mnist_ops.online.SharedLaunches`. On the CPU it gains nothing.
 
     Returns:
         A line for each run that failed; the others are complete.
@@ -486,8 +557,9 @@ def run_all(
     """
     from joblib import Parallel, delayed
 
-    if jobs < 1:
-        raise ValueError(f"run_all: jobs must be >= 1, got {jobs}")
+    for name, value in (("jobs", jobs), ("together", together)):
+        if value < 1:
+            raise ValueError(f"run_all: {name} must be >= 1, got {value}")
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     _restore(out)
@@ -509,11 +581,11 @@ def run_all(
         if left:
             with _Display(left, out, show, quiet):
                 calls = (
-                    delayed(_run)(task, out, resume, threads, where, os.getpid()) for task in left
+                    delayed(_run_group)(group, out, resume, threads, where, os.getpid())
+                    for group in _groups(left, together)
                 )
-                for failure in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-                    if failure:
-                        failures.append(failure)
+                for failed in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+                    failures += failed
     finally:
         torch.set_num_threads(before)
         for task in left:

@@ -267,6 +267,7 @@ def choose_engine(
     criterion: Criterion = torch7.nll_loss,
     batch_size: int = 1,
     transform: Callable[[Tensor], Tensor] | None = None,
+    shared: online.SharedLaunches | None = None,
 ) -> Engine:
     """The compiled engine where it can run the steps, else autograd; arguments as for :func:`fit`.
 
@@ -280,7 +281,7 @@ def choose_engine(
     reason = ""
     if batch_size == 1:
         try:
-            return online.OptimizerEngine(model, optimizer, criterion, transform)
+            return online.OptimizerEngine(model, optimizer, criterion, transform, shared=shared)
         except online.UnsupportedError as error:
             reason = f" (not compiled: {error.reason})"
     engine = AutogradEngine(model, optimizer, criterion, batch_size, transform)
@@ -481,6 +482,13 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def repeatable() -> contextlib.AbstractContextManager[None]:
+    """Deterministic convolutions without TF32: a run on the GPU can be repeated, too."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
 def _train_epoch(
     engine: Engine,
     images: Tensor,
@@ -527,6 +535,7 @@ def fit(
     resume: bool = False,
     settings: dict[str, Any] | None = None,
     engine: Engine | None = None,
+    shared: online.SharedLaunches | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
     verbose: bool = True,
@@ -561,6 +570,8 @@ def fit(
             other settings is refused.
         engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
             each optimizer of a mapping.
+        shared: of several calls in threads of one process, whose steps run together on a GPU, see
+            :class:`mnist_ops.online.SharedLaunches`; each calls its ``leave()`` afterwards.
         chunk: samples handed to the engine at a time; unless given about 200, or the ``chunk`` that
             the engine wishes for.
         progress: show progress bars on standard error; ``None``: on a terminal only.
@@ -598,7 +609,7 @@ def fit(
     if engine is not None and len(optimizers) > 1:
         raise ValueError("fit: engine must not be given with several optimizers")
     engines = {
-        first: engine or choose_engine(model, one, criterion, batch_size, transform)
+        first: engine or choose_engine(model, one, criterion, batch_size, transform, shared)
         for first, one in sorted(optimizers.items())
     }
     if chunk is None:
@@ -620,12 +631,8 @@ def fit(
     active = _active(optimizers, len(run.history) + 1)
     if verbose:
         print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
-    # Deterministic convolutions without TF32: a run on the GPU can be repeated, too.
-    cudnn = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
     try:
-        with cudnn:
+        with repeatable():
             while len(run.history) < epochs:
                 epoch = len(run.history) + 1
                 if active != _active(optimizers, epoch):
