@@ -562,10 +562,11 @@ class _SharedCall:
     result: tuple[Tensor, Tensor] | None = None
     error: BaseException | None = None
 
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> str:
         """Calls of one kind can be one."""
         e = self.engine
-        return (*e._layout(), e.loss, e.nesterov, e.momentum > 0, e.mode, len(self.order))
+        others = (e.loss, e.nesterov, e.momentum > 0, e.mode, tuple(self.order.shape))
+        return repr((*e._layout(), *others))
 
 
 class SharedLaunches:
@@ -633,7 +634,7 @@ class SharedLaunches:
         if not self._waiting or len(self._waiting) < self._members or self._stopped:
             return
         calls, self._waiting = self._waiting, []
-        kinds: dict[tuple[Any, ...], list[_SharedCall]] = {}
+        kinds: dict[str, list[_SharedCall]] = {}
         for call in calls:
             kinds.setdefault(call.kind(), []).append(call)
         for alike in kinds.values():

@@ -126,7 +126,7 @@ def test_fused_network_is_the_unfused_one(options):
         ({"activation": (nn.ELU, "tanh", "tanh")}, {"stage2"}),
         ({"activation": lambda: nn.Sequential(nn.Tanh())}, set()),
     ],
-    ids=str,
+    ids=["norm", "max", "avg", "pool_size", "elu", "sequential"],
 )
 def test_where_a_stage_is_fused(options, stages):
     model = models.convnet((4, 4, 8), **options)

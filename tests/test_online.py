@@ -505,6 +505,89 @@ def test_models_that_cannot_run_together():
         OnlineSGD([one, two, three])
 
 
+def in_threads(members, shared, run):
+    """Call run(i) for each member in a thread of its own; what each returned or raised."""
+    results = [None] * members
+
+    def work(i):
+        try:
+            results[i] = run(i)
+        except Exception as error:
+            results[i] = error
+        finally:
+            shared.leave()
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(members)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return results
+
+
+@pytest.mark.parametrize("transforming", [False, True])
+def test_loops_that_share_their_launches_are_each_as_if_alone(device, transforming):
+    """Of different lengths, rates and kinds."""
+    images, labels = samples(1, 16, 16, classes=10)
+    lengths, rates = [40, 40, 25, 30], [0.02, 0.05, 0.01, 0.01]
+    order = torch.randint(0, 20, (4, 40))
+
+    def make():
+        torch.manual_seed(1)
+        networks = several(device, 3, dropout=0.0 if transforming else 0.25)
+        return [*networks, *several(device, 2, activation="relu", dropout=0.0)[:1]]
+
+    def train(i, model, shared):
+        sgd = Torch7SGD(model.parameters(), lr=rates[i], momentum=0.5 * (i % 2))
+        transform = (lambda image: image * (1 + i)) if transforming else None
+        engine = OptimizerEngine(model, sgd, transform=transform, shared=shared)
+        parts = [engine.run(images, labels, p) for p in order[i, : lengths[i]].split(10)]
+        losses, predictions = (torch.cat(each) for each in zip(*parts, strict=True))
+        return torch.cat([losses.double().cpu(), predictions.cpu(), values(model).cpu()])
+
+    expected = [train(i, model, None) for i, model in enumerate(make())]
+    models_, shared = make(), online.SharedLaunches(4)
+    found = in_threads(4, shared, lambda i: train(i, models_[i], shared))
+    for ours, alone in zip(found, expected, strict=True):
+        assert torch.equal(ours, alone)
+
+
+def test_an_error_of_one_loop_is_raised_in_those_that_shared_the_call():
+    images, labels = samples(1, 16, 16, classes=10)
+    networks, shared = several(dropout=0.0), online.SharedLaunches(3)
+
+    def train(i):
+        engine = OptimizerEngine(networks[i], Torch7SGD(networks[i].parameters()), shared=shared)
+        order = torch.arange(20 if i == 2 else 10)  # another length, a call of its own
+        engine.run(images, labels, order + (15 if i == 1 else 0))
+        return engine.steps
+
+    found = in_threads(3, shared, train)
+    assert all("order must be in [0, 20), got 20" in str(error) for error in found[:2])
+    assert found[2] == 20
+
+
+def test_loops_that_share_their_launches_can_be_stopped():
+    images, labels = samples(1, 16, 16, classes=10)
+    (network, _), shared = several(count=2, dropout=0.0), online.SharedLaunches(2)
+    engine = OptimizerEngine(network, Torch7SGD(network.parameters()), shared=shared)
+    found = []
+
+    def train():
+        with pytest.raises(InterruptedError, match="were stopped"):
+            engine.run(images, labels, torch.arange(3))
+        found.append(engine.steps)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    shared.stop()  # before or after it waits
+    thread.join(60)
+    assert found == [0]
+    with pytest.raises(ValueError, match="members must be >= 1, got 0"):
+        online.SharedLaunches(0)
+
+
 # ---------------------------------------------------------------------------------------- on CUDA
 
 
@@ -706,7 +789,7 @@ def test_other_threads_run_meanwhile():
         engine.run(images, labels, torch.randint(0, 20, (400,)))
         finished.set()
 
-    thread = threading.Thread(target=train)
+    thread = threading.Thread(target=train, daemon=True)
     thread.start()
     started.wait()
     turns = 0

@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,69 @@ def test_two_at_once_give_the_same(straight, tmp_path, capsys):
     assert len(lines) == 8
     assert sum(line.startswith("mse, float32, seed 2: epoch   2: training") for line in lines) == 1
     assert not list(tmp_path.glob("runs/*/*/progress.json"))
+
+
+@pytest.mark.parametrize(("together", "jobs"), [(3, 1), (2, 2)])
+def test_runs_that_share_their_launches_give_the_same(straight, tmp_path, together, jobs):
+    assert runner.run_all(some_tasks(), tmp_path, jobs, quiet=True, together=together) == []
+    assert content(tmp_path) == content(straight)
+
+
+def test_what_shares_its_launches():
+    chosen = [EXPERIMENTS[name] for name in ("plain", "mse", "momentum-0.9", "batch-64")]
+    groups = runner._groups(runner.tasks(chosen, seeds=3, dtype="float32"), 4)
+    names = [[(task.experiment.name, task.seed) for task in group] for group in groups]
+    assert [("plain", 1), ("plain", 2), ("plain", 3), ("momentum-0.9", 1)] in names
+    assert [("mse", 1), ("mse", 2), ("mse", 3)] in names
+    assert [("batch-64", 2)] in names  # not the compiled engine's
+    assert sum(map(len, names)) == 12
+
+
+def test_an_interrupted_group(straight, tmp_path, monkeypatch):
+    real, seen = experiments.train, []
+
+    def train(experiment, seed, *args, on_epoch, **options):
+        def note(result):
+            on_epoch(result)
+            seen.append((experiment.name, seed, result.epoch))
+
+        return real(experiment, seed, *args, on_epoch=note, **options)
+
+    class Interrupted(threading.Thread):
+        def join(self, timeout=None):
+            while len(seen) < 2 and self.is_alive():
+                time.sleep(0.01)
+            if len(seen) < 8 and not interrupted:
+                interrupted.append(True)
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    interrupted = []
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(runner.threading, "Thread", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_all(some_tasks(), tmp_path, quiet=True, progress=False, together=2)
+    monkeypatch.undo()
+    assert runner.run_all(some_tasks(), tmp_path, resume=True, quiet=True, together=2) == []
+    assert content(tmp_path) == content(straight)
+
+
+def test_one_failure_leaves_those_that_share_its_launches(straight, tmp_path, monkeypatch):
+    real = experiments.train
+
+    def train(experiment, seed, *args, **options):
+        if seed == 2:
+            raise OSError("no space")
+        return real(experiment, seed, *args, **options)
+
+    monkeypatch.setattr(experiments, "train", train)
+    failures = runner.run_all(some_tasks(), tmp_path, quiet=True, together=2)
+    assert sorted(failures) == [
+        f"{e}, float32, seed 2: OSError: no space" for e in ("mse", "original")
+    ]
+    runs = json.loads(content(tmp_path))["runs"]
+    expected = json.loads(content(straight))["runs"]
+    assert [run for run in runs if run["seed"] == 1] == [r for r in expected if r["seed"] == 1]
 
 
 def test_a_run_that_is_there_is_refused(straight):
