@@ -343,20 +343,22 @@ class TestOtherOptimizers:
         model.train()
         losses, right = [], []
 
-        for batch in other.generator.randperm(60).split(4):
-            x, target = TRAIN[0][batch].double().to(device), TRAIN[1][batch].to(device)
+        with training.repeatable():  # as fit does
+            for batch in other.generator.randperm(60).split(4):
+                x, target = TRAIN[0][batch].double().to(device), TRAIN[1][batch].to(device)
 
-            def closure():
-                model.zero_grad()
-                output = model(x)
-                each = -output[torch.arange(4), target]
-                each.mean().backward()
-                losses.extend(each.tolist())
-                right.extend((output.argmax(1) == target).tolist())
-                return each.mean()
+                def closure():
+                    model.zero_grad()
+                    output = model(x)
+                    each = -output[torch.arange(4), target]
+                    each.mean().backward()
+                    losses.extend(each.tolist())
+                    right.extend((output.argmax(1) == target).tolist())
+                    return each.mean()
 
-            optimizer.step(closure)
-        assert torch.equal(setup.values(), other.values())
+                optimizer.step(closure)
+        atol = 0.0 if device == "cpu" else 1e-9
+        torch.testing.assert_close(setup.values(), other.values(), rtol=0.0, atol=atol)
         assert len(right) > (60 if kind == "cg" else 119)
         assert result.train_accuracy == 100.0 * sum(right) / len(right)
         assert result.train_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
@@ -396,10 +398,13 @@ class TestOtherOptimizers:
         zeros = [output == 0 for output in outputs]
         assert all(not torch.equal(a, b) for a, b in itertools.pairwise(zeros))
 
-    @pytest.mark.parametrize(("kind", "batch_size"), [("asgd", 1), ("cg", 5), ("lbfgs", 5)])
-    def test_learns(self, kind, batch_size):
+    # L-BFGS on a few digits at a time may run away, and rounding decides: all of them at once.
+    @pytest.mark.parametrize(
+        ("kind", "batch_size", "epochs"), [("asgd", 1, 6), ("cg", 5, 6), ("lbfgs", 60, 12)]
+    )
+    def test_learns(self, kind, batch_size, epochs):
         setup = Setup(dropout=0.0)
-        history = setup.fit(6, optimizer=optimizers(setup)[kind], batch_size=batch_size)
+        history = setup.fit(epochs, optimizer=optimizers(setup)[kind], batch_size=batch_size)
         assert history[-1].test_accuracy > 60.0 > history[0].train_accuracy
 
     def test_averages_are_tested(self):
