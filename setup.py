@@ -34,8 +34,9 @@ VERSION = runpy.run_path(str(ROOT / "mnist_ops" / "_version.py"))["__version__"]
 TARGET_TORCH = "2.10"  # the oldest torch the libraries load into
 
 # Architectures compiled when none is asked for and no GPU is there to ask. Machine code of X.0 runs
-# on X.y of the same generation; the PTX of the newest covers what comes later.
-DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
+# on X.y of the same generation; the driver compiles the PTX of the newest, once, for what comes
+# later. Each takes minutes to compile: where a GPU is there, none but its own is.
+DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "9.0")
 
 
 @dataclass
