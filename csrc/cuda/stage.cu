@@ -23,6 +23,8 @@
 
 #include "common.cuh"
 
+#include <cstring>
+
 namespace mnist_ops::cuda {
 namespace {
 
@@ -332,6 +334,23 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
   __syncthreads();
 }
 
+// store_pack by one instruction: the compiler takes packs apart where they go to global memory.
+template <typename T, int n>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, n>& pack) {
+#if defined(__CUDA_ARCH__)
+  constexpr size_t kBytes = sizeof(Pack<T, n>);
+  using Narrow = std::conditional_t<kBytes == 4, uint32_t, uint2>;
+  using Word = std::conditional_t<kBytes == 16, uint4, Narrow>;
+  if constexpr (kBytes == sizeof(Word)) {
+    Word word;
+    std::memcpy(&word, &pack, kBytes);
+    *reinterpret_cast<Word*>(to) = word;
+    return;
+  }
+#endif
+  store_pack(to, pack);
+}
+
 // Calls body(index in the tensor, index in the shared map, pixel) for this thread's elements of a
 // map, the first of n neighbours each.
 template <int n, typename T, typename F>
@@ -358,7 +377,7 @@ __device__ __forceinline__ void write_packs(const Fused<T>& s, const SharedMemor
     for (int j = 0; j < n; ++j) {
       to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
     }
-    store_pack(output + i, to);
+    store_whole(output + i, to);
   });
 }
 
@@ -585,7 +604,7 @@ struct Tile {
 
   __device__ __forceinline__ void store(const Fused<T>& s, T* x) const {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) store_pack(x + offset(s, k), packs[k]);
+    for (int k = 0; k < kPacks; ++k) store_whole(x + offset(s, k), packs[k]);
   }
 };
 
