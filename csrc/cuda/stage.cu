@@ -334,17 +334,22 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
   __syncthreads();
 }
 
-// store_pack by one instruction: the compiler takes packs apart where they go to global memory.
+// store_pack to global memory by one instruction, where the compiler would take the pack apart. For
+// what the kernel does not read.
 template <typename T, int n>
 __device__ __forceinline__ void store_whole(T* to, const Pack<T, n>& pack) {
 #if defined(__CUDA_ARCH__)
   constexpr size_t kBytes = sizeof(Pack<T, n>);
-  using Narrow = std::conditional_t<kBytes == 4, uint32_t, uint2>;
-  using Word = std::conditional_t<kBytes == 16, uint4, Narrow>;
-  if constexpr (kBytes == sizeof(Word)) {
-    Word word;
-    std::memcpy(&word, &pack, kBytes);
-    *reinterpret_cast<Word*>(to) = word;
+  if constexpr (kBytes == 8 || kBytes == 16) {
+    uint32_t words[kBytes / 4];
+    std::memcpy(words, &pack, kBytes);
+    const size_t address = __cvta_generic_to_global(to);
+    if constexpr (kBytes == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
+    } else {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3]));
+    }
     return;
   }
 #endif
