@@ -389,6 +389,35 @@ def test_stage2d(emulator: Emulator, case: Cases):
         emulator.check("stage2d_backward", grad, x, *options, loosen=20)
 
 
+TILED_SHAPES = (
+    (3, 8, 10, 12),  # packs of 4, packs of channels
+    (2, 4, 9, 14),  # of 2; a last row in no window
+    (4, 4, 8, 11),  # channels last: a last column in no window
+    (2, 12, 7, 9),  # and both
+    (1, 64, 28, 28),
+    (9, 2, 2, 4),  # fewer pixels than a pack
+    (3, 6, 6, 8),  # channels in no pack
+    (7, 16, 10, 10),
+)
+
+
+@cases(10)
+def test_stage2d_of_tiles(emulator: Emulator, case: Cases):
+    """2 x 2 windows with p = 2 that tile the image, in both layouts."""
+    activation = case.choice("tanh", "tanh", "relu", "sigmoid", "identity")
+    kind = case.choice("normal", "normal", "ties", "zero windows", "special", "large", "tiny")
+    if activation in ("tanh", "sigmoid") and kind == "tiny":
+        kind = "normal"  # tanh of them: those of the identity
+    layout = case.choice("contiguous", "channels last", "channels last", "misaligned")
+    x = case.values(case.choice(*TILED_SHAPES), layout, kind)
+    kernel = torch.rand(case.choice((1,), (7,), (15,), (3, 5)), generator=case.generator) + 0.1
+    kernel = kernel.to(case.choice(*DTYPES))
+    options = (kernel, activation, 2.0, [2, 2], [2, 2], [0, 0], case.choice(False, False, True))
+    y = emulator.check("stage2d", x, *options, loosen=4)
+    grad = case.normal(y.shape, case.choice("contiguous", layout))
+    emulator.check("stage2d_backward", grad, x, *options, loosen=20)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_map_too_large_for_a_block(configure, dtype: torch.dtype):
     """64 x 16 x 16 numbers in float32 are 64 KiB, more than the emulated block has."""

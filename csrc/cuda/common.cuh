@@ -35,6 +35,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 using cuda_emulator::CurrentStream;
 using cuda_emulator::dynamic_shared_memory;
 using cuda_emulator::largest_narrow_index;
+using cuda_emulator::multiprocessor_count;
 using cuda_emulator::shared_memory_limit;
 #else
 inline int64_t largest_narrow_index() {
@@ -47,6 +48,14 @@ inline int64_t shared_memory_limit() {
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
+}
+
+// Multiprocessors of the current device.
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 // What the launch asked for, aligned to 16 bytes.

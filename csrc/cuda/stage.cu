@@ -1,16 +1,19 @@
 // A stage (activation, LP pooling, subtractive normalization) on CUDA.
 //
 // Bound by memory: the forward pass reads the input and writes the output, the backward pass reads
-// input and gradient and writes a gradient, each of them once. Two ways:
+// input and gradient and writes a gradient, each of them once. That leaves some 25 instructions for
+// an element of a half type. Two ways:
 //
 // One block takes one image where its pooled map, in the type to compute in, fits into shared
 // memory. There the map waits for its mean: sums over channels, the blur of that one plane and the
 // subtraction are between barriers of the block, not between kernels; coef and the normalised
-// weights are made on the way. Windows of 2 x 2 with p = 2, the networks', are taken in pairs of
-// rows, up to 4 elements of each by one instruction, all of a window in the registers of one
-// thread. All others go through the functions of one window and one element in ../lp_pool.h; their
-// backward pass keeps the norms in shared memory, too, and reads the input a second time, from
-// cache.
+// weights are made on the way. Windows of 2 x 2 with p = 2 that tile the image, the networks', are
+// taken in tiles, all of a window in the registers of one thread: in NCHW two rows of neighbours,
+// in NHWC a pack of channels of four pixels. The activation is then cheaper than that of
+// ../activation.h: a few units in the last place off, of the type of the tensor. As many threads
+// make a block as fill a multiprocessor together with the other blocks that it holds. All other
+// windows go through the functions of one window and one element in ../lp_pool.h; their backward
+// pass keeps the norms in shared memory, too, and reads the input a second time, from cache.
 //
 // Larger maps: activation and pooling in one kernel, whose result (in the type to compute in) the
 // normalization then takes; backwards the normalization first, then the pooled map once more, then
@@ -20,10 +23,12 @@
 
 #include "common.cuh"
 
+#include <cstring>
+
 namespace mnist_ops::cuda {
 namespace {
 
-constexpr int kStageThreads = 512;  // of a block: four blocks fill an SM where registers allow it
+constexpr int kStageThreads = 512;  // of a block that takes windows one by one
 
 // An input plane as lp_pool.h reads it, activated element by element.
 template <typename T>
@@ -65,6 +70,24 @@ __device__ __forceinline__ Position<I> position_of(I index, bool channels_last, 
 
 // ------------------------------------------------------------------------------- a block, an image
 
+// Division by a number that the host knows: quotient(i) for i with d (i + 1) <= 2^32.
+struct Divider {
+  uint32_t magic;
+
+  MNIST_OPS_HD uint32_t quotient(uint32_t i) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(i + 1) * magic) >> 32);
+  }
+};
+
+Divider divider(int64_t d) {
+  return {static_cast<uint32_t>(UINT32_MAX / static_cast<uint64_t>(d))};
+}
+
+// Neighbours that one thread takes at once: 16 bytes, or 8 in half types, where more of them would
+// seldom divide the width of a map.
+template <typename T>
+constexpr int kNeighbours = kPackSize<T> < 4 ? kPackSize<T> : 4;
+
 template <typename T>
 struct Fused {
   using A = opmath_t<T>;
@@ -73,27 +96,57 @@ struct Fused {
   ActivationKind activation;
   bool channels_last;
   A p;
-  const double* kernel;
-  int32_t taps_h, taps_w;
+  const void* kernel;
+  ScalarType kernel_type;
+  int32_t taps_h, taps_w;  // of a separable kernel: equal
   bool separable;
-  int32_t pack;   // elements of a row of the input that are read at once; 0: no pairs of rows
-  bool map_pack;  // whether the tensors of the output's shape are read and written in packs
+  bool map_pack;      // whether tensors of the output's shape are read and written in packs
+  bool sum_pack;      // whether the channels of the map in shared memory are
+  int32_t groups;     // of channels that are added up at once
+  uint32_t units;     // tiles of an image
+  uint32_t unit_row;  // tiles of a row of windows, or, in NHWC, of a pixel
+  Divider by_unit_row, by_rows;         // by_rows: OH, or, in NHWC, OW
+  Divider by_width, by_inner, by_sums;  // OW; pixels, or, in NHWC, C; sum_units()
+
+  static constexpr int kNear = kNeighbours<T>;
+
+  static int64_t rounded(int64_t size) { return (size + 3) / 4 * 4; }
 
   MNIST_OPS_HD int32_t taps() const { return separable ? taps_w : taps_h * taps_w; }
   MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
   MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
-  // The map in shared memory. In NHWC an odd distance between pixels keeps the threads that add up
-  // their channels in different banks.
-  MNIST_OPS_HD int32_t step_pixel() const { return channels_last ? g.C | 1 : 1; }
+  // The map in shared memory. In NHWC an odd distance between pixels, in packs where channels come
+  // in packs, keeps the threads that add up their channels in different banks.
+  MNIST_OPS_HD int32_t step_pixel() const {
+    return !channels_last ? 1 : sum_pack ? kNear * ((g.C / kNear) | 1) : g.C | 1;
+  }
   MNIST_OPS_HD int32_t step_c() const { return channels_last ? 1 : pixels(); }
+  // Rounded up to whole packs, like all that lies in front of what is accessed in packs.
   MNIST_OPS_HD int32_t shared_map_size() const {
-    return channels_last ? pixels() * step_pixel() : map_size();
+    return ((channels_last ? pixels() * step_pixel() : map_size()) + 3) / 4 * 4;
   }
-  MNIST_OPS_HD int32_t plane_size() const {
-    return pixels() > kStageThreads ? pixels() : kStageThreads;
+  // Sums over channels: of how many pixels, or packs of them; of how many channels, or packs.
+  MNIST_OPS_HD int32_t sum_units() const {
+    return sum_pack && !channels_last ? pixels() / kNear : pixels();
   }
+  MNIST_OPS_HD int32_t sum_parts() const { return sum_pack && channels_last ? g.C / kNear : g.C; }
+  // The mean with its first pixels once more behind the last, for packs that begin near the end;
+  // before it, the sums of the groups.
+  MNIST_OPS_HD int32_t mean_size() const {
+    const int32_t mean = pixels() + kNear - 1, sums = groups * pixels();
+    return ((mean > sums ? mean : sums) + 3) / 4 * 4;
+  }
+  // A plane with zeros around it: left and right alone where the kernel is separable, and then
+  // above and below alone, of what its rows gave.
+  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps_w - 1; }
+  MNIST_OPS_HD int32_t padded_size() const {
+    return (separable ? g.OH : g.OH + taps_h - 1) * padded_w();
+  }
+  MNIST_OPS_HD int32_t rows_size() const { return separable ? (g.OH + taps_h - 1) * g.OW : 0; }
+  MNIST_OPS_HD int32_t coef_size() const { return separable ? g.OH + g.OW : pixels(); }
   int64_t shared_bytes(int maps) const {
-    const int64_t size = maps * shared_map_size() + pixels() + plane_size() + 2 * taps();
+    const int64_t size = static_cast<int64_t>(maps) * shared_map_size() + mean_size() +
+                         padded_size() + rows_size() + coef_size() + 2 * taps();
     return size * static_cast<int64_t>(sizeof(A));
   }
 };
@@ -102,8 +155,10 @@ template <typename A>
 struct SharedMemory {
   A* map;        // pooled, or the gradient with respect to that
   A* norms;      // pooled, where the map is the gradient
-  A* mean;       // a plane: the sum over channels, then what is subtracted
-  A* plane;      // another one, or a number for each thread
+  A* mean;       // what is subtracted; before it is known, sums over groups of channels
+  A* padded;     // the sum over channels, zeros around it
+  A* rows;       // blurred along the rows, zeros above and below
+  A* coef;       // of a separable kernel: its share of each row, then of each column
   A* weight[2];  // normalised, [adjoint]
 };
 
@@ -113,224 +168,603 @@ __device__ SharedMemory<A> shared_memory(const Fused<T>& s, int maps) {
   m.map = reinterpret_cast<A*>(dynamic_shared_memory());
   m.norms = m.map + (maps - 1) * s.shared_map_size();
   m.mean = m.norms + s.shared_map_size();
-  m.plane = m.mean + s.pixels();
-  m.weight[0] = m.plane + s.plane_size();
+  m.padded = m.mean + s.mean_size();
+  m.rows = m.padded + s.padded_size();
+  m.coef = m.rows + s.rows_size();
+  m.weight[0] = m.coef + s.coef_size();
   m.weight[1] = m.weight[0] + s.taps();
   return m;
 }
 
-// By one warp, while the others are busy with the image. A barrier must follow.
+__device__ __forceinline__ int32_t this_thread() {
+  return static_cast<int32_t>(threadIdx.x);
+}
+__device__ __forceinline__ int32_t block_threads() {
+  return static_cast<int32_t>(blockDim.x);
+}
+
+template <typename T>
+__device__ double kernel_value(const Fused<T>& s, int32_t i) {
+  switch (s.kernel_type) {
+    case ScalarType::Double:
+      return static_cast<const double*>(s.kernel)[i];
+    case ScalarType::Half:
+      return static_cast<double>(static_cast<float>(static_cast<const Half*>(s.kernel)[i]));
+    case ScalarType::BFloat16:
+      return static_cast<double>(static_cast<float>(static_cast<const BFloat16*>(s.kernel)[i]));
+    default:
+      return static_cast<double>(static_cast<const float*>(s.kernel)[i]);
+  }
+}
+
+// Zeros around the planes, by all threads, and the weights, by one warp, while the others are busy
+// with the image. A barrier must follow.
 template <typename T, typename A>
-__device__ void normalise_weights(const Fused<T>& s, const SharedMemory<A>& m) {
+__device__ void prepare(const Fused<T>& s, const SharedMemory<A>& m) {
+  for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
+    m.padded[i] = A(0);
+  }
   if (threadIdx.x >= kWarp) return;
-  const int32_t lane = static_cast<int32_t>(threadIdx.x);
+  const int32_t lane = this_thread();
   double sum = 0;
-  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += s.kernel[i];
+  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += kernel_value(s, i);
   const double total = lane_sum(sum, kWarp);
   for (int32_t i = lane; i < s.taps(); i += kWarp) {
-    const A weight = static_cast<A>(s.kernel[i] / total);
+    const A weight = static_cast<A>(kernel_value(s, i) / total);
     m.weight[0][i] = weight;
     m.weight[1][s.taps() - 1 - i] = weight;
   }
 }
 
+// The sum of the weights inside the image, along one dimension, for its index-th pixel.
+template <typename A>
+__device__ A weight_inside(const A* weight, int32_t taps, int32_t index, int32_t size) {
+  A sum = A(0);
+  for (int32_t k = 0; k < taps; ++k) {
+    const int32_t i = index + k - taps / 2;
+    if (i >= 0 && i < size) sum += weight[k];
+  }
+  return sum;
+}
+
+template <typename T, typename A>
+__device__ void prepare_coefficients(const Fused<T>& s, const SharedMemory<A>& m) {
+  const int32_t OH = s.g.OH, OW = s.g.OW;
+  for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
+    if (s.separable) {
+      m.coef[i] = weight_inside(m.weight[0], s.taps_w, i < OH ? i : i - OH, i < OH ? OH : OW);
+    } else {
+      m.coef[i] = coefficient_at<A>(i / OW, i % OW, OH, OW, m.weight[0], s.taps_h, s.taps_w, false);
+    }
+  }
+}
+
+// sum over k of in[k step] weight[k].
+template <typename A>
+__device__ __forceinline__ A correlate(const A* in, int32_t step, const A* weight, int32_t taps) {
+  A sum = A(0);
+#pragma unroll 4
+  for (int32_t k = 0; k < taps; ++k) sum += in[k * step] * weight[k];
+  return sum;
+}
+
 // From the map to the plane that is subtracted: the mean or, adjoint, the share of its gradient.
-// Begins and ends with a barrier.
+// Begins and ends with a barrier. first: of the images that this block takes.
 template <bool adjoint, typename T, typename A>
-__device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m) {
-  const int32_t pixels = s.pixels(), thread = static_cast<int32_t>(threadIdx.x);
-  const int32_t OH = s.g.OH, OW = s.g.OW, C = s.g.C;
-  const auto coefficient = [&](int32_t pixel) {
-    return coefficient_at<A>(pixel / OW, pixel % OW, OH, OW, m.weight[0], s.taps_h, s.taps_w,
-                             s.separable);
-  };
-  const auto finish = [&](A blurred, int32_t pixel) {
-    return adjoint ? blurred / static_cast<A>(C)
-                   : local_mean(blurred, static_cast<A>(C), coefficient(pixel));
-  };
+__device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first) {
+  constexpr int n = kNeighbours<T>;
+  const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
+  const int32_t radius_h = s.taps_h / 2, radius_w = s.taps_w / 2;
   const A* weight = m.weight[adjoint];
+  const auto each_pixel = [&](const auto& body) {
+    for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
+      const auto h = static_cast<int32_t>(s.by_width.quotient(static_cast<uint32_t>(pixel)));
+      body(pixel, h, pixel - h * OW);
+    }
+  };
+  const auto coefficient = [&](int32_t pixel, int32_t h, int32_t w) {
+    return s.separable ? m.coef[h] * m.coef[OH + w] : m.coef[pixel];
+  };
   __syncthreads();
+  if (first) prepare_coefficients(s, m);
   // Several threads share the channels of a pixel; their sums are added in a fixed order.
-  int32_t groups = kStageThreads / pixels;
-  groups = groups < 1 ? 1 : groups < C ? groups : C;
-  for (int32_t i = thread; i < groups * pixels; i += kStageThreads) {
-    const int32_t group = i / pixels, pixel = i - group * pixels;
-    const A* from = m.map + pixel * s.step_pixel();
-    A sum = A(0);
-    for (int32_t c = group; c < C; c += groups) sum += from[c * s.step_c()];
-    m.plane[i] = sum;
+  const int32_t units = s.sum_units(), parts = s.sum_parts();
+  for (int32_t i = this_thread(); i < s.groups * units; i += block_threads()) {
+    const auto group = static_cast<int32_t>(s.by_sums.quotient(static_cast<uint32_t>(i)));
+    const int32_t unit = i - group * units;
+    if (!s.sum_pack) {
+      const A* from = m.map + unit * s.step_pixel();
+      A sum = A(0);
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) sum += from[c * s.step_c()];
+      m.mean[i] = sum;
+    } else if (s.channels_last) {
+      const A* from = m.map + unit * s.step_pixel();
+      A sum = A(0);
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) {
+        const Pack<A, n> pack = load_pack<n>(from + c * n);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum += pack.values[j];
+      }
+      m.mean[i] = sum;
+    } else {
+      const A* from = m.map + unit * n;
+      Pack<A, n> sum{};
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) {
+        const Pack<A, n> pack = load_pack<n>(from + c * pixels);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum.values[j] += pack.values[j];
+      }
+      store_pack(m.mean + i * n, sum);
+    }
   }
   __syncthreads();
-  for (int32_t pixel = thread; pixel < pixels; pixel += kStageThreads) {
-    A sum = m.plane[pixel];
-    for (int32_t k = 1; k < groups; ++k) sum += m.plane[k * pixels + pixel];
-    m.mean[pixel] = adjoint ? sum / coefficient(pixel) : sum;
-  }
+  const int32_t above = s.separable ? 0 : radius_h;
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    A sum = m.mean[pixel];
+    for (int32_t k = 1; k < s.groups; ++k) sum += m.mean[k * pixels + pixel];
+    m.padded[(h + above) * s.padded_w() + w + radius_w] =
+        adjoint ? sum / coefficient(pixel, h, w) : sum;
+  });
   __syncthreads();
   if (s.separable) {
-    for (int32_t pixel = thread; pixel < pixels; pixel += kStageThreads) {
-      const A* row = m.mean + pixel / OW * OW;
-      m.plane[pixel] = correlate_at(row, 1, OW, pixel % OW, weight, s.taps_w);
-    }
+    each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+      m.rows[pixel + radius_h * OW] =
+          correlate(m.padded + h * s.padded_w() + w, 1, weight, s.taps_w);
+    });
     __syncthreads();
-    for (int32_t pixel = thread; pixel < pixels; pixel += kStageThreads) {
-      const A* column = m.plane + pixel % OW;
-      m.mean[pixel] = finish(correlate_at(column, OW, OH, pixel / OW, weight, s.taps_w), pixel);
-    }
-  } else {
-    for (int32_t pixel = thread; pixel < pixels; pixel += kStageThreads) {
-      A blurred = A(0);
-      for (int32_t k = 0; k < s.taps_h; ++k) {
-        const int32_t h = pixel / OW + k - s.taps_h / 2;
-        if (h < 0 || h >= OH) continue;
-        blurred +=
-            correlate_at(m.mean + h * OW, 1, OW, pixel % OW, weight + k * s.taps_w, s.taps_w);
-      }
-      m.plane[pixel] = finish(blurred, pixel);
-    }
-    __syncthreads();
-    for (int32_t pixel = thread; pixel < pixels; pixel += kStageThreads) {
-      m.mean[pixel] = m.plane[pixel];
-    }
   }
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    A blurred = A(0);
+    if (s.separable) {
+      blurred = correlate(m.rows + pixel, OW, weight, s.taps_h);
+    } else {
+      for (int32_t k = 0; k < s.taps_h; ++k) {
+        blurred +=
+            correlate(m.padded + (h + k) * s.padded_w() + w, 1, weight + k * s.taps_w, s.taps_w);
+      }
+    }
+    const A channels = static_cast<A>(s.g.C);
+    const A mean =
+        adjoint ? blurred / channels : local_mean(blurred, channels, coefficient(pixel, h, w));
+    for (int32_t i = pixel; i < pixels + n - 1; i += pixels) m.mean[i] = mean;
+  });
   __syncthreads();
+}
+
+// store_pack to global memory by one instruction, where the compiler would take the pack apart. For
+// what the kernel does not read.
+template <typename T, int n>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, n>& pack) {
+#if defined(__CUDA_ARCH__)
+  constexpr size_t kBytes = sizeof(Pack<T, n>);
+  if constexpr (kBytes == 8 || kBytes == 16) {
+    uint32_t words[kBytes / 4];
+    std::memcpy(words, &pack, kBytes);
+    const size_t address = __cvta_generic_to_global(to);
+    if constexpr (kBytes == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
+    } else {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
+                   "r"(words[1]), "r"(words[2]), "r"(words[3]));
+    }
+    return;
+  }
+#endif
+  store_pack(to, pack);
 }
 
 // Calls body(index in the tensor, index in the shared map, pixel) for this thread's elements of a
 // map, the first of n neighbours each.
 template <int n, typename T, typename F>
-__device__ void each_map_element(const Fused<T>& s, const F& body) {
-  const uint32_t inner = static_cast<uint32_t>(s.channels_last ? s.g.C : s.pixels());
-  for (int32_t i = static_cast<int32_t>(threadIdx.x) * n; i < s.map_size();
-       i += kStageThreads * n) {
-    const uint32_t outer = static_cast<uint32_t>(i) / inner;
-    const uint32_t rest = static_cast<uint32_t>(i) - outer * inner;
+__device__ __forceinline__ void each_map_element(const Fused<T>& s, const F& body) {
+  const int32_t inner = s.channels_last ? s.g.C : s.pixels();
+  for (int32_t i = this_thread() * n; i < s.map_size(); i += block_threads() * n) {
+    const auto outer = static_cast<int32_t>(s.by_inner.quotient(static_cast<uint32_t>(i)));
+    const int32_t rest = i - outer * inner;
     if (s.channels_last) {
-      body(i, static_cast<int32_t>(outer) * s.step_pixel() + static_cast<int32_t>(rest),
-           static_cast<int32_t>(outer));
+      body(i, outer * s.step_pixel() + rest, outer);
     } else {
-      body(i, i, static_cast<int32_t>(rest));
+      body(i, i, rest);
     }
   }
 }
 
 template <int n, typename T, typename A>
-__device__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
+__device__ __forceinline__ void write_packs(const Fused<T>& s, const SharedMemory<A>& m,
+                                            T* output) {
   each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t pixel) {
+    const Pack<A, n> from = load_pack<n>(m.map + at);
     Pack<T, n> to;
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      to.values[j] = static_cast<T>(m.map[at + j] - m.mean[pixel + (s.channels_last ? 0 : j)]);
+      to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
     }
-    store_pack(output + i, to);
+    store_whole(output + i, to);
   });
 }
 
 template <int n, typename T, typename A>
-__device__ void read_map(const Fused<T>& s, const SharedMemory<A>& m, const T* input) {
+__device__ __forceinline__ void read_packs(const Fused<T>& s, const SharedMemory<A>& m,
+                                           const T* input) {
   each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t) {
     const Pack<T, n> from = load_pack<n>(input + i);
+    Pack<A, n> to;
 #pragma unroll
-    for (int j = 0; j < n; ++j) m.map[at + j] = static_cast<A>(from.values[j]);
+    for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from.values[j]);
+    store_pack(m.map + at, to);
   });
 }
 
-// ---------------------------------------------------------------------- windows in pairs of rows
+template <typename T, typename A>
+__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
+  if (s.map_pack) {
+    write_packs<kNeighbours<T>>(s, m, output);
+  } else {
+    write_packs<1>(s, m, output);
+  }
+}
 
-// How many neighbours of a row one thread takes at most: 16 bytes, or 8 in half types, where more
-// of them would seldom divide the width of a map.
-template <typename T>
-constexpr int kMostPairs = kPackSize<T> < 4 ? kPackSize<T> : 4;
+template <typename T, typename A>
+__device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A>& m,
+                                         const T* input) {
+  if (s.map_pack) {
+    read_packs<kNeighbours<T>>(s, m, input);
+  } else {
+    read_packs<1>(s, m, input);
+  }
+}
 
-// n neighbours of two rows, activated: n / 2 windows.
-template <typename A, int n>
-struct Pair {
-  A top[n], bottom[n];
+// ---------------------------------------------------------------------------- 2 x 2 tiles, p = 2
+//
+// Functions of the device's approximations, which are within 2 units in the last place but for
+// approximate_tanh. On the CPU, where the tests run this, they are exact.
+
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+__device__ __forceinline__ float reciprocal_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
+__device__ __forceinline__ double reciprocal_root(double x) {
+  return 1.0 / std::sqrt(x);
+}
+
+__device__ __forceinline__ float approximate_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::sqrt(x);
+#endif
+}
+
+__device__ __forceinline__ float two_to_the(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// One instruction, within 2^-11 of the value.
+__device__ __forceinline__ float approximate_tanh(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return elementary::tanh(x);
+#endif
+}
+
+// x within [-bound, bound]; NaN stays NaN.
+__device__ __forceinline__ float clamped(float x, float bound) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("{\n\tmin.NaN.f32 %0, %0, %1;\n\tmax.NaN.f32 %0, %0, %2;\n\t}"
+      : "+f"(x)
+      : "f"(bound), "f"(-bound));
+  return x;
+#else
+  x = x > bound ? bound : x;
+  return x < -bound ? -bound : x;
+#endif
+}
+
+// How exact an activation is to be.
+enum class Precision {
+  kFull,    // as in activation.h
+  kSingle,  // 3 units in the last place of float32
+  kHalf,    // 2^-14 of the value: a quarter of float16's last place
+  kCoarse,  // 2^-11: a quarter of bfloat16's
 };
 
-template <ActivationKind kind, int n, typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ Pair<A, n> activated_pair(const T* x, int32_t W) {
-  const Pack<T, n> top = load_pack<n>(x), bottom = load_pack<n>(x + W);
-  Pair<A, n> pair;
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    pair.top[j] = activation_value<kind>(static_cast<A>(top.values[j]));
-    pair.bottom[j] = activation_value<kind>(static_cast<A>(bottom.values[j]));
+// What a pass computes its activations to. Where bfloat16 has to have 1 - tanh^2, 2^-11 would be
+// much of it.
+template <typename T, bool backward>
+constexpr Precision kPrecision = std::is_same_v<T, double>             ? Precision::kFull
+                                 : std::is_same_v<T, float>            ? Precision::kSingle
+                                 : std::is_same_v<T, Half> || backward ? Precision::kHalf
+                                                                       : Precision::kCoarse;
+
+template <Precision precision>
+__device__ __forceinline__ float fast_tanh(float x) {
+  if constexpr (precision == Precision::kCoarse) {
+    return approximate_tanh(x);
+  } else if constexpr (precision == Precision::kHalf) {
+    // x P(x^2) / Q(x^2), 4e-6 from tanh up to 5.5, where tanh is 1 - 3.3e-5.
+    x = clamped(x, 5.5f);
+    const float s = x * x;
+    float p = 1.575995e-3f;
+    p = elementary::fmadd(p, s, 0.115749445f);
+    p = elementary::fmadd(p, s, 0.999995946f);
+    float q = 6.02852609e-5f;
+    q = elementary::fmadd(q, s, 1.79639782e-2f);
+    q = elementary::fmadd(q, s, 0.449053077f);
+    q = elementary::fmadd(q, s, 1.0f);
+    return x * p * reciprocal(q);
+  } else {
+    // 1 - 2 / (exp(2 |x|) + 1), or, where that would cancel, a polynomial.
+    const float size = std::fabs(x);
+    const float far =
+        elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f);
+    const float s = x * x;
+    float p = 0.016010596f;
+    p = elementary::fmadd(p, s, -0.0524437247f);
+    p = elementary::fmadd(p, s, 0.133171178f);
+    p = elementary::fmadd(p, s, -0.333327887f);
+    const float near = elementary::fmadd(x * s, p, x);
+    return size < 0.575f ? near : std::copysign(far, x);
   }
-  return pair;
 }
 
-// The norm of window j of a pair. Rarely by way of its largest element, which is then read again.
-template <int n, typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ A pair_norm(const Pair<A, n>& pair, int j, const T* x,
-                                       const Fused<T>& s) {
-  const A a = pair.top[2 * j], b = pair.top[2 * j + 1];
-  const A c = pair.bottom[2 * j], d = pair.bottom[2 * j + 1];
-  const A sum = a * a + b * b + c * c + d * d;
-  if (is_safe_square_sum(sum)) return std::sqrt(sum);
-  return scaled_window_norm<Norm::kTwo>(ActivatedPlane<T>{x + 2 * j, s.activation}, s.g, s.p, 0, 0);
-}
-
-// Calls body(offset in the input, index in the map) for this thread's pairs of rows.
-template <int n, typename T, typename F>
-__device__ __forceinline__ void each_pair(const Fused<T>& s, const F& body) {
-  const uint32_t per_row = static_cast<uint32_t>(s.g.W / n);
-  const uint32_t rows = static_cast<uint32_t>(s.g.C * s.g.OH);
-  for (uint32_t unit = threadIdx.x; unit < rows * per_row; unit += kStageThreads) {
-    const uint32_t row = unit / per_row, column = unit - row * per_row;
-    // With an odd height the last row of each plane is in no window.
-    const uint32_t odd = s.g.H % 2 != 0 ? row / static_cast<uint32_t>(s.g.OH) : 0;
-    body(static_cast<int32_t>((2 * row + odd) * static_cast<uint32_t>(s.g.W) + column * n),
-         static_cast<int32_t>(unit * (n / 2)));
+template <ActivationKind kind, Precision precision, typename A>
+__device__ __forceinline__ A fast_activation(A x) {
+  if constexpr (precision == Precision::kFull) {
+    return activation_value<kind>(x);
+  } else if constexpr (kind == ActivationKind::kTanh) {
+    return fast_tanh<precision>(x);
+  } else if constexpr (kind == ActivationKind::kSigmoid && precision != Precision::kSingle) {
+    return reciprocal(two_to_the(x * -1.44269504f) + 1.0f);
+  } else {
+    return activation_value<kind>(x);
   }
 }
 
-template <int n, typename T, typename A>
-__device__ void pool_pairs(const Fused<T>& s, const SharedMemory<A>& m, const T* x) {
-  const auto pool = [&](auto tag) {
-    each_pair<n>(s, [&](int32_t i, int32_t o) {
-      const Pair<A, n> pair = activated_pair<decltype(tag)::value, n>(x + i, s.g.W);
+// The sum of squares of a window. Where that is beyond the range of A, or has lost digits, all
+// elements are multiplied by a power of two first, which is returned: what their norm is larger by.
+template <typename A>
+__device__ __forceinline__ A scaled_square_sum(A (&a)[4], A& sum) {
+  constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
+  sum = a[0] * a[0] + a[1] * a[1] + a[2] * a[2] + a[3] * a[3];
+  if (is_safe_square_sum(sum)) return A(1);
+  const A scale = sum > A(1) ? A(1) / kLarge : kLarge;
 #pragma unroll
-      for (int j = 0; j < n / 2; ++j) m.map[o + j] = pair_norm(pair, j, x + i, s);
-    });
-  };
-  dispatch_activation(s.activation, pool);
+  for (int k = 0; k < 4; ++k) a[k] *= scale;
+  sum = a[0] * a[0] + a[1] * a[1] + a[2] * a[2] + a[3] * a[3];
+  return scale;
 }
 
-template <int n, typename T, typename A>
-__device__ void unpool_pairs(const Fused<T>& s, const SharedMemory<A>& m, const T* x, T* gx) {
-  const auto unpool = [&](auto tag) {
-    constexpr ActivationKind kind = decltype(tag)::value;
-    each_pair<n>(s, [&](int32_t i, int32_t o) {
-      const Pair<A, n> pair = activated_pair<kind, n>(x + i, s.g.W);
-      Pack<T, n> top, bottom;
+template <Precision precision, typename A>
+__device__ __forceinline__ A tile_norm(A (&a)[4]) {
+  constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
+  A sum;
+  const A scale = scaled_square_sum(a, sum);
+  A norm;
+  if constexpr (precision == Precision::kHalf || precision == Precision::kCoarse) {
+    norm = approximate_root(sum);
+  } else {
+    norm = std::sqrt(sum);
+  }
+  return scale == A(1) ? norm : scale < A(1) ? norm * kLarge : norm * (A(1) / kLarge);
+}
+
+// What one thread takes at once. NCHW: n neighbours of two rows. NHWC: n channels of four pixels.
+template <bool channels_last, int n, typename T>
+struct Tile {
+  using A = opmath_t<T>;
+  static constexpr int kPacks = channels_last ? 4 : 2;
+  static constexpr int kWindows = channels_last ? n : n / 2;
+  // So many are read before the first of them is used: 32 bytes.
+  static constexpr int kAtOnce = 32 / (kPacks * n * static_cast<int>(sizeof(T))) > 1
+                                     ? 32 / (kPacks * n * static_cast<int>(sizeof(T)))
+                                     : 1;
+
+  Pack<T, n> packs[kPacks];
+
+  // Element k, 0 to 3, of window j.
+  __device__ __forceinline__ T& at(int j, int k) {
+    return channels_last ? packs[k].values[j] : packs[k / 2].values[2 * j + k % 2];
+  }
+
+  // Where in the image the pack-th one lies, from the first.
+  static __device__ __forceinline__ int32_t offset(const Fused<T>& s, int pack) {
+    if (!channels_last) return pack * s.g.W;
+    return (pack / 2 * s.g.W + pack % 2) * s.g.C;
+  }
+
+  __device__ __forceinline__ void load(const Fused<T>& s, const T* x) {
 #pragma unroll
-      for (int j = 0; j < n / 2; ++j) {
-        const A y = pair_norm(pair, j, x + i, s);
-        const int32_t pixel =
-            static_cast<int32_t>(static_cast<uint32_t>(o + j) % static_cast<uint32_t>(s.pixels()));
-        const A grad = m.map[o + j] - m.mean[pixel];
-        const auto element = [&](A a) {
-          return static_cast<T>(
-              activation_gradient<kind>(grad * norm_gradient<Norm::kTwo>(a, y, s.p), a));
-        };
-        top.values[2 * j] = element(pair.top[2 * j]);
-        top.values[2 * j + 1] = element(pair.top[2 * j + 1]);
-        bottom.values[2 * j] = element(pair.bottom[2 * j]);
-        bottom.values[2 * j + 1] = element(pair.bottom[2 * j + 1]);
-      }
-      store_pack(gx + i, top);
-      store_pack(gx + i + s.g.W, bottom);
-    });
-  };
-  dispatch_activation(s.activation, unpool);
-  if (s.g.H % 2 != 0) {
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < s.g.C * s.g.W; i += kStageThreads) {
-      const int32_t c = i / s.g.W, at = (c + 1) * s.g.H * s.g.W - s.g.W + (i - c * s.g.W);
-      // Nothing but a NaN makes anything of it.
-      const A a = ActivatedPlane<T>{x, s.activation}[at];
-      gx[at] = static_cast<T>(activation_gradient(s.activation, A(0), a));
+    for (int k = 0; k < kPacks; ++k) packs[k] = load_pack<n>(x + offset(s, k));
+  }
+
+  __device__ __forceinline__ void store(const Fused<T>& s, T* x) const {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) store_whole(x + offset(s, k), packs[k]);
+  }
+};
+
+// Where a tile lies: in the image, in the map in shared memory, the pixel of its first window.
+struct TilePlace {
+  int32_t in, map, pixel;
+};
+
+template <bool channels_last, int n, typename T>
+__device__ __forceinline__ TilePlace tile_place(const Fused<T>& s, uint32_t unit) {
+  const uint32_t row = s.by_unit_row.quotient(unit);
+  if constexpr (channels_last) {
+    const uint32_t pixel = row, c = (unit - pixel * s.unit_row) * n;
+    const uint32_t h = s.by_rows.quotient(pixel), w = pixel - h * static_cast<uint32_t>(s.g.OW);
+    const uint32_t first = 2 * (h * static_cast<uint32_t>(s.g.W) + w);
+    return {static_cast<int32_t>(first * static_cast<uint32_t>(s.g.C) + c),
+            static_cast<int32_t>(pixel * static_cast<uint32_t>(s.step_pixel()) + c),
+            static_cast<int32_t>(pixel)};
+  } else {
+    // The rows of windows before this one have two rows of the image each, and with an odd height
+    // the last row of each plane is in no window.
+    uint32_t in = row * static_cast<uint32_t>(s.g.W) + unit * n;
+    if (s.g.H % 2 != 0) in += s.by_rows.quotient(row) * static_cast<uint32_t>(s.g.W);
+    const uint32_t map = unit * (n / 2);
+    const uint32_t pixel = map - s.by_inner.quotient(map) * static_cast<uint32_t>(s.pixels());
+    return {static_cast<int32_t>(in), static_cast<int32_t>(map), static_cast<int32_t>(pixel)};
+  }
+}
+
+// Calls body(tile, place) for this thread's tiles, several of which are read at a time.
+template <bool channels_last, int n, typename T, typename F>
+__device__ __forceinline__ void each_tile(const Fused<T>& s, const T* __restrict__ x,
+                                          const F& body) {
+  using Tile = Tile<channels_last, n, T>;
+  for (uint32_t first = threadIdx.x; first < s.units; first += Tile::kAtOnce * blockDim.x) {
+    Tile tiles[Tile::kAtOnce];
+    TilePlace places[Tile::kAtOnce];
+#pragma unroll
+    for (int k = 0; k < Tile::kAtOnce; ++k) {
+      const uint32_t unit = first + static_cast<uint32_t>(k) * blockDim.x;
+      places[k] = tile_place<channels_last, n>(s, unit < s.units ? unit : first);
+      tiles[k].load(s, x + places[k].in);
     }
+#pragma unroll
+    for (int k = 0; k < Tile::kAtOnce; ++k) {
+      if (first + static_cast<uint32_t>(k) * blockDim.x < s.units) body(tiles[k], places[k]);
+    }
+  }
+}
+
+template <bool channels_last, int n, typename T, typename A>
+__device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
+                                           const T* __restrict__ x) {
+  constexpr Precision precision = kPrecision<T, false>;
+  dispatch_activation(s.activation, [&](auto tag) {
+    each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
+      Pack<A, std::remove_reference_t<decltype(tile)>::kWindows> norms;
+#pragma unroll
+      for (int j = 0; j < tile.kWindows; ++j) {
+        A a[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          a[k] = fast_activation<decltype(tag)::value, precision>(static_cast<A>(tile.at(j, k)));
+        }
+        norms.values[j] = tile_norm<precision>(a);
+      }
+      store_pack(m.map + place.map, norms);
+    });
+  });
+}
+
+template <bool channels_last, int n, typename T, typename A>
+__device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
+                                             const T* __restrict__ x, T* __restrict__ gx) {
+  constexpr Precision precision = kPrecision<T, true>;
+  dispatch_activation(s.activation, [&](auto tag) {
+    constexpr ActivationKind kind = decltype(tag)::value;
+    each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
+      constexpr int kWindows = std::remove_reference_t<decltype(tile)>::kWindows;
+      const Pack<A, kWindows> grads = load_pack<kWindows>(m.map + place.map);
+#pragma unroll
+      for (int j = 0; j < kWindows; ++j) {
+        A a[4], scaled[4], sum;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          a[k] = scaled[k] = fast_activation<kind, precision>(static_cast<A>(tile.at(j, k)));
+        }
+        scaled_square_sum(scaled, sum);
+        const A inverse = sum == A(0) ? A(0) : reciprocal_root(sum);
+        const A grad = grads.values[j] - m.mean[channels_last ? place.pixel : place.pixel + j];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          tile.at(j, k) =
+              static_cast<T>(activation_gradient<kind>(grad * (scaled[k] * inverse), a[k]));
+        }
+      }
+      tile.store(s, gx + place.in);
+    });
+  });
+}
+
+// The gradient of the last row and column of an image with odd sizes, which are in no window.
+template <typename T>
+__device__ void unpool_edges(const Fused<T>& s, const T* x, T* gx) {
+  using A = opmath_t<T>;
+  const int32_t H = s.g.H, W = s.g.W, C = s.g.C;
+  const int32_t below = (H - 2 * s.g.OH) * W;
+  const int32_t edge = below + (W - 2 * s.g.OW) * 2 * s.g.OH;
+  for (int32_t i = this_thread(); i < edge * C; i += block_threads()) {
+    const int32_t c = s.channels_last ? i % C : i / edge, at = s.channels_last ? i / C : i % edge;
+    const int32_t pixel = at < below ? 2 * s.g.OH * W + at : (at - below) * W + W - 1;
+    const int32_t to = s.channels_last ? pixel * C + c : c * H * W + pixel;
+    // Nothing but a NaN makes anything of it.
+    const A a = ActivatedPlane<T>{x, s.activation}[to];
+    gx[to] = static_cast<T>(activation_gradient(s.activation, A(0), a));
+  }
+}
+
+// Four blocks of 384 threads, or three of 512, or two of 768, on a multiprocessor.
+constexpr int kMostTileThreads = 768, kTileThreads = 1536, kLeastTileThreads = 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T>
+constexpr int kTileBlocks = 1;  // there are no more threads to one
+#else
+template <typename T>
+constexpr int kTileBlocks = std::is_same_v<T, double> ? 1 : kTileThreads / kMostTileThreads;
+#endif
+
+template <bool channels_last, int n, typename T>
+__global__ void __launch_bounds__(kMostTileThreads, kTileBlocks<T>)
+    tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
+  const auto m = shared_memory(s, 1);
+  prepare(s, m);
+  for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
+    pool_tiles<channels_last, n>(s, m, input + image * s.g.in_n);
+    blur_map<false>(s, m, image == blockIdx.x);
+    write_map(s, m, output + image * s.g.out_n);
+    __syncthreads();  // before the next image takes the map's place
+  }
+}
+
+template <bool channels_last, int n, typename T>
+__global__ void __launch_bounds__(kMostTileThreads, kTileBlocks<T>)
+    tile_backward_kernel(Fused<T> s, const T* __restrict__ grad_output, const T* __restrict__ input,
+                         T* __restrict__ grad_input) {
+  const auto m = shared_memory(s, 1);
+  prepare(s, m);
+  for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
+    read_map(s, m, grad_output + image * s.g.out_n);
+    blur_map<true>(s, m, image == blockIdx.x);
+    const T* x = input + image * s.g.in_n;
+    T* gx = grad_input + image * s.g.in_n;
+    unpool_tiles<channels_last, n>(s, m, x, gx);
+    unpool_edges(s, x, gx);
+    __syncthreads();
   }
 }
 
@@ -338,7 +772,7 @@ __device__ void unpool_pairs(const Fused<T>& s, const SharedMemory<A>& m, const 
 
 template <Norm norm, typename T, typename A>
 __device__ void pool_windows(const Fused<T>& s, const T* x, A* map) {
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < s.map_size(); i += kStageThreads) {
+  for (int32_t i = this_thread(); i < s.map_size(); i += block_threads()) {
     const auto at = position_of(i, s.channels_last, s.g.C, s.g.OH, s.g.OW);
     const ActivatedPlane<T> plane{x + s.g.input_offset(0, at.c), s.activation};
     map[at.c * s.step_c() + (at.h * s.g.OW + at.w) * s.step_pixel()] =
@@ -352,7 +786,7 @@ __device__ void unpool_windows(const Fused<T>& s, const SharedMemory<A>& m, cons
   g.out_c = s.step_c(), g.out_w = s.step_pixel(), g.out_h = s.g.OW * s.step_pixel();
   each_map_element<1>(s, [&](int32_t, int32_t at, int32_t pixel) { m.map[at] -= m.mean[pixel]; });
   __syncthreads();
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < g.C * g.H * g.W; i += kStageThreads) {
+  for (int32_t i = this_thread(); i < g.C * g.H * g.W; i += block_threads()) {
     const auto at = position_of(i, s.channels_last, g.C, g.H, g.W);
     const ActivatedPlane<T> plane{x + g.input_offset(0, at.c), s.activation};
     const int32_t o = g.output_offset(0, at.c);
@@ -363,72 +797,31 @@ __device__ void unpool_windows(const Fused<T>& s, const SharedMemory<A>& m, cons
   }
 }
 
-// --------------------------------------------------------------------------------- the two kernels
-
-// Calls body with the number of elements of a row that are read at once, 0 for single windows.
-template <int n>
-struct PackTag {
-  static constexpr int value = n;
-};
-
-template <Norm norm, typename T, typename F>
-__device__ __forceinline__ void dispatch_pack(const Fused<T>& s, const F& body) {
-  if constexpr (norm == Norm::kTwo) {
-    if constexpr (kMostPairs<T> == 4) {
-      if (s.pack == 4) return body(PackTag<4>{});
-    }
-    if (s.pack == 2) return body(PackTag<2>{});
-  }
-  body(PackTag<0>{});
-}
-
 template <Norm norm, typename T>
 __global__ void __launch_bounds__(kStageThreads)
     fused_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
   const auto m = shared_memory(s, 1);
-  normalise_weights(s, m);
+  prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
-    const T* x = input + image * s.g.in_n;
-    dispatch_pack<norm>(s, [&](auto tag) {
-      if constexpr (decltype(tag)::value > 0) {
-        pool_pairs<decltype(tag)::value>(s, m, x);
-      } else {
-        pool_windows<norm>(s, x, m.map);
-      }
-    });
-    blur_map<false>(s, m);
-    if (s.map_pack) {
-      write_map<kPackSize<T>>(s, m, output + image * s.g.out_n);
-    } else {
-      write_map<1>(s, m, output + image * s.g.out_n);
-    }
-    __syncthreads();  // before the next image takes the map's place
+    pool_windows<norm>(s, input + image * s.g.in_n, m.map);
+    blur_map<false>(s, m, image == blockIdx.x);
+    write_map(s, m, output + image * s.g.out_n);
+    __syncthreads();
   }
 }
 
 template <Norm norm, typename T>
 __global__ void __launch_bounds__(kStageThreads)
-    fused_backward_kernel(Fused<T> s, int maps, const T* __restrict__ grad_output,
+    fused_backward_kernel(Fused<T> s, const T* __restrict__ grad_output,
                           const T* __restrict__ input, T* __restrict__ grad_input) {
-  const auto m = shared_memory(s, maps);
-  normalise_weights(s, m);
+  const auto m = shared_memory(s, 2);
+  prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
     const T* x = input + image * s.g.in_n;
-    T* gx = grad_input + image * s.g.in_n;
-    if (s.map_pack) {
-      read_map<kPackSize<T>>(s, m, grad_output + image * s.g.out_n);
-    } else {
-      read_map<1>(s, m, grad_output + image * s.g.out_n);
-    }
-    if (maps == 2) pool_windows<norm>(s, x, m.norms);
-    blur_map<true>(s, m);
-    dispatch_pack<norm>(s, [&](auto tag) {
-      if constexpr (decltype(tag)::value > 0) {
-        unpool_pairs<decltype(tag)::value>(s, m, x, gx);
-      } else {
-        unpool_windows<norm>(s, m, x, gx);
-      }
-    });
+    read_map(s, m, grad_output + image * s.g.out_n);
+    pool_windows<norm>(s, x, m.norms);
+    blur_map<true>(s, m, image == blockIdx.x);
+    unpool_windows<norm>(s, m, x, grad_input + image * s.g.in_n);
     __syncthreads();
   }
 }
@@ -502,30 +895,31 @@ void dispatch_large(const StageArguments& arguments, F&& body) {
   });
 }
 
-// How many elements of a row of the input are read at once where 2 x 2 windows tile it; 0 where
-// windows are taken one by one.
+// How many elements, neighbours of a row or channels, a thread takes at once where 2 x 2 windows
+// with p = 2 tile the image; 0 where windows are taken one by one.
 template <typename T, typename... Pointers>
-int32_t pair_pack(const StageArguments& arguments, bool channels_last, const Pointers*... rows) {
+int tile_pack(const StageArguments& arguments, bool channels_last, const Pointers*... images) {
   const PoolGeometry& g = arguments.geometry;
   const bool tiles = g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 && g.stride_w == 2 &&
                      g.padding_h == 0 && g.padding_w == 0;
   // With ceil_mode a last row of windows may hang over the image.
   const bool inside = 2 * g.OH <= g.H && 2 * g.OW <= g.W;
-  if (arguments.p != 2.0 || !tiles || !inside || channels_last) return 0;
-  for (int32_t n = kMostPairs<T>; n >= 2; n /= 2) {
+  if (arguments.p != 2.0 || !tiles || !inside) return 0;
+  for (int n = kNeighbours<T>; n >= (channels_last ? kNeighbours<T> : 2); n /= 2) {
     const auto aligned = [n](const void* pointer) {
       return reinterpret_cast<uintptr_t>(pointer) % (static_cast<size_t>(n) * sizeof(T)) == 0;
     };
-    if (g.W % n == 0 && (aligned(rows) && ...)) return n;
+    if ((channels_last ? g.C : g.W) % n == 0 && (aligned(images) && ...)) return n;
   }
   return 0;
 }
 
-// The stage for one kernel, a block for each image. map: a tensor of the output's shape; rows:
-// those of the input's. The kernel is in float64.
-template <typename T, typename... Rows>
+// The stage for one kernel, a block for each image. map: a tensor of the output's shape; pack: what
+// tile_pack said. The geometry must fit into 32 bits.
+template <typename T>
 Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
-               const T* map, const Rows*... rows) {
+               const T* map, int pack) {
+  constexpr int n = kNeighbours<T>;
   const PoolGeometry& g = arguments.geometry;
   Fused<T> s{};
   s.N = g.N;
@@ -533,23 +927,87 @@ Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor
   s.activation = arguments.activation;
   s.channels_last = channels_last;
   s.p = static_cast<opmath_t<T>>(arguments.p);
-  s.kernel = kernel.const_data_ptr<double>();
+  s.kernel = kernel.const_data_ptr();
+  s.kernel_type = kernel.scalar_type();
   s.taps_h = static_cast<int32_t>(kernel.size(0));
   s.taps_w = static_cast<int32_t>(kernel.size(kernel.dim() - 1));
   s.separable = kernel.dim() == 1;
-  s.pack = pair_pack<T>(arguments, channels_last, rows...);
-  s.map_pack = (channels_last ? g.C : g.OH * g.OW) % kPackSize<T> == 0 && is_aligned(map);
+  s.sum_pack = (channels_last ? s.g.C : s.pixels()) % n == 0;
+  s.map_pack = (channels_last ? s.g.C : s.map_size()) % n == 0 &&
+               reinterpret_cast<uintptr_t>(map) % (n * sizeof(T)) == 0;
+  s.groups = std::min(s.sum_parts(), std::max(4, 128 / s.sum_units()));
+  if (pack > 0) {
+    s.unit_row = static_cast<uint32_t>((channels_last ? s.g.C : s.g.W) / pack);
+    s.units = s.unit_row * static_cast<uint32_t>(channels_last ? s.pixels() : s.g.C * s.g.OH);
+    s.by_unit_row = divider(s.unit_row);
+  }
+  s.by_rows = divider(channels_last ? g.OW : g.OH);
+  s.by_width = divider(g.OW);
+  s.by_inner = divider(channels_last ? g.C : g.OH * g.OW);
+  s.by_sums = divider(s.sum_units());
   return s;
 }
 
-// Whether a block can hold an image; every size that Fused has is then below 2^31.
+// Whether a block can hold an image; every size that Fused has is then far below 2^31, and the
+// divisions are exact.
 template <typename T>
-bool fits_block(const StageArguments& arguments, const Tensor& kernel, int maps) {
+bool fits_block(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
+                int maps) {
   const PoolGeometry& g = arguments.geometry;
-  const int64_t most = shared_memory_limit() / static_cast<int64_t>(sizeof(opmath_t<T>));
-  const int64_t map = (g.C + 1) * g.OH * g.OW;
-  return fits_narrow(g, 1) &&
-         maps * map + 2 * (g.OH * g.OW + kernel.numel()) + kStageThreads <= most;
+  constexpr int64_t kMost = 65535;
+  const auto product = [](int64_t a, int64_t b) {
+    return a > kMost || b > kMost ? kMost + 1 : a * b;
+  };
+  const int64_t pixels = product(g.OH, g.OW);
+  if (!fits_narrow(g, 1) || kernel.numel() > kMost || product(g.C + 1, pixels) > kMost ||
+      product(g.OH + kernel.size(0), g.OW + kernel.size(kernel.dim() - 1)) > kMost) {
+    return false;
+  }
+  const Fused<T> s = fused<T>(arguments, channels_last, kernel, static_cast<const T*>(nullptr), 0);
+  return s.shared_bytes(maps) <= shared_memory_limit();
+}
+
+// Calls body with a kernel's tag: its layout and pack.
+template <bool layout, int n>
+struct TileTag {
+  static constexpr bool channels_last = layout;
+  static constexpr int pack = n;
+};
+
+template <typename T, typename F>
+void dispatch_tiles(bool channels_last, int pack, const F& body) {
+  if (channels_last) return body(TileTag<true, kNeighbours<T>>{});
+  if constexpr (kNeighbours<T> == 4) {
+    if (pack == 4) return body(TileTag<false, 4>{});
+  }
+  body(TileTag<false, 2>{});
+}
+
+// Threads of a block, so that the blocks that a multiprocessor holds fill it: few blocks of many
+// threads where an image takes much of its memory, or where there are few images.
+template <typename T>
+int tile_threads(const Fused<T>& s) {
+  const int64_t bytes = s.shared_bytes(1) + 1024;  // which the system takes of each block's
+  const int64_t resident =
+      std::min({(shared_memory_limit() + 1024) / bytes, ceil_div(s.N, multiprocessor_count()),
+                int64_t{kTileThreads / kLeastTileThreads}});
+  const int64_t threads = kTileThreads / std::max<int64_t>(resident, 1) / kWarp * kWarp;
+  const int64_t needed = ceil_div(s.units, kWarp) * kWarp;
+  return static_cast<int>(
+      std::max<int64_t>(kLeastTileThreads, std::min<int64_t>({threads, needed, kMostTileThreads})));
+}
+
+// The kernel as it came, or in a type and order that the device reads.
+Tensor readable(const Tensor& kernel) {
+  switch (kernel.scalar_type()) {
+    case ScalarType::Double:
+    case ScalarType::Float:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return torch::stable::contiguous(kernel);
+    default:
+      return kernel_in_double(kernel);  // says what is wrong
+  }
 }
 
 // The pooled map in the type to compute in: unrounded, where the tensors are of a half type.
@@ -579,13 +1037,20 @@ Tensor forward(const char* op, const Images& x, const Tensor& kernel,
   Tensor output;
   dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    if (x.data.numel() == 0 || fits_block<T>(arguments, kernel, 1)) {
+    if (x.data.numel() == 0 || fits_block<T>(arguments, x.channels_last, kernel, 1)) {
       output = empty_images(x, arguments.geometry.OH, arguments.geometry.OW);
       if (x.data.numel() == 0) return;
-      const Tensor weights = kernel_in_double(kernel);
+      const Tensor weights = readable(kernel);
       const T* in = x.data.const_data_ptr<T>();
       T* out = output.mutable_data_ptr<T>();
-      const Fused<T> s = fused<T>(arguments, x.channels_last, weights, out, in);
+      const int pack = tile_pack<T>(arguments, x.channels_last, in);
+      const Fused<T> s = fused<T>(arguments, x.channels_last, weights, out, pack);
+      if (pack > 0) {
+        return dispatch_tiles<T>(x.channels_last, pack, [&](auto tag) {
+          launcher.run_blocks_with_shared(tile_forward_kernel<tag.channels_last, tag.pack, T>, s.N,
+                                          tile_threads(s), s.shared_bytes(1), s, in, out);
+        });
+      }
       dispatch_norm(arguments.p, [&](auto tag) {
         launcher.run_blocks_with_shared(fused_forward_kernel<decltype(tag)::value, T>, s.N,
                                         kStageThreads, s.shared_bytes(1), s, in, out);
@@ -610,14 +1075,21 @@ Tensor backward(const char* op, const Tensor& grad_output, const Images& x, cons
     using A = opmath_t<T>;
     const T* in = x.data.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
-    const int maps = pair_pack<T>(arguments, x.channels_last, in, gi) > 0 ? 1 : 2;
-    if (fits_block<T>(arguments, kernel, maps)) {
-      const Tensor weights = kernel_in_double(kernel);
+    const int pack = tile_pack<T>(arguments, x.channels_last, in, gi);
+    const int maps = pack > 0 ? 1 : 2;
+    if (fits_block<T>(arguments, x.channels_last, kernel, maps)) {
+      const Tensor weights = readable(kernel);
       const T* go = grad_output.const_data_ptr<T>();
-      const Fused<T> s = fused<T>(arguments, x.channels_last, weights, go, in, gi);
+      const Fused<T> s = fused<T>(arguments, x.channels_last, weights, go, pack);
+      if (pack > 0) {
+        return dispatch_tiles<T>(x.channels_last, pack, [&](auto tag) {
+          launcher.run_blocks_with_shared(tile_backward_kernel<tag.channels_last, tag.pack, T>, s.N,
+                                          tile_threads(s), s.shared_bytes(1), s, go, in, gi);
+        });
+      }
       dispatch_norm(arguments.p, [&](auto tag) {
         launcher.run_blocks_with_shared(fused_backward_kernel<decltype(tag)::value, T>, s.N,
-                                        kStageThreads, s.shared_bytes(maps), s, maps, go, in, gi);
+                                        kStageThreads, s.shared_bytes(2), s, go, in, gi);
       });
       return;
     }

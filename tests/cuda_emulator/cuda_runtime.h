@@ -116,6 +116,9 @@ inline Device device;
 inline int block_threads() {
   return device.block_threads;
 }
+inline int multiprocessor_count() {
+  return device.multiprocessors;
+}
 
 class Cooperation {
  public:
