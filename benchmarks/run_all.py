@@ -1,6 +1,7 @@
 """Everything one wants to know of a machine, above all one with a GPU, in one command.
 
-    python benchmarks/run_all.py --out DIR [--steps tests,ops] [--budget-s 560] [--quick]
+    python benchmarks/run_all.py --out DIR [--steps tests,ops] [--budget-s 560] [--side-by-side]
+        [--quick]
 
 Steps, each a process of its own with a time limit of its own
     environment   environment.json: device, driver, versions, compiler, commit
@@ -22,8 +23,11 @@ summary.md has a line for each step with its outcome and seconds, rewritten afte
 summary.json is the same for programs. A second call with other --steps adds to both.
 
 --budget-s shares that many seconds among the steps in proportion to their usual limits; what one
-does not use goes to the later ones. --archive FILE.tar.gz packs DIR after every step, so that a
-machine that is taken away has left something. --quick is a try of everything, in minutes on a CPU.
+does not use goes to the later ones. --side-by-side runs what does not measure time at once, on a
+machine with many cores and a large GPU, and what does afterwards, one after the other; pytest takes
+-n with --pytest-args where pytest-xdist is installed. --archive FILE.tar.gz packs DIR after every
+step, so that a machine that is taken away has left something. --quick is a try of everything, in
+minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -37,9 +41,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +88,7 @@ class Step:
     name: str
     limit_s: float
     commands: Callable[[Path, dict[str, Any], float], list[Command] | str]
+    measures: bool = False  # time: nothing else may run meanwhile
 
 
 @dataclass
@@ -263,14 +270,18 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         Step("streams", 60, check("streams")),
         Step("large", 90, large),
         Step("sanitizer", 480, sanitizer),
-        Step("ops", 540, ops),
-        Step("online", 120, online),
-        Step("reproduce", 120, reproduce),
+        Step("ops", 540, ops, measures=True),
+        Step("online", 120, online, measures=True),
+        Step("reproduce", 120, reproduce, measures=True),
     ]
-    return [Step(s.name, min(s.limit_s, 150), s.commands) for s in found] if quick else found
+    return [replace(s, limit_s=min(s.limit_s, 150)) for s in found] if quick else found
 
 
 # ---------------------------------------------------------------------------------- the machinery
+
+
+#: The processes that are under way, several of them side by side.
+RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 def run_command(command: Command, out: Path, limit_s: float) -> int | None:
@@ -284,12 +295,14 @@ def run_command(command: Command, out: Path, limit_s: float) -> int | None:
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | command.environment,
             start_new_session=True,
         )
+        RUNNING.add(process)
         try:
             return process.wait(timeout=max(limit_s, 0.1))
         except subprocess.TimeoutExpired:
             return None
         finally:  # a child that outlives it too, and on Ctrl-C
             stop(process)
+            RUNNING.discard(process)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -378,18 +391,28 @@ def run_steps(
     out: Path,
     budget_s: float | None = None,
     archive: Path | None = None,
+    side_by_side: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Run steps in order; the outcomes, those of earlier calls in the same folder with them."""
+    """Run steps in order; the outcomes, those of earlier calls in the same folder with them.
+
+    Side by side: those after the first that measure no time run at once.
+    """
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     order = {step.name: i for i, step in enumerate(chosen)}
     outcomes = {o.step: o for o in read_outcomes(out)}
-    for i, step in enumerate(chosen):
-        limit = step.limit_s
-        if budget_s is not None:
-            left = budget_s - (time.monotonic() - start)
-            limit = left * step.limit_s / sum(s.limit_s for s in chosen[i:])
+    lock = threading.Lock()
+    turns: list[list[Step]] = [[step] for step in chosen]
+    if side_by_side:
+        at_once = [step for step in chosen[1:] if not step.measures]
+        turns = [[*chosen[:1]], at_once, *([step] for step in chosen[1:] if step.measures)]
+        turns = [turn for turn in turns if turn]
+
+    def limit_of(turn: Sequence[Step]) -> float:
+        return max(step.limit_s for step in turn)
+
+    def one(step: Step, limit: float) -> None:
         if limit < 1:
             outcome = Outcome(step.name, "skipped", 0.0, "the budget is spent")
         else:
@@ -400,11 +423,32 @@ def run_steps(
             except Exception as error:  # a defect of the step's own; the others go on
                 note = f"{type(error).__name__}: {error}"
                 outcome = Outcome(step.name, "failed", time.monotonic() - began, note)
-        outcomes[step.name] = outcome
-        say(f"  {outcome.status} in {outcome.seconds:.0f} s: {outcome.note}")
-        write_summary(out, list(outcomes.values()))
-        if archive:
-            pack(out, archive)
+        with lock:
+            outcomes[step.name] = outcome
+            what = f"{step.name}: " if side_by_side else ""
+            say(f"  {what}{outcome.status} in {outcome.seconds:.0f} s: {outcome.note}")
+            write_summary(out, list(outcomes.values()))
+            if archive:
+                pack(out, archive)
+
+    for i, turn in enumerate(turns):
+        limits = [step.limit_s for step in turn]
+        if budget_s is not None:
+            left = budget_s - (time.monotonic() - start)
+            share = left * limit_of(turn) / sum(map(limit_of, turns[i:]))
+            limits = [share] * len(turn)
+        if len(turn) == 1:
+            one(turn[0], limits[0])
+            continue
+        with ThreadPoolExecutor(len(turn)) as pool:
+            try:
+                for _ in pool.map(one, turn, limits):
+                    pass
+            except BaseException:  # Ctrl-C reaches this thread alone
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(RUNNING):
+                    stop(process)
+                raise
     return sorted(outcomes.values(), key=lambda o: order.get(o.step, -1))
 
 
@@ -425,6 +469,9 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, metavar="N", help="seconds for all of it")
     parser.add_argument("--archive", type=Path, metavar="FILE", help="a .tar.gz of DIR")
     parser.add_argument("--pytest-args", default="", help="more arguments for the step tests")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="what measures no time runs at once"
+    )
     parser.add_argument("--quick", action="store_true", help="try everything, in minutes")
     parser.add_argument("--write-environment", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -444,7 +491,7 @@ def main() -> int:
             parser.error(f"--steps must be among {','.join(names)}, got {name}")
     # The others ask it whether there is a GPU; it takes seconds.
     chosen = [step for step in every if step.name in {*wanted, "environment"}]
-    outcomes = run_steps(chosen, out, args.budget_s, args.archive)
+    outcomes = run_steps(chosen, out, args.budget_s, args.archive, args.side_by_side)
     print(f"\n{(out / 'summary.md').read_text()}", end="")
     bad = [o.step for o in outcomes if o.step in wanted and o.status in ("failed", "timed out")]
     return int(bool(bad))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -452,6 +453,62 @@ def test_a_budget_is_shared_and_what_is_left_goes_on(run_all, tmp_path, monkeypa
     outcomes = run_all.run_steps(chosen, tmp_path, budget_s=80, say=lambda s: 0)
     assert limits == {"a": 24, "b": 60}  # 30 of 100; 60 of 70 of the 70 that are left
     assert (outcomes[2].status, outcomes[2].note) == ("skipped", "the budget is spent")
+
+
+def test_what_measures_no_time_runs_side_by_side(run_all, tmp_path):
+    meet = (
+        "import pathlib, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "(here / f'{sys.argv[1]}.there').touch()\n"
+        "while not (here / f'{sys.argv[2]}.there').exists(): time.sleep(0.01)\n"
+    )
+
+    def step(name, script, *arguments, measures=False):
+        command = run_all.Command([*shell(script), *arguments], f"{name}.txt")
+        return run_all.Step(name, 60.0, lambda out, machine, left: [command], measures)
+
+    alone = f"import os; print([n for n in os.listdir({str(tmp_path)!r}) if n.endswith('.there')])"
+    chosen = [
+        step("environment", "print('first')"),
+        step("a", meet, "a", "b"),
+        step("slow", alone, measures=True),
+        step("b", meet, "b", "a"),
+    ]
+    out = tmp_path / "out"
+    outcomes = run_all.run_steps(chosen, out, side_by_side=True, say=lambda s: 0)
+    assert [(o.step, o.status) for o in outcomes] == [
+        (name, "passed") for name in ("environment", "a", "slow", "b")
+    ]
+    assert "a.there" in outcomes[2].note and "b.there" in outcomes[2].note
+
+
+def test_ctrl_c_ends_what_runs_side_by_side(run_all, tmp_path):
+    script = (
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import pathlib, run_all\n"
+        "def step(name):\n"
+        "    code = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'\n"
+        "    command = run_all.Command([sys.executable, '-c', code], f'{name}.txt')\n"
+        "    return run_all.Step(name, 600.0, lambda *_: [command])\n"
+        f"out = pathlib.Path({str(tmp_path)!r})\n"
+        "run_all.run_steps([run_all.Step('first', 9.0, lambda *_: 'skipped'), step('a'),"
+        " step('b')], out, side_by_side=True)\n"
+    )
+    process = subprocess.Popen(
+        shell(script),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline, files = time.monotonic() + 60, [tmp_path / "a.txt", tmp_path / "b.txt"]
+    while not all(file.exists() and file.read_text().endswith("\n") for file in files):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
 
 
 def test_steps_exist_and_unknown_ones_are_refused(run_all, tmp_path):
