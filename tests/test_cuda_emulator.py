@@ -319,12 +319,15 @@ POOLED_SHAPES = (
     (1, 3, 7, 12),
     (3, 16, 6, 5),
     (2, 8, 9, 9),
+    (1, 24, 8, 11),
+    (2, 16, 7, 6),
+    (1, 40, 12, 10),
     (7, 2, 16, 24),  # more than two blocks' work
     (2, 1, 3, 8),
 )
 
 
-@cases(16)
+@cases(24)
 def test_lp_pool2d_of_common_windows(emulator: Emulator, case: Cases):
     """2x2 and 3x3 with stride 2, and packs of channels: the kernels with vector accesses."""
     shape = case.choice(*POOLED_SHAPES)

@@ -661,17 +661,19 @@ bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool chann
   const int window = common_window(g);
   if (channels_last) {
     return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
-      constexpr int n = kPackSize<T>;
-      const int64_t count = g.N * g.OH * g.OW * g.C / n;
-      const auto run = [&](auto* kernel, const auto&... power) {
+      // A thread of a 3x3 kernel would need too many registers for more channels.
+      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
+      const auto run = [&](auto* kernel, int channels, const auto&... power) {
+        const int64_t count = g.N * g.OH * g.OW * g.C / channels;
         launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., input, output);
         return true;
       };
       if constexpr (!std::is_same_v<T, double>) {
-        if (window == 2) return run(forward_blocks_kernel<norm, 2, n, T>, static_cast<A>(p));
-        if (window == 3) return run(forward_blocks_kernel<norm, 3, n, T>, static_cast<A>(p));
+        const A power = static_cast<A>(p);
+        if (window == 2) return run(forward_blocks_kernel<norm, 2, n, T>, n, power);
+        if (window == 3) return run(forward_blocks_kernel<norm, 3, kFew, T>, kFew, power);
       }
-      if constexpr (norm != Norm::kGeneral) return run(forward_channels_kernel<norm, n, T>);
+      if constexpr (norm != Norm::kGeneral) return run(forward_channels_kernel<norm, n, T>, n);
       return false;
     });
   }
@@ -695,9 +697,10 @@ bool backward_vectors(const Launcher& launcher, const PoolGeometry& g, bool chan
   const int window = common_window(g);
   if (channels_last) {
     return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
-      constexpr int n = kPackSize<T>;
-      const auto run = [&](auto* kernel, int64_t pixels, const auto&... power) {
-        const int64_t count = g.N * pixels * g.C / n;
+      // A thread of a 3x3 kernel would need too many registers for more channels.
+      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
+      const auto run = [&](auto* kernel, int64_t pixels, int channels, const auto&... power) {
+        const int64_t count = g.N * pixels * g.C / channels;
         launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., grad_output,
                           input, output, grad_input);
         return true;
@@ -705,11 +708,11 @@ bool backward_vectors(const Launcher& launcher, const PoolGeometry& g, bool chan
       if constexpr (!std::is_same_v<T, double>) {
         const int64_t blocks = ceil_div(g.H, 2) * ceil_div(g.W, 2);
         const A power = static_cast<A>(p);
-        if (window == 2) return run(backward_blocks_kernel<norm, 2, n, T>, blocks, power);
-        if (window == 3) return run(backward_blocks_kernel<norm, 3, n, T>, blocks, power);
+        if (window == 2) return run(backward_blocks_kernel<norm, 2, n, T>, blocks, n, power);
+        if (window == 3) return run(backward_blocks_kernel<norm, 3, kFew, T>, blocks, kFew, power);
       }
       if constexpr (norm != Norm::kGeneral) {
-        return run(backward_channels_kernel<norm, n, T>, g.H * g.W);
+        return run(backward_channels_kernel<norm, n, T>, g.H * g.W, n);
       }
       return false;
     });

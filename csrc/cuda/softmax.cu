@@ -6,9 +6,10 @@
 //   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
 //            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
 //            there; forward, the next rows are on their way meanwhile
-//   warp     rows of up to 1024 elements: up to 32 lanes share a row and hold it in registers
-//   block    rows of up to 32768 elements (backward, which holds two numbers an element,
-//            float64, and rows without packs: half of it each): a block of as many threads as it
+//   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
+//            it in registers
+//   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
+//            numbers an element; float64; rows without packs): a block of as many threads as it
 //            takes holds a row in registers
 //   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
 //            8 times as many elements, and smaller blocks one of more than 16384
@@ -21,7 +22,7 @@
 //            twice: the second reading finds most of its data in L2
 // One pass finds the largest value and the sum together wherever more than a warp has a line.
 //
-// Sums are added in an order that depends on the shape alone.
+// Sums are added in an order that depends on shape, alignment and kind of device alone.
 //
 // softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
 // refuse it, as the CPU does, the host would have to wait for the device.
@@ -296,9 +297,15 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
   }
 }
 
-// Half types: 5 blocks at a time, which is 48 registers a thread.
+// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
+// and it is the number of warps that hides the time of a row's steps.
+template <typename T, int n>
+constexpr int kResident = sizeof(T) == 8            ? 2
+                          : sizeof(T) == 2 && n > 1 ? 5
+                                                    : 4;
+
 template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && n > 1 ? 5 : 1)
+__global__ void __launch_bounds__(kThreads, kResident<T, n>)
     forward_warp_kernel(Forward<T> f, int lanes) {
   const int64_t rows = f.g.outer;
   const int64_t per_block = kThreads / lanes;
@@ -1052,8 +1059,8 @@ void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stre
   if (size <= 64 || (n == 1 && size <= 256)) return warp(Number<8 / n>{});
   if constexpr (n > 1) {
     if (size <= 512) return warp(Number<16 / n>{});
+    if (size <= 32 * kWarp) return warp(Number<32 / n>{});
   }
-  if (size <= 32 * kWarp) return warp(Number<32 / n>{});
   // Small blocks overlap: while one reduces, others read and write.
   const int64_t workers = ceil_div(ceil_div(size, n), kLoads);
   if (workers <= 2 * kThreads && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
