@@ -298,10 +298,16 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
 }
 
 // How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
-// and it is the number of warps that hides the time of a row's steps.
+// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
+// most.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;
+#else
+constexpr int kMostResident = 5;
+#endif
 template <typename T, int n>
 constexpr int kResident = sizeof(T) == 8            ? 2
-                          : sizeof(T) == 2 && n > 1 ? 5
+                          : sizeof(T) == 2 && n > 1 ? kMostResident
                                                     : 4;
 
 template <Kind kind, int kLoads, int n, typename T>
