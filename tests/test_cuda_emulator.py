@@ -319,12 +319,15 @@ POOLED_SHAPES = (
     (1, 3, 7, 12),
     (3, 16, 6, 5),
     (2, 8, 9, 9),
+    (1, 24, 8, 11),
+    (2, 16, 7, 6),
+    (1, 40, 12, 10),
     (7, 2, 16, 24),  # more than two blocks' work
     (2, 1, 3, 8),
 )
 
 
-@cases(16)
+@cases(24)
 def test_lp_pool2d_of_common_windows(emulator: Emulator, case: Cases):
     """2x2 and 3x3 with stride 2, and packs of channels: the kernels with vector accesses."""
     shape = case.choice(*POOLED_SHAPES)
@@ -481,8 +484,10 @@ def softmax_shape(case: Cases) -> tuple[list[int], int]:
     if drawn < 0.15:
         shape, along = case.choice(([530, 1], 1), ([700, 5], 1), ([200, 10], 1), ([50, 40], 1))
     elif drawn < 0.3:
-        shape, along = case.choice([2, 10, 20, 15], [2, 70, 7, 6]), 1
-    elif drawn < 0.35 and dim:
+        shape, along = case.choice([2, 10, 20, 15], [2, 70, 7, 6], [3, 64, 40, 4], [2, 130, 16]), 1
+    elif drawn < 0.35:  # lines that are held in registers, as far as they are
+        shape, along = [case.choice(1, 3), case.choice(5, 33, 128, 255, 257), 8], 1
+    elif drawn < 0.4 and dim:
         shape[0] = 0
     return shape, along
 
@@ -514,8 +519,10 @@ def test_softmax_and_log_softmax(emulator: Emulator, case: Cases):
         emulator.check(f"{name}_backward", grad, y, dim, beta, loosen=20)
 
 
-# Rows that a warp, a block of either width or nobody can hold; multiples of a pack, and others.
-ROW_SIZES = (24, 256, 264, 1024, 1032, 2048, 4104, 8192, 8200, 9001, 16392, 32768, 32776, 33001)
+# Rows that a warp, a block, a cluster of blocks (there is none in the modes with 64-bit indices) or
+# nobody can hold; multiples of a pack, and others.
+ROW_SIZES = (24, 64, 256, 264, 520, 1024, 1032, 2048, 4104, 8192, 8200, 9001)
+ROW_SIZES += (16384, 16392, 32768, 32776, 33001, 65544, 80000)
 
 
 @cases(5)

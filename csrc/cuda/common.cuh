@@ -25,6 +25,9 @@ constexpr int kThreads = 256;  // of a block
 // Far more blocks than any device holds at once; beyond it the grid-stride loops take over.
 constexpr int64_t kMaxBlocks = int64_t{1} << 17;
 
+// Blocks of a cluster at most.
+constexpr int kMaxCluster = 8;
+
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -32,6 +35,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 #if defined(MNIST_OPS_CUDA_EMULATOR)
 // The tests run these kernels on the CPU: there is no device to choose, <<<>>> is not C++, and
 // small tensors must take the paths of large ones.
+using cuda_emulator::cluster_arrive;
+using cuda_emulator::cluster_peer;
+using cuda_emulator::cluster_wait;
 using cuda_emulator::CurrentStream;
 using cuda_emulator::dynamic_shared_memory;
 using cuda_emulator::largest_narrow_index;
@@ -64,6 +70,33 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   return bytes;
 }
 
+// The barrier of the blocks of a cluster, in two halves: memory is in order between what threads
+// did before they arrived and what others do after they waited. All threads call both, in turns.
+// (Where there are no clusters nobody is to be waited for, and nobody calls them.)
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The address of a variable in shared memory in another block of the cluster.
+template <typename A>
+__device__ __forceinline__ A* cluster_peer(A* variable, int block) {
+#if __CUDA_ARCH__ >= 900
+  A* theirs;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(variable), "r"(block));
+  return theirs;
+#else
+  static_cast<void>(block);
+  return variable;
+#endif
+}
+
 // Makes a tensor's device the current one for as long as it lives, and launches on its stream.
 class CurrentStream {
  public:
@@ -91,6 +124,35 @@ class CurrentStream {
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream_>>>(
         arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // Blocks in clusters of so many neighbours; false if the device, or the code that was compiled
+  // for it, has none of this size.
+  template <typename Kernel, typename... Arguments>
+  bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
+                       const Arguments&... arguments) const {
+    int device = 0, supported = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device));
+    if (!supported) return false;
+    cudaFuncAttributes compiled;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
+    if (compiled.ptxVersion < 90) return false;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = threads;
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int resident = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
+    if (resident == 0) return false;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return true;
   }
 
  private:
@@ -138,6 +200,20 @@ class Launcher {
     if (items == 0) return;
     stream_.launch_with_shared(kernel, std::min(items, kMaxBlocks),
                                dim3(static_cast<unsigned>(threads)), shared_bytes, arguments...);
+  }
+
+  // A cluster of so many blocks for each item; false, and nothing done, where there are none. One
+  // block is not called a cluster.
+  template <typename Kernel, typename... Arguments>
+  bool run_clusters(Kernel* kernel, int64_t items, int cluster, int threads,
+                    const Arguments&... arguments) const {
+    if (cluster == 1) {
+      run_blocks(kernel, items, threads, arguments...);
+      return true;
+    }
+    return items == 0 ||
+           stream_.launch_clusters(kernel, std::min(items, kMaxBlocks / cluster) * cluster, cluster,
+                                   dim3(static_cast<unsigned>(threads)), arguments...);
   }
 
   // The usual case: one item a thread.
@@ -192,6 +268,32 @@ __device__ __forceinline__ Pack<T, n> load_pack(const T* from) {
 template <typename T, int n>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
   *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+// 16 bytes to shared memory without waiting for them, where the device can. What a thread began it
+// closes by copy_async_commit(); copy_async_wait<newer>() waits for all but the newest ones of what
+// it has closed.
+template <typename T>
+__device__ __forceinline__ void copy_async(const T* from, T* to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  store_pack(to, load_pack<kPackSize<T>>(from));
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int newer>
+__device__ __forceinline__ void copy_async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(newer) : "memory");
+#endif
 }
 
 // ------------------------------------------------------------------- reductions within a warp

@@ -2,12 +2,15 @@
 //
 // p = 1, 2 and inf are bound by memory: one read of the input and one write forward; gradient,
 // input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
-// which multiply. Three kinds of kernels, the first that fits:
+// which multiply. Four kinds of kernels, the first that fits:
 //   pairs     NCHW, 2x2 or 3x3 windows with stride 2, no padding (the reports' pooling), p = 1, 2,
 //             3, 4 or inf: a thread takes a pack of neighbouring elements of each of a window's
 //             rows, and all windows that begin in it. 2x2: everything is read and written once, in
 //             packs, backward too, where the windows tile the image. 3x3: what windows share comes
 //             from L1.
+//   blocks    NHWC, the same windows and norms, not in float64: a thread takes a pack of channels
+//             of one result; backward, of the 2x2 pixels that begin at the same place, so that a
+//             window's norm and gradient are read by two or four threads at most
 //   channels  NHWC, any windows, p = 1, 2, inf: a thread takes a pack of channels of one result;
 //             what windows share comes from L1 and L2.
 //   one       a thread computes one result with the functions of ../lp_pool.h, results in the order
@@ -129,32 +132,55 @@ __global__ void __launch_bounds__(kThreads)
 // ------------------------------------------------------------------------- NCHW, 2x2 and 3x3,
 // stride 2
 
-// r^p for p = 2, 3 and 4. These kernels are not for other powers: pow would be their bound, and too
-// much code where loops over windows and elements are unrolled.
-template <typename A>
-__device__ __forceinline__ A small_power(A r, A p) {
-  return p == A(2) ? r * r : p == A(3) ? r * (r * r) : (r * r) * (r * r);
+// |x|^p for p = 1, 2, and, kGeneral, 3 and 4. These kernels are not for other powers: pow would be
+// their bound, and too much code where loops over windows and elements are unrolled.
+template <Norm norm, typename A>
+__device__ __forceinline__ A power_of(A x, A p) {
+  if (norm == Norm::kTwo) return x * x;
+  const A size = magnitude(x);
+  return norm == Norm::kOne ? size : size * size * (p == A(3) ? size : size * size);
 }
 
-// norm_gradient of lp_pool.h; kGeneral stands for p = 3 and 4.
+// And its inverse for p = 2, 3 and 4.
 template <Norm norm, typename A>
-__device__ __forceinline__ A slope_of(A x, A y, A p) {
-  if constexpr (norm == Norm::kGeneral) {
-    return y == A(0) ? A(0) : sign_of(x) * small_power(magnitude(x) / y, p - A(1));
-  } else {
-    return norm_gradient<norm>(x, y, p);
-  }
+__device__ __forceinline__ A root_of(A sum, A p) {
+  if (norm == Norm::kTwo) return std::sqrt(sum);
+  return p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum));
 }
+
+// dy/dx for the elements of a window with norm y: norm_gradient of lp_pool.h, kGeneral standing for
+// p = 3 and 4, with one division for a window instead of one for an element. In float64 every
+// element is divided, and below SafeNorm too.
+template <Norm norm, typename A>
+struct Slopes {
+  A y, inverse = A(0);
+
+  __device__ __forceinline__ explicit Slopes(A norm_of_window) : y(norm_of_window) {
+    if constexpr (norm == Norm::kTwo || norm == Norm::kGeneral) {
+      if (!std::is_same_v<A, double> && y > SafeNorm<A>::lower) inverse = A(1) / y;
+    }
+  }
+
+  __device__ __forceinline__ A at(A x, A p) const {
+    if constexpr (norm == Norm::kOne || norm == Norm::kInf) {
+      return norm_gradient<norm>(x, y, p);
+    } else {
+      const A r = inverse != A(0) ? x * inverse : y == A(0) ? A(0) : x / y;
+      return norm == Norm::kTwo ? r : r * (p == A(3) ? magnitude(r) : r * r);
+    }
+  }
+};
 
 // The p-norm of a window in registers.
 template <Norm norm, int kTaps, typename A>
 __device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
-  if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
+  if constexpr (norm != Norm::kInf) {
     A sum = A(0);
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) sum += norm == Norm::kTwo ? x[k] * x[k] : magnitude(x[k]);
+    for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k], p);
     if (norm == Norm::kOne) return sum;
-    if (is_safe_square_sum(sum)) return std::sqrt(sum);
+    // Of squares, and as well of higher powers: what is lost to underflow does not count.
+    if (is_safe_square_sum(sum)) return root_of<norm>(sum, p);
   }
   A largest = A(0);
 #pragma unroll
@@ -168,12 +194,8 @@ __device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
   }
   A sum = A(0);
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
-    const A r = magnitude(x[k]) / largest;
-    sum += norm == Norm::kTwo ? r * r : small_power(r, p);
-  }
-  if (norm == Norm::kTwo) return largest * std::sqrt(sum);
-  return largest * (p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum)));
+  for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k] / largest, p);
+  return largest * root_of<norm>(sum, p);
 }
 
 // Sizes of the planes that `pairs` kernels work on.
@@ -255,10 +277,11 @@ __global__ void __launch_bounds__(kThreads)
       const A y = static_cast<A>(ys.values[m]), grad = static_cast<A>(gs.values[m]);
       const A x[4] = {static_cast<A>(upper.values[2 * m]), static_cast<A>(upper.values[2 * m + 1]),
                       static_cast<A>(lower.values[2 * m]), static_cast<A>(lower.values[2 * m + 1])};
+      const Slopes<norm, A> window(y);
       A ties = A(0), slopes[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        slopes[k] = slope_of<norm>(x[k], y, p);
+        slopes[k] = window.at(x[k], p);
         if (norm == Norm::kInf) ties += A(magnitude(x[k]) == y);
       }
 #pragma unroll
@@ -297,6 +320,39 @@ __global__ void __launch_bounds__(kThreads)
         gs[r][m] = there ? static_cast<A>(grad_output[o]) : A(0);
       }
     }
+    // Equal maxima share a window's gradient.
+    if constexpr (norm == Norm::kInf) {
+      A ties[2][kWindows] = {};
+#pragma unroll
+      for (int d = -2; d <= 2; ++d) {  // rows of those windows, from that of this pair
+        const int ih = 2 * at.row + d;
+        if (ih < 0 || ih >= g.H) continue;
+        const T* x = input + (at.plane * g.H + ih) * g.W + at.column * n;
+        const Pack<T, n> pack = load_pack<n>(x);
+        const Pack<T, 2> before = at.column > 0 ? load_pack<2>(x - 2) : Pack<T, 2>{};
+        A sizes[n + 3];
+        sizes[0] = magnitude(static_cast<A>(before.values[0]));
+        sizes[1] = magnitude(static_cast<A>(before.values[1]));
+#pragma unroll
+        for (int j = 0; j < n; ++j) sizes[j + 2] = magnitude(static_cast<A>(pack.values[j]));
+        sizes[n + 2] = at.column + 1 < g.columns ? magnitude(static_cast<A>(x[n])) : A(0);
+#pragma unroll
+        for (int r = d > 0 ? 1 : 0; r < (d < 0 ? 1 : 2); ++r) {
+#pragma unroll
+          for (int m = 0; m < kWindows; ++m) {
+#pragma unroll
+            for (int kw = 0; kw < 3; ++kw) ties[r][m] += A(sizes[2 * m + kw] == ys[r][m]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int m = 0; m < kWindows; ++m) {
+          if (ties[r][m] > A(1)) gs[r][m] /= ties[r][m];
+        }
+      }
+    }
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
       const int ih = 2 * at.row + below;
@@ -315,7 +371,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int m = j / 2 + j % 2; m < j / 2 + 2; ++m) {
             const int ow = first + m, oh = at.row - 1 + r;
             if (oh < 0 || oh >= g.OH || ow < 0 || ow >= g.OW) continue;
-            sum += gs[r][m] * slope_of<norm>(x, ys[r][m], p);
+            sum += gs[r][m] * Slopes<norm, A>(ys[r][m]).at(x, p);
           }
         }
         to.values[j] = static_cast<T>(sum);
@@ -425,6 +481,118 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ------------------------------------------------------------------------- NHWC, 2x2 and 3x3,
+// stride 2
+
+template <Norm norm, int kSize, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_blocks_kernel(int count, PoolGeometryOf<int32_t> g, opmath_t<T> p,
+                          const T* __restrict__ input, T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
+    const T* x = input + g.input_offset(at.n, at.c * n) + 2 * at.h * g.in_h + 2 * at.w * g.in_w;
+    Pack<T, n> packs[kSize * kSize], to;
+#pragma unroll
+    for (int k = 0; k < kSize * kSize; ++k) {
+      packs[k] = load_pack<n>(x + k / kSize * g.in_h + k % kSize * g.in_w);
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A taps[kSize * kSize];
+#pragma unroll
+      for (int k = 0; k < kSize * kSize; ++k) taps[k] = static_cast<A>(packs[k].values[j]);
+      to.values[j] = static_cast<T>(norm_of_taps<norm>(taps, p));
+    }
+    store_pack(output + item * n, to);
+  }
+}
+
+// The pixels 2 h and 2 h + 1, 2 w and 2 w + 1: of 2x2 windows one lies over them, of 3x3 windows
+// four, [h - 1, h] x [w - 1, w].
+template <Norm norm, int kSize, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_blocks_kernel(int count, PoolGeometryOf<int32_t> g, opmath_t<T> p,
+                           const T* __restrict__ grad_output, const T* __restrict__ input,
+                           const T* __restrict__ output, T* __restrict__ grad_input) {
+  using A = opmath_t<T>;
+  constexpr int kReach = kSize - 1, kWindows = kReach * kReach;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, (g.H + 1) / 2, (g.W + 1) / 2, g.C / n);
+    const T* image = input + g.input_offset(at.n, at.c * n);
+    const int outputs = g.output_offset(at.n, at.c * n);
+    Pack<T, n> ys[kWindows], gs[kWindows];
+    bool there[kWindows];
+#pragma unroll
+    for (int k = 0; k < kWindows; ++k) {
+      const int oh = at.h - kReach + 1 + k / kReach, ow = at.w - kReach + 1 + k % kReach;
+      there[k] = oh >= 0 && oh < g.OH && ow >= 0 && ow < g.OW;
+      const int o = outputs + oh * g.out_h + ow * g.out_w;
+      ys[k] = there[k] ? load_pack<n>(output + o) : Pack<T, n>{};
+      gs[k] = there[k] ? load_pack<n>(grad_output + o) : Pack<T, n>{};
+    }
+    A ties[kWindows][n] = {};
+    if constexpr (norm == Norm::kInf) {
+#pragma unroll
+      for (int dh = 2 - 2 * kReach; dh < 1 + kReach; ++dh) {
+#pragma unroll
+        for (int dw = 2 - 2 * kReach; dw < 1 + kReach; ++dw) {
+          const int ih = 2 * at.h + dh, iw = 2 * at.w + dw;
+          if (ih < 0 || ih >= g.H || iw < 0 || iw >= g.W) continue;
+          const Pack<T, n> pack = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
+#pragma unroll
+          for (int k = 0; k < kWindows; ++k) {
+            // From the window's own first row and column.
+            const int kh = dh + 2 * (kReach - 1 - k / kReach);
+            const int kw = dw + 2 * (kReach - 1 - k % kReach);
+            if (kh < 0 || kh >= kSize || kw < 0 || kw >= kSize) continue;
+#pragma unroll
+            for (int j = 0; j < n; ++j) {
+              ties[k][j] +=
+                  A(magnitude(static_cast<A>(pack.values[j])) == static_cast<A>(ys[k].values[j]));
+            }
+          }
+        }
+      }
+    }
+    Pack<T, n> pixels[4];
+#pragma unroll
+    for (int pixel = 0; pixel < 4; ++pixel) {
+      const int ih = 2 * at.h + pixel / 2, iw = 2 * at.w + pixel % 2;
+      const bool inside = ih < g.H && iw < g.W;
+      pixels[pixel] = inside ? load_pack<n>(image + ih * g.in_h + iw * g.in_w) : Pack<T, n>{};
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A sums[4] = {};
+#pragma unroll
+      for (int k = 0; k < kWindows; ++k) {
+        if (!there[k]) continue;
+        const Slopes<norm, A> window(static_cast<A>(ys[k].values[j]));
+        A grad = static_cast<A>(gs[k].values[j]);
+        if (norm == Norm::kInf && ties[k][j] > A(1)) grad /= ties[k][j];
+#pragma unroll
+        for (int pixel = 0; pixel < 4; ++pixel) {
+          // A window before this place has only its third row, or column, here.
+          if (k / kReach < kReach - 1 && pixel / 2 > 0) continue;
+          if (k % kReach < kReach - 1 && pixel % 2 > 0) continue;
+          sums[pixel] += grad * window.at(static_cast<A>(pixels[pixel].values[j]), p);
+        }
+      }
+#pragma unroll
+      for (int pixel = 0; pixel < 4; ++pixel) {
+        pixels[pixel].values[j] = static_cast<T>(sums[pixel]);
+      }
+    }
+    T* const to = grad_input + g.input_offset(at.n, at.c * n);
+#pragma unroll
+    for (int pixel = 0; pixel < 4; ++pixel) {
+      const int ih = 2 * at.h + pixel / 2, iw = 2 * at.w + pixel % 2;
+      if (ih < g.H && iw < g.W) store_pack(to + ih * g.in_h + iw * g.in_w, pixels[pixel]);
+    }
+  }
+}
+
 // --------------------------------------------------------------------------------------- launches
 
 template <int n>
@@ -432,115 +600,131 @@ struct Number {
   static constexpr int value = n;
 };
 
-// What the pairs and channels kernels count in 32 bits: elements, and those a pack or a row beyond.
+// What the kernels with packs count in 32 bits: elements, and those a pack or a row beyond.
 bool counts_in_32_bits(const PoolGeometry& g) {
   return fits_32_bits(g.N * g.C * g.H * g.W + 4 * g.W) && fits_32_bits(g.N * g.C * g.OH * g.OW);
 }
 
-// Windows of k x k with stride 2 that lie inside the image, in NCHW.
-bool in_pairs(const PoolGeometry& g, int64_t k, bool channels_last) {
-  return !channels_last && counts_in_32_bits(g) && g.kernel_h == k && g.kernel_w == k &&
-         g.stride_h == 2 && g.stride_w == 2 && g.padding_h == 0 && g.padding_w == 0 &&
-         2 * (g.OH - 1) + k <= g.H && 2 * (g.OW - 1) + k <= g.W;
+// The k of k x k windows with stride 2 that lie inside the image, 2 or 3; 0 for other windows.
+int common_window(const PoolGeometry& g) {
+  const int64_t k = g.kernel_h;
+  const bool common = (k == 2 || k == 3) && g.kernel_w == k && g.stride_h == 2 && g.stride_w == 2 &&
+                      g.padding_h == 0 && g.padding_w == 0 && 2 * (g.OH - 1) + k <= g.H &&
+                      2 * (g.OW - 1) + k <= g.W;
+  return common ? static_cast<int>(k) : 0;
 }
 
-// Calls body with the largest pack that rows of the input consist of; false if there is none.
+// Calls body with the largest pack that rows of the input consist of, and the sizes of its planes;
+// false if there is none. NCHW.
 template <typename T, typename F>
-bool dispatch_row_pack(int64_t W, bool aligned, F&& body) {
+bool dispatch_row_pack(const PoolGeometry& g, bool aligned, F&& body) {
   constexpr int n = kPackSize<T>;
-  if (!aligned) return false;
-  if (W % n == 0) {
-    body(Number<n>{});
+  if (!aligned || !counts_in_32_bits(g)) return false;
+  const auto run = [&](auto pack) {
+    constexpr int size = decltype(pack)::value;
+    body(pack, PairGeometry{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
+                            static_cast<int>(g.OW), static_cast<int>(g.W / size)});
+  };
+  if (g.W % n == 0) {
+    run(Number<n>{});
     return true;
   }
   if constexpr (n > 2) {
-    if (W % (n / 2) == 0) {
-      body(Number<n / 2>{});
+    if (g.W % (n / 2) == 0) {
+      run(Number<n / 2>{});
       return true;
     }
   }
   return false;
 }
 
+// Calls body with the geometry in 32 bits if channels can be taken in packs, and gives what it
+// returns: whether it launched a kernel. NHWC.
+template <typename T, typename F>
+bool dispatch_channels(const PoolGeometry& g, bool aligned, F&& body) {
+  if (!aligned || !counts_in_32_bits(g) || g.C % kPackSize<T> != 0) return false;
+  bool launched = false;
+  dispatch_index(g, [&](const auto& narrow) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
+      launched = body(narrow);
+    }
+  });
+  return launched;
+}
+
 template <Norm norm, typename T>
 bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
                      const T* input, T* output) {
   using A = opmath_t<T>;
-  const bool aligned = are_aligned(input, output);
-  if constexpr (norm != Norm::kGeneral) {
-    constexpr int n = kPackSize<T>;
-    if (channels_last && counts_in_32_bits(g) && aligned && g.C % n == 0) {
-      bool launched = false;
-      dispatch_index(g, [&](const auto& narrow) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
-          const int64_t count = g.N * g.OH * g.OW * g.C / n;
-          launcher.run_over(forward_channels_kernel<norm, n, T>, count, static_cast<int>(count),
-                            narrow, input, output);
-          launched = true;
-        }
-      });
-      return launched;
-    }
-  }
   if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
-  const bool twos = in_pairs(g, 2, channels_last), threes = in_pairs(g, 3, channels_last);
-  if (!twos && !threes) return false;
-  return dispatch_row_pack<T>(g.W, aligned, [&](auto pack) {
-    constexpr int n = decltype(pack)::value;
-    const int64_t columns = ceil_div(g.OW, n / 2), count = g.N * g.C * g.OH * columns;
-    const PairGeometry pairs{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
-                             static_cast<int>(g.OW), static_cast<int>(columns)};
-    const auto run = [&](auto* kernel) {
-      launcher.run_over(kernel, count, static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
-                        static_cast<A>(p), input, output);
-    };
-    if (twos) {
-      run(forward_pairs_kernel<norm, 2, n, T>);
-    } else {
-      run(forward_pairs_kernel<norm, 3, n, T>);
-    }
-  });
+  const bool aligned = are_aligned(input, output);
+  const int window = common_window(g);
+  if (channels_last) {
+    return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
+      // A thread of a 3x3 kernel would need too many registers for more channels.
+      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
+      const auto run = [&](auto* kernel, int channels, const auto&... power) {
+        const int64_t count = g.N * g.OH * g.OW * g.C / channels;
+        launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., input, output);
+        return true;
+      };
+      if constexpr (!std::is_same_v<T, double>) {
+        const A power = static_cast<A>(p);
+        if (window == 2) return run(forward_blocks_kernel<norm, 2, n, T>, n, power);
+        if (window == 3) return run(forward_blocks_kernel<norm, 3, kFew, T>, kFew, power);
+      }
+      if constexpr (norm != Norm::kGeneral) return run(forward_channels_kernel<norm, n, T>, n);
+      return false;
+    });
+  }
+  return window > 0 && dispatch_row_pack<T>(g, aligned, [&](auto pack, PairGeometry pairs) {
+           constexpr int n = decltype(pack)::value;
+           pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
+           const int64_t count = g.N * g.C * g.OH * pairs.columns;
+           launcher.run_over(window == 2 ? forward_pairs_kernel<norm, 2, n, T>
+                                         : forward_pairs_kernel<norm, 3, n, T>,
+                             count, static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
+                             static_cast<A>(p), input, output);
+         });
 }
 
 template <Norm norm, typename T>
 bool backward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
                       const T* grad_output, const T* input, const T* output, T* grad_input) {
   using A = opmath_t<T>;
-  const bool aligned = are_aligned(grad_output, input, output, grad_input);
-  if constexpr (norm != Norm::kGeneral) {
-    constexpr int n = kPackSize<T>;
-    if (channels_last && counts_in_32_bits(g) && aligned && g.C % n == 0) {
-      bool launched = false;
-      dispatch_index(g, [&](const auto& narrow) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
-          const int64_t count = g.N * g.H * g.W * g.C / n;
-          launcher.run_over(backward_channels_kernel<norm, n, T>, count, static_cast<int>(count),
-                            narrow, grad_output, input, output, grad_input);
-          launched = true;
-        }
-      });
-      return launched;
-    }
-  }
   if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
-  const bool tiles = in_pairs(g, 2, channels_last) && g.H == 2 * g.OH && g.W == 2 * g.OW;
-  // Equal maxima would have to be counted in windows that a thread does not hold.
-  const bool threes = norm != Norm::kInf && in_pairs(g, 3, channels_last);
-  if (!tiles && !threes) return false;
-  return dispatch_row_pack<T>(g.W, aligned, [&](auto pack) {
+  const bool aligned = are_aligned(grad_output, input, output, grad_input);
+  const int window = common_window(g);
+  if (channels_last) {
+    return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
+      // A thread of a 3x3 kernel would need too many registers for more channels.
+      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
+      const auto run = [&](auto* kernel, int64_t pixels, int channels, const auto&... power) {
+        const int64_t count = g.N * pixels * g.C / channels;
+        launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., grad_output,
+                          input, output, grad_input);
+        return true;
+      };
+      if constexpr (!std::is_same_v<T, double>) {
+        const int64_t blocks = ceil_div(g.H, 2) * ceil_div(g.W, 2);
+        const A power = static_cast<A>(p);
+        if (window == 2) return run(backward_blocks_kernel<norm, 2, n, T>, blocks, n, power);
+        if (window == 3) return run(backward_blocks_kernel<norm, 3, kFew, T>, blocks, kFew, power);
+      }
+      if constexpr (norm != Norm::kGeneral) {
+        return run(backward_channels_kernel<norm, n, T>, g.H * g.W, n);
+      }
+      return false;
+    });
+  }
+  // Windows of two must tile the image: elements that are in none are not written.
+  if (window == 0 || (window == 2 && (g.H != 2 * g.OH || g.W != 2 * g.OW))) return false;
+  return dispatch_row_pack<T>(g, aligned, [&](auto pack, const PairGeometry& pairs) {
     constexpr int n = decltype(pack)::value;
-    const int64_t columns = g.W / n, count = g.N * g.C * ((g.H + 1) / 2) * columns;
-    const PairGeometry pairs{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
-                             static_cast<int>(g.OW), static_cast<int>(columns)};
-    const auto run = [&](auto* kernel) {
-      launcher.run_over(kernel, count, static_cast<int>(count), pairs, static_cast<A>(p),
-                        grad_output, input, output, grad_input);
-    };
-    if (tiles) {
-      run(backward_tiles_kernel<norm, n, T>);
-    } else if constexpr (norm != Norm::kInf) {
-      run(backward_threes_kernel<norm, n, T>);
-    }
+    const int64_t count = g.N * g.C * ((g.H + 1) / 2) * pairs.columns;
+    launcher.run_over(
+        window == 2 ? backward_tiles_kernel<norm, n, T> : backward_threes_kernel<norm, n, T>, count,
+        static_cast<int>(count), pairs, static_cast<A>(p), grad_output, input, output, grad_input);
   });
 }
 

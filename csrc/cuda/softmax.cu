@@ -3,19 +3,26 @@
 // Bound by memory; every operator is one launch. Where the dimension is innermost in memory each
 // element is read once and written once (softmax_nll: read once), in packs of 16 bytes where rows
 // are aligned to that:
-//   tile    rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
-//   block
-//           brings 256 rows to shared memory, as one piece, and a thread takes a row from there
-//   warp    rows of up to 1024 elements: up to 32 lanes share a row and hold it in registers
-//   block   rows of up to 8192 elements (256 threads), in packs of up to 32768 (1024 threads;
-//           float64: half), held in registers too; backward, which holds two numbers an element,
-//           half of it
-//   stream  longer rows: read twice, the second time from the end, whose elements are still in L2
-// Elsewhere (lines): a block takes 32 to 256 neighbouring lines, threadIdx.x across them, so that
-// reads are coalesced, and threadIdx.y shares out each line, which is read twice: the second
-// reading finds most of its data in L2. One pass finds the largest value and the sum together.
+//   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
+//            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
+//            there; forward, the next rows are on their way meanwhile
+//   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
+//            it in registers
+//   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
+//            numbers an element; float64; rows without packs): a block of as many threads as it
+//            takes holds a row in registers
+//   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
+//            8 times as many elements, and smaller blocks one of more than 16384
+//   stream   longer rows: read twice, the second time from the end, whose elements are still in L2
+// Elsewhere:
+//   columns  lines of up to 256 elements, packs of them side by side: a block takes 4 to 32 packs
+//            of lines, threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out
+//            each line, which is held in registers
+//   lines    other ones: a block takes 32 to 256 neighbouring lines in the same way and reads them
+//            twice: the second reading finds most of its data in L2
+// One pass finds the largest value and the sum together wherever more than a warp has a line.
 //
-// Sums are added in an order that depends on the shape alone.
+// Sums are added in an order that depends on shape, alignment and kind of device alone.
 //
 // softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
 // refuse it, as the CPU does, the host would have to wait for the device.
@@ -30,11 +37,15 @@ namespace {
 enum class Kind { kSoftmax, kLogSoftmax, kNll };
 
 // exp(x) for elements of type T: half types are rounded more coarsely than the fast instruction is,
-// and with 4 bytes an element the exact one would be the bound, not memory.
+// and with 2 bytes an element the exact one would be the bound, not memory.
 template <typename T>
 __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (!std::is_same_v<T, opmath_t<T>>) return __expf(x);
+  if constexpr (!std::is_same_v<T, opmath_t<T>>) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.442695041f));
+    return power;
+  }
 #endif
   return std::exp(x);
 }
@@ -97,24 +108,30 @@ struct Forward {
   A* logsumexp = nullptr;
 };
 
-template <Kind kind, typename A>
-__device__ __forceinline__ A line_value(A v, A largest, A sum, A log_sum) {
-  return kind == Kind::kSoftmax ? std::exp(v - largest) / sum : v - log_sum;
+// Division by the sum: by multiplication except in float64, where nobody waits for it.
+template <typename A>
+__device__ __forceinline__ A share_of(A power, A sum, A inverse) {
+  return std::is_same_v<A, double> ? power / sum : power * inverse;
 }
 
 // Loss and log of the sum of one line; first is its first element.
 template <typename T, typename A>
-__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, const T* first,
-                                           A largest, A sum) {
-  const int64_t t = f.target[line];
+__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, int64_t target,
+                                           const T* first, A largest, A sum) {
   const A log_sum = std::log(sum);
   A loss = std::numeric_limits<A>::quiet_NaN();
-  if (t >= 0 && t < f.g.size) {
+  if (target >= 0 && target < f.g.size) {
     // The difference to the largest first: exact where both are large.
-    loss = log_sum - (f.scale * static_cast<A>(first[t * f.g.inner]) - largest);
+    loss = log_sum - (f.scale * static_cast<A>(first[target * f.g.inner]) - largest);
   }
   f.out[line] = static_cast<T>(loss);
   f.logsumexp[line] = largest + log_sum;
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, const T* first,
+                                           A largest, A sum) {
+  write_loss(f, line, f.target[line], first, largest, sum);
 }
 
 // --------------------------------------------------------------------------- rows in registers
@@ -166,17 +183,82 @@ struct HeldRow {
   }
 };
 
-// Division by the sum: by multiplication for half types, which round it away.
-template <typename T, typename A>
-__device__ __forceinline__ A share_of(A power, A sum, A inverse) {
-  return std::is_same_v<T, A> ? power / sum : power * inverse;
+// What the warps of a block and the blocks of a cluster tell each other, in shared memory.
+template <typename A>
+struct Exchange {
+  A largest[kWarp], sums[kWarp];
+  A largest_of_blocks[kMaxCluster], sums_of_blocks[kMaxCluster];
+};
+
+// Of `count` parts, up to 32 of them, by a whole warp. A part of -inf alone counts for 0.
+template <typename A>
+__device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, int count) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const A mine = lane < count ? largest[lane] : -std::numeric_limits<A>::infinity();
+  A sum = lane < count ? sums[lane] : A(0);
+  const A whole = lane_max(mine, kWarp);
+  if (mine != whole) sum *= std::exp(mine - whole);
+  return {whole, lane_sum(sum, kWarp)};
 }
 
-// The steps of the forward on what a thread holds; max and sum reduce over the row's threads.
-template <Kind kind, int kLoads, int n, typename T, typename Max, typename Sum>
+template <typename A>
+__device__ __forceinline__ A merged(const A* sums, int count) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  return lane_sum(lane < count ? sums[lane] : A(0), kWarp);
+}
+
+// What the warps of one row's blocks found, merged, for all threads; `part` is this block's place
+// among the row's `parts` blocks. The barriers of a cluster are in two halves: cluster_arrive() was
+// called last, by the kernel or by the turn before this one.
+template <typename A>
+__device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Exchange<A>& shared,
+                                                int part, int parts) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // whoever read shared before is done
+  if (thread % kWarp == 0) {
+    shared.largest[thread / kWarp] = of_warp.largest;
+    shared.sums[thread / kWarp] = of_warp.sum;
+  }
+  __syncthreads();
+  Partial<A> whole = merged(shared.largest, shared.sums, static_cast<int>(blockDim.x) / kWarp);
+  if (parts > 1) {
+    cluster_wait();  // all of them are there and have read what came before
+    if (thread < parts) {
+      cluster_peer(shared.largest_of_blocks, thread)[part] = whole.largest;
+      cluster_peer(shared.sums_of_blocks, thread)[part] = whole.sum;
+    }
+    cluster_arrive();
+    cluster_wait();
+    whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts);
+    cluster_arrive();
+  }
+  return whole;
+}
+
+template <typename A>
+__device__ __forceinline__ A sum_row(A of_warp, Exchange<A>& shared, int part, int parts) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (thread % kWarp == 0) shared.sums[thread / kWarp] = of_warp;
+  __syncthreads();
+  A whole = merged(shared.sums, static_cast<int>(blockDim.x) / kWarp);
+  if (parts > 1) {
+    cluster_wait();
+    if (thread < parts) cluster_peer(shared.sums_of_blocks, thread)[part] = whole;
+    cluster_arrive();
+    cluster_wait();
+    whole = merged(shared.sums_of_blocks, parts);
+    cluster_arrive();
+  }
+  return whole;
+}
+
+// The steps of the forward on what a thread holds; `lanes` of a warp share the row, and merge finds
+// out what others have of it, if there are any.
+template <Kind kind, int kLoads, int n, bool shared_row, typename T, typename Merge>
 __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bool inside,
-                                            int worker, int workers, const Max& max,
-                                            const Sum& sum_up) {
+                                            int worker, int workers, int lanes,
+                                            const Merge& merge) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(f.g.size);
   const T* first = f.in + row * size;
@@ -185,51 +267,78 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
   held.load(first, inside ? size : 0, worker, workers, f.scale, kMissing);
   A largest = kMissing;
   held.each([&](A& v) { largest = v > largest ? v : largest; });
-  largest = max(largest);
+  largest = lane_max(largest, lanes);
+  const A base = largest == kMissing ? A(0) : largest;  // exp(-inf) is 0, exp(-inf + inf) is not
   A sum = A(0);
   held.each([&](A& v) {
-    const A power = exp_for<T>(v - largest);
+    const A power = exp_for<T>(v - base);
     sum += power;
     if (kind == Kind::kSoftmax) v = power;
   });
-  sum = sum_up(sum);
+  Partial<A> whole{largest, lane_sum(sum, lanes)};
+  if constexpr (shared_row) whole = merge(whole);
+  whole.finish();
   if (!inside) return;
   if constexpr (kind == Kind::kNll) {
-    if (worker == 0) write_loss(f, row, first, largest, sum);
+    if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
   } else {
-    const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
-    const A inverse = A(1) / sum;
-    held.each(
-        [&](A& v) { v = kind == Kind::kSoftmax ? share_of<T>(v, sum, inverse) : v - log_sum; });
+    if constexpr (kind == Kind::kLogSoftmax) {
+      const A log_sum = whole.largest + std::log(whole.sum);
+      held.each([&](A& v) { v = v - log_sum; });
+    } else {
+      A correction = A(1);
+      if (shared_row && largest != whole.largest) correction = std::exp(largest - whole.largest);
+      const A inverse = correction / whole.sum;
+      held.each([&](A& v) {
+        v = share_of(v * (std::is_same_v<A, double> ? correction : A(1)), whole.sum, inverse);
+      });
+    }
     held.store(f.out + row * size, size, worker, workers);
   }
 }
 
+// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
+// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
+// most.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;
+#else
+constexpr int kMostResident = 5;
+#endif
+template <typename T, int n>
+constexpr int kResident = sizeof(T) == 8            ? 2
+                          : sizeof(T) == 2 && n > 1 ? kMostResident
+                                                    : 4;
+
 template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads) forward_warp_kernel(Forward<T> f, int lanes) {
-  using A = opmath_t<T>;
+__global__ void __launch_bounds__(kThreads, kResident<T, n>)
+    forward_warp_kernel(Forward<T> f, int lanes) {
   const int64_t rows = f.g.outer;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
   for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    forward_row<kind, kLoads, n>(
-        f, row, row < rows, lane, lanes, [=](A v) { return lane_max(v, lanes); },
-        [=](A v) { return lane_sum(v, lanes); });
+    forward_row<kind, kLoads, n, false>(f, row, row < rows, lane, lanes, lanes, 0);
   }
 }
 
-template <Kind kind, int kBlock, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kBlock) forward_block_kernel(Forward<T> f) {
+constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that streams
+
+// `parts` neighbouring blocks, a cluster, take a row.
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f, int parts) {
   using A = opmath_t<T>;
-  __shared__ A shared[kBlock / kWarp];
-  for (int64_t row = blockIdx.x; row < f.g.outer; row += gridDim.x) {
-    forward_row<kind, kLoads, n>(
-        f, row, true, static_cast<int>(threadIdx.x), kBlock,
-        [&](A v) { return block_max<kBlock>(v, shared); },
-        [&](A v) { return block_sum<kBlock>(v, shared); });
+  __shared__ Exchange<A> shared;
+  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
+  if (parts > 1) cluster_arrive();
+  for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < f.g.outer;
+       row += gridDim.x / static_cast<unsigned>(parts)) {
+    forward_row<kind, kLoads, n, true>(
+        f, row, true, part * threads + static_cast<int>(threadIdx.x), parts * threads, kWarp,
+        [&](const Partial<A>& of_warp) { return merge_row(of_warp, shared, part, parts); });
   }
+  if (parts > 1) cluster_wait();
 }
 
 template <typename T>
@@ -291,20 +400,25 @@ __global__ void __launch_bounds__(kThreads) backward_warp_kernel(Backward<T> b, 
   }
 }
 
-template <Kind kind, int kBlock, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kBlock) backward_block_kernel(Backward<T> b) {
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) backward_block_kernel(Backward<T> b, int parts) {
   using A = opmath_t<T>;
-  __shared__ A shared[kBlock / kWarp];
-  for (int64_t row = blockIdx.x; row < b.g.outer; row += gridDim.x) {
-    backward_row<kind, kLoads, n>(b, row, true, static_cast<int>(threadIdx.x), kBlock,
-                                  [&](A v) { return block_sum<kBlock>(v, shared); });
+  __shared__ Exchange<A> shared;
+  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
+  if (parts > 1) cluster_arrive();
+  for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < b.g.outer;
+       row += gridDim.x / static_cast<unsigned>(parts)) {
+    backward_row<kind, kLoads, n>(
+        b, row, true, part * threads + static_cast<int>(threadIdx.x), parts * threads,
+        [&](A v) { return sum_row(lane_sum(v, kWarp), shared, part, parts); });
   }
+  if (parts > 1) cluster_wait();
 }
 
 // ---------------------------------------------------------------- short rows, by way of shared
 // memory
 
-constexpr int64_t kTileBytes = int64_t{32} << 10;
+constexpr int64_t kTileBytes = int64_t{24} << 10;  // and two of them forward
 
 // Between count neighbouring elements in global memory and in shared memory, by a whole block.
 template <typename T>
@@ -327,45 +441,108 @@ struct alignas(kVectorBytes) SharedBytes {
   }
 };
 
+// Begins to bring count neighbouring elements to shared memory, by a whole block; they are there
+// for a thread after copy_async_wait(), for all of them after a barrier.
+template <typename T>
+__device__ __forceinline__ void begin_tile(const T* from, T* to, int count, bool aligned) {
+  constexpr int n = kPackSize<T>;
+  const int packs = aligned ? count / n : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
+    copy_async(from + i * n, to + i * n);
+  }
+  for (int i = packs * n + static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
+}
+
 // A row a thread. Rows follow each other in shared memory as they do outside: sizes that are no
-// multiple of a pack put the threads of a warp on different banks, or on few equal ones.
-template <Kind kind, typename T>
+// multiple of a pack put the threads of a warp on different banks, or on few equal ones. Of kSize
+// elements, if it is not 0: such a row is held in registers.
+template <Kind kind, int kSize, typename T>
 __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bool aligned) {
   using A = opmath_t<T>;
-  __shared__ SharedBytes<kTileBytes> shared;
-  T* const tile = shared.template as<T>();
-  const int size = static_cast<int>(f.g.size);
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads; base < f.g.outer;
-       base += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int rows = static_cast<int>(f.g.outer - base < kThreads ? f.g.outer - base : kThreads);
-    copy_tile(f.in + base * size, tile, rows * size, aligned);
+  const int size = kSize > 0 ? kSize : static_cast<int>(f.g.size);
+  const int thread = static_cast<int>(threadIdx.x);
+  T* tile = reinterpret_cast<T*>(dynamic_shared_memory());
+  T* next_tile = tile + kThreads * size;
+  const auto rows_at = [&](int64_t base) {
+    return static_cast<int>(f.g.outer - base < kThreads ? f.g.outer - base : kThreads);
+  };
+  const auto begin = [&](int64_t base, T* to) {
+    const int rows = base < f.g.outer ? rows_at(base) : 0;
+    if (rows > 0) begin_tile(f.in + base * size, to, rows * size, aligned);
+    copy_async_commit();
+    return kind == Kind::kNll && thread < rows ? f.target[base + thread] : int64_t{0};
+  };
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads;
+  int64_t next_target = begin(base, tile);
+  for (; base < f.g.outer; base += step) {
+    const int rows = rows_at(base);
+    const int64_t target = next_target;
+    next_target = begin(base + step, next_tile);
+    copy_async_wait<1>();  // for all but the next tile
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < rows) {
-      T* const x = tile + static_cast<int>(threadIdx.x) * size;
+    if (thread < rows) {
+      T* const x = tile + thread * size;
       A largest = -std::numeric_limits<A>::infinity(), sum = A(0);
-      for (int i = 0; i < size; ++i) {
-        const A v = f.scale * static_cast<A>(x[i]);
-        largest = v > largest ? v : largest;
-      }
-      for (int i = 0; i < size; ++i) sum += exp_for<T>(f.scale * static_cast<A>(x[i]) - largest);
-      if constexpr (kind == Kind::kNll) {
-        write_loss(f, base + threadIdx.x, x, largest, sum);
+      if constexpr (kSize > 0) {
+        static_assert(kSize % 2 == 0);
+        A values[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; i += 2) {
+          const Pack<T, 2> pair = load_pack<2>(x + i);
+          values[i] = f.scale * static_cast<A>(pair.values[0]);
+          values[i + 1] = f.scale * static_cast<A>(pair.values[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) largest = values[i] > largest ? values[i] : largest;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const A power = exp_for<T>(values[i] - largest);
+          sum += power;
+          if (kind == Kind::kSoftmax) values[i] = power;
+        }
+        if constexpr (kind != Kind::kNll) {
+          const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+          const A inverse = A(1) / sum;
+#pragma unroll
+          for (int i = 0; i < kSize; i += 2) {
+            Pack<T, 2> pair;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const A v = values[i + j];
+              pair.values[j] =
+                  static_cast<T>(kind == Kind::kSoftmax ? share_of(v, sum, inverse) : v - log_sum);
+            }
+            store_pack(x + i, pair);
+          }
+        }
       } else {
-        const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
-        const A inverse = A(1) / sum;
         for (int i = 0; i < size; ++i) {
           const A v = f.scale * static_cast<A>(x[i]);
-          x[i] = static_cast<T>(kind == Kind::kSoftmax
-                                    ? share_of<T>(exp_for<T>(v - largest), sum, inverse)
-                                    : v - log_sum);
+          largest = v > largest ? v : largest;
+        }
+        for (int i = 0; i < size; ++i) sum += exp_for<T>(f.scale * static_cast<A>(x[i]) - largest);
+        if constexpr (kind != Kind::kNll) {
+          const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+          const A inverse = A(1) / sum;
+          for (int i = 0; i < size; ++i) {
+            const A v = f.scale * static_cast<A>(x[i]);
+            x[i] = static_cast<T>(kind == Kind::kSoftmax
+                                      ? share_of(exp_for<T>(v - largest), sum, inverse)
+                                      : v - log_sum);
+          }
         }
       }
+      if constexpr (kind == Kind::kNll) write_loss(f, base + thread, target, x, largest, sum);
     }
     __syncthreads();
     if constexpr (kind != Kind::kNll) {
       copy_tile(static_cast<const T*>(tile), f.out + base * size, rows * size, aligned);
-      __syncthreads();  // before the next turn overwrites the tile
+      __syncthreads();
     }
+    T* const free_tile = tile;
+    tile = next_tile;
+    next_tile = free_tile;
   }
 }
 
@@ -402,8 +579,8 @@ __global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, 
 
 // ------------------------------------------------------------------------------ very long rows
 
-constexpr int kWideBlock = 1024;  // threads, so that few rows are under way and L2 holds them
-constexpr int kFlight = 4;        // packs of a thread that are read together
+// Wide blocks, so that few rows are under way and L2 holds them.
+constexpr int kFlight = 4;  // packs of a thread that are read together
 
 // Calls body(index of the first element, is it inside) for a thread's packs of a row, kFlight of
 // them in a turn; from the end where `backwards`.
@@ -469,10 +646,9 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
 #pragma unroll
           for (int j = 0; j < n; ++j) {
             const A v = values[k * n + j];
-            to.values[j] =
-                static_cast<T>(kind == Kind::kSoftmax
-                                   ? share_of<T>(exp_for<T>(v - whole.largest), whole.sum, inverse)
-                                   : v - log_sum);
+            to.values[j] = static_cast<T>(
+                kind == Kind::kSoftmax ? share_of(exp_for<T>(v - whole.largest), whole.sum, inverse)
+                                       : v - log_sum);
           }
           if (i < size) store_pack(out + i, to);
         }
@@ -582,11 +758,14 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
       }
     } else {
       const A log_sum = kind == Kind::kLogSoftmax ? whole.largest + std::log(whole.sum) : A(0);
+      const A inverse = A(1) / whole.sum;
       T* out = f.out + offset;
 #pragma unroll 4
       for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
         const A v = f.scale * static_cast<A>(in[i * step]);
-        out[i * step] = static_cast<T>(line_value<kind>(v, whole.largest, whole.sum, log_sum));
+        out[i * step] = static_cast<T>(
+            kind == Kind::kSoftmax ? share_of(std::exp(v - whole.largest), whole.sum, inverse)
+                                   : v - log_sum);
       }
     }
   }
@@ -614,6 +793,176 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
     for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
       result[i * step] = static_cast<T>(gradient_value<kind, T>(
           static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.scale));
+    }
+  }
+}
+
+// ----------------------------------------------------------------- other lines, held in registers
+
+constexpr int kHeld = 4;  // packs of a thread, of so many lines
+template <typename T>
+constexpr int kLinesOfPack = kPackSize<T> < 4 ? kPackSize<T> : 4;
+constexpr int kFewestPacks = 4;
+constexpr int64_t kColumnElements = kHeld * (kThreads / kFewestPacks);
+
+// The first element of a pack's first line; inner is a multiple of n. 64-bit division is slow.
+template <int n>
+__device__ __forceinline__ int64_t column_offset(const SoftmaxGeometry& g, int64_t pack) {
+  const int64_t packs = g.inner / n;
+  const int64_t outer = ((pack | packs) >> 32) == 0
+                            ? static_cast<uint32_t>(pack) / static_cast<uint32_t>(packs)
+                            : pack / packs;
+  return outer * g.size * g.inner + (pack - outer * packs) * n;
+}
+
+// Combines, over threadIdx.y, what threads have of n lines each, for all of them. blockDim.x is a
+// power of two up to 32, shared has n values for each thread of a warp and each warp.
+template <int n, typename A, typename Combine>
+__device__ __forceinline__ void combine_columns(A (&values)[n], A* shared, const Combine& combine) {
+  const int columns = static_cast<int>(blockDim.x), column = static_cast<int>(threadIdx.x);
+  for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      values[j] = combine(values[j], __shfl_xor_sync(kWholeWarp, values[j], distance));
+    }
+  }
+  const int thread = static_cast<int>(threadIdx.y) * columns + column;
+  __syncthreads();  // whoever read shared before is done
+  if (thread % kWarp < columns) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) shared[(thread / kWarp * columns + column) * n + j] = values[j];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < n; ++j) values[j] = shared[column * n + j];
+#pragma unroll
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      values[j] = combine(values[j], shared[(warp * columns + column) * n + j]);
+    }
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f) {
+  using A = opmath_t<T>;
+  alignas(kVectorBytes) __shared__ A shared[kThreads * n];
+  const int64_t packs = f.g.outer * f.g.inner / n, step = f.g.inner;
+  const int size = static_cast<int>(f.g.size), workers = static_cast<int>(blockDim.y);
+  // The same number of turns for every thread of a block: they meet at the barriers.
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < packs;
+       base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t pack = base + threadIdx.x;
+    const int64_t offset = pack < packs ? column_offset<n>(f.g, pack) : 0;
+    const int end = pack < packs ? size : 0, first = static_cast<int>(threadIdx.y);
+    const T* in = f.in + offset;
+    Pack<T, n> held[kHeld];
+    A largest[n], sums[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) largest[j] = -std::numeric_limits<A>::infinity(), sums[j] = A(0);
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int i = first + k * workers;
+      if (i < end) held[k] = load_pack<n>(in + i * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (first + k * workers >= end) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const A v = f.scale * static_cast<A>(held[k].values[j]);
+        largest[j] = v > largest[j] ? v : largest[j];
+      }
+    }
+    combine_columns<n>(largest, shared, [](A a, A b) { return b > a ? b : a; });
+    // The powers, unless they would have to be rounded to be held.
+    constexpr bool kPowers = kind == Kind::kSoftmax && std::is_same_v<T, A>;
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (first + k * workers >= end) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        const A v = f.scale * static_cast<A>(held[k].values[j]);
+        const A power = exp_for<T>(v - largest[j]);
+        sums[j] += power;
+        if constexpr (kPowers) held[k].values[j] = power;
+      }
+    }
+    combine_columns<n>(sums, shared, [](A a, A b) { return a + b; });
+    if (pack >= packs) continue;
+    if constexpr (kind == Kind::kNll) {
+      if (threadIdx.y > 0) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) write_loss(f, pack * n + j, in + j, largest[j], sums[j]);
+    } else {
+      T* out = f.out + offset;
+      A terms[n];  // what every element of a line has to do with
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : largest[j] + std::log(sums[j]);
+      }
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        const int i = first + k * workers;
+        if (i >= end) continue;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          A v = static_cast<A>(held[k].values[j]);
+          if constexpr (!kPowers) v *= f.scale;
+          if constexpr (kind == Kind::kSoftmax) {
+            if constexpr (!kPowers) v = exp_for<T>(v - largest[j]);
+            held[k].values[j] = static_cast<T>(share_of(v, sums[j], terms[j]));
+          } else {
+            held[k].values[j] = static_cast<T>(v - terms[j]);
+          }
+        }
+        store_pack(out + i * step, held[k]);
+      }
+    }
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> b) {
+  using A = opmath_t<T>;
+  alignas(kVectorBytes) __shared__ A shared[kThreads * n];
+  const int64_t packs = b.g.outer * b.g.inner / n, step = b.g.inner;
+  const int size = static_cast<int>(b.g.size), workers = static_cast<int>(blockDim.y);
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < packs;
+       base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t pack = base + threadIdx.x;
+    const int64_t offset = pack < packs ? column_offset<n>(b.g, pack) : 0;
+    const int end = pack < packs ? size : 0, first = static_cast<int>(threadIdx.y);
+    Pack<T, n> grads[kHeld], ys[kHeld];
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int i = first + k * workers;
+      if (i >= end) continue;
+      grads[k] = load_pack<n>(b.grad + offset + i * step);
+      ys[k] = load_pack<n>(b.out + offset + i * step);
+    }
+    A sums[n] = {};
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (first + k * workers >= end) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        sums[j] += gradient_term<kind>(static_cast<A>(grads[k].values[j]),
+                                       static_cast<A>(ys[k].values[j]));
+      }
+    }
+    combine_columns<n>(sums, shared, [](A a, A other) { return a + other; });
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int i = first + k * workers;
+      if (i >= end) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        grads[k].values[j] = static_cast<T>(gradient_value<kind, T>(
+            static_cast<A>(grads[k].values[j]), static_cast<A>(ys[k].values[j]), sums[j], b.scale));
+      }
+      store_pack(b.result + offset + i * step, grads[k]);
     }
   }
 }
@@ -702,19 +1051,32 @@ void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
   body(Number<1>{});
 }
 
-// Calls warp(loads), block(threads, loads) or stream(), the first that can hold a row; loads are
-// the packs of n elements that a thread holds. A thread of a wide block has 64 registers.
+int whole_warps(int64_t threads) {
+  return static_cast<int>(ceil_div(threads, kWarp)) * kWarp;
+}
+
+// Calls warp(loads), block(loads, threads, parts) or stream(), the first that can hold a row; loads
+// are the packs of n elements that a thread holds. block() says whether there are such clusters.
 template <typename A, int n, int tensors, typename Warp, typename Block, typename Stream>
 void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stream& stream) {
-  constexpr int kFew = 8, kMany = 32 / tensors;
-  constexpr int kWide = 32 / tensors / static_cast<int>(sizeof(A) / sizeof(float));
-  if (size <= kWarp && n == 1) return warp(Number<1>{});
-  if (size <= kFew * kWarp) return warp(Number<kFew / n>{});
-  if (size <= 32 * kWarp) return warp(Number<32 / n>{});
-  if (size <= kMany * kThreads) return block(Number<kThreads>{}, Number<kMany / n>{});
-  if constexpr (n > 1) {  // without packs it is more code than such rows are worth
-    if (size <= kWide * kWideBlock) return block(Number<kWideBlock>{}, Number<kWide / n>{});
+  // 64 registers a thread are enough; an element a load takes more of them.
+  constexpr int kLoads =
+      (n == 1 ? 16 : 32) / tensors / static_cast<int>(sizeof(A) / sizeof(float)) / n;
+  if (size <= 64 || (n == 1 && size <= 256)) return warp(Number<8 / n>{});
+  if constexpr (n > 1) {
+    if (size <= 512) return warp(Number<16 / n>{});
+    if (size <= 32 * kWarp) return warp(Number<32 / n>{});
   }
+  // Small blocks overlap: while one reduces, others read and write.
+  const int64_t workers = ceil_div(ceil_div(size, n), kLoads);
+  if (workers <= 2 * kThreads && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
+  for (int threads = kThreads; threads <= kWideBlock; threads *= 2) {
+    for (int parts = 2; parts <= kMaxCluster; parts *= 2) {
+      if (int64_t{threads} * parts < workers) continue;
+      if (block(Number<kLoads>{}, threads, parts)) return;
+    }
+  }
+  if (workers <= kWideBlock && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
   stream();
 }
 
@@ -724,18 +1086,46 @@ int lines_of_block(const SoftmaxGeometry& g) {
   return g.size < 64 ? kThreads : kWarp;
 }
 
+// How many packs of lines a block takes side by side where it holds them, 0 if it cannot.
+template <typename T, typename... Pointers>
+int columns_of_block(const SoftmaxGeometry& g, const Pointers*... pointers) {
+  if (g.inner % kLinesOfPack<T> != 0 || g.size > kColumnElements || !are_aligned(pointers...))
+    return 0;
+  int columns = kWarp;
+  while (kThreads / columns * kHeld < g.size) columns /= 2;
+  return columns;
+}
+
 template <Kind kind, typename T>
 void launch_forward(const Launcher& launcher, const Forward<T>& f) {
   const int64_t rows = f.g.outer, size = f.g.size;
-  if (f.g.inner != 1) {
-    const int lines = lines_of_block(f.g);
-    launcher.run(forward_lines_kernel<kind, T>, f.g.outer * f.g.inner, lines, lines, f);
-    return;
-  }
   // A loss is written by itself.
   const T* const out = kind == Kind::kNll ? f.in : f.out;
+  if (f.g.inner != 1) {
+    const int64_t lines = f.g.outer * f.g.inner;
+    if (const int columns = columns_of_block<T>(f.g, f.in, out)) {
+      constexpr int n = kLinesOfPack<T>;
+      launcher.run(forward_columns_kernel<kind, n, T>, lines / n, columns, columns, f);
+      return;
+    }
+    const int width = lines_of_block(f.g);
+    launcher.run(forward_lines_kernel<kind, T>, lines, width, width, f);
+    return;
+  }
   if (takes_tile<T>(f.g, 1)) {
-    launcher.run(forward_tile_kernel<kind, T>, rows, kThreads, kThreads, f, are_aligned(f.in, out));
+    // Many tiles for a block where there are many, so that it reads the next one meanwhile.
+    constexpr int64_t kBlocks = 8192;
+    const int64_t tiles = ceil_div(rows, kThreads);
+    const int64_t blocks = ceil_div(tiles, ceil_div(tiles, kBlocks));
+    const auto run = [&](auto* kernel) {
+      launcher.run_blocks_with_shared(kernel, blocks, kThreads,
+                                      2 * kThreads * size * static_cast<int64_t>(sizeof(T)), f,
+                                      are_aligned(f.in, out));
+    };
+    if constexpr (!std::is_same_v<T, double>) {
+      if (size == 10) return run(forward_tile_kernel<kind, 10, T>);
+    }
+    run(forward_tile_kernel<kind, 0, T>);
     return;
   }
   dispatch_pack<T>(
@@ -745,14 +1135,15 @@ void launch_forward(const Launcher& launcher, const Forward<T>& f) {
         dispatch_row<opmath_t<T>, n, 1>(
             size,
             [&](auto loads) {
-              const int lanes = lanes_for(ceil_div(size, n));
-              launcher.run(forward_warp_kernel<kind, decltype(loads)::value, n, T>, rows,
-                           kThreads / lanes, kThreads, f, lanes);
+              constexpr int kLoads = decltype(loads)::value;
+              const int lanes = lanes_for(ceil_div(size, n * kLoads));
+              launcher.run(forward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
+                           kThreads, f, lanes);
             },
-            [&](auto threads, auto loads) {
-              constexpr int kBlock = decltype(threads)::value;
-              launcher.run_blocks(forward_block_kernel<kind, kBlock, decltype(loads)::value, n, T>,
-                                  rows, kBlock, f);
+            [&](auto loads, int threads, int parts) {
+              constexpr int kLoads = decltype(loads)::value;
+              return launcher.run_clusters(forward_block_kernel<kind, kLoads, n, T>, rows, parts,
+                                           threads, f, parts);
             },
             [&] { launcher.run_blocks(forward_stream_kernel<kind, n, T>, rows, kWideBlock, f); });
       },
@@ -762,14 +1153,21 @@ void launch_forward(const Launcher& launcher, const Forward<T>& f) {
 template <Kind kind, typename T>
 void launch_backward(const Launcher& launcher, const Backward<T>& b) {
   const int64_t rows = b.g.outer, size = b.g.size;
+  const T* const result = b.result;
   if (b.g.inner != 1) {
-    const int lines = lines_of_block(b.g);
-    launcher.run(backward_lines_kernel<kind, T>, b.g.outer * b.g.inner, lines, lines, b);
+    const int64_t lines = b.g.outer * b.g.inner;
+    if (const int columns = columns_of_block<T>(b.g, b.grad, b.out, result)) {
+      constexpr int n = kLinesOfPack<T>;
+      launcher.run(backward_columns_kernel<kind, n, T>, lines / n, columns, columns, b);
+      return;
+    }
+    const int width = lines_of_block(b.g);
+    launcher.run(backward_lines_kernel<kind, T>, lines, width, width, b);
     return;
   }
   if (takes_tile<T>(b.g, 2)) {
     launcher.run(backward_tile_kernel<kind, T>, rows, kThreads, kThreads, b,
-                 are_aligned(b.grad, b.out, b.result));
+                 are_aligned(b.grad, b.out, result));
     return;
   }
   dispatch_pack<T>(
@@ -779,18 +1177,19 @@ void launch_backward(const Launcher& launcher, const Backward<T>& b) {
         dispatch_row<opmath_t<T>, n, 2>(
             size,
             [&](auto loads) {
-              const int lanes = lanes_for(ceil_div(size, n));
-              launcher.run(backward_warp_kernel<kind, decltype(loads)::value, n, T>, rows,
-                           kThreads / lanes, kThreads, b, lanes);
+              constexpr int kLoads = decltype(loads)::value;
+              const int lanes = lanes_for(ceil_div(size, n * kLoads));
+              launcher.run(backward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
+                           kThreads, b, lanes);
             },
-            [&](auto threads, auto loads) {
-              constexpr int kBlock = decltype(threads)::value;
-              launcher.run_blocks(backward_block_kernel<kind, kBlock, decltype(loads)::value, n, T>,
-                                  rows, kBlock, b);
+            [&](auto loads, int threads, int parts) {
+              constexpr int kLoads = decltype(loads)::value;
+              return launcher.run_clusters(backward_block_kernel<kind, kLoads, n, T>, rows, parts,
+                                           threads, b, parts);
             },
             [&] { launcher.run_blocks(backward_stream_kernel<kind, n, T>, rows, kWideBlock, b); });
       },
-      b.grad, b.out, static_cast<const T*>(b.result));
+      b.grad, b.out, result);
 }
 
 // ------------------------------------------------------------------------------------- operators

@@ -79,6 +79,22 @@ void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& threa
 // round-th time, with the same counter; it is not counted in.
 void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round);
 
+// Some blocks of a launch, alive at once: those from first_block on of a grid of so many.
+void run_cluster(dim3 grid, unsigned first_block, unsigned blocks, dim3 block,
+                 const std::function<void()>& thread);
+
+// The blocks of a cluster have one copy of __shared__ memory, in which they must therefore write
+// alike what others of them read. A wait is for all of them to wait; none is without clusters.
+inline unsigned cluster_blocks;
+inline void cluster_arrive() {}
+inline void cluster_wait() {
+  wait_for_blocks(&cluster_blocks, cluster_blocks, 0);
+}
+template <typename A>
+A* cluster_peer(A* variable, int) {
+  return variable;
+}
+
 // To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
 // have come here.
 void wait_for_block();
@@ -104,6 +120,20 @@ class CurrentStream {
                           const Arguments&... arguments) const {
     const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
     run_grid(dim3(grid), threads, [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+
+  // The device has clusters unless indices are the wide ones, so that both are tried.
+  template <typename Kernel, typename... Arguments>
+  bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
+                       const Arguments&... arguments) const {
+    if (settings.largest_narrow_index == 0) return false;
+    const int64_t most = std::max(int64_t{1}, settings.max_blocks / cluster) * cluster;
+    const auto grid = static_cast<unsigned>(std::min(blocks, most));
+    cluster_blocks = static_cast<unsigned>(cluster);
+    for (unsigned first = 0; first < grid; first += cluster_blocks) {
+      run_cluster(dim3(grid), first, cluster_blocks, threads, [&] { kernel(arguments...); });
+    }
+    return true;
   }
 };
 

@@ -177,21 +177,26 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
 }
 
 void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  run_cluster(grid, 0, grid.x, block, thread);
+}
+
+void run_cluster(dim3 grid, unsigned first_block, unsigned count, dim3 block,
+                 const std::function<void()>& thread) {
   const unsigned threads = block.x * block.y;
   blockDim = block;
   gridDim = grid;
   body = &thread;
-  make_fibers(size_t{grid.x} * threads);
+  make_fibers(size_t{count} * threads);
   dynamic_shared.resize(kMarginLines);  // a launch of this kind asks for none
-  std::vector<WaitingBlock> blocks(grid.x);
-  std::vector<unsigned> runnable(grid.x), waiting;
-  for (unsigned i = 0; i < grid.x; ++i) runnable[i] = i;
-  std::vector<bool> started(grid.x, false);
+  std::vector<WaitingBlock> blocks(count);
+  std::vector<unsigned> runnable(count), waiting;
+  for (unsigned i = 0; i < count; ++i) runnable[i] = i;
+  std::vector<bool> started(count, false);
   while (!runnable.empty()) {
     std::swap(runnable[random_order() % runnable.size()], runnable.back());
     const unsigned index = runnable.back();
     runnable.pop_back();
-    blockIdx = dim3(index);
+    blockIdx = dim3(first_block + index);
     first_fiber = size_t{index} * threads;
     if (started[index]) {
       block_barrier = std::move(blocks[index].block_barrier);
