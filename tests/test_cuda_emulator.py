@@ -95,6 +95,7 @@ class Mode:
     name: str
     max_blocks: int = 2**62
     largest_narrow_index: int = 2**31 - 1
+    image_bytes: int = 48 << 10  # shared memory of a block, for images that stay there
 
     def __str__(self) -> str:
         return self.name
@@ -102,18 +103,27 @@ class Mode:
 
 MODES = (
     Mode("as on a GPU"),
-    Mode("64-bit indices", largest_narrow_index=0),
-    Mode("grids of 2 blocks", max_blocks=2),
-    Mode("64-bit indices, grids of 2 blocks", max_blocks=2, largest_narrow_index=0),
+    Mode("64-bit indices", largest_narrow_index=0, image_bytes=0),
+    Mode("grids of 2 blocks", max_blocks=2, image_bytes=12 << 10),
+    Mode("64-bit indices, grids of 2 blocks", 2, largest_narrow_index=0, image_bytes=0),
 )
 
 
 @pytest.fixture
-def configure(emulated_cuda: ctypes.CDLL) -> Callable[[int, int, int], None]:
+def configure(emulated_cuda: ctypes.CDLL) -> Callable[[int, int, int, int], None]:
     """A function that says what is emulated."""
-    function = emulated_cuda.configure_cuda_emulator
+    function, images = (
+        emulated_cuda.configure_cuda_emulator,
+        emulated_cuda.configure_emulated_images,
+    )
     function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32), None
-    return function
+    images.argtypes, images.restype = (ctypes.c_int64,), None
+
+    def configure(max_blocks: int, narrow: int, image_bytes: int, seed: int) -> None:
+        function(max_blocks, narrow, seed)
+        images(image_bytes)
+
+    return configure
 
 
 @pytest.fixture(autouse=True)
@@ -128,14 +138,15 @@ def _memory_filled_with_nan() -> Iterator[None]:
 class Emulator:
     """Calls operators on both backends and compares what they give."""
 
-    def __init__(self, configure: Callable[[int, int, int], None], mode: Mode) -> None:
+    def __init__(self, configure: Callable[[int, int, int, int], None], mode: Mode) -> None:
         self.configure, self.mode = configure, mode
 
     def __call__(self, name: str, *arguments: object) -> tuple[Tensor, ...]:
         """What the emulated operator gives, whatever the order of its threads."""
         results = []
         for seed in (0, 1):
-            self.configure(self.mode.max_blocks, self.mode.largest_narrow_index, seed)
+            mode = self.mode
+            self.configure(mode.max_blocks, mode.largest_narrow_index, mode.image_bytes, seed)
             result = getattr(torch.ops.mnist_ops_emulated, name)(*arguments)
             results.append(result if isinstance(result, tuple) else (result,))
         for one, other in zip(*results, strict=True):
