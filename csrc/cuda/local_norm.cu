@@ -122,6 +122,11 @@ struct SumsOfGradient {
   }
 };
 
+// Neighbouring elements that a thread reads at a time and adds to as many sums: no more than 16
+// bytes of a plane.
+template <typename T>
+constexpr int kImagePack = sizeof(T) == 8 ? 2 : 4;
+
 // What a pass reads and writes. Planes hold all images, N * H * W pixels.
 template <typename T>
 struct Reduction {
@@ -132,7 +137,13 @@ struct Reduction {
   const A* mean = nullptr;  // of every pixel; null means 0
   const A* coef = nullptr;  // of one image: what the sums are divided by; null means 1
   A* sums[3] = {};
+  bool descending = false;  // from the end of memory: what the pass before read last is in L2
 };
+
+// The number of this block, in the order in which they start or in the other one.
+__device__ __forceinline__ unsigned block_number(bool descending) {
+  return descending ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+}
 
 template <typename T, typename A, int kSums>
 __device__ __forceinline__ void write_sums(const Reduction<T>& r, int64_t pixel,
@@ -142,42 +153,61 @@ __device__ __forceinline__ void write_sums(const Reduction<T>& r, int64_t pixel,
   for (int k = 0; k < kSums; ++k) r.sums[k][pixel] = sums[k] / divide_by;
 }
 
-// NCHW: neighbouring threads take neighbouring pixels, so that each channel is read coalesced.
-// blockDim.y threads share the channels of a pixel; their sums are added in order of threadIdx.y.
-template <typename Terms, typename T>
+// NCHW: neighbouring threads take neighbouring packs of n pixels, so that each channel is read
+// coalesced; n divides H * W. blockDim.y threads share the channels of a pack; their sums are added
+// in order of threadIdx.y.
+template <int n, typename Terms, typename T>
 __global__ void __launch_bounds__(kThreads) reduce_planes_kernel(Reduction<T> r) {
   using A = opmath_t<T>;
-  __shared__ A partial[Terms::kSums][kThreads];
-  const int64_t pixels = r.N * r.HW, groups = blockDim.y;
+  __shared__ A partial[Terms::kSums][n][kThreads];
+  const int64_t packs = r.N * r.HW / n, groups = blockDim.y;
   const unsigned slot = threadIdx.y * blockDim.x + threadIdx.x;
   // The same number of turns for every thread of a block: they meet at the barriers.
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < pixels;
+  for (int64_t base = static_cast<int64_t>(block_number(r.descending)) * blockDim.x; base < packs;
        base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t pixel = base + threadIdx.x;
-    A sums[Terms::kSums] = {};
-    if (pixel < pixels) {
+    const int64_t pixel = (base + threadIdx.x) * n;
+    const bool inside = base + threadIdx.x < packs;
+    A sums[n][Terms::kSums] = {};
+    if (inside) {
       const int64_t first = pixel / r.HW * r.C * r.HW + pixel % r.HW;
-      const A mean = r.mean ? r.mean[pixel] : A(0);
+      A mean[n];
+#pragma unroll
+      for (int j = 0; j < n; ++j) mean[j] = r.mean ? r.mean[pixel + j] : A(0);
 #pragma unroll 4
       for (int64_t c = threadIdx.y; c < r.C; c += groups) {
         const int64_t i = first + c * r.HW;
-        const A grad = Terms::kReadsGradient ? static_cast<A>(r.grad[i]) : A(0);
-        Terms{}(sums, grad, static_cast<A>(r.input[i]), mean);
+        const Pack<T, n> xs = load_pack<n>(r.input + i);
+        const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(r.grad + i) : xs;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          Terms{}(sums[j], static_cast<A>(gs.values[j]), static_cast<A>(xs.values[j]), mean[j]);
+        }
       }
     }
     if (groups > 1) {
 #pragma unroll
-      for (int k = 0; k < Terms::kSums; ++k) partial[k][slot] = sums[k];
+      for (int k = 0; k < Terms::kSums; ++k) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) partial[k][j][slot] = sums[j][k];
+      }
       __syncthreads();
       if (threadIdx.y == 0) {
 #pragma unroll
         for (int k = 0; k < Terms::kSums; ++k) {
-          for (unsigned y = 1; y < groups; ++y) sums[k] += partial[k][y * blockDim.x + threadIdx.x];
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            for (unsigned y = 1; y < groups; ++y) {
+              sums[j][k] += partial[k][j][y * blockDim.x + threadIdx.x];
+            }
+          }
         }
       }
       __syncthreads();  // before the next turn overwrites the partial sums
     }
-    if (threadIdx.y == 0 && pixel < pixels) write_sums(r, pixel, sums);
+    if (threadIdx.y == 0 && inside) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) write_sums(r, pixel + j, sums[j]);
+    }
   }
 }
 
@@ -189,7 +219,8 @@ __global__ void __launch_bounds__(kThreads) reduce_channels_kernel(Reduction<T> 
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
-  for (int64_t base = blockIdx.x * per_block; base < pixels; base += gridDim.x * per_block) {
+  for (int64_t base = block_number(r.descending) * per_block; base < pixels;
+       base += gridDim.x * per_block) {
     const int64_t pixel = base + threadIdx.x / static_cast<unsigned>(lanes);
     A sums[Terms::kSums] = {};
     if (pixel < pixels) {
@@ -360,6 +391,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename A>
 struct Planes {
   const A *mean = nullptr, *d = nullptr, *b = nullptr, *t = nullptr;
+  bool descending = false;  // as in Reduction
 };
 
 // Values of the last pass at one element.
@@ -397,7 +429,8 @@ __global__ void __launch_bounds__(kThreads)
                  Planes<opmath_t<T>> planes, T* __restrict__ out) {
   using A = opmath_t<T>;
   using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
-  for (I pack = first_item<I>(); pack < packs; pack += item_stride<I>()) {
+  const I first = static_cast<I>(block_number(planes.descending)) * kThreads + threadIdx.x;
+  for (I pack = first; pack < packs; pack += item_stride<I>()) {
     const I i = pack * n;
     I pixel;
     if constexpr (kChannelsLast) {
@@ -440,11 +473,6 @@ struct Divider {
     return value - quotient(value) * static_cast<int>(divisor);
   }
 };
-
-// Neighbouring elements that one instruction reads from shared memory, at most: values of a plane
-// are no more than 16 bytes then.
-template <typename T>
-constexpr int kImagePack = sizeof(T) == 8 ? 2 : 4;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -1212,8 +1240,13 @@ class Problem {
                     lanes);
     } else {
       // Whole warps side by side, and up to eight of them for the channels.
-      const int pixels = kThreads / std::min(lanes_for(C_), kThreads / kWarp);
-      launcher_.run(reduce_planes_kernel<Terms, T>, N_ * HW_, pixels, pixels, r);
+      constexpr int n = kImagePack<T>;
+      const int across = kThreads / std::min(lanes_for(C_), kThreads / kWarp);
+      if (HW_ % n == 0 && are_aligned(r.grad, r.input)) {
+        launcher_.run(reduce_planes_kernel<n, Terms, T>, N_ * HW_ / n, across, across, r);
+      } else {
+        launcher_.run(reduce_planes_kernel<1, Terms, T>, N_ * HW_, across, across, r);
+      }
     }
   }
 
@@ -1294,14 +1327,17 @@ void forward_images(const Launcher& launcher, const Images& images, const Tensor
     problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
   }
   if (options.kind == LocalNorm::kSubtractive) {
-    problem.template apply<Subtract>(x, x, {.mean = mean}, y);
+    problem.template apply<Subtract>(x, x, {.mean = mean, .descending = true}, y);
     return;
   }
-  problem.template reduce<SumOfSquares>({.input = x, .mean = mean, .sums = {sum}});
+  // Every pass begins where the one before ended.
+  const bool second = mean != nullptr;
+  problem.template reduce<SumOfSquares>(
+      {.input = x, .mean = mean, .sums = {sum}, .descending = second});
   problem.blur(
       sum, scratch, false,
       FinishDivisor<A>{problem.channels, problem.threshold, problem.value, problem.coef, d});
-  problem.template apply<Divide>(x, x, {.mean = mean, .d = d}, y);
+  problem.template apply<Divide>(x, x, {.mean = mean, .d = d, .descending = !second}, y);
 }
 
 template <typename T, typename A = opmath_t<T>>
@@ -1312,7 +1348,7 @@ void subtractive_backward_images(const Launcher& launcher, const Images& images,
   A *sum = problem.plane(0), *scratch = problem.plane(1), *t = problem.plane(2);
   problem.template reduce<SumOfInput>({.input = g, .coef = problem.coef, .sums = {sum}});
   problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<Subtract>(g, g, {.mean = t}, gx);
+  problem.template apply<Subtract>(g, g, {.mean = t, .descending = true}, gx);
 }
 
 // Divisive and contrastive. s is computed again from the input, in the pass over it that q needs
@@ -1330,15 +1366,19 @@ void divisive_backward_images(const Launcher& launcher, const Images& images, co
     problem.template reduce<SumOfInput>({.input = x, .sums = {sum}});
     problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
   }
-  problem.template reduce<SumsOfGradient>(
-      {.grad = g, .input = x, .mean = mean, .sums = {q, squares, grads}});
+  problem.template reduce<SumsOfGradient>({.grad = g,
+                                           .input = x,
+                                           .mean = mean,
+                                           .sums = {q, squares, grads},
+                                           .descending = contrastive});
   problem.blur(squares, scratch, false,
                FinishDivisorGradient<A>{problem.channels, problem.threshold, problem.value,
                                         problem.coef, d, q});
   problem.blur(q, scratch, true,
                FinishB<A>{problem.channels, problem.coef, d, grads, mean, b, sum});
   if (contrastive) problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<DivideGradient>(g, x, {.mean = mean, .d = d, .b = b, .t = t}, gx);
+  problem.template apply<DivideGradient>(
+      g, x, {.mean = mean, .d = d, .b = b, .t = t, .descending = !contrastive}, gx);
 }
 
 // ------------------------------------------------------------------------------------- operators
