@@ -26,7 +26,7 @@ import random
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -434,6 +434,26 @@ def test_local_normalization_of_many_images(configure):
             kernel = torch.tensor([1.0, 2.0, 1.0])
             emulator.check("contrastive_norm2d", x, kernel, 1e-4, 1e-4, loosen=4)
             emulator.check("subtractive_norm2d_backward", x, kernel)
+
+
+@cases(1)
+def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case: Cases):
+    """An image a block, one for two, four or eight, one that does not fit; and few channels."""
+    # In float32 an image has 4.5, 12 and 18 KiB, its planes 1.3 to 4.
+    shapes = ((3, 18, 8, 8), (2, 48, 8, 8), (2, 72, 8, 8), (3, 13, 7, 9), (4, 3, 9, 12))
+    memory = emulator.mode.image_bytes
+    sizes = (memory, 14 << 10, 9 << 10, 6 << 10, 4 << 10) if memory else (0,)
+    for shape in shapes if memory else shapes[:1]:
+        for layout in ("contiguous", "channels last"):
+            mode = replace(emulator.mode, image_bytes=case.choice(*sizes))
+            one = Emulator(emulator.configure, mode)
+            x, grad = case.normal(shape, layout), case.normal(shape, layout)
+            kernel = torch.rand(case.choice([7], [5], [3, 5]), generator=case.generator) + 0.1
+            one.check("subtractive_norm2d", x, kernel)
+            one.check("subtractive_norm2d_backward", grad, kernel)
+            for name in ("divisive_norm2d", "contrastive_norm2d"):
+                one.check(name, x, kernel, 1e-4, 1e-4, loosen=4)
+                one.check(f"{name}_backward", grad, x, kernel, 1e-4, 1e-4, loosen=20)
 
 
 def test_kernels_that_sum_to_zero_give_no_number(configure):

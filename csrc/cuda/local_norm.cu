@@ -841,15 +841,16 @@ struct ImageBlock {
         const A centre = mean[p];
         for (int c = 0; c < a.C; ++c) add(sums, c * HW + p, centre);
       } else {
-        const int blocks = a.channels_last ? 1 : a.cluster;
-        const int owner = a.channels_last ? p / a.share : 0;
-        const int groups = a.cluster > 1 ? 1 : a.groups;
-        for (int other = 0; other < blocks; ++other) {
-          const A* from = a.cluster > 1 ? of_block(partial, owner + other) : partial;
+        // Of all blocks, of the one that has the pixel, or of this block's groups.
+        const bool gathered = a.cluster > 1 && !a.channels_last;
+        const int terms = gathered ? a.cluster : a.groups;
+        const A* mine = partial + p;
+        if (a.cluster > 1 && a.channels_last) mine = of_block(mine, p / a.share);
+#pragma unroll 4
+        for (int i = 0; i < terms; ++i) {
+          const A* from = gathered ? of_block(mine, i) : mine + i * flat;
 #pragma unroll
-          for (int k = 0; k < Terms::kSums; ++k) {
-            for (int g = 0; g < groups; ++g) sums[k] += from[(k * a.groups + g) * flat + p];
-          }
+          for (int k = 0; k < Terms::kSums; ++k) sums[k] += from[k * a.groups * flat];
         }
       }
       const int h = a.by_W.quotient(p);
@@ -1130,8 +1131,10 @@ ImagePlan plan_images(const Images& images, const BlurGeometry& g, bool backward
   }
   if (plan.cluster == 0) return plan;
   const int64_t blocks = blocks_for(plan), elements = HW * images.C;
-  int threads = device.block_threads * (blocks <= 2 ? 2 : 1);
-  while (threads > 2 * kWarp && 2 * elements <= threads) threads /= 2;
+  // The registers are enough for as many threads in all.
+  int threads = blocks <= 2 ? 2 * device.block_threads : device.block_threads;
+  if (blocks >= 6) threads = device.block_threads / 2;
+  while (threads > kWarp && 2 * elements <= threads) threads /= 2;
   const bool direct = !images.channels_last && plan.cluster == 1 && images.C <= 4;
   if (!images.channels_last && !direct) {  // groups of threads where there are fewer packs
     const int64_t packs = HW / (packed ? kImagePack<T> : 1);
