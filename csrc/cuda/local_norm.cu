@@ -339,6 +339,71 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Four values, by instructions of 16 bytes.
+template <typename A>
+struct Four {
+  A values[4];
+};
+
+template <typename A>
+__device__ __forceinline__ Four<A> load_four(const A* from) {
+  Four<A> four;
+  constexpr int n = sizeof(A) == 8 ? 2 : 4;
+#pragma unroll
+  for (int i = 0; i < 4; i += n) {
+    const Pack<A, n> pack = load_pack<n>(from + i);
+#pragma unroll
+    for (int j = 0; j < n; ++j) four.values[i + j] = pack.values[j];
+  }
+  return four;
+}
+
+template <typename A>
+__device__ __forceinline__ void store_four(A* to, const A (&values)[4]) {
+  constexpr int n = sizeof(A) == 8 ? 2 : 4;
+#pragma unroll
+  for (int i = 0; i < 4; i += n) {
+    Pack<A, n> pack;
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.values[j] = values[i + j];
+    store_pack(to + i, pack);
+  }
+}
+
+// sums[j] += sum over k of x[j + k] * taps[k] for an odd number of taps; x(k) are four values from
+// index k on. No tap is padded with zero, which an infinite value would make NaN.
+template <typename A, typename Load>
+__device__ __forceinline__ void correlate_four(const Load& x, const A* taps, int count,
+                                               A (&sums)[4]) {
+  Four<A> here = x(0);
+  int k = 0;
+#pragma unroll 1
+  for (; k + 4 <= count; k += 4) {
+    const Four<A> next = x(k + 4), weight = load_four(taps + k);
+    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
+                         next.values[0], next.values[1], next.values[2], next.values[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
+    }
+    here = next;
+  }
+  // One or three are left.
+  const Four<A> weight = load_four(taps + k);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sums[j] += here.values[j] * weight.values[0];
+  if (count - k == 1) return;
+  const Four<A> next = x(k + 4);
+  const A window[6] = {here.values[0], here.values[1], here.values[2],
+                       here.values[3], next.values[0], next.values[1]};
+#pragma unroll
+  for (int i = 1; i < 3; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
+  }
+}
+
 // Both steps of a separable kernel at once, for a tile of the plane: the tile with its surroundings
 // comes to shared memory, zeros where the image ends, is blurred along rows and then along columns.
 // Up to kTileRadius the surroundings are 1.3 to 2.5 times the tile, and neighbouring tiles find
@@ -350,36 +415,59 @@ template <typename A, typename Finish>
 __global__ void __launch_bounds__(kThreads)
     blur_tile_kernel(int64_t N, BlurGeometry g, const A* __restrict__ weight,
                      const A* __restrict__ in, Finish finish) {
-  constexpr int kSide = kTileSide + 2 * kTileRadius;
-  __shared__ A tile[kSide * kSide];
-  __shared__ A blurred_rows[kSide * kTileSide];
+  constexpr int kSide = kTileSide + 2 * kTileRadius, kMost = 2 * kTileRadius + 4;
+  constexpr int kGroups = kTileSide / 4;  // of four neighbours, along either dimension
+  alignas(kVectorBytes) __shared__ A tile[kSide * kSide];
+  alignas(kVectorBytes) __shared__ A blurred_rows[(kSide + 4) * kTileSide];
+  alignas(kVectorBytes) __shared__ A weights[kMost];
   const int taps = static_cast<int>(g.taps_w), radius = taps / 2;
   const int side = kTileSide + 2 * radius;
   const int64_t down = (g.H + kTileSide - 1) / kTileSide,
                 across = (g.W + kTileSide - 1) / kTileSide;
   const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kMost) weights[thread] = thread < taps ? weight[thread] : A(0);
   for (int64_t t = blockIdx.x; t < N * down * across; t += gridDim.x) {
     const int64_t image = t / (down * across), place = t % (down * across);
     const int64_t top = place / across * kTileSide, left = place % across * kTileSide;
     const A* plane = in + image * g.H * g.W;
-    for (int i = thread; i < side * side; i += kThreads) {
-      const int64_t h = top + i / side - radius, w = left + i % side - radius;
-      tile[i] = h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
+#pragma unroll 4
+    for (int row = thread / kWarp; row < side; row += kThreads / kWarp) {
+      const int64_t h = top + row - radius;
+#pragma unroll
+      for (int step = 0; step < kSide; step += kWarp) {
+        const int column = step + thread % kWarp;
+        const int64_t w = left + column - radius;
+        if (column < side) {
+          tile[row * kSide + column] =
+              h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
+        }
+      }
     }
     __syncthreads();
-    for (int i = thread; i < side * kTileSide; i += kThreads) {
-      const A* x = tile + i / kTileSide * side + i % kTileSide;
-      A sum = A(0);
-      for (int k = 0; k < taps; ++k) sum += x[k] * weight[k];
-      blurred_rows[i] = sum;
+    for (int i = thread; i < side * kGroups; i += kThreads) {
+      const A* x = tile + i / kGroups * kSide + i % kGroups * 4;
+      A sums[4] = {};
+      correlate_four([&](int k) { return load_four(x + k); }, weights, taps, sums);
+      store_four(blurred_rows + 4 * i, sums);
     }
     __syncthreads();
-    for (int i = thread; i < kTileSide * kTileSide; i += kThreads) {
-      const int64_t h = top + i / kTileSide, w = left + i % kTileSide;
-      if (h >= g.H || w >= g.W) continue;
-      A sum = A(0);
-      for (int k = 0; k < taps; ++k) sum += blurred_rows[i + k * kTileSide] * weight[k];
-      finish(sum, (image * g.H + h) * g.W + w, h * g.W + w);
+    for (int i = thread; i < kTileSide * kGroups; i += kThreads) {
+      const int row = i / kTileSide * 4;
+      const int64_t h = top + row, w = left + i % kTileSide;
+      const A* x = blurred_rows + row * kTileSide + i % kTileSide;
+      A sums[4] = {};
+      correlate_four(
+          [&](int k) -> Four<A> {
+            const A* from = x + k * kTileSide;
+            return {from[0], from[kTileSide], from[2 * kTileSide], from[3 * kTileSide]};
+          },
+          weights, taps, sums);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (h + j < g.H && w < g.W) {
+          finish(sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
+        }
+      }
     }
     __syncthreads();  // before the next turn overwrites the tile
   }
@@ -539,71 +627,6 @@ struct ImageArguments {
   const T* input;  // of the subtractive backward: the gradient
   T* out;
 };
-
-// Four values, by instructions of 16 bytes.
-template <typename A>
-struct Four {
-  A values[4];
-};
-
-template <typename A>
-__device__ __forceinline__ Four<A> load_four(const A* from) {
-  Four<A> four;
-  constexpr int n = sizeof(A) == 8 ? 2 : 4;
-#pragma unroll
-  for (int i = 0; i < 4; i += n) {
-    const Pack<A, n> pack = load_pack<n>(from + i);
-#pragma unroll
-    for (int j = 0; j < n; ++j) four.values[i + j] = pack.values[j];
-  }
-  return four;
-}
-
-template <typename A>
-__device__ __forceinline__ void store_four(A* to, const A (&values)[4]) {
-  constexpr int n = sizeof(A) == 8 ? 2 : 4;
-#pragma unroll
-  for (int i = 0; i < 4; i += n) {
-    Pack<A, n> pack;
-#pragma unroll
-    for (int j = 0; j < n; ++j) pack.values[j] = values[i + j];
-    store_pack(to + i, pack);
-  }
-}
-
-// sums[j] += sum over k of x[j + k] * taps[k] for an odd number of taps; x(k) are four values from
-// index k on. No tap is padded with zero, which an infinite value would make NaN.
-template <typename A, typename Load>
-__device__ __forceinline__ void correlate_four(const Load& x, const A* taps, int count,
-                                               A (&sums)[4]) {
-  Four<A> here = x(0);
-  int k = 0;
-#pragma unroll 1
-  for (; k + 4 <= count; k += 4) {
-    const Four<A> next = x(k + 4), weight = load_four(taps + k);
-    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
-                         next.values[0], next.values[1], next.values[2], next.values[3]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
-    }
-    here = next;
-  }
-  // One or three are left.
-  const Four<A> weight = load_four(taps + k);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) sums[j] += here.values[j] * weight.values[0];
-  if (count - k == 1) return;
-  const Four<A> next = x(k + 4);
-  const A window[6] = {here.values[0], here.values[1], here.values[2],
-                       here.values[3], next.values[0], next.values[1]};
-#pragma unroll
-  for (int i = 1; i < 3; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
-  }
-}
 
 // What stands in a plane that others are divided by: for float32 its reciprocal, finite so that 0
 // stays 0, for float64 itself.
