@@ -26,7 +26,7 @@ import random
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +95,7 @@ class Mode:
     name: str
     max_blocks: int = 2**62
     largest_narrow_index: int = 2**31 - 1
+    image_bytes: int = 48 << 10  # shared memory of a block, for images that stay there
 
     def __str__(self) -> str:
         return self.name
@@ -102,18 +103,27 @@ class Mode:
 
 MODES = (
     Mode("as on a GPU"),
-    Mode("64-bit indices", largest_narrow_index=0),
-    Mode("grids of 2 blocks", max_blocks=2),
-    Mode("64-bit indices, grids of 2 blocks", max_blocks=2, largest_narrow_index=0),
+    Mode("64-bit indices", largest_narrow_index=0, image_bytes=0),
+    Mode("grids of 2 blocks", max_blocks=2, image_bytes=12 << 10),
+    Mode("64-bit indices, grids of 2 blocks", 2, largest_narrow_index=0, image_bytes=0),
 )
 
 
 @pytest.fixture
-def configure(emulated_cuda: ctypes.CDLL) -> Callable[[int, int, int], None]:
+def configure(emulated_cuda: ctypes.CDLL) -> Callable[[int, int, int, int], None]:
     """A function that says what is emulated."""
-    function = emulated_cuda.configure_cuda_emulator
+    function, images = (
+        emulated_cuda.configure_cuda_emulator,
+        emulated_cuda.configure_emulated_images,
+    )
     function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32), None
-    return function
+    images.argtypes, images.restype = (ctypes.c_int64,), None
+
+    def configure(max_blocks: int, narrow: int, image_bytes: int, seed: int) -> None:
+        function(max_blocks, narrow, seed)
+        images(image_bytes)
+
+    return configure
 
 
 @pytest.fixture(autouse=True)
@@ -128,14 +138,15 @@ def _memory_filled_with_nan() -> Iterator[None]:
 class Emulator:
     """Calls operators on both backends and compares what they give."""
 
-    def __init__(self, configure: Callable[[int, int, int], None], mode: Mode) -> None:
+    def __init__(self, configure: Callable[[int, int, int, int], None], mode: Mode) -> None:
         self.configure, self.mode = configure, mode
 
     def __call__(self, name: str, *arguments: object) -> tuple[Tensor, ...]:
         """What the emulated operator gives, whatever the order of its threads."""
         results = []
         for seed in (0, 1):
-            self.configure(self.mode.max_blocks, self.mode.largest_narrow_index, seed)
+            mode = self.mode
+            self.configure(mode.max_blocks, mode.largest_narrow_index, mode.image_bytes, seed)
             result = getattr(torch.ops.mnist_ops_emulated, name)(*arguments)
             results.append(result if isinstance(result, tuple) else (result,))
         for one, other in zip(*results, strict=True):
@@ -455,6 +466,26 @@ def test_local_normalization_of_many_images(configure):
             kernel = torch.tensor([1.0, 2.0, 1.0])
             emulator.check("contrastive_norm2d", x, kernel, 1e-4, 1e-4, loosen=4)
             emulator.check("subtractive_norm2d_backward", x, kernel)
+
+
+@cases(1)
+def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case: Cases):
+    """An image a block, one for two, four or eight, one that does not fit; and few channels."""
+    # In float32 an image has 4.5, 12 and 18 KiB, its planes 1.3 to 4.
+    shapes = ((3, 18, 8, 8), (2, 48, 8, 8), (2, 72, 8, 8), (3, 13, 7, 9), (4, 3, 9, 12))
+    memory = emulator.mode.image_bytes
+    sizes = (memory, 14 << 10, 9 << 10, 6 << 10, 4 << 10) if memory else (0,)
+    for shape in shapes if memory else shapes[:1]:
+        for layout in ("contiguous", "channels last"):
+            mode = replace(emulator.mode, image_bytes=case.choice(*sizes))
+            one = Emulator(emulator.configure, mode)
+            x, grad = case.normal(shape, layout), case.normal(shape, layout)
+            kernel = torch.rand(case.choice([7], [5], [3, 5]), generator=case.generator) + 0.1
+            one.check("subtractive_norm2d", x, kernel)
+            one.check("subtractive_norm2d_backward", grad, kernel)
+            for name in ("divisive_norm2d", "contrastive_norm2d"):
+                one.check(name, x, kernel, 1e-4, 1e-4, loosen=4)
+                one.check(f"{name}_backward", grad, x, kernel, 1e-4, 1e-4, loosen=20)
 
 
 def test_kernels_that_sum_to_zero_give_no_number(configure):

@@ -42,7 +42,11 @@ using cuda_emulator::CurrentStream;
 using cuda_emulator::dynamic_shared_memory;
 using cuda_emulator::largest_narrow_index;
 using cuda_emulator::multiprocessor_count;
+using cuda_emulator::Multiprocessors;
+using cuda_emulator::multiprocessors;
+using cuda_emulator::of_block;
 using cuda_emulator::shared_memory_limit;
+using cuda_emulator::sync_cluster;
 #else
 inline int64_t largest_narrow_index() {
   return std::numeric_limits<int32_t>::max();
@@ -62,6 +66,66 @@ inline int multiprocessor_count() {
   STD_CUDA_CHECK(cudaGetDevice(&device));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+// What kernels that keep much in shared memory are planned for.
+struct Multiprocessors {
+  int count;
+  int64_t shared_bytes, shared_per_block;  // of shared memory
+  int largest_cluster;                     // blocks of a cluster, 1 where there are none
+  int block_threads;                       // of such a kernel, as a rule
+};
+
+// Whether the device has clusters and this kernel was compiled for one that has: where it was not,
+// and PTX for an older device is what runs, its barriers of a cluster are none.
+template <typename Kernel>
+bool has_clusters(Kernel* kernel) {
+  int device = 0, supported = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device));
+  if (!supported) return false;
+  cudaFuncAttributes compiled;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
+  return compiled.ptxVersion >= 90;
+}
+
+// For launches of this kernel.
+template <typename Kernel>
+Multiprocessors multiprocessors(Kernel* kernel) {
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          has_clusters(kernel) ? kMaxCluster : 1, 256};
+}
+
+// Within a cluster: a barrier for all threads of its blocks, and the address at which a block of it
+// has what lies at `mine` in this block's shared memory.
+__device__ __forceinline__ void sync_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
+
+template <typename V>
+__device__ __forceinline__ const V* of_block(const V* mine, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const V* theirs = nullptr;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return theirs;
+#else
+  (void)rank;
+  return mine;
+#endif
 }
 
 // What the launch asked for, aligned to 16 bytes.
@@ -131,13 +195,7 @@ class CurrentStream {
   template <typename Kernel, typename... Arguments>
   bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
                        const Arguments&... arguments) const {
-    int device = 0, supported = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device));
-    if (!supported) return false;
-    cudaFuncAttributes compiled;
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
-    if (compiled.ptxVersion < 90) return false;
+    if (!has_clusters(kernel)) return false;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -153,6 +211,34 @@ class CurrentStream {
     if (resident == 0) return false;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
     return true;
+  }
+
+  // As many clusters of blocks as the device holds at once, if there are so many items: each takes
+  // one at a time. Few items a cluster are not worth waiting for the slowest: one each, then.
+  template <typename Kernel, typename... Arguments>
+  void launch_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
+                                   int64_t shared_bytes, const Arguments&... arguments) const {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+    int resident = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &resident, kernel, threads, static_cast<size_t>(shared_bytes)));
+    const int64_t room = std::max<int64_t>(1, int64_t{resident} * multiprocessor_count() / cluster);
+    const int64_t clusters = cluster > 1 && items <= 4 * room ? items : std::min(items, room);
+    cudaLaunchAttribute size = {};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = static_cast<unsigned>(cluster);
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+    launch.blockDim = dim3(static_cast<unsigned>(threads));
+    launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    launch.stream = stream_;
+    launch.attrs = &size;
+    launch.numAttrs = cluster > 1 ? 1 : 0;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, arguments...));
   }
 
  private:
@@ -216,6 +302,15 @@ class Launcher {
                                    dim3(static_cast<unsigned>(threads)), arguments...);
   }
 
+  // Clusters of blocks, each of which takes one item at a time.
+  template <typename Kernel, typename... Arguments>
+  void run_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
+                                int64_t shared_bytes, const Arguments&... arguments) const {
+    if (items == 0) return;
+    stream_.launch_clusters_with_shared(kernel, items, cluster, threads, shared_bytes,
+                                        arguments...);
+  }
+
   // The usual case: one item a thread.
   template <typename Kernel, typename... Arguments>
   void run_over(Kernel* kernel, int64_t items, const Arguments&... arguments) const {
@@ -270,20 +365,28 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
   *reinterpret_cast<Pack<T, n>*>(to) = pack;
 }
 
-// 16 bytes to shared memory without waiting for them, where the device can. What a thread began it
-// closes by copy_async_commit(); copy_async_wait<newer>() waits for all but the newest ones of what
-// it has closed.
-template <typename T>
-__device__ __forceinline__ void copy_async(const T* from, T* to) {
+// From memory to shared memory, without waiting for it where the device can: it is there after
+// wait_for_copies(), for this thread's own copies, and a barrier, for the others'.
+template <int n, typename T>
+__device__ __forceinline__ void copy_pack(T* to, const T* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-#else
-  store_pack(to, load_pack<kPackSize<T>>(from));
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  if constexpr (kBytes >= 4) {
+    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+                   : "memory");
+    }
+    return;
+  }
 #endif
+  store_pack(to, load_pack<n>(from));
 }
+
+// In groups: what a thread began it closes by copy_async_commit(); copy_async_wait<newer>() waits
+// for all but the newest ones of what it has closed.
 __device__ __forceinline__ void copy_async_commit() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -293,6 +396,22 @@ template <int newer>
 __device__ __forceinline__ void copy_async_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(newer) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Memory that will be read soon, on its way to L2.
+template <typename T>
+__device__ __forceinline__ void prefetch_l2(const T* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
 #endif
 }
 

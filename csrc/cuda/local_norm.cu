@@ -4,17 +4,17 @@
 // and writes it once, divisive and contrastive need it once more for the squares. Between those
 // passes everything happens on planes, one value a pixel, 1/C of the data.
 //
-// Small images (up to 1024 pixels, float64: 512), enough of them or none of them large: one launch.
-// A block takes an image at a time and keeps all planes in shared memory. It reads the input two or
-// three times, but from L1 or L2 after the first: memory sees one read and one write.
+// Images that fit into shared memory with their planes: one launch, one read and one write of
+// memory. A block copies an image to its shared memory and works on it there, while other blocks
+// of the multiprocessor copy theirs. Images too large for that are shared by the blocks of a
+// cluster, up to 8 of them (from compute capability 9.0 on).
 //
 // Other images: the steps are kernels of their own, so that images and kernels may have any size.
 //   prepare   the kernel divided by its sum, and the coef plane
 //   reduce    sums over channels, several in one pass over the data
 //   blur      rows and columns of a tile by way of shared memory; the same launch finishes the
-//   plane
-//             (divides by coef, takes the root, applies the threshold, ...). Long kernels: rows,
-//             then columns; 2-D kernels at once
+//             plane (divides by coef, takes the root, applies the threshold, ...). Long kernels:
+//             rows, then columns; 2-D kernels at once
 //   apply     from planes back to every channel
 // Launches: subtractive 4 forward and backward; divisive 4 and 5; contrastive 6 and 8.
 //
@@ -44,21 +44,6 @@ struct Taps {
 __device__ __forceinline__ Taps taps_inside(int64_t i, int64_t size, int64_t taps) {
   const int64_t radius = taps / 2;
   return {i < radius ? radius - i : 0, i + radius < size ? taps : size + radius - i};
-}
-
-// weight = values / sum, as they are and flipped (the adjoint's), by a whole block; float64 until
-// the last rounding. Kernels have few taps. shared has a value for each warp.
-template <typename A>
-__device__ __forceinline__ void normalise(int64_t taps, const double* values, double* shared,
-                                          A* weight, A* flipped) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
-  sum = block_sum<kThreads>(sum, shared);
-  for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
-    const A normalised = static_cast<A>(values[i] / sum);
-    weight[i] = normalised;
-    flipped[taps - 1 - i] = normalised;
-  }
 }
 
 // One pixel of the blur of a plane of ones, with the weights weight(k).
@@ -126,15 +111,6 @@ struct SumOfSquares {
   }
 };
 
-struct SumOfProducts {
-  static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = true;
-  template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A grad, A x, A mean) const {
-    sums[0] += grad * (x - mean);
-  }
-};
-
 struct SumsOfGradient {
   static constexpr int kSums = 3;
   static constexpr bool kReadsGradient = true;
@@ -146,6 +122,11 @@ struct SumsOfGradient {
   }
 };
 
+// Neighbouring elements that a thread reads at a time and adds to as many sums: no more than 16
+// bytes of a plane.
+template <typename T>
+constexpr int kImagePack = sizeof(T) == 8 ? 2 : 4;
+
 // What a pass reads and writes. Planes hold all images, N * H * W pixels.
 template <typename T>
 struct Reduction {
@@ -156,7 +137,13 @@ struct Reduction {
   const A* mean = nullptr;  // of every pixel; null means 0
   const A* coef = nullptr;  // of one image: what the sums are divided by; null means 1
   A* sums[3] = {};
+  bool descending = false;  // from the end of memory: what the pass before read last is in L2
 };
+
+// The number of this block, in the order in which they start or in the other one.
+__device__ __forceinline__ unsigned block_number(bool descending) {
+  return descending ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+}
 
 template <typename T, typename A, int kSums>
 __device__ __forceinline__ void write_sums(const Reduction<T>& r, int64_t pixel,
@@ -166,42 +153,61 @@ __device__ __forceinline__ void write_sums(const Reduction<T>& r, int64_t pixel,
   for (int k = 0; k < kSums; ++k) r.sums[k][pixel] = sums[k] / divide_by;
 }
 
-// NCHW: neighbouring threads take neighbouring pixels, so that each channel is read coalesced.
-// blockDim.y threads share the channels of a pixel; their sums are added in order of threadIdx.y.
-template <typename Terms, typename T>
+// NCHW: neighbouring threads take neighbouring packs of n pixels, so that each channel is read
+// coalesced; n divides H * W. blockDim.y threads share the channels of a pack; their sums are added
+// in order of threadIdx.y.
+template <int n, typename Terms, typename T>
 __global__ void __launch_bounds__(kThreads) reduce_planes_kernel(Reduction<T> r) {
   using A = opmath_t<T>;
-  __shared__ A partial[Terms::kSums][kThreads];
-  const int64_t pixels = r.N * r.HW, groups = blockDim.y;
+  __shared__ A partial[Terms::kSums][n][kThreads];
+  const int64_t packs = r.N * r.HW / n, groups = blockDim.y;
   const unsigned slot = threadIdx.y * blockDim.x + threadIdx.x;
   // The same number of turns for every thread of a block: they meet at the barriers.
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < pixels;
+  for (int64_t base = static_cast<int64_t>(block_number(r.descending)) * blockDim.x; base < packs;
        base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t pixel = base + threadIdx.x;
-    A sums[Terms::kSums] = {};
-    if (pixel < pixels) {
+    const int64_t pixel = (base + threadIdx.x) * n;
+    const bool inside = base + threadIdx.x < packs;
+    A sums[n][Terms::kSums] = {};
+    if (inside) {
       const int64_t first = pixel / r.HW * r.C * r.HW + pixel % r.HW;
-      const A mean = r.mean ? r.mean[pixel] : A(0);
+      A mean[n];
+#pragma unroll
+      for (int j = 0; j < n; ++j) mean[j] = r.mean ? r.mean[pixel + j] : A(0);
 #pragma unroll 4
       for (int64_t c = threadIdx.y; c < r.C; c += groups) {
         const int64_t i = first + c * r.HW;
-        const A grad = Terms::kReadsGradient ? static_cast<A>(r.grad[i]) : A(0);
-        Terms{}(sums, grad, static_cast<A>(r.input[i]), mean);
+        const Pack<T, n> xs = load_pack<n>(r.input + i);
+        const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(r.grad + i) : xs;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          Terms{}(sums[j], static_cast<A>(gs.values[j]), static_cast<A>(xs.values[j]), mean[j]);
+        }
       }
     }
     if (groups > 1) {
 #pragma unroll
-      for (int k = 0; k < Terms::kSums; ++k) partial[k][slot] = sums[k];
+      for (int k = 0; k < Terms::kSums; ++k) {
+#pragma unroll
+        for (int j = 0; j < n; ++j) partial[k][j][slot] = sums[j][k];
+      }
       __syncthreads();
       if (threadIdx.y == 0) {
 #pragma unroll
         for (int k = 0; k < Terms::kSums; ++k) {
-          for (unsigned y = 1; y < groups; ++y) sums[k] += partial[k][y * blockDim.x + threadIdx.x];
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            for (unsigned y = 1; y < groups; ++y) {
+              sums[j][k] += partial[k][j][y * blockDim.x + threadIdx.x];
+            }
+          }
         }
       }
       __syncthreads();  // before the next turn overwrites the partial sums
     }
-    if (threadIdx.y == 0 && pixel < pixels) write_sums(r, pixel, sums);
+    if (threadIdx.y == 0 && inside) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) write_sums(r, pixel + j, sums[j]);
+    }
   }
 }
 
@@ -213,7 +219,8 @@ __global__ void __launch_bounds__(kThreads) reduce_channels_kernel(Reduction<T> 
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
-  for (int64_t base = blockIdx.x * per_block; base < pixels; base += gridDim.x * per_block) {
+  for (int64_t base = block_number(r.descending) * per_block; base < pixels;
+       base += gridDim.x * per_block) {
     const int64_t pixel = base + threadIdx.x / static_cast<unsigned>(lanes);
     A sums[Terms::kSums] = {};
     if (pixel < pixels) {
@@ -332,6 +339,71 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Four values, by instructions of 16 bytes.
+template <typename A>
+struct Four {
+  A values[4];
+};
+
+template <typename A>
+__device__ __forceinline__ Four<A> load_four(const A* from) {
+  Four<A> four;
+  constexpr int n = sizeof(A) == 8 ? 2 : 4;
+#pragma unroll
+  for (int i = 0; i < 4; i += n) {
+    const Pack<A, n> pack = load_pack<n>(from + i);
+#pragma unroll
+    for (int j = 0; j < n; ++j) four.values[i + j] = pack.values[j];
+  }
+  return four;
+}
+
+template <typename A>
+__device__ __forceinline__ void store_four(A* to, const A (&values)[4]) {
+  constexpr int n = sizeof(A) == 8 ? 2 : 4;
+#pragma unroll
+  for (int i = 0; i < 4; i += n) {
+    Pack<A, n> pack;
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.values[j] = values[i + j];
+    store_pack(to + i, pack);
+  }
+}
+
+// sums[j] += sum over k of x[j + k] * taps[k] for an odd number of taps; x(k) are four values from
+// index k on. No tap is padded with zero, which an infinite value would make NaN.
+template <typename A, typename Load>
+__device__ __forceinline__ void correlate_four(const Load& x, const A* taps, int count,
+                                               A (&sums)[4]) {
+  Four<A> here = x(0);
+  int k = 0;
+#pragma unroll 1
+  for (; k + 4 <= count; k += 4) {
+    const Four<A> next = x(k + 4), weight = load_four(taps + k);
+    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
+                         next.values[0], next.values[1], next.values[2], next.values[3]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
+    }
+    here = next;
+  }
+  // One or three are left.
+  const Four<A> weight = load_four(taps + k);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sums[j] += here.values[j] * weight.values[0];
+  if (count - k == 1) return;
+  const Four<A> next = x(k + 4);
+  const A window[6] = {here.values[0], here.values[1], here.values[2],
+                       here.values[3], next.values[0], next.values[1]};
+#pragma unroll
+  for (int i = 1; i < 3; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
+  }
+}
+
 // Both steps of a separable kernel at once, for a tile of the plane: the tile with its surroundings
 // comes to shared memory, zeros where the image ends, is blurred along rows and then along columns.
 // Up to kTileRadius the surroundings are 1.3 to 2.5 times the tile, and neighbouring tiles find
@@ -343,36 +415,59 @@ template <typename A, typename Finish>
 __global__ void __launch_bounds__(kThreads)
     blur_tile_kernel(int64_t N, BlurGeometry g, const A* __restrict__ weight,
                      const A* __restrict__ in, Finish finish) {
-  constexpr int kSide = kTileSide + 2 * kTileRadius;
-  __shared__ A tile[kSide * kSide];
-  __shared__ A blurred_rows[kSide * kTileSide];
+  constexpr int kSide = kTileSide + 2 * kTileRadius, kMost = 2 * kTileRadius + 4;
+  constexpr int kGroups = kTileSide / 4;  // of four neighbours, along either dimension
+  alignas(kVectorBytes) __shared__ A tile[kSide * kSide];
+  alignas(kVectorBytes) __shared__ A blurred_rows[(kSide + 4) * kTileSide];
+  alignas(kVectorBytes) __shared__ A weights[kMost];
   const int taps = static_cast<int>(g.taps_w), radius = taps / 2;
   const int side = kTileSide + 2 * radius;
   const int64_t down = (g.H + kTileSide - 1) / kTileSide,
                 across = (g.W + kTileSide - 1) / kTileSide;
   const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kMost) weights[thread] = thread < taps ? weight[thread] : A(0);
   for (int64_t t = blockIdx.x; t < N * down * across; t += gridDim.x) {
     const int64_t image = t / (down * across), place = t % (down * across);
     const int64_t top = place / across * kTileSide, left = place % across * kTileSide;
     const A* plane = in + image * g.H * g.W;
-    for (int i = thread; i < side * side; i += kThreads) {
-      const int64_t h = top + i / side - radius, w = left + i % side - radius;
-      tile[i] = h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
+#pragma unroll 4
+    for (int row = thread / kWarp; row < side; row += kThreads / kWarp) {
+      const int64_t h = top + row - radius;
+#pragma unroll
+      for (int step = 0; step < kSide; step += kWarp) {
+        const int column = step + thread % kWarp;
+        const int64_t w = left + column - radius;
+        if (column < side) {
+          tile[row * kSide + column] =
+              h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
+        }
+      }
     }
     __syncthreads();
-    for (int i = thread; i < side * kTileSide; i += kThreads) {
-      const A* x = tile + i / kTileSide * side + i % kTileSide;
-      A sum = A(0);
-      for (int k = 0; k < taps; ++k) sum += x[k] * weight[k];
-      blurred_rows[i] = sum;
+    for (int i = thread; i < side * kGroups; i += kThreads) {
+      const A* x = tile + i / kGroups * kSide + i % kGroups * 4;
+      A sums[4] = {};
+      correlate_four([&](int k) { return load_four(x + k); }, weights, taps, sums);
+      store_four(blurred_rows + 4 * i, sums);
     }
     __syncthreads();
-    for (int i = thread; i < kTileSide * kTileSide; i += kThreads) {
-      const int64_t h = top + i / kTileSide, w = left + i % kTileSide;
-      if (h >= g.H || w >= g.W) continue;
-      A sum = A(0);
-      for (int k = 0; k < taps; ++k) sum += blurred_rows[i + k * kTileSide] * weight[k];
-      finish(sum, (image * g.H + h) * g.W + w, h * g.W + w);
+    for (int i = thread; i < kTileSide * kGroups; i += kThreads) {
+      const int row = i / kTileSide * 4;
+      const int64_t h = top + row, w = left + i % kTileSide;
+      const A* x = blurred_rows + row * kTileSide + i % kTileSide;
+      A sums[4] = {};
+      correlate_four(
+          [&](int k) -> Four<A> {
+            const A* from = x + k * kTileSide;
+            return {from[0], from[kTileSide], from[2 * kTileSide], from[3 * kTileSide]};
+          },
+          weights, taps, sums);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (h + j < g.H && w < g.W) {
+          finish(sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
+        }
+      }
     }
     __syncthreads();  // before the next turn overwrites the tile
   }
@@ -384,6 +479,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename A>
 struct Planes {
   const A *mean = nullptr, *d = nullptr, *b = nullptr, *t = nullptr;
+  bool descending = false;  // as in Reduction
 };
 
 // Values of the last pass at one element.
@@ -421,7 +517,8 @@ __global__ void __launch_bounds__(kThreads)
                  Planes<opmath_t<T>> planes, T* __restrict__ out) {
   using A = opmath_t<T>;
   using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
-  for (I pack = first_item<I>(); pack < packs; pack += item_stride<I>()) {
+  const I first = static_cast<I>(block_number(planes.descending)) * kThreads + threadIdx.x;
+  for (I pack = first; pack < packs; pack += item_stride<I>()) {
     const I i = pack * n;
     I pixel;
     if constexpr (kChannelsLast) {
@@ -444,19 +541,86 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ----------------------------------------------------------------------- small images, one launch
+// ------------------------------------------------------------------------ images in shared memory
+//
+// A block, or a cluster of them, takes an image at a time: each block copies its share of the data
+// (channels of NCHW, pixels of NHWC; one range of memory in both) to shared memory, and has every
+// plane, whole. Sums over channels are added up from all blocks' shares; the blur, of one plane, is
+// every block's own.
+
+// Division by a constant, for value * divisor < 2^32.
+struct Divider {
+  uint32_t divisor, magic;
+  explicit Divider(int64_t d)
+      : divisor(static_cast<uint32_t>(d)), magic(d > 1 ? 0xffffffffu / divisor + 1 : 0) {}
+  __device__ __forceinline__ int quotient(int value) const {
+    if (magic == 0) return value;
+    return static_cast<int>((uint64_t{static_cast<uint32_t>(value)} * magic) >> 32);
+  }
+  __device__ __forceinline__ int remainder(int value) const {
+    return value - quotient(value) * static_cast<int>(divisor);
+  }
+};
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Where a block has what, in elements of A from the end of its share of the image(s): multiples of
+// four. A flat plane has a value for each pixel.
+//   in       the plane that is blurred, its rows with zeros before and behind them, so that the
+//            window of a pixel begins at the pixel's own index
+//   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
+//            blurred, the partial sums of groups of threads and of blocks
+//   d        begins where scratch ends: the partial sums are done with when it is written
+struct PlaneLayout {
+  int W4, pitch;            // of scratch and of in
+  int scratch_rows, above;  // rows of zeros above
+  int flat, taps_pitch;     // the size of a flat plane, and of a row of taps
+  int weight, flipped, coef, mean, q, grads, centred, scratch, d;  // in begins at 0
+  int64_t size;
+
+  PlaneLayout(const BlurGeometry& g, bool backward, int groups) {
+    const auto H4 = round_up(g.H, 4), around_w = round_up(g.taps_w - 1, 4);
+    const auto around_h = g.separable ? round_up(g.taps_h - 1, 4) : 0;
+    const auto row = round_up(g.taps_w, 4), taps = row * (g.separable ? 1 : g.taps_h);
+    W4 = static_cast<int>(round_up(g.W, 4));
+    pitch = static_cast<int>(W4 + around_w);
+    scratch_rows = static_cast<int>(H4 + around_h);
+    above = g.separable ? static_cast<int>(g.taps_h / 2) : 0;
+    flat = static_cast<int>(round_up(g.H * g.W, 4));
+    taps_pitch = static_cast<int>(row);
+    int64_t end = g.H * pitch;
+    const auto take = [&](int64_t count) {
+      const int64_t begin = end;
+      end += count;
+      return static_cast<int>(begin);
+    };
+    weight = take(taps), flipped = take(taps);
+    coef = take(flat), mean = take(flat);
+    q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
+    centred = take(backward ? flat : 0);
+    const int64_t blurred = int64_t{scratch_rows} * W4;
+    scratch = take(std::max(blurred + flat, int64_t{backward ? 3 : 1} * groups * flat));
+    d = static_cast<int>(scratch + blurred);
+    size = end;
+  }
+};
 
 constexpr int kMaxTaps = 512;  // of a kernel that shared memory holds
-
-template <typename A>
-constexpr int kMaxPixels = static_cast<int>(4096 / sizeof(A));
 
 template <typename T>
 struct ImageArguments {
   LocalNorm kind;
+  bool adjoint;  // the gradient of subtractive, which is its forward but for the order of steps
+  bool channels_last, separable;
+  bool direct;  // few channels, no shares: a thread adds up those of a pixel
   int64_t N;
-  int C;
-  BlurGeometry g;
+  int C, H, W, taps_h, taps_w;
+  int cluster, share, groups;     // blocks of an image; channels or pixels of a block
+  int image_bytes;                // that a share takes in shared memory
+  Divider by_W, by_row, by_line;  // a row's packs; what an element is divided by for its pixel
+  PlaneLayout at;
   opmath_t<T> threshold, value;
   const double* kernel;
   const T* grad;   // backward
@@ -464,321 +628,603 @@ struct ImageArguments {
   T* out;
 };
 
-// A block's threads on one image, in either layout, n elements at a time: n divides H * W (NCHW) or
-// C (NHWC). Each step ends with a barrier.
-template <bool kChannelsLast, int n, typename T>
+// What stands in a plane that others are divided by: for float32 its reciprocal, finite so that 0
+// stays 0, for float64 itself.
+template <typename A>
+__device__ __forceinline__ A as_divisor(A d) {
+  if constexpr (sizeof(A) == 8) return d;
+  const A inverse = A(1) / d;
+  constexpr A kLargest = A(3.4028234663852886e38);
+  return d != A(0) && inverse > kLargest ? kLargest : inverse;
+}
+template <typename A>
+__device__ __forceinline__ A divided(A value, A prepared) {
+  if constexpr (sizeof(A) == 8) return value / prepared;
+  return value * prepared;
+}
+
+// The values of the last pass, of an element and its pixel's planes.
+struct MinusMean {
+  static constexpr int kPlanes = 1;
+  static constexpr bool kReadsBoth = false;
+  template <typename A>
+  __device__ A operator()(A x, A, A mean, A, A) const {
+    return x - mean;
+  }
+};
+struct CentredByDivisor {
+  static constexpr int kPlanes = 2;
+  static constexpr bool kReadsBoth = false;
+  template <typename A>
+  __device__ A operator()(A x, A, A mean, A d, A) const {
+    return divided(x - mean, d);
+  }
+};
+// offset = mean * b - t
+struct GradientOfDivisor {
+  static constexpr int kPlanes = 3;
+  static constexpr bool kReadsBoth = true;
+  template <typename A>
+  __device__ A operator()(A grad, A x, A b, A d, A offset) const {
+    return divided(grad, d) - x * b + offset;
+  }
+};
+
+// A block's work on its image. kPacked: accesses of 16 bytes; then four neighbours belong to one
+// channel (NCHW) or one pixel (NHWC), and shares begin at multiples of 16 bytes.
+template <bool kPacked, typename T>
 struct ImageBlock {
   using A = opmath_t<T>;
-  int C, H, W, HW, taps_h, taps_w;
-  bool separable;
-  const A *weight, *flipped;
-  A* partial;  // kThreads * n values
+  static constexpr int m = kPacked ? kImagePack<T> : 1;
 
-  // sums[k][p] = the sums over channels that Terms names; mean is null for 0.
-  template <typename Terms>
-  __device__ __forceinline__ void reduce(const T* grad, const T* x, const A* mean,
-                                         A* const (&sums)[Terms::kSums]) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    const auto add = [](A(&to)[Terms::kSums], T x_value, T grad_value, A centre) {
-      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(grad_value) : A(0),
-              static_cast<A>(x_value), centre);
+  const ImageArguments<T>& a;
+  A* const planes;
+  int rank, threads, thread;
+  int HW, first, count;  // of the share, in elements
+
+  __device__ __forceinline__ ImageBlock(const ImageArguments<T>& arguments, A* memory)
+      : a(arguments),
+        planes(memory),
+        rank(static_cast<int>(blockIdx.x) % arguments.cluster),
+        threads(static_cast<int>(blockDim.x)),
+        thread(static_cast<int>(threadIdx.x)),
+        HW(arguments.H * arguments.W) {
+    const int unit = a.channels_last ? a.C : HW, units = a.channels_last ? HW : a.C;
+    const int begin = min_of(rank * a.share, units), end = min_of(begin + a.share, units);
+    first = begin * unit;
+    count = (end - begin) * unit;
+  }
+
+  __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
+
+  // ------------------------------------------------------------------------------- preparation
+
+  // The weights and coef, and zeros where nothing is written.
+  __device__ __forceinline__ void prepare() const {
+    const PlaneLayout& at = a.at;
+    for (int i = thread; i < at.size; i += threads) planes[i] = A(0);
+    __syncthreads();
+    A *weight = planes + at.weight, *flipped = planes + at.flipped, *coef = planes + at.coef;
+    const int lines = a.separable ? 1 : a.taps_h, taps = lines * a.taps_w;
+    // The same sum for everyone, in the order of one.
+    double sum = 0;
+    for (int i = thread % kWarp; i < taps; i += kWarp) sum += a.kernel[i];
+    sum = lane_sum(sum, kWarp);
+    for (int i = thread; i < taps; i += threads) {
+      const int row = i / a.taps_w, column = i % a.taps_w;
+      const A normalised = static_cast<A>(a.kernel[i] / sum);
+      weight[row * at.taps_pitch + column] = normalised;
+      flipped[(lines - 1 - row) * at.taps_pitch + a.taps_w - 1 - column] = normalised;
+    }
+    __syncthreads();
+    // The blur of ones along either dimension; the mean and d are not in use yet.
+    A *along_h = planes + at.mean, *along_w = planes + at.d;
+    const auto inside = [&](int i, int size) {
+      const Taps in = taps_inside(i, size, a.taps_w);
+      A total = A(0);
+      for (int64_t k = in.first; k < in.last; ++k) total += weight[k];
+      return total;
     };
-    if constexpr (kChannelsLast) {
-      const int packs = C / n;
+    if (a.separable) {
+      for (int i = thread; i < a.H + a.W; i += threads) {
+        if (i < a.H) {
+          along_h[i] = inside(i, a.H);
+        } else {
+          along_w[i - a.H] = inside(i - a.H, a.W);
+        }
+      }
+      __syncthreads();
+    }
+    for (int p = thread; p < HW; p += threads) {
+      const int h = a.by_W.quotient(p), w = p - h * a.W;
+      A total = A(0);
+      if (a.separable) {
+        total = along_w[w] * along_h[h];
+      } else {
+        const Taps rows = taps_inside(h, a.H, a.taps_h), columns = taps_inside(w, a.W, a.taps_w);
+        for (int64_t i = rows.first; i < rows.last; ++i) {
+          for (int64_t k = columns.first; k < columns.last; ++k) {
+            total += weight[i * at.taps_pitch + k];
+          }
+        }
+      }
+      coef[p] = sizeof(A) == 8 ? total : A(1) / total;
+    }
+    __syncthreads();
+    if (a.separable) {
+      for (int i = thread; i < a.H; i += threads) along_h[i] = A(0);
+      __syncthreads();
+    }
+  }
+
+  // -------------------------------------------------------------------------------- the image
+
+  // Begins to copy this block's share; wait_for_copies() and a barrier, and it is there.
+  __device__ __forceinline__ void load(T* to, const T* image) const {
+    const T* from = image + first;
+    constexpr int n = kPacked ? kPackSize<T> : 1;
+#pragma unroll 8
+    for (int i = thread; i < count / n; i += threads) copy_pack<n>(to + i * n, from + i * n);
+  }
+
+  // The next image on its way to L2, while this one is worked on.
+  __device__ __forceinline__ void prefetch(const T* image) const {
+    constexpr int n = static_cast<int>(128 / sizeof(T));
+    for (int i = thread * n; i < count; i += threads * n) prefetch_l2(image + first + i);
+  }
+
+  // ------------------------------------------------------------------------------------ sums
+
+  // use(p, where, sums) for every pixel, with the sums over all channels that Terms names; `where`
+  // is the pixel's place in the plane `in`. Ends with a barrier.
+  template <typename Terms, typename Use>
+  __device__ __forceinline__ void reduce(const T* grad, const T* x, const Use& use) const {
+    A *partial = planes + a.at.scratch, *mean = planes + a.at.mean;
+    const auto add = [&](A(&to)[Terms::kSums], int i, A centre) {
+      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
+              centre);
+    };
+    const auto add_pack = [&](A(&to)[Terms::kSums], const Pack<T, m>& gs, const Pack<T, m>& xs,
+                              int j, A centre) {
+      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(gs.values[j]) : A(0),
+              static_cast<A>(xs.values[j]), centre);
+    };
+    const int flat = a.at.flat;
+    if (a.direct) {
+      // below
+    } else if (a.channels_last) {
+      const int packs = a.C / m, pixels = min_of(HW - rank * a.share, a.share);
+      // So many neighbouring threads that they read from all banks.
+      constexpr int most = kPacked ? static_cast<int>(128 / (4 * sizeof(T))) : kWarp;
       int lanes = 1;
-      while (lanes < kWarp && lanes < packs) lanes *= 2;
-      const int lane = thread % lanes, per_turn = kThreads / lanes;
-      // The same number of turns for every thread of a warp: they meet in the shuffles.
-      for (int base = 0; base < HW; base += per_turn) {
+      while (lanes < most && lanes < packs) lanes *= 2;
+      const int lane = thread % lanes, per_turn = threads / lanes;
+      for (int base = 0; base < pixels; base += per_turn) {
         const int pixel = base + thread / lanes;
         A total[Terms::kSums] = {};
-        if (pixel < HW) {
-          const A centre = mean ? mean[pixel] : A(0);
-#pragma unroll 4
+        if (pixel < pixels) {
+          const A centre = mean[rank * a.share + pixel];
+#pragma unroll 2
           for (int c = lane; c < packs; c += lanes) {
-            const int64_t i = static_cast<int64_t>(pixel) * C + c * n;
-            const Pack<T, n> xs = load_pack<n>(x + i);
-            const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(grad + i) : xs;
+            const int i = (pixel * packs + c) * m;
+            const Pack<T, m> xs = load_pack<m>(x + i);
+            const Pack<T, m> gs = Terms::kReadsGradient ? load_pack<m>(grad + i) : xs;
 #pragma unroll
-            for (int j = 0; j < n; ++j) add(total, xs.values[j], gs.values[j], centre);
+            for (int j = 0; j < m; ++j) add_pack(total, gs, xs, j, centre);
           }
         }
 #pragma unroll
         for (int k = 0; k < Terms::kSums; ++k) {
           total[k] = lane_sum(total[k], lanes);
-          if (lane == 0 && pixel < HW) sums[k][pixel] = total[k];
+          if (lane == 0 && pixel < pixels) partial[k * flat + rank * a.share + pixel] = total[k];
         }
       }
+      __syncthreads();
     } else {
-      // Where a plane is less than one pack for each thread, groups of threads share the channels,
-      // and their sums are added in order.
-      const int packs = HW / n, groups = packs < kThreads ? kThreads / packs : 1;
-      const int group = groups > 1 ? thread / packs : 0;
-      const int first = groups > 1 ? thread % packs : thread;
-      for (int q = first; q < packs && group < groups; q += kThreads) {
-        A total[n][Terms::kSums] = {};
+      const int packs = HW / m, channels = min_of(a.C - rank * a.share, a.share);
+      const int group = a.groups > 1 ? thread / packs : 0;
+      for (int q = thread - group * packs; q < packs && group < a.groups; q += threads) {
+        A total[m][Terms::kSums] = {};
+        const Pack<A, m> centre = load_pack<m>(mean + q * m);
 #pragma unroll 4
-        for (int c = group; c < C; c += groups) {
-          const int64_t i = static_cast<int64_t>(c) * HW + q * n;
-          const Pack<T, n> xs = load_pack<n>(x + i);
-          const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(grad + i) : xs;
+        for (int c = group; c < channels; c += a.groups) {
+          const int i = c * HW + q * m;
+          const Pack<T, m> xs = load_pack<m>(x + i);
+          const Pack<T, m> gs = Terms::kReadsGradient ? load_pack<m>(grad + i) : xs;
 #pragma unroll
-          for (int j = 0; j < n; ++j) {
-            add(total[j], xs.values[j], gs.values[j], mean ? mean[q * n + j] : A(0));
-          }
+          for (int j = 0; j < m; ++j) add_pack(total[j], gs, xs, j, centre.values[j]);
         }
 #pragma unroll
         for (int k = 0; k < Terms::kSums; ++k) {
+          Pack<A, m> sums;
 #pragma unroll
-          for (int j = 0; j < n; ++j) {
-            // The first group's sums have their place in the plane, the others' wait.
-            A* const to = group == 0 ? sums[k] : partial + (k * (groups - 1) + group - 1) * HW;
-            to[q * n + j] = total[j][k];
-          }
+          for (int j = 0; j < m; ++j) sums.values[j] = total[j][k];
+          store_pack(partial + (k * a.groups + group) * flat + q * m, sums);
         }
       }
       __syncthreads();
-      if (groups > 1) {
-        for (int p = thread; p < HW; p += kThreads) {
+    }
+    if (a.cluster > 1) {
+      if (a.groups > 1) {  // this block's own first, for others to read one number a pixel
+        for (int p = thread; p < HW; p += threads) {
 #pragma unroll
           for (int k = 0; k < Terms::kSums; ++k) {
-            A total = sums[k][p];
-            for (int other = 1; other < groups; ++other) {
-              total += partial[(k * (groups - 1) + other - 1) * HW + p];
-            }
-            sums[k][p] = total;
+            A* const sums = partial + k * a.groups * flat + p;
+            A total = sums[0];
+            for (int g = 1; g < a.groups; ++g) total += sums[g * flat];
+            sums[0] = total;
           }
         }
       }
+      sync_cluster();
     }
-    __syncthreads();
+    for (int p = thread; p < HW; p += threads) {
+      A sums[Terms::kSums] = {};
+      if (a.direct) {
+        const A centre = mean[p];
+        for (int c = 0; c < a.C; ++c) add(sums, c * HW + p, centre);
+      } else {
+        // Of all blocks, of the one that has the pixel, or of this block's groups.
+        const bool gathered = a.cluster > 1 && !a.channels_last;
+        const int terms = gathered ? a.cluster : a.groups;
+        const A* mine = partial + p;
+        if (a.cluster > 1 && a.channels_last) mine = of_block(mine, p / a.share);
+#pragma unroll 4
+        for (int i = 0; i < terms; ++i) {
+          const A* from = gathered ? of_block(mine, i) : mine + i * flat;
+#pragma unroll
+          for (int k = 0; k < Terms::kSums; ++k) sums[k] += from[k * a.groups * flat];
+        }
+      }
+      const int h = a.by_W.quotient(p);
+      use(p, p + h * (a.at.pitch - a.W) + a.taps_w / 2, sums);
+    }
+    if (a.cluster > 1) {
+      sync_cluster();  // before anyone writes over what others have yet to read
+    } else {
+      __syncthreads();
+    }
   }
 
-  // Blurs a plane and finishes it, by way of scratch; finish may write the plane itself.
+  // ------------------------------------------------------------------------------------ blur
+
+  // finish(blurred, p, where) for every pixel of the plane `in`, which finish may write: the next
+  // blur's. Ends with a barrier.
   template <typename Finish>
-  __device__ __forceinline__ void blur(const A* in, A* scratch, bool adjoint,
-                                       const Finish& finish) const {
-    const A* const taps = adjoint ? flipped : weight;
-    for (int p = static_cast<int>(threadIdx.x); p < HW; p += kThreads) {
-      const int h = p / W, w = p % W;
-      if (separable) {
-        scratch[p] = line(in + h * W, 1, W, w, taps, taps_w);
+  __device__ __forceinline__ void blur(bool adjoint, const Finish& finish) const {
+    const PlaneLayout& at = a.at;
+    const A *in = planes, *taps = planes + (adjoint ? at.flipped : at.weight);
+    A* const scratch = planes + at.scratch;
+    const int per_row = at.W4 / 4, W4 = at.W4;
+    if (a.separable && !a.direct) {  // partial sums were there
+      for (int i = thread; i < (at.scratch_rows - a.H) * W4; i += threads) {
+        scratch[i < at.above * W4 ? i : i + a.H * W4] = A(0);
+      }
+    }
+    for (int i = thread; i < a.H * per_row; i += threads) {
+      const int h = a.by_row.quotient(i), w = (i - h * per_row) * 4;
+      A sums[4] = {};
+      const auto along = [&](int row, const A* weight) {
+        const A* x = in + row * at.pitch + w;
+        correlate_four([&](int k) { return load_four(x + k); }, weight, a.taps_w, sums);
+      };
+      if (a.separable) {
+        along(h, taps);
       } else {
-        A sum = A(0);
-        for (int k = 0; k < taps_h; ++k) {
-          const int row = h + k - taps_h / 2;
-          if (row < 0 || row >= H) continue;
-          sum += line(in + row * W, 1, W, w, taps + k * taps_w, taps_w);
+        const int top = h - a.taps_h / 2;
+        for (int k = 0; k < a.taps_h; ++k) {
+          if (top + k >= 0 && top + k < a.H) along(top + k, taps + k * at.taps_pitch);
         }
-        scratch[p] = sum;
+      }
+      store_four(scratch + (at.above + h) * W4 + w, sums);
+    }
+    __syncthreads();
+    for (int i = thread; i < (a.H + 3) / 4 * a.W; i += threads) {
+      const int group = a.by_W.quotient(i), w = i - group * a.W, h = group * 4;
+      const A* x = scratch + h * W4 + w;
+      A sums[4] = {};
+      const auto load = [&](int k) -> Four<A> {
+        const A* from = x + k * W4;
+        return {from[0], from[W4], from[2 * W4], from[3 * W4]};
+      };
+      if (a.separable) {
+        correlate_four(load, taps, a.taps_h, sums);
+      } else {
+        const Four<A> four = load(0);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] = four.values[j];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (h + j < a.H) {
+          finish(sums[j], (h + j) * a.W + w, (h + j) * at.pitch + w + a.taps_w / 2);
+        }
       }
     }
     __syncthreads();
-    for (int p = static_cast<int>(threadIdx.x); p < HW; p += kThreads) {
-      finish(separable ? line(scratch + p % W, W, H, p / W, taps, taps_h) : scratch[p], p, p);
-    }
-    __syncthreads();
   }
 
-  // out = value(a, b, planes) for every element.
+  // ----------------------------------------------------------------------------------- apply
+
+  // image = value(u, v, planes) for every element of this share. Ends with a barrier.
   template <typename Value>
-  __device__ __forceinline__ void apply(const T* a, const T* b, const Planes<A>& planes,
-                                        T* out) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    const auto one = [&](int64_t i, int pixel) {
-      const Pack<T, n> as = load_pack<n>(a + i);
-      const Pack<T, n> bs = Value::kReadsInput ? load_pack<n>(b + i) : as;
+  __device__ __forceinline__ void apply(T* image, const T* u, const T* v, const A* plane0,
+                                        const A* plane1, const A* plane2) const {
+    constexpr int n = kPacked ? kPackSize<T> : 1;
+    T* const out = image + first;
+#pragma unroll 2
+    for (int i = thread * n; i < count; i += threads * n) {
+      const Pack<T, n> us = load_pack<n>(u + i);
+      const Pack<T, n> vs = Value::kReadsBoth ? load_pack<n>(v + i) : us;
       Pack<T, n> to;
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        to.values[j] =
-            static_cast<T>(Value{}(static_cast<A>(as.values[j]), static_cast<A>(bs.values[j]),
-                                   planes, static_cast<int64_t>(pixel + (kChannelsLast ? 0 : j))));
+      for (int c = 0; c < n; c += m) {
+        Pack<A, m> of[3];
+        const A* const from[3] = {plane0, plane1, plane2};
+        // A share of NCHW begins with a channel, one of NHWC with a pixel.
+        const int p = a.channels_last ? rank * a.share + a.by_line.quotient(i + c)
+                                      : a.by_line.remainder(i + c);
+#pragma unroll
+        for (int k = 0; k < Value::kPlanes; ++k) {
+          if (a.channels_last) {
+            const A value = from[k][p];
+#pragma unroll
+            for (int j = 0; j < m; ++j) of[k].values[j] = value;
+          } else {
+            of[k] = load_pack<m>(from[k] + p);
+          }
+        }
+#pragma unroll
+        for (int k = Value::kPlanes; k < 3; ++k) of[k] = of[0];
+#pragma unroll
+        for (int j = 0; j < m; ++j) {
+          to.values[c + j] = static_cast<T>(
+              Value{}(static_cast<A>(us.values[c + j]), static_cast<A>(vs.values[c + j]),
+                      of[0].values[j], of[1].values[j], of[2].values[j]));
+        }
       }
       store_pack(out + i, to);
-    };
-    if constexpr (kChannelsLast) {
-      const int packs = C / n;
-#pragma unroll 4
-      for (int i = thread; i < HW * packs; i += kThreads)
-        one(static_cast<int64_t>(i) * n, i / packs);
-    } else {
-      const int packs = HW / n, groups = packs < kThreads ? kThreads / packs : 1;
-      const int group = groups > 1 ? thread / packs : 0;
-      for (int q = groups > 1 ? thread % packs : thread; q < packs && group < groups;
-           q += kThreads) {
-#pragma unroll 4
-        for (int c = group; c < C; c += groups) one(static_cast<int64_t>(c) * HW + q * n, q * n);
-      }
     }
     __syncthreads();
   }
-
- private:
-  // One output of a correlation along one dimension: correlate_at in 32 bits.
-  __device__ __forceinline__ static A line(const A* in, int step, int size, int i, const A* taps,
-                                           int count) {
-    const int radius = count / 2;
-    const int first = i < radius ? radius - i : 0;
-    const int last = i + radius < size ? count : size + radius - i;
-    A sum = A(0);
-#pragma unroll 1  // it stands in many places of a kernel, and is a small part of its time
-    for (int k = first; k < last; ++k) sum += in[(i + k - radius) * step] * taps[k];
-    return sum;
-  }
 };
 
-// What the kernels of whole images begin with: weights and coef, and the block's view of them.
-template <int kPlanes, typename A>
-struct alignas(kVectorBytes) ImageMemory {
-  A planes[kPlanes][kMaxPixels<A>];
-  A coef[kMaxPixels<A>];
-  A weight[kMaxTaps], flipped[kMaxTaps];
-  double sums[kThreads / kWarp];
-};
+constexpr int kMostImageThreads = 512;
 
-template <bool kChannelsLast, int n, typename T, typename Memory>
-__device__ __forceinline__ ImageBlock<kChannelsLast, n, T> begin(const ImageArguments<T>& a,
-                                                                 Memory& memory,
-                                                                 opmath_t<T>* partial) {
+template <bool kPacked, typename T>
+__global__ void __launch_bounds__(kMostImageThreads, 2)
+    forward_image_kernel(const __grid_constant__ ImageArguments<T> a) {
   using A = opmath_t<T>;
-  const int H = static_cast<int>(a.g.H), W = static_cast<int>(a.g.W);
-  normalise(a.g.taps_h * (a.g.separable ? 1 : a.g.taps_w), a.kernel, memory.sums, memory.weight,
-            memory.flipped);
-  __syncthreads();
-  for (int p = static_cast<int>(threadIdx.x); p < H * W; p += kThreads) {
-    memory.coef[p] = coefficient<A>(a.g, p / W, p % W, [&](int64_t k) { return memory.weight[k]; });
-  }
-  __syncthreads();
-  return {a.C,
-          H,
-          W,
-          H * W,
-          static_cast<int>(a.g.taps_h),
-          static_cast<int>(a.g.taps_w),
-          a.g.separable,
-          memory.weight,
-          memory.flipped,
-          partial};
-}
-
-template <bool kChannelsLast, int n, typename T>
-__global__ void __launch_bounds__(kThreads) forward_image_kernel(ImageArguments<T> a) {
-  using A = opmath_t<T>;
-  __shared__ ImageMemory<3, A> memory;
-  __shared__ A partial[kThreads * n];
-  const auto block = begin<kChannelsLast, n>(a, memory, partial);
-  A *sum = memory.planes[0], *scratch = memory.planes[1];
-  A* const mean = a.kind == LocalNorm::kDivisive ? nullptr : memory.planes[2];
-  const A* const coef = memory.coef;
-  const A channels = static_cast<A>(a.C);
-  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
-    const T* x = a.input + image * a.C * block.HW;
-    T* y = a.out + image * a.C * block.HW;
-    if (mean) {
-      block.template reduce<SumOfInput>(x, x, nullptr, {sum});
-      block.blur(sum, scratch, false, FinishMean<A>{channels, coef, mean});
+  unsigned char* const memory = dynamic_shared_memory();
+  T* const x = reinterpret_cast<T*>(memory);
+  A* const planes = reinterpret_cast<A*>(memory + a.image_bytes);
+  const ImageBlock<kPacked, T> block(a, planes);
+  A *mean = planes + a.at.mean, *d = planes + a.at.d, *coef = planes + a.at.coef;
+  const int64_t size = int64_t{a.C} * block.HW;
+  const int64_t begin = blockIdx.x / static_cast<unsigned>(a.cluster);
+  const int64_t step = gridDim.x / static_cast<unsigned>(a.cluster);
+  const A channels = static_cast<A>(a.C), by_channels = sizeof(A) == 8 ? channels : 1 / channels;
+  block.load(x, a.input + begin * size);
+  block.prepare();
+  for (int64_t image = begin; image < a.N; image += step) {
+    if (image != begin) block.load(x, a.input + image * size);
+    wait_for_copies();
+    __syncthreads();
+    if (image + step < a.N) block.prefetch(a.input + (image + step) * size);
+    if (a.kind != LocalNorm::kDivisive) {
+      block.template reduce<SumOfInput>(x, x, [&](int p, int where, const A(&sums)[1]) {
+        planes[where] = a.adjoint ? divided(sums[0], coef[p]) : sums[0];
+      });
+      block.blur(a.adjoint, [&](A blurred, int p, int) {
+        const A share = divided(blurred, by_channels);
+        mean[p] = a.adjoint ? share : divided(share, coef[p]);
+      });
     }
     if (a.kind == LocalNorm::kSubtractive) {
-      block.template apply<Subtract>(x, x, {.mean = mean}, y);
+      block.template apply<MinusMean>(a.out + image * size, x, x, mean, mean, mean);
     } else {
-      block.template reduce<SumOfSquares>(x, x, mean, {sum});
-      block.blur(sum, scratch, false, FinishDivisor<A>{channels, a.threshold, a.value, coef, sum});
-      block.template apply<Divide>(x, x, {.mean = mean, .d = sum}, y);
+      block.template reduce<SumOfSquares>(
+          x, x, [&](int, int where, const A(&sums)[1]) { planes[where] = sums[0]; });
+      block.blur(false, [&](A blurred, int p, int) {
+        const A s = divided(std::sqrt(divided(blurred, by_channels)), coef[p]);
+        d[p] = as_divisor(divisor(s, a.threshold, a.value));
+      });
+      block.template apply<CentredByDivisor>(a.out + image * size, x, x, mean, d, d);
     }
   }
 }
 
-// a.input of the subtractive gradient is the gradient.
-template <bool kChannelsLast, int n, typename T>
-__global__ void __launch_bounds__(kThreads) backward_image_kernel(ImageArguments<T> a) {
+// Divisive and contrastive.
+template <bool kPacked, typename T>
+__global__ void __launch_bounds__(kMostImageThreads, 2)
+    backward_image_kernel(const __grid_constant__ ImageArguments<T> a) {
   using A = opmath_t<T>;
-  __shared__ ImageMemory<6, A> memory;
-  __shared__ A partial[kThreads * n];
-  const auto block = begin<kChannelsLast, n>(a, memory, partial);
-  A *sum = memory.planes[0], *scratch = memory.planes[1], *q = memory.planes[2];
-  A *squares = memory.planes[3], *grads = memory.planes[4];
+  unsigned char* const memory = dynamic_shared_memory();
+  T* const g = reinterpret_cast<T*>(memory);
+  T* const x = reinterpret_cast<T*>(memory + a.image_bytes);
+  A* const planes = reinterpret_cast<A*>(memory + 2 * a.image_bytes);
+  const ImageBlock<kPacked, T> block(a, planes);
+  A *mean = planes + a.at.mean, *d = planes + a.at.d, *coef = planes + a.at.coef;
+  A *q = planes + a.at.q, *grads = planes + a.at.grads, *centred = planes + a.at.centred;
+  A *b = q, *offset = grads;  // what comes in their place
   const bool contrastive = a.kind == LocalNorm::kContrastive;
-  A* const mean = contrastive ? memory.planes[5] : nullptr;
-  const A* const coef = memory.coef;
-  const A channels = static_cast<A>(a.C);
-  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
-    const int64_t offset = image * a.C * block.HW;
-    const T *g = a.grad + offset, *x = a.input + offset;
-    T* gx = a.out + offset;
-    if (a.kind == LocalNorm::kSubtractive) {
-      block.template reduce<SumOfInput>(g, g, nullptr, {sum});
-      for (int p = static_cast<int>(threadIdx.x); p < block.HW; p += kThreads) sum[p] /= coef[p];
-      __syncthreads();
-      block.blur(sum, scratch, true, FinishAdjointMean<A>{channels, sum});
-      block.template apply<Subtract>(g, g, {.mean = sum}, gx);
-      continue;
+  const int64_t size = int64_t{a.C} * block.HW;
+  const int64_t begin = blockIdx.x / static_cast<unsigned>(a.cluster);
+  const int64_t step = gridDim.x / static_cast<unsigned>(a.cluster);
+  const A channels = static_cast<A>(a.C), by_channels = sizeof(A) == 8 ? channels : 1 / channels;
+  block.load(g, a.grad + begin * size);
+  block.load(x, a.input + begin * size);
+  block.prepare();
+  for (int64_t image = begin; image < a.N; image += step) {
+    if (image != begin) {
+      block.load(g, a.grad + image * size);
+      block.load(x, a.input + image * size);
+    }
+    wait_for_copies();
+    __syncthreads();
+    if (image + step < a.N) {
+      block.prefetch(a.grad + (image + step) * size);
+      block.prefetch(a.input + (image + step) * size);
     }
     if (contrastive) {
-      block.template reduce<SumOfInput>(x, x, nullptr, {sum});
-      block.blur(sum, scratch, false, FinishMean<A>{channels, coef, mean});
+      block.template reduce<SumOfInput>(
+          x, x, [&](int p, int where, const A(&sums)[1]) { planes[where] = centred[p] = sums[0]; });
+      block.blur(false, [&](A blurred, int p, int) {
+        const A value = divided(divided(blurred, by_channels), coef[p]);
+        mean[p] = value;
+        centred[p] -= channels * value;
+      });
     }
-    // Three sums of a group need three times the room: one after the other, from L1.
-    block.template reduce<SumOfProducts>(g, x, mean, {q});
-    block.template reduce<SumOfSquares>(x, x, mean, {squares});
-    block.template reduce<SumOfInput>(g, g, nullptr, {grads});
-    // In place: d of the squares, B of q, the mean's gradient of the sum.
-    block.blur(squares, scratch, false,
-               FinishDivisorGradient<A>{channels, a.threshold, a.value, coef, squares, q});
-    block.blur(q, scratch, true,
-               FinishB<A>{channels, coef, squares, grads, mean, q, contrastive ? sum : nullptr});
-    if (contrastive) block.blur(sum, scratch, true, FinishAdjointMean<A>{channels, sum});
-    block.template apply<DivideGradient>(
-        g, x, {.mean = mean, .d = squares, .b = q, .t = contrastive ? sum : nullptr}, gx);
+    block.template reduce<SumsOfGradient>(g, x, [&](int p, int where, const A(&sums)[3]) {
+      q[p] = sums[0];
+      planes[where] = sums[1];
+      if (contrastive) grads[p] = sums[2];  // or the offset stays 0
+    });
+    block.blur(false, [&](A blurred, int p, int where) {
+      const A root = std::sqrt(divided(blurred, by_channels)), s = divided(root, coef[p]);
+      d[p] = as_divisor(divisor(s, a.threshold, a.value));
+      // divisor_gradient(), as s * coef is the root
+      const bool above = s > a.threshold && s > A(0);
+      planes[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
+    });
+    block.blur(true, [&](A blurred, int p, int where) {
+      const A share = divided(blurred, by_channels);
+      b[p] = share;
+      if (contrastive) {
+        planes[where] = divided(divided(grads[p], d[p]) - centred[p] * share, coef[p]);
+      }
+    });
+    if (contrastive) {
+      block.blur(true, [&](A blurred, int p, int) {
+        offset[p] = mean[p] * b[p] - divided(blurred, by_channels);
+      });
+    }
+    block.template apply<GradientOfDivisor>(a.out + image * size, g, x, b, d, offset);
   }
 }
 
-// Blocks that look at enough images to make up for their preparation, and fill any device.
-constexpr int64_t kImageBlocks = 2048;
+// How a launch divides the images: a cluster of blocks for each, no blocks if it can not.
+struct ImagePlan {
+  int cluster = 0, share = 0, groups = 1, threads = 0;
+  bool direct = false;
+  int64_t image_bytes = 0, bytes = 0;  // of shared memory
+};
 
 template <typename T>
-bool takes_one_launch(const Images& images, const Tensor& kernel) {
-  // Few images that are large would leave most of the device without work.
-  const bool spread = images.N >= 264 || images.stride_n() <= 32768;
-  return images.H * images.W <= kMaxPixels<opmath_t<T>> && kernel.numel() <= kMaxTaps && spread &&
-         fits_32_bits(images.N * images.stride_n());
-}
-
-template <bool backward, typename T>
-void run_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                const LocalNormOptions& options, const T* grad, const T* input, T* out) {
-  const Tensor values = kernel_in_double(kernel);
-  const ImageArguments<T> a{
-      options.kind,
-      images.N,
-      static_cast<int>(images.C),
-      {images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1), kernel.dim() == 1},
-      static_cast<opmath_t<T>>(options.threshold),
-      static_cast<opmath_t<T>>(options.value),
-      values.const_data_ptr<double>(),
-      grad,
-      input,
-      out};
-  const auto launch = [&](auto* one, auto* packs, int64_t divided) {
-    const bool aligned = divided % kPackSize<T> == 0 && are_aligned(grad, input, out);
-    launcher.run_blocks(aligned ? packs : one, std::min(images.N, kImageBlocks), kThreads, a);
-  };
-  constexpr int n = kPackSize<T>;
-  if constexpr (backward) {
-    if (images.channels_last) {
-      launch(backward_image_kernel<true, 1, T>, backward_image_kernel<true, n, T>, images.C);
-    } else {
-      launch(backward_image_kernel<false, 1, T>, backward_image_kernel<false, n, T>,
-             images.H * images.W);
+ImagePlan plan_images(const Multiprocessors& device, const Images& images, const BlurGeometry& g,
+                      bool backward, bool packed) {
+  using A = opmath_t<T>;
+  const int64_t HW = images.H * images.W, buffers = backward ? 2 : 1;
+  const int64_t unit = images.channels_last ? images.C : HW;
+  const int64_t units = images.channels_last ? HW : images.C;
+  constexpr int64_t kMost = int64_t{1} << 24;  // bytes and elements, long before any overflow
+  if (HW > kMost || images.C > kMost || HW * images.C > kMost || g.taps_h * g.taps_w > kMaxTaps) {
+    return {};
+  }
+  const auto plan_for = [&](int cluster, int groups) {
+    ImagePlan plan;
+    int64_t share = ceil_div(units, cluster);
+    if (packed) {
+      while (share * unit % kPackSize<T> != 0) ++share;
     }
-  } else {
-    if (images.channels_last) {
-      launch(forward_image_kernel<true, 1, T>, forward_image_kernel<true, n, T>, images.C);
-    } else {
-      launch(forward_image_kernel<false, 1, T>, forward_image_kernel<false, n, T>,
-             images.H * images.W);
+    plan.cluster = cluster, plan.share = static_cast<int>(share), plan.groups = groups;
+    plan.image_bytes = round_up(share * unit * static_cast<int64_t>(sizeof(T)), kVectorBytes);
+    plan.bytes = buffers * plan.image_bytes +
+                 PlaneLayout(g, backward, groups).size * static_cast<int64_t>(sizeof(A));
+    if (plan.bytes > device.shared_per_block ||
+        share * unit * std::max(HW, images.C) >= int64_t{1} << 32) {
+      plan.cluster = 0;
+    }
+    return plan;
+  };
+  // A block takes some of the shared memory for itself.
+  const auto blocks_for = [&](const ImagePlan& plan) {
+    return plan.cluster ? device.shared_bytes / (plan.bytes + 1024) : 0;
+  };
+  // Two blocks of a multiprocessor, one copying while the other one adds, and work for all of
+  // them; no more blocks than that for an image, as they all blur.
+  ImagePlan plan = plan_for(1, 1);
+  for (int cluster = 2; cluster <= device.largest_cluster && cluster <= units; cluster *= 2) {
+    const ImagePlan next = plan_for(cluster, 1);
+    const int64_t data = buffers * plan.image_bytes;
+    const bool idle = images.N * plan.cluster < device.count && data > device.shared_per_block / 16;
+    const bool planes_only = plan.cluster && 2 * data < plan.bytes;
+    if (plan.cluster && (blocks_for(plan) >= 2 || planes_only) && !idle) break;
+    if (next.cluster) plan = next;
+  }
+  if (plan.cluster == 0) return plan;
+  const int64_t blocks = blocks_for(plan), elements = HW * images.C;
+  // The registers are enough for as many threads in all.
+  int threads = blocks <= 2 ? 2 * device.block_threads : device.block_threads;
+  if (blocks >= 6) threads = device.block_threads / 2;
+  while (threads > kWarp && 2 * elements <= threads) threads /= 2;
+  const bool direct = !images.channels_last && plan.cluster == 1 && images.C <= 4;
+  if (!images.channels_last && !direct) {  // groups of threads where there are fewer packs
+    const int64_t packs = HW / (packed ? kImagePack<T> : 1);
+    for (int64_t groups = std::min({threads / packs, int64_t{8}, int64_t{plan.share}}); groups > 1;
+         --groups) {
+      const ImagePlan grouped = plan_for(plan.cluster, static_cast<int>(groups));
+      if (blocks_for(grouped) < blocks) continue;
+      plan = grouped;
+      break;
     }
   }
+  plan.threads = threads, plan.direct = direct;
+  return plan;
+}
+
+// Whether the images went into shared memory. `gradient`: of divisive or contrastive, from grad
+// and input; else the forward, or with `adjoint` the gradient of subtractive.
+template <bool gradient, typename T>
+bool run_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
+                const LocalNormOptions& options, bool adjoint, const T* grad, const T* input,
+                T* out) {
+  const BlurGeometry g{images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1),
+                       kernel.dim() == 1};
+  const int64_t HW = images.H * images.W;
+  const bool packed = (images.channels_last ? images.C : HW) % kImagePack<T> == 0 &&
+                      images.C * HW % kPackSize<T> == 0 && are_aligned(grad, input, out);
+  const auto kernel_with = [](auto packs) {
+    if constexpr (gradient) {
+      return &backward_image_kernel<decltype(packs)::value, T>;
+    } else {
+      return &forward_image_kernel<decltype(packs)::value, T>;
+    }
+  };
+  auto* const kernel_of_images =
+      packed ? kernel_with(std::true_type{}) : kernel_with(std::false_type{});
+  const ImagePlan plan =
+      plan_images<T>(multiprocessors(kernel_of_images), images, g, gradient, packed);
+  if (plan.cluster == 0) return false;
+  const Tensor values = kernel_in_double(kernel);
+  const ImageArguments<T> a{.kind = options.kind,
+                            .adjoint = adjoint,
+                            .channels_last = images.channels_last,
+                            .separable = g.separable,
+                            .direct = plan.direct,
+                            .N = images.N,
+                            .C = static_cast<int>(images.C),
+                            .H = static_cast<int>(g.H),
+                            .W = static_cast<int>(g.W),
+                            .taps_h = static_cast<int>(g.taps_h),
+                            .taps_w = static_cast<int>(g.taps_w),
+                            .cluster = plan.cluster,
+                            .share = plan.share,
+                            .groups = plan.groups,
+                            .image_bytes = static_cast<int>(plan.image_bytes),
+                            .by_W = Divider(g.W),
+                            .by_row = Divider(ceil_div(g.W, 4)),
+                            .by_line = Divider(images.channels_last ? images.C : HW),
+                            .at = PlaneLayout(g, gradient, plan.groups),
+                            .threshold = static_cast<opmath_t<T>>(options.threshold),
+                            .value = static_cast<opmath_t<T>>(options.value),
+                            .kernel = values.const_data_ptr<double>(),
+                            .grad = grad,
+                            .input = input,
+                            .out = out};
+  launcher.run_clusters_with_shared(kernel_of_images, images.N, plan.cluster, plan.threads,
+                                    plan.bytes, a);
+  return true;
 }
 
 // ------------------------------------------------------------------------------------------- steps
@@ -823,8 +1269,13 @@ class Problem {
                     lanes);
     } else {
       // Whole warps side by side, and up to eight of them for the channels.
-      const int pixels = kThreads / std::min(lanes_for(C_), kThreads / kWarp);
-      launcher_.run(reduce_planes_kernel<Terms, T>, N_ * HW_, pixels, pixels, r);
+      constexpr int n = kImagePack<T>;
+      const int across = kThreads / std::min(lanes_for(C_), kThreads / kWarp);
+      if (HW_ % n == 0 && are_aligned(r.grad, r.input)) {
+        launcher_.run(reduce_planes_kernel<n, Terms, T>, N_ * HW_ / n, across, across, r);
+      } else {
+        launcher_.run(reduce_planes_kernel<1, Terms, T>, N_ * HW_, across, across, r);
+      }
     }
   }
 
@@ -905,14 +1356,17 @@ void forward_images(const Launcher& launcher, const Images& images, const Tensor
     problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
   }
   if (options.kind == LocalNorm::kSubtractive) {
-    problem.template apply<Subtract>(x, x, {.mean = mean}, y);
+    problem.template apply<Subtract>(x, x, {.mean = mean, .descending = true}, y);
     return;
   }
-  problem.template reduce<SumOfSquares>({.input = x, .mean = mean, .sums = {sum}});
+  // Every pass begins where the one before ended.
+  const bool second = mean != nullptr;
+  problem.template reduce<SumOfSquares>(
+      {.input = x, .mean = mean, .sums = {sum}, .descending = second});
   problem.blur(
       sum, scratch, false,
       FinishDivisor<A>{problem.channels, problem.threshold, problem.value, problem.coef, d});
-  problem.template apply<Divide>(x, x, {.mean = mean, .d = d}, y);
+  problem.template apply<Divide>(x, x, {.mean = mean, .d = d, .descending = !second}, y);
 }
 
 template <typename T, typename A = opmath_t<T>>
@@ -923,7 +1377,7 @@ void subtractive_backward_images(const Launcher& launcher, const Images& images,
   A *sum = problem.plane(0), *scratch = problem.plane(1), *t = problem.plane(2);
   problem.template reduce<SumOfInput>({.input = g, .coef = problem.coef, .sums = {sum}});
   problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<Subtract>(g, g, {.mean = t}, gx);
+  problem.template apply<Subtract>(g, g, {.mean = t, .descending = true}, gx);
 }
 
 // Divisive and contrastive. s is computed again from the input, in the pass over it that q needs
@@ -941,15 +1395,19 @@ void divisive_backward_images(const Launcher& launcher, const Images& images, co
     problem.template reduce<SumOfInput>({.input = x, .sums = {sum}});
     problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
   }
-  problem.template reduce<SumsOfGradient>(
-      {.grad = g, .input = x, .mean = mean, .sums = {q, squares, grads}});
+  problem.template reduce<SumsOfGradient>({.grad = g,
+                                           .input = x,
+                                           .mean = mean,
+                                           .sums = {q, squares, grads},
+                                           .descending = contrastive});
   problem.blur(squares, scratch, false,
                FinishDivisorGradient<A>{problem.channels, problem.threshold, problem.value,
                                         problem.coef, d, q});
   problem.blur(q, scratch, true,
                FinishB<A>{problem.channels, problem.coef, d, grads, mean, b, sum});
   if (contrastive) problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<DivideGradient>(g, x, {.mean = mean, .d = d, .b = b, .t = t}, gx);
+  problem.template apply<DivideGradient>(
+      g, x, {.mean = mean, .d = d, .b = b, .t = t, .descending = !contrastive}, gx);
 }
 
 // ------------------------------------------------------------------------------------- operators
@@ -964,13 +1422,10 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if (output.numel() == 0) return;
-    if (takes_one_launch<T>(x, kernel)) {
-      const T* in = x.data.const_data_ptr<T>();
-      run_images<false, T>(launcher, x, kernel, options, in, in, output.mutable_data_ptr<T>());
-      return;
-    }
-    forward_images(launcher, x, kernel, options, x.data.const_data_ptr<T>(),
-                   output.mutable_data_ptr<T>());
+    const T* in = x.data.const_data_ptr<T>();
+    T* out = output.mutable_data_ptr<T>();
+    if (run_images<false, T>(launcher, x, kernel, options, false, in, in, out)) return;
+    forward_images(launcher, x, kernel, options, in, out);
   });
   return output;
 }
@@ -989,12 +1444,13 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
     if (grad_input.numel() == 0) return;
     const T* go = grad.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
-    if (takes_one_launch<T>(x, kernel)) {
-      run_images<true, T>(launcher, x, kernel, options, go, x.data.const_data_ptr<T>(), gi);
-    } else if (options.kind == LocalNorm::kSubtractive) {
+    if (options.kind == LocalNorm::kSubtractive) {
+      if (run_images<false, T>(launcher, x, kernel, options, true, go, go, gi)) return;
       subtractive_backward_images(launcher, x, kernel, options, go, gi);
     } else {
-      divisive_backward_images(launcher, x, kernel, options, go, x.data.const_data_ptr<T>(), gi);
+      const T* in = x.data.const_data_ptr<T>();
+      if (run_images<true, T>(launcher, x, kernel, options, false, go, in, gi)) return;
+      divisive_backward_images(launcher, x, kernel, options, go, in, gi);
     }
   });
   return grad_input;

@@ -448,7 +448,7 @@ __device__ __forceinline__ void begin_tile(const T* from, T* to, int count, bool
   constexpr int n = kPackSize<T>;
   const int packs = aligned ? count / n : 0;
   for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
-    copy_async(from + i * n, to + i * n);
+    copy_pack<n>(to + i * n, from + i * n);
   }
   for (int i = packs * n + static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
 }

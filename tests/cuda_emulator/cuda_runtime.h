@@ -12,6 +12,9 @@
 // between two such waits a block's __shared__ memory is its own, but none of it lives any longer,
 // as another block may have used it meanwhile (except for what all blocks write alike).
 //
+// So are the threads of a cluster's blocks, in any order among each other; these have no __shared__
+// memory but the dynamic one, of which each block has its own.
+//
 // tests/test_cuda_emulator.py says what this proves and what it does not.
 #pragma once
 
@@ -55,6 +58,7 @@ namespace cuda_emulator {
 struct Settings {
   int64_t max_blocks = INT64_MAX;            // of a grid: few of them, and kernels must loop
   int64_t largest_narrow_index = INT32_MAX;  // 0, and every kernel is the one for large tensors
+  int64_t image_bytes = int64_t{48} << 10;   // of shared memory, for kernels launched as clusters
 };
 inline Settings settings;
 
@@ -70,6 +74,32 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
 unsigned char* dynamic_shared_memory();
 inline int64_t shared_memory_limit() {
   return int64_t{48} << 10;
+}
+
+// What kernels that keep much in shared memory are planned for.
+struct Multiprocessors {
+  int count;
+  int64_t shared_bytes, shared_per_block;
+  int largest_cluster, block_threads;
+};
+template <typename Kernel>
+Multiprocessors multiprocessors(Kernel*) {
+  return {3, 2 * settings.image_bytes, settings.image_bytes, 8, 64};
+}
+
+// The same for clusters of blocks, which are alive at once.
+void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
+                  const std::function<void()>& thread, size_t shared_bytes);
+
+// To be called by all threads of a cluster.
+void sync_cluster();
+
+// The address in the dynamic shared memory of a block of the cluster.
+const unsigned char* address_of_block(const unsigned char* mine, int rank);
+template <typename V>
+const V* of_block(const V* mine, int rank) {
+  return reinterpret_cast<const V*>(
+      address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
 }
 
 // The same with all blocks alive at once.
@@ -134,6 +164,15 @@ class CurrentStream {
       run_cluster(dim3(grid), first, cluster_blocks, threads, [&] { kernel(arguments...); });
     }
     return true;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
+                                   int64_t shared_bytes, const Arguments&... arguments) const {
+    const auto clusters = static_cast<unsigned>(std::min(items, settings.max_blocks));
+    run_clusters(
+        clusters, static_cast<unsigned>(cluster), static_cast<unsigned>(threads),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 };
 

@@ -41,6 +41,8 @@ unsigned current;             // the thread that runs, of a block numbered x fir
 std::vector<unsigned> ready;  // threads that could run
 unsigned finished;
 Barrier block_barrier;
+unsigned blocks_of_cluster;  // 0 outside of clusters; in them, a block's threads follow another's
+std::vector<Barrier> barriers_of_blocks;
 std::vector<Barrier> warp_barriers;
 const std::function<void()>* body;
 std::mt19937 random_order;
@@ -52,6 +54,7 @@ struct alignas(16) Line {
 constexpr size_t kMarginLines = 4;
 constexpr unsigned char kNaN = 0xff;  // every byte of a NaN, in all floating-point types
 std::vector<Line> dynamic_shared;
+size_t block_lines;  // from one block's to the next one's, in a cluster
 
 void back_to_scheduler() {
   if (_setjmp(fibers[first_fiber + current]->resume) == 0) _longjmp(scheduler, 1);
@@ -94,8 +97,8 @@ void wait(Barrier& barrier) {
   back_to_scheduler();
 }
 
-void check_margin() {
-  const auto* end = dynamic_shared_memory() + dynamic_shared.size() * sizeof(Line);
+void check_margin(const Line* end_of_block) {
+  const auto* end = reinterpret_cast<const unsigned char*>(end_of_block);
   if (!std::all_of(end - kMarginLines * sizeof(Line), end,
                    [](auto byte) { return byte == kNaN; })) {
     throw std::runtime_error("CUDA emulator: a thread wrote behind the block's shared memory");
@@ -139,7 +142,7 @@ void run_block(unsigned threads) {
     threadIdx.y = current / blockDim.x;
     run_until_it_waits(*fibers[first_fiber + current]);
   }
-  if (finished == threads) return check_margin();
+  if (finished == threads) return check_margin(dynamic_shared.data() + dynamic_shared.size());
   if (at_grid_barrier == threads) return;
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
@@ -237,12 +240,56 @@ void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round) {
   back_to_scheduler();
 }
 
+void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
+                  const std::function<void()>& thread, size_t shared_bytes) {
+  blockDim = dim3(threads);
+  gridDim = dim3(clusters * cluster);
+  body = &thread;
+  make_fibers(size_t{cluster} * threads);
+  first_fiber = 0;
+  blocks_of_cluster = cluster;
+  block_lines = (shared_bytes + sizeof(Line) - 1) / sizeof(Line) + kMarginLines;
+  dynamic_shared.resize(cluster * block_lines);
+  for (unsigned number = 0; number < clusters; ++number) {
+    start_block(cluster * threads);
+    barriers_of_blocks.assign(cluster, {threads, {}});
+    while (!ready.empty()) {
+      current = take_ready_thread();
+      threadIdx.x = current % threads;
+      threadIdx.y = 0;
+      blockIdx.x = number * cluster + current / threads;
+      run_until_it_waits(*fibers[current]);
+    }
+    if (finished == cluster * threads) {
+      for (unsigned block = 0; block < cluster; ++block) {
+        check_margin(dynamic_shared.data() + (block + 1) * block_lines);
+      }
+      continue;
+    }
+    blocks_of_cluster = 0;
+    fibers.clear();
+    throw std::runtime_error("CUDA emulator: threads of a cluster wait for ones that never come");
+  }
+  blocks_of_cluster = 0;
+}
+
+void sync_cluster() {
+  if (blocks_of_cluster == 0) std::abort();
+  wait(block_barrier);
+}
+
+const unsigned char* address_of_block(const unsigned char* mine, int rank) {
+  const auto offset = mine - dynamic_shared_memory();
+  return dynamic_shared[static_cast<size_t>(rank) * block_lines].bytes + offset;
+}
+
 unsigned char* dynamic_shared_memory() {
-  return dynamic_shared.data()->bytes;
+  const size_t block = blocks_of_cluster ? current / blockDim.x : 0;
+  return dynamic_shared[block * block_lines].bytes;
 }
 
 void wait_for_block() {
-  wait(block_barrier);
+  wait(blocks_of_cluster ? barriers_of_blocks[current / blockDim.x] : block_barrier);
 }
 
 void wait_for_warp() {
@@ -264,6 +311,12 @@ extern "C" __attribute__((visibility("default"))) void configure_cuda_emulator(
     int64_t max_blocks, int64_t largest_narrow_index, uint32_t seed) {
   cuda_emulator::settings = {max_blocks, largest_narrow_index};
   cuda_emulator::random_order.seed(seed);
+}
+
+// The shared memory of a block, for images that are kept there; until the next call of the above.
+extern "C" __attribute__((visibility("default"))) void configure_emulated_images(
+    int64_t image_bytes) {
+  cuda_emulator::settings.image_bytes = image_bytes;
 }
 
 // The emulated device of online SGD: how many blocks run at a time, and the threads of a block.
