@@ -32,6 +32,27 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// A number as a type, for lambdas that take it from a dispatch.
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
+// Division by a number that the host knows: of i with divisor * (i + 1) <= 2^32.
+struct Divider {
+  uint32_t divisor = 1, magic = UINT32_MAX;
+
+  Divider() = default;
+  explicit Divider(int64_t d)
+      : divisor(static_cast<uint32_t>(d)),
+        magic(static_cast<uint32_t>(UINT32_MAX / static_cast<uint64_t>(d))) {}
+
+  MNIST_OPS_HD uint32_t quotient(uint32_t i) const {
+    return static_cast<uint32_t>((static_cast<uint64_t>(i) * magic + magic) >> 32);
+  }
+  MNIST_OPS_HD uint32_t remainder(uint32_t i) const { return i - quotient(i) * divisor; }
+};
+
 #if defined(MNIST_OPS_CUDA_EMULATOR)
 // The tests run these kernels on the CPU: there is no device to choose, <<<>>> is not C++, and
 // small tensors must take the paths of large ones.

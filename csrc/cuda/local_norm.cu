@@ -548,20 +548,6 @@ __global__ void __launch_bounds__(kThreads)
 // plane, whole. Sums over channels are added up from all blocks' shares; the blur, of one plane, is
 // every block's own.
 
-// Division by a constant, for value * divisor < 2^32.
-struct Divider {
-  uint32_t divisor, magic;
-  explicit Divider(int64_t d)
-      : divisor(static_cast<uint32_t>(d)), magic(d > 1 ? 0xffffffffu / divisor + 1 : 0) {}
-  __device__ __forceinline__ int quotient(int value) const {
-    if (magic == 0) return value;
-    return static_cast<int>((uint64_t{static_cast<uint32_t>(value)} * magic) >> 32);
-  }
-  __device__ __forceinline__ int remainder(int value) const {
-    return value - quotient(value) * static_cast<int>(divisor);
-  }
-};
-
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -736,7 +722,7 @@ struct ImageBlock {
       __syncthreads();
     }
     for (int p = thread; p < HW; p += threads) {
-      const int h = a.by_W.quotient(p), w = p - h * a.W;
+      const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p))), w = p - h * a.W;
       A total = A(0);
       if (a.separable) {
         total = along_w[w] * along_h[h];
@@ -876,7 +862,7 @@ struct ImageBlock {
           for (int k = 0; k < Terms::kSums; ++k) sums[k] += from[k * a.groups * flat];
         }
       }
-      const int h = a.by_W.quotient(p);
+      const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p)));
       use(p, p + h * (a.at.pitch - a.W) + a.taps_w / 2, sums);
     }
     if (a.cluster > 1) {
@@ -902,7 +888,8 @@ struct ImageBlock {
       }
     }
     for (int i = thread; i < a.H * per_row; i += threads) {
-      const int h = a.by_row.quotient(i), w = (i - h * per_row) * 4;
+      const int h = static_cast<int>(a.by_row.quotient(static_cast<uint32_t>(i))),
+                w = (i - h * per_row) * 4;
       A sums[4] = {};
       const auto along = [&](int row, const A* weight) {
         const A* x = in + row * at.pitch + w;
@@ -920,7 +907,8 @@ struct ImageBlock {
     }
     __syncthreads();
     for (int i = thread; i < (a.H + 3) / 4 * a.W; i += threads) {
-      const int group = a.by_W.quotient(i), w = i - group * a.W, h = group * 4;
+      const int group = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(i))),
+                w = i - group * a.W, h = group * 4;
       const A* x = scratch + h * W4 + w;
       A sums[4] = {};
       const auto load = [&](int k) -> Four<A> {
@@ -962,8 +950,10 @@ struct ImageBlock {
         Pack<A, m> of[3];
         const A* const from[3] = {plane0, plane1, plane2};
         // A share of NCHW begins with a channel, one of NHWC with a pixel.
-        const int p = a.channels_last ? rank * a.share + a.by_line.quotient(i + c)
-                                      : a.by_line.remainder(i + c);
+        const int p = a.channels_last
+                          ? rank * a.share +
+                                static_cast<int>(a.by_line.quotient(static_cast<uint32_t>(i + c)))
+                          : static_cast<int>(a.by_line.remainder(static_cast<uint32_t>(i + c)));
 #pragma unroll
         for (int k = 0; k < Value::kPlanes; ++k) {
           if (a.channels_last) {

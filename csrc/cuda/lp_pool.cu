@@ -595,11 +595,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // --------------------------------------------------------------------------------------- launches
 
-template <int n>
-struct Number {
-  static constexpr int value = n;
-};
-
 // What the kernels with packs count in 32 bits: elements, and those a pack or a row beyond.
 bool counts_in_32_bits(const PoolGeometry& g) {
   return fits_32_bits(g.N * g.C * g.H * g.W + 4 * g.W) && fits_32_bits(g.N * g.C * g.OH * g.OW);

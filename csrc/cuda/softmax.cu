@@ -1031,11 +1031,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // --------------------------------------------------------------------------------------- launches
 
-template <int n>
-struct Number {
-  static constexpr int value = n;
-};
-
 // Which rows a block brings to shared memory: `tensors` of them at a time.
 template <typename T>
 bool takes_tile(const SoftmaxGeometry& g, int64_t tensors) {

@@ -70,19 +70,6 @@ __device__ __forceinline__ Position<I> position_of(I index, bool channels_last, 
 
 // ------------------------------------------------------------------------------- a block, an image
 
-// Division by a number that the host knows: quotient(i) for i with d (i + 1) <= 2^32.
-struct Divider {
-  uint32_t magic;
-
-  MNIST_OPS_HD uint32_t quotient(uint32_t i) const {
-    return static_cast<uint32_t>((static_cast<uint64_t>(i + 1) * magic) >> 32);
-  }
-};
-
-Divider divider(int64_t d) {
-  return {static_cast<uint32_t>(UINT32_MAX / static_cast<uint64_t>(d))};
-}
-
 // Neighbours that one thread takes at once: 16 bytes, or 8 in half types, where more of them would
 // seldom divide the width of a map.
 template <typename T>
@@ -939,12 +926,12 @@ Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor
   if (pack > 0) {
     s.unit_row = static_cast<uint32_t>((channels_last ? s.g.C : s.g.W) / pack);
     s.units = s.unit_row * static_cast<uint32_t>(channels_last ? s.pixels() : s.g.C * s.g.OH);
-    s.by_unit_row = divider(s.unit_row);
+    s.by_unit_row = Divider(s.unit_row);
   }
-  s.by_rows = divider(channels_last ? g.OW : g.OH);
-  s.by_width = divider(g.OW);
-  s.by_inner = divider(channels_last ? g.C : g.OH * g.OW);
-  s.by_sums = divider(s.sum_units());
+  s.by_rows = Divider(channels_last ? g.OW : g.OH);
+  s.by_width = Divider(g.OW);
+  s.by_inner = Divider(channels_last ? g.C : g.OH * g.OW);
+  s.by_sums = Divider(s.sum_units());
   return s;
 }
 
