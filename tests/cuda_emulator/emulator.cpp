@@ -140,7 +140,7 @@ void run_block(unsigned threads) {
     run_until_it_waits(*fibers[first_fiber + current]);
   }
   if (finished == threads) return check_margin();
-  if (at_grid_barrier == threads) return;
+  if (at_grid_barrier == threads) return check_margin();
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
   throw std::runtime_error(
@@ -176,13 +176,14 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
   }
 }
 
-void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread) {
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
+                       size_t shared_bytes) {
   const unsigned threads = block.x * block.y;
   blockDim = block;
   gridDim = grid;
   body = &thread;
   make_fibers(size_t{grid.x} * threads);
-  dynamic_shared.resize(kMarginLines);  // a launch of this kind asks for none
+  dynamic_shared.resize((shared_bytes + sizeof(Line) - 1) / sizeof(Line) + kMarginLines);
   std::vector<WaitingBlock> blocks(grid.x);
   std::vector<unsigned> runnable(grid.x), waiting;
   for (unsigned i = 0; i < grid.x; ++i) runnable[i] = i;
@@ -261,8 +262,9 @@ extern "C" __attribute__((visibility("default"))) void configure_cuda_emulator(
   cuda_emulator::random_order.seed(seed);
 }
 
-// The emulated device of online SGD: how many blocks run at a time, and the threads of a block.
+// The emulated device of online SGD: how many blocks run at a time, the threads of a block, and the
+// shared memory that it can ask for.
 extern "C" __attribute__((visibility("default"))) void configure_emulated_device(
-    int multiprocessors, int block_threads) {
-  cuda_emulator::device = {multiprocessors, block_threads};
+    int multiprocessors, int block_threads, int64_t shared_bytes) {
+  cuda_emulator::device = {multiprocessors, block_threads, shared_bytes};
 }
