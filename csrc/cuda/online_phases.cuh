@@ -515,13 +515,15 @@ __device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g)
 // A tiled convolution, forward or for the input's gradient. A task has two rows of the output and G
 // output channels. The rows of the input that it needs go into the block's own memory, zeros where
 // they reach into the padding's columns, and the weights of its channels. Then a warp has S columns
-// of one of the rows: its lanes take an input channel each, of 32, and rows of the kernel; S G sums
-// stay in registers, of which S + 4 inputs and 5 G weights feed 5 S G multiplications. What lanes,
-// and then warps, have added up meets in the block's memory, in a fixed order.
-template <int S, int G, typename T>
+// of one of the rows and M of the output channels: its lanes take an input channel each, of 32, and
+// rows of the kernel; S M sums stay in registers, and S + 4 inputs and 5 M weights feed 5 S M
+// multiplications. What lanes, and then warps, have added up meets in the block's memory, in a fixed
+// order.
+template <int S, int G, int M, typename T>
 __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                   T* shared) {
-  constexpr int K = kTile, kTaps = K * K, kSums = S * G, kPack = kPackSize<T>;
+  static_assert(G % M == 0);
+  constexpr int K = kTile, kTaps = K * K, kSums = S * G, kPack = kPackSize<T>, kShares = G / M;
   constexpr int kFlipStep = (G * kTaps) | 1;
   const TilePlan& t = p.tile;
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
@@ -667,32 +669,33 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
                       row * p.W * p.C];
       }
     }
-    for (int32_t unit = warp; unit < depth * 2 * segments; unit += warps) {
-      const int32_t d = unit / (2 * segments), j = unit - d * 2 * segments;
+    for (int32_t unit = warp; unit < depth * 2 * segments * kShares; unit += warps) {
+      const int32_t place_of_sums = unit / kShares, m = unit % kShares * M;
+      const int32_t d = place_of_sums / (2 * segments), j = place_of_sums - d * 2 * segments;
       const int32_t r = j >= segments, segment = j - r * segments;
       const int32_t part = d / chunks, c = (d - part * chunks) * kWarp + lane;
-      T sum[kSums] = {};
+      T sum[S * M] = {};
       const int32_t kh_end = (part + 1) * K / t.parts;
       for (int32_t kh = part * K / t.parts; kh < kh_end; ++kh) {
         const int32_t h = k.top + r + kh;
         if (h < 0 || h >= p.H) continue;
         const T* from = map + ((r + kh) * t.width + segment * S) * p.C + c;
-        const T* weight = weights + c * channel_step + kh * K;
+        const T* weight = weights + c * channel_step + m * output_step + kh * K;
         T in[S + K - 1];
 #pragma unroll
         for (int i = 0; i < S + K - 1; ++i) in[i] = from[i * p.C];
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
+        for (int g = 0; g < M; ++g) {
 #pragma unroll
           for (int kw = 0; kw < K; ++kw) {
             const T a = weight[g * output_step + kw];
 #pragma unroll
-            for (int i = 0; i < S; ++i) sum[i * G + g] += a * in[i + kw];
+            for (int i = 0; i < S; ++i) sum[i * M + g] += a * in[i + kw];
           }
         }
       }
       const T total = lane_sums(sum, lane);
-      if (lane < kSums) sums[unit * kSums + lane] = total;
+      if (lane < S * M) sums[place_of_sums * kSums + lane / M * G + m + lane % M] = total;
     }
     __syncthreads();
     for (int32_t i = thread_index(); i < all_sums; i += thread_count()) {
@@ -860,12 +863,9 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
       return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, block, blocks, shared)
                                                 : first_convolution<0>(p, s, block, blocks, shared);
     }
-    if (p.tile.segment == 5) {
-      return p.tile.group == 3 ? tiled_convolution<5, 3>(p, s, block, blocks, shared)
-                               : tiled_convolution<5, 4>(p, s, block, blocks, shared);
-    }
-    return p.tile.group == 3 ? tiled_convolution<7, 3>(p, s, block, blocks, shared)
-                             : tiled_convolution<7, 4>(p, s, block, blocks, shared);
+    if (p.tile.group == 3) return tiled_convolution<5, 3, 3>(p, s, block, blocks, shared);
+    return p.tile.segment == 5 ? tiled_convolution<5, 4, 2>(p, s, block, blocks, shared)
+                               : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
   }
   const T* x = s.map(p.x);
   const T* mean = prepare_mean(p.blur, s, x, shared);

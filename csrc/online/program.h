@@ -438,24 +438,24 @@ class Planner {
     const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
     TilePlan best;
     int64_t best_work = 0;
-    for (const int32_t segment : {5, 7}) {
-      for (const int32_t group : {3, 4}) {
-        TilePlan t;
-        t.group = group, t.segment = segment;
-        const int32_t segments = ceil_div(p.OW, segment);
-        t.width = segments * segment + kTile - 1;
-        t.parts = chunks * 2 * segments < warps() ? 2 : 1;
-        const int64_t weights = p.flip ? int64_t{p.C} * odd(narrow(group * taps)) : group * p.C * taps;
-        const int64_t sums = int64_t{t.parts} * chunks * 2 * segments * segment * group;
-        const int64_t numbers = (kTile + 1) * int64_t{t.width} * p.C + (weights + 3) / 4 * 4 + sums +
-                                group;
-        if (numbers + planes > memory_) continue;
-        t.memory = narrow(numbers);
-        // What the busiest block of a device with enough of them has to do.
-        const int64_t rounds = ceil_div(int64_t{pairs} * ceil_div(p.O, group), kWantedTasks);
-        const int64_t work = rounds * group * segments * segment;
-        if (best.group == 0 || work < best_work) best = t, best_work = work;
-      }
+    for (const auto& [segment, group] : {std::array{5, 3}, std::array{5, 4}, std::array{7, 4}}) {
+      TilePlan t;
+      t.group = group, t.segment = segment;
+      const int32_t segments = ceil_div(p.OW, segment);
+      t.width = segments * segment + kTile - 1;
+      // Two output channels of four, or all of three, are a warp's.
+      t.parts = chunks * 2 * segments * (group == 4 ? 2 : 1) < warps() ? 2 : 1;
+      const int64_t weights =
+          p.flip ? int64_t{p.C} * odd(narrow(group * taps)) : group * p.C * taps;
+      const int64_t sums = int64_t{t.parts} * chunks * 2 * segments * segment * group;
+      const int64_t numbers =
+          (kTile + 1) * int64_t{t.width} * p.C + (weights + 3) / 4 * 4 + sums + group;
+      if (numbers + planes > memory_) continue;
+      t.memory = narrow(numbers);
+      // What the busiest block of a device with enough of them has to do.
+      const int64_t rounds = ceil_div(int64_t{pairs} * ceil_div(p.O, group), kWantedTasks);
+      const int64_t work = rounds * group * segments * segment;
+      if (best.group == 0 || work < best_work) best = t, best_work = work;
     }
     if (best.group == 0 || !take_memory(best.memory + planes)) return false;
     p.split = 1;
