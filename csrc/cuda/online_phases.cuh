@@ -168,63 +168,53 @@ __device__ __forceinline__ T channel_sum(const T* map, int32_t C, int32_t pixel,
   return lane_sum(sum, kWarp);
 }
 
-// What a blur reads from the workspace, asked for early: the taps of a short separable kernel, and
-// the coefficient of this thread's first pixel.
-constexpr int kAheadTaps = 8;
+// What a blur reads from the workspace is asked for early: the taps of a short separable kernel go
+// into the block's own memory, behind its planes, and each thread gets the coefficient of its first
+// pixel. To be followed by a finish_copies() of all threads.
 template <typename T>
-struct BlurOperands {
-  T taps[kAheadTaps], coef;
-};
-
-template <typename T>
-__device__ __forceinline__ BlurOperands<T> load_blur(const BlurPlan& b, const Step<T>& s) {
-  BlurOperands<T> operands{};
-  if (b.source != MeanSource::kMap && b.source != MeanSource::kSum) return operands;
-  const T* taps = s.at(b.taps);
-  if (b.separable && b.taps_w <= kAheadTaps) {
-#pragma unroll
-    for (int k = 0; k < kAheadTaps; ++k) {
-      if (k < b.taps_w) operands.taps[k] = taps[b.adjoint ? b.taps_w - 1 - k : k];
-    }
+__device__ __forceinline__ T load_blur(const BlurPlan& b, const Step<T>& s, T* shared) {
+  if (b.source != MeanSource::kMap && b.source != MeanSource::kSum) return T(1);
+  const int32_t pixels = b.H * b.W, i = thread_index();
+  if (blurs_by_short_taps(b) && i < b.taps_w) {
+    start_copy<sizeof(T)>(shared + 2 * pixels + (b.adjoint ? b.taps_w - 1 - i : i),
+                          s.at(b.taps) + i);
   }
-  operands.coef = thread_index() < b.H * b.W ? s.at(b.coef)[thread_index()] : T(1);
-  return operands;
+  return i < pixels ? s.at(b.coef)[i] : T(1);
 }
 
 template <typename T>
-__device__ __forceinline__ T coef_at(const BlurPlan& b, const Step<T>& s,
-                                     const BlurOperands<T>& operands, int32_t i) {
-  return i == thread_index() ? operands.coef : s.at(b.coef)[i];
+__device__ __forceinline__ T coef_at(const BlurPlan& b, const Step<T>& s, T own, int32_t i) {
+  return i == thread_index() ? own : s.at(b.coef)[i];
 }
 
-// From the sums over the channels, in `shared`, to the plane, there too (2 H W numbers in all). The
-// sums of an adjoint blur come divided by the coefficients. All threads of a block come here.
+// From the sums over the channels, in `shared`, to the plane, there too. The sums of an adjoint
+// blur come divided by the coefficients. All threads of a block come here.
 template <typename T>
-__device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s,
-                                const BlurOperands<T>& operands, T* shared) {
+__device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef, T* shared) {
   const int32_t pixels = b.H * b.W;
   const Divisor across(b.W);
-  const T* taps = s.at(b.taps);
-  const bool ahead = b.separable && b.taps_w <= kAheadTaps;
+  const bool is_short = blurs_by_short_taps(b);
   const T channels = static_cast<T>(b.C);
   T* sum = shared;
   T* mean = shared + pixels;
+  const T* short_taps = shared + 2 * pixels;
+  finish_copies();
   __syncthreads();
   if (b.separable) {
     for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
       const int32_t h = across.quotient(i), w = i - h * b.W, first = w - b.taps_w / 2;
-      if (ahead) {
+      if (is_short) {
         T total = T(0);
 #pragma unroll
-        for (int k = 0; k < kAheadTaps; ++k) {
+        for (int k = 0; k < kShortTaps; ++k) {
           const int32_t column = first + k;
           if (k < b.taps_w && column >= 0 && column < b.W) {
-            total += sum[h * b.W + column] * operands.taps[k];
+            total += sum[h * b.W + column] * short_taps[k];
           }
         }
         mean[i] = total;
       } else {
-        mean[i] = blur_row_at(b, sum, taps, h, w);
+        mean[i] = blur_row_at(b, sum, s.at(b.taps), h, w);
       }
     }
     __syncthreads();
@@ -235,32 +225,32 @@ __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s,
   for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
     const int32_t h = across.quotient(i), w = i - h * b.W, first = h - b.taps_h / 2;
     T total = T(0);
-    if (ahead) {
+    if (is_short) {
 #pragma unroll
-      for (int k = 0; k < kAheadTaps; ++k) {
+      for (int k = 0; k < kShortTaps; ++k) {
         const int32_t row = first + k;
-        if (k < b.taps_h && row >= 0 && row < b.H) total += sum[row * b.W + w] * operands.taps[k];
+        if (k < b.taps_h && row >= 0 && row < b.H) total += sum[row * b.W + w] * short_taps[k];
       }
     } else if (b.separable) {
-      total = blur_column_at(b, sum, taps, h, w);
+      total = blur_column_at(b, sum, s.at(b.taps), h, w);
     } else {
-      total = blur_at(b, sum, taps, h, w);
+      total = blur_at(b, sum, s.at(b.taps), h, w);
     }
     const T blurred = total / channels;
-    mean[i] = b.adjoint ? blurred : blurred / coef_at(b, s, operands, i);
+    mean[i] = b.adjoint ? blurred : blurred / coef_at(b, s, own_coef, i);
   }
   __syncthreads();
   return mean;
 }
 
 // The plane that a normalization subtracts from every channel of a map, or of a gradient, where the
-// whole block can read it: computed in `shared` (2 H W numbers), or there already. To be called by
+// whole block can read it: computed in `shared` (mean_numbers() of them), or there already. To be called by
 // all threads of a block.
 template <typename T>
 __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* map, T* shared) {
   if (b.source == MeanSource::kNone) return nullptr;
   if (b.source == MeanSource::kReady) return s.at(b.mean);
-  const BlurOperands<T> operands = load_blur(b, s);
+  const T own_coef = load_blur(b, s, shared);
   const int32_t pixels = b.H * b.W;
   if (b.source == MeanSource::kMap) {
     constexpr int kAtOnce = 4;
@@ -283,7 +273,7 @@ __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* m
     if (b.adjoint) {
       __syncthreads();
       for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
-        shared[i] /= coef_at(b, s, operands, i);
+        shared[i] /= coef_at(b, s, own_coef, i);
       }
     }
   } else {
@@ -292,10 +282,10 @@ __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* m
       T total = T(0);
 #pragma unroll 8
       for (int32_t j = 0; j < b.parts; ++j) total += sums[j * pixels + i];
-      shared[i] = b.adjoint ? total / coef_at(b, s, operands, i) : total;
+      shared[i] = b.adjoint ? total / coef_at(b, s, own_coef, i) : total;
     }
   }
-  return finish_mean(b, s, operands, shared);
+  return finish_mean(b, s, own_coef, shared);
 }
 
 template <typename T>
@@ -871,7 +861,7 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
   const T* mean = prepare_mean(p.blur, s, x, shared);
   const ConvolutionInput<T> in{x, mean, p.C, p.H, p.W};
   if (mean != nullptr) {
-    shared += 2 * p.H * p.W;
+    shared += mean_numbers(p.blur);
     // Each block leaves a part of the normalized input for the update.
     const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
     for (int32_t i = block * thread_count() + thread_index(); i < p.C * p.H * p.W;
@@ -1215,7 +1205,7 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
   const T* dy = s.at(p.dy);
   const T* mean = prepare_mean(p.local.blur, s, dy, shared);
   const ConvolutionInput<T> in{s.map(p.x), nullptr, p.C, p.H, p.W};
-  T* plane = shared + (mean != nullptr ? 2 * p.local.blur.H * p.local.blur.W : 0);
+  T* plane = shared + (mean != nullptr ? mean_numbers(p.local.blur) : 0);
   T* partial = plane + (p.staged ? pixels : 0);
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
   const Update<T> update = s.update();
@@ -1399,7 +1389,7 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
     const T* mean = nullptr;
     T* vector = shared;
     shared += p.C;
-    const BlurOperands<T> operands = load_blur(b, s);
+    const T own_coef = load_blur(b, s, shared);
 #pragma unroll 4
     for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
       const int32_t pixel = by_channel.quotient(i);
@@ -1413,13 +1403,13 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
         total = lane_sum(total, kWarp);
         if (lane == 0) shared[i] = total;
       }
-      mean = finish_mean(b, s, operands, shared);
+      mean = finish_mean(b, s, own_coef, shared);
     } else {
       mean = prepare_mean(b, s, x, shared);
       __syncthreads();
     }
     if (mean != nullptr) {
-      shared += 2 * pixels;
+      shared += mean_numbers(b);
       for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
         vector[i] -= mean[i - by_pixel.quotient(i) * pixels];
       }

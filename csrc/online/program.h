@@ -79,6 +79,18 @@ struct BlurPlan {
   int64_t taps = kNowhere, coef = kNowhere, sum = kNowhere, mean = kNowhere;
 };
 
+// Of a separable kernel with few taps each block keeps them.
+constexpr int32_t kShortTaps = 8;
+MNIST_OPS_HD bool blurs_by_short_taps(const BlurPlan& b) {
+  return b.separable && b.taps_w <= kShortTaps && b.taps_h <= kShortTaps;
+}
+
+// The numbers of its own memory in which a block computes the plane of a normalization.
+MNIST_OPS_HD int32_t mean_numbers(const BlurPlan& b) {
+  const bool computed = b.source == MeanSource::kMap || b.source == MeanSource::kSum;
+  return computed ? 2 * b.H * b.W + kShortTaps : 0;
+}
+
 // The last fully connected layer and the loss, where they are fused into what comes before.
 struct HeadPlan {
   int32_t classes = 0;
@@ -425,16 +437,11 @@ class Planner {
     return true;
   }
 
-  static int64_t plane_numbers(const BlurPlan& b) {
-    const bool here = b.source == MeanSource::kMap || b.source == MeanSource::kSum;
-    return here ? 2 * int64_t{b.H} * b.W : 0;
-  }
-
   // Tiles a convolution, or its input's gradient, if its sizes allow it.
   bool tile_convolution(Phase& p) {
     if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
     if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
-    const int64_t taps = kTile * kTile, planes = plane_numbers(p.blur) + plane_numbers(p.local.blur);
+    const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
     const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
     TilePlan best;
     int64_t best_work = 0;
@@ -469,7 +476,7 @@ class Planner {
   bool tile_update(Phase& p) {
     if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
     if (p.C > 4096 || p.OW > 4096) return false;
-    const int64_t planes = plane_numbers(p.local.blur);
+    const int64_t planes = mean_numbers(p.local.blur);
     const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
     for (int32_t n = chunks; n > 0; --n) {  // of a task
       if (chunks % n != 0 || (n > 1 && int64_t{p.O} * chunks / n < kWantedTasks / 2)) continue;
@@ -497,7 +504,7 @@ class Planner {
     t.parts = warps();
     const int64_t numbers = (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C +
                             int64_t{p.OH} * p.OW + int64_t{t.parts} * kTileLanes;
-    if (p.OW > 4096 || !take_memory(numbers + plane_numbers(p.local.blur))) return false;
+    if (p.OW > 4096 || !take_memory(numbers + mean_numbers(p.local.blur))) return false;
     t.memory = narrow(numbers);
     p.tile = t;
     return true;
@@ -514,7 +521,7 @@ class Planner {
     const int64_t numbers = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w) +
                             (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C + p.O +
                             int64_t{t.group} * (4 * p.O + lanes / kTileLanes);
-    if (p.O > 4096 || !take_memory(numbers + plane_numbers(p.blur))) return false;
+    if (p.O > 4096 || !take_memory(numbers + mean_numbers(p.blur))) return false;
     t.memory = narrow(numbers);
     p.split = 0;
     p.tile = t;
@@ -527,7 +534,7 @@ class Planner {
     if (tile_first_convolution(p) || tile_convolution(p)) return;
     const Tiles tiles = tiles_of(p.OH, p.OW);
     const int64_t all_weights = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w);
-    const int64_t plane = p.blur.source == MeanSource::kNone ? 0 : 2 * int64_t{p.H} * p.W;
+    const int64_t plane = mean_numbers(p.blur);
     p.split = p.C >= 8 || all_weights + plane > kScratch - 64;
     p.staged = !p.split || int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + plane <= kScratch - 64;
     if (p.split) {
@@ -674,7 +681,7 @@ class Planner {
       alone = tile_update(update) && tile_convolution(gradient);
     } else {
       alone = tile_update(update) || tile_first_update(update) ||
-              pixels + threads_ + 2048 <= kScratch;
+              pixels + threads_ + mean_numbers(local.blur) <= kScratch;
     }
     if (local.present && !alone) {
       Phase back;
