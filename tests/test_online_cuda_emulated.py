@@ -37,8 +37,15 @@ class Device:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    def set(self, multiprocessors: int = 3, block_threads: int = 64, seed: int = 0) -> None:
-        self.library.configure_emulated_device(multiprocessors, block_threads)
+    def set(
+        self,
+        multiprocessors: int = 3,
+        block_threads: int = 64,
+        seed: int = 0,
+        shared_bytes: int = 200 << 10,
+    ) -> None:
+        memory = ctypes.c_int64(shared_bytes)
+        self.library.configure_emulated_device(multiprocessors, block_threads, memory)
         everything = (ctypes.c_int64(2**62), ctypes.c_int64(2**31 - 1))
         self.library.configure_cuda_emulator(*everything, ctypes.c_uint32(seed))
 
@@ -219,6 +226,50 @@ def test_more_than_a_block_holds(emulated):
     compare(emulated, pixels, *samples(1, 70, 70, classes=2), loss="mse", steps=2, lr=1e-4)
     long = Sequential(Linear(2, 4200), Tanh(), Linear(4200, 300), Tanh(), Linear(300, 2)).double()
     compare(emulated, long, *samples(2, classes=2), loss="mse", steps=1, lr=1e-4)
+
+
+TILED = {
+    "as in the reports": [
+        *(Conv2d(1, 32, 5), Tanh(), nn.LPPool2d(2, 2), nn.SubtractiveNorm2d(gaussian1d(3))),
+        *(Conv2d(32, 32, 5), Tanh(), nn.LPPool2d(2, 2), nn.SubtractiveNorm2d(gaussian1d(5))),
+    ],
+    "padded, odd sizes": [
+        *(Conv2d(2, 32, 5, padding=2), ReLU(), nn.SubtractiveNorm2d(gaussian1d(11))),
+        *(Conv2d(32, 9, 5, padding=1, bias=False), Tanh()),
+    ],
+    "unequal padding, three deep": [
+        *(Conv2d(3, 64, 5, padding=(3, 1)), nn.SubtractiveNorm2d(torch.rand(3, 5)), Tanh()),
+        *(Conv2d(64, 32, 5, padding=(0, 2)), nn.LPPool2d(2, 2)),
+        *(Conv2d(32, 5, 5, padding=6), nn.Sigmoid(), nn.SubtractiveNorm2d(gaussian1d(3))),
+    ],
+    "pools that are not fused": [
+        *(Conv2d(1, 32, 5), MaxPool2d(2), Conv2d(32, 34, 5), Tanh(), nn.LPPool2d(2, 2, 1)),
+    ],
+    "an image of many channels": [
+        *(nn.SubtractiveNorm2d(gaussian1d(3)), Conv2d(32, 6, 5, padding=2), Tanh()),
+        nn.SubtractiveNorm2d(gaussian1d(3)),
+    ],
+    "an image of few channels": [
+        *(nn.SubtractiveNorm2d(gaussian1d(3)), Conv2d(4, 6, 5, padding=(1, 2)), nn.LPPool2d(2, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("kilobytes", [200, 64, 35])
+@pytest.mark.parametrize("layers", TILED.values(), ids=TILED)
+def test_tiles(emulated, layers, kilobytes):
+    """Convolutions whose operands fit into a block's own memory, all of them, some, or few."""
+    body = Sequential(*copy.deepcopy(layers), Flatten()).double()
+    channels = next(each.in_channels for each in layers if isinstance(each, Conv2d))
+    height, width = (20, 16) if channels == 1 else (8, 10)
+    features = body(torch.zeros(1, channels, height, width, dtype=torch.float64)).shape[1]
+    model = Sequential(body, Linear(features, 4), Tanh(), Linear(4, 4), nn.LogSoftmax()).double()
+    images, labels = samples(channels, height, width)
+    for multiprocessors, momentum in ((3, 0.0), (40, 0.5)):
+        emulated.set(multiprocessors, 64, shared_bytes=kilobytes << 10)
+        compare(emulated, model, images, labels, steps=2, lr=0.02, momentum=momentum)
+    emulated.set(2, 96, shared_bytes=kilobytes << 10)
+    compare(emulated, model.float(), images, labels, steps=2, lr=0.02, tolerance=1e-5)
 
 
 def test_as_many_layers_as_one_likes(emulated):

@@ -26,20 +26,20 @@ inline void check_cuda(cudaError_t error, const char* what) {
 }
 
 // Waits until `blocks` blocks have come here for the round-th time; counter starts at 0. What any
-// of their threads wrote before is then visible to all of them. The counter only grows, so that no
-// block can miss a turn; it wraps around after 2^32 arrivals, which the comparison allows for.
+// of their threads wrote before is then visible to all of them: the barriers of the blocks order it
+// before the release, and after the acquire, which need no fences of their own. The counter only
+// grows, so that no block can miss a turn; it wraps around after 2^32 arrivals, which the
+// comparison allows for.
 __device__ __forceinline__ void wait_for_blocks(unsigned* counter, unsigned blocks,
                                                 unsigned round) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned target = blocks * round;
     unsigned arrived;
-    __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     do {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
     } while (static_cast<int>(arrived - target) < 0);
-    __threadfence();
   }
   __syncthreads();
 }
@@ -61,12 +61,31 @@ class Cooperation {
 
   int multiprocessors() const { return multiprocessors_; }
 
+  // The bytes of dynamic shared memory that a kernel's blocks can ask for.
+  template <typename Kernel>
+  int64_t free_shared_memory(Kernel* kernel) const {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+               "cannot read a kernel's attributes");
+    return shared_memory_limit() - static_cast<int64_t>(attributes.sharedSizeBytes);
+  }
+
+  // To be called before the kernel is launched with so many.
+  template <typename Kernel>
+  void allow_shared_memory(Kernel* kernel, int64_t bytes) const {
+    check_cuda(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "a block cannot have so much shared memory");
+  }
+
   // How many blocks of a cooperative kernel the device holds at once; 0: it knows no such kernels.
   template <typename Kernel>
-  int resident_blocks(Kernel* kernel) const {
+  int resident_blocks(Kernel* kernel, int64_t shared_bytes) const {
     if (!cooperative_) return 0;
     int each = 0;
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kBlockThreads, 0),
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kBlockThreads,
+                                                             static_cast<size_t>(shared_bytes)),
                "cannot read how many blocks fit");
     return each * multiprocessors_;
   }
@@ -77,13 +96,22 @@ class Cooperation {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  template <typename Kernel, typename... Arguments>
+  void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<size_t>(shared_bytes),
+             stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
   // All blocks run at the same time, or the launch fails.
   template <typename Kernel, typename... Arguments>
-  void launch_together(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+  void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                       const Arguments&... arguments) const {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
                                            dim3(static_cast<unsigned>(blocks)), dim3(kBlockThreads),
-                                           pointers, 0, stream_),
+                                           pointers, static_cast<size_t>(shared_bytes), stream_),
                "the cooperative kernel does not start");
   }
 
@@ -111,12 +139,13 @@ class KernelGraph {
   }
 
   template <typename Kernel, typename... Arguments>
-  void add(Kernel* kernel, int64_t blocks, const Arguments&... arguments) {
+  void add(Kernel* kernel, int64_t blocks, int64_t shared_bytes, const Arguments&... arguments) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     cudaKernelNodeParams node{};
     node.func = reinterpret_cast<void*>(kernel);
     node.gridDim = dim3(static_cast<unsigned>(blocks));
     node.blockDim = dim3(kBlockThreads);
+    node.sharedMemBytes = static_cast<unsigned>(shared_bytes);
     node.kernelParams = pointers;  // copied
     cudaGraphNode_t added = nullptr;
     check_cuda(cudaGraphAddKernelNode(&added, graph_, last_ == nullptr ? nullptr : &last_,

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(512, 1)
     run_phases(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
                int64_t first_model, int64_t steps, unsigned* barriers, Counters counters,
                bool is_first, bool is_last) {
-  __shared__ double shared[kScratch];
+  T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
   __shared__ double own_program[kMaxPhases * sizeof(Phase) / sizeof(double)];
   static_assert(sizeof(Phase) % sizeof(double) == 0);
   const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(512, 1)
   for (int64_t i = 0; i < steps; ++i) {
     const Step<T> step{run, run.workspace + model * run.model_stride, model, begin + i, block};
     for (int32_t p = 0; p < phases; ++p) {
-      run_phase(own[p], step, reinterpret_cast<T*>(shared));
+      run_phase(own[p], step, shared);
       if (persistent && own[p].ends_level) {
         wait_for_blocks(barriers + kBarrierStride * model, static_cast<unsigned>(run.blocks),
                         ++round);
@@ -247,6 +247,7 @@ class Engine {
     run_.models = static_cast<int32_t>(models);
     run_.loss = call.loss;
     run_.nesterov = call.nesterov;
+    device_.allow_shared_memory(run_phases<T>, shared_bytes());
   }
 
   void run() {
@@ -282,6 +283,8 @@ class Engine {
   int64_t blocks_for(int64_t items) const {
     return std::max<int64_t>(1, std::min<int64_t>(ceil_div(items, block_threads()), 4096));
   }
+
+  int64_t shared_bytes() const { return program_.memory * static_cast<int64_t>(sizeof(T)); }
 
   void prepare_kernels_and_check() {
     const int64_t models = call_.models;
@@ -354,7 +357,7 @@ class Engine {
 
   bool choose_persistent() {
     const bool possible =
-        program_.phases <= kMaxPhases && device_.resident_blocks(run_phases<T>) > 0;
+        program_.phases <= kMaxPhases && device_.resident_blocks(run_phases<T>, shared_bytes()) > 0;
     MNIST_OPS_CHECK(possible || call_.mode != Mode::kPersistent, kOp,
                     ": the persistent kernel needs a device with cooperative launches and at most ",
                     kMaxPhases, " phases a step, the network has ", program_.phases);
@@ -373,8 +376,8 @@ class Engine {
         unsigned* no_barriers = nullptr;
         const int64_t first_model = 0, steps = 1;
         const bool is_first = l == 0, is_last = l + 1 == program_.levels.size();
-        launch(run_phases<T>, blocks, phases, program_.levels[l].count, run_, first_model, steps,
-               no_barriers, where, is_first, is_last);
+        launch(run_phases<T>, blocks, shared_bytes(), phases, program_.levels[l].count, run_,
+               first_model, steps, no_barriers, where, is_first, is_last);
         phases += program_.levels[l].count;
       }
     };
@@ -387,7 +390,7 @@ class Engine {
       for (; left >= kStepsInGraph; left -= kStepsInGraph) graph.launch();
     }
     for (; left > 0; --left) {
-      each_level([&](const auto&... arguments) { device_.launch(arguments...); });
+      each_level([&](const auto&... arguments) { device_.launch_with_shared(arguments...); });
     }
   }
 
@@ -411,14 +414,17 @@ class Engine {
     // Barriers of different models in different lines of the cache.
     const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
-    const int64_t resident = device_.resident_blocks(run_phases<T>);
+    const int64_t resident = device_.resident_blocks(run_phases<T>, shared_bytes());
     const int64_t together = std::min(call_.models, resident);
-    run_.blocks = static_cast<int32_t>(resident / together);
+    // No more for one model than there are multiprocessors: they would only wait for each other.
+    run_.blocks =
+        static_cast<int32_t>(std::min<int64_t>(resident / together, device_.multiprocessors()));
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
-      device_.launch_together(
-          run_phases<T>, models * run_.blocks, program_on_device(), program_.phases, run_, first,
-          run_.piece, static_cast<unsigned*>(barriers.data_ptr()), Counters{}, false, false);
+      device_.launch_together(run_phases<T>, models * run_.blocks, shared_bytes(),
+                              program_on_device(), program_.phases, run_, first, run_.piece,
+                              static_cast<unsigned*>(barriers.data_ptr()), Counters{}, false,
+                              false);
     }
   }
 
@@ -442,7 +448,7 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                                              std::vector<Tensor> kernels, Tensor images,
                                              Tensor labels, Tensor order, Tensor uniform,
                                              int64_t loss, Tensor settings, bool nesterov,
-                                             int64_t mode, bool fuse) {
+                                             int64_t driver, bool fuse) {
   MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
   const ScalarType dtype = parameters[0].scalar_type();
   MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
@@ -468,8 +474,8 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
           settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
       kOp, ": settings must be float64 (", models, ", ", int{kSettings}, ") on the CPU, got ",
       torch::headeronly::toString(settings.scalar_type()), " ", shape_string(settings));
-  MNIST_OPS_CHECK(loss >= 0 && loss <= 2 && mode >= 0 && mode <= 2, kOp,
-                  ": loss and mode must be 0, 1 or 2, got ", loss, " and ", mode);
+  MNIST_OPS_CHECK(loss >= 0 && loss <= 2 && driver >= 0 && driver <= 2, kOp,
+                  ": loss and driver must be 0, 1 or 2, got ", loss, " and ", driver);
   const auto divides = [&](const std::vector<Tensor>& tensors) {
     return static_cast<int64_t>(tensors.size()) % models == 0;
   };
@@ -517,7 +523,13 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   }
   std::vector<int64_t> sizes;
   for (const Tensor& tensor : own) sizes.push_back(tensor.numel());
-  const Program program = Planner(kOp, spec, sizes, taps, block_threads(), fuse).plan();
+  const Cooperation device(parameters[0]);
+  const bool wide = dtype == ScalarType::Double;
+  const int64_t memory = wide ? device.free_shared_memory(run_phases<double>)
+                              : device.free_shared_memory(run_phases<float>);
+  const auto dtype_bytes = static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
+  const Program program =
+      Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes, fuse).plan();
 
   Tensor losses = torch::stable::new_empty(parameters[0], {models, order.size(1)});
   Tensor predictions = torch::stable::new_empty(order, {models, order.size(1)});
@@ -530,10 +542,10 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                   pictures,     classes,
                   sequence,     numbers,
                   settings,     static_cast<Loss>(loss),
-                  nesterov,     static_cast<Mode>(mode),
+                  nesterov,     static_cast<Mode>(driver),
                   fuse,         models};
   if (order.size(1) > 0) {
-    if (dtype == ScalarType::Double) {
+    if (wide) {
       Engine<double>(call, program, losses, predictions).run();
     } else {
       Engine<float>(call, program, losses, predictions).run();

@@ -10,14 +10,19 @@
 // Maps are stored with the channels innermost, (H, W, C): neighbouring threads take neighbouring
 // channels. The order of a flattened vector is (C, H, W).
 //
+// Convolutions of many channels are tiled: a task takes its operands into the block's own memory,
+// all loads at once, and computes from there. How much of it there is decides what is tiled; what
+// is not reads its operands where they are.
+//
 // What is fused, and so costs neither a level nor a pass over memory:
 //   - forward: an activation, and an LP pooling (p = 2, disjoint windows of 2 x 2) behind it, into
 //     the convolution before them; an activation into the fully connected layer before it;
 //   - a subtractive normalization into the convolution or the flattened fully connected layer
 //     behind it: each block blurs the one small plane for itself, and subtracts on reading;
-//   - backward: normalization, pooling and activation into one phase, or into the weight gradient
-//     of a first convolution; fully connected layers make their input's gradient and their update
-//     in one pass;
+//   - backward: normalization, pooling and activation into the tiled gradients of the convolution
+//     before them, which go back through them as they take their operand, and into the weight
+//     gradient of a first convolution; elsewhere into one phase. Fully connected layers make their
+//     input's gradient and their update in one pass;
 //   - the last fully connected layer, log-softmax, loss and their gradients into the backward of
 //     the fully connected layer before: every block computes these few numbers for itself.
 // A layer's update waits for the level after the one that reads the old weights.
@@ -62,7 +67,7 @@ constexpr int64_t kImage = -2;    // the sample's image
 enum class MeanSource : int32_t {
   kNone,   // there is no normalization
   kMap,    // each block adds up the map's channels and blurs the sums
-  kSum,    // the sums are there, each block blurs them
+  kSum,    // sums over some channels each are there, each block adds up and blurs them
   kReady,  // the blurred plane is there
 };
 
@@ -70,16 +75,51 @@ struct BlurPlan {
   MeanSource source = MeanSource::kNone;
   int32_t C = 0, H = 0, W = 0, taps_h = 0, taps_w = 0;
   int32_t separable = 0, adjoint = 0;
+  int32_t parts = 1;  // kSum: planes of sums that add up to the sum over all channels
   int64_t taps = kNowhere, coef = kNowhere, sum = kNowhere, mean = kNowhere;
 };
+
+// Of a separable kernel with few taps each block keeps them.
+constexpr int32_t kShortTaps = 8;
+MNIST_OPS_HD bool blurs_by_short_taps(const BlurPlan& b) {
+  return b.separable && b.taps_w <= kShortTaps && b.taps_h <= kShortTaps;
+}
+
+// The numbers of its own memory in which a block computes the plane of a normalization.
+MNIST_OPS_HD int32_t mean_numbers(const BlurPlan& b) {
+  const bool computed = b.source == MeanSource::kMap || b.source == MeanSource::kSum;
+  return computed ? 2 * b.H * b.W + kShortTaps : 0;
+}
 
 // The last fully connected layer and the loss, where they are fused into what comes before.
 struct HeadPlan {
   int32_t classes = 0;
+  int32_t staged = 0;  // the weights go into a block's own memory
   ActivationKind activation = ActivationKind::kIdentity;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
   int64_t weight = kNowhere, bias = kNowhere, grad = kNowhere;  // grad: of the scores
   double beta = 1;
+};
+
+// What lies between a convolution's output and the gradient that comes from behind: an activation,
+// a pooling, a normalization, each as far as it is there.
+struct LocalPlan {
+  int32_t present = 0, pooling = 0;
+  ActivationKind activation = ActivationKind::kIdentity;
+  int64_t y = kNowhere, pooled = kNowhere;
+  BlurPlan blur{};
+};
+
+// How a tiled convolution is shared out. Forward and for the input's gradient, a task is two rows
+// of the output and `group` output channels; for the update it is an output channel and `group`
+// input channels. Where the input has few channels, forward `group` tiles of 2 x 2 outputs.
+struct TilePlan {
+  int32_t group = 0;             // 0: not tiled
+  int32_t segment = 0;           // forward: columns of the output that a warp takes
+  int32_t parts = 0;             // forward: of the kernel's rows; update: of the output's
+  int32_t width = 0;             // of the operand's rows in the block's memory, with padding
+  int32_t memory = 0;            // of the block's memory, in numbers, without planes of a mean
+  int64_t group_sum = kNowhere;  // sums over each group's channels, for the normalization before
 };
 
 // One phase. Which fields count depends on op; offsets are in elements of the workspace.
@@ -94,7 +134,6 @@ struct Phase {
   int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels
   int32_t flip = 0;     // convolution: the gradient with respect to the input
   int32_t staged = 0;   // the operand that a task uses again and again fits into a block's memory
-  int32_t local = 0;    // kConvolutionUpdate: goes back through pooling and activation itself
   int32_t permute = 0;  // the map is read, or its gradient written, in the order of a vector
   int32_t fused_pool = 0, count_padding = 0, divisor = 0;
   int32_t C = 0, H = 0, W = 0, O = 0, OH = 0, OW = 0;
@@ -106,6 +145,8 @@ struct Phase {
   int64_t first_uniform = 0;
   double number = 1;  // norm_type, dropout's 1 - p, beta
   BlurPlan blur{};
+  LocalPlan local{};  // kLocalBackward; the gradients of a convolution that do without it
+  TilePlan tile{};
   HeadPlan head{};
 };
 
@@ -116,9 +157,11 @@ struct Level {
   Phase phases[kMaxLevelPhases];
 };
 
-// A block's own memory, in numbers of the wider type.
+// A block's own memory, in numbers: so much of it there always is.
 constexpr int32_t kScratch = 4480;
-constexpr int32_t kColumns = 16;  // of a task of kLinearBackward
+constexpr int32_t kTile = 5;        // kernels of this size are tiled
+constexpr int32_t kTileLanes = 32;  // channels that a warp takes, and steps of their number
+constexpr int32_t kColumns = 16;    // of a task of kLinearBackward
 constexpr int32_t kWantedTasks = 128;
 
 // ----------------------------------------------------------------------- indices, on both backends
@@ -213,6 +256,7 @@ struct Program {
   int64_t parameter_elements = 0;   // of all parameters, aligned
   int64_t workspace = 0;            // elements for one model, velocities not counted
   int32_t phases = 0;
+  int64_t memory = kScratch;  // that a block needs, in numbers
 
   struct Kernel {  // of a normalization, to be prepared before the first step
     int64_t index;
@@ -224,10 +268,12 @@ struct Program {
 class Planner {
  public:
   // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
-  // of a block; fuse: false plans every layer on its own.
+  // of a block; memory: the numbers that a block can have in its own memory; fuse: false plans
+  // every layer on its own.
   Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
-          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, bool fuse)
-      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), fuse_(fuse) {
+          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory,
+          bool fuse)
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory), fuse_(fuse) {
     for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
     program_.parameter_elements = program_.workspace;
   }
@@ -380,11 +426,111 @@ class Planner {
 
   // ---------------------------------------------------------------------------------- convolution
 
+  // Whether a phase has so many numbers of a block's memory, which it then gets.
+  bool take_memory(int64_t numbers) {
+    if (numbers > memory_) return false;
+    program_.memory = std::max(program_.memory, numbers);
+    return true;
+  }
+
+  // Tiles a convolution, or its input's gradient, if its sizes allow it.
+  bool tile_convolution(Phase& p) {
+    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
+    const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
+    const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
+    TilePlan best;
+    int64_t best_work = 0;
+    for (const auto& [segment, group] : {std::array{5, 3}, std::array{5, 4}, std::array{7, 4}}) {
+      TilePlan t;
+      t.group = group, t.segment = segment;
+      const int32_t segments = ceil_div(p.OW, segment);
+      t.width = segments * segment + kTile - 1;
+      // Two output channels of four, or all of three, are a warp's.
+      t.parts = chunks * 2 * segments * (group == 4 ? 2 : 1) < warps() ? 2 : 1;
+      const int64_t weights =
+          p.flip ? int64_t{p.C} * odd(narrow(group * taps)) : group * p.C * taps;
+      const int64_t sums = int64_t{t.parts} * chunks * 2 * segments * segment * group;
+      const int64_t numbers =
+          (kTile + 1) * int64_t{t.width} * p.C + (weights + 3) / 4 * 4 + sums + group;
+      if (numbers + planes > memory_) continue;
+      t.memory = narrow(numbers);
+      // What the busiest block of a device with enough of them has to do.
+      const int64_t rounds = ceil_div(int64_t{pairs} * ceil_div(p.O, group), kWantedTasks);
+      const int64_t work = rounds * group * segments * segment;
+      if (best.group == 0 || work < best_work) best = t, best_work = work;
+    }
+    if (best.group == 0 || !take_memory(best.memory + planes)) return false;
+    p.split = 1;
+    p.tile = best;
+    p.tasks = pairs * ceil_div(p.O, best.group);
+    return true;
+  }
+
+  // Tiles a convolution's update: with all input channels a task, unless that leaves the device
+  // with few of them.
+  bool tile_update(Phase& p) {
+    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.C > 4096 || p.OW > 4096) return false;
+    const int64_t planes = mean_numbers(p.local.blur);
+    const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
+    for (int32_t n = chunks; n > 0; --n) {  // of a task
+      if (chunks % n != 0 || (n > 1 && int64_t{p.O} * chunks / n < kWantedTasks / 2)) continue;
+      TilePlan t;
+      t.group = n * kTileLanes;
+      t.width = columns + kTile - 1;
+      t.parts = std::max(1, std::min(p.OH, 2 * warps() / (kTile * n)));
+      const int64_t numbers = int64_t{p.H} * t.width * t.group + int64_t{p.OH} * columns +
+                              int64_t{t.parts} * n * kTile * kTile * (kTileLanes + 1);
+      if (!take_memory(numbers + planes)) continue;
+      t.memory = narrow(numbers);
+      p.tile = t;
+      p.tasks = p.O * (chunks / n);
+      return true;
+    }
+    return false;
+  }
+
+  // The same for few input channels, which a block holds at once, all tasks an output channel each.
+  bool tile_first_update(Phase& p) {
+    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C > 8) return false;
+    TilePlan t;
+    t.group = p.C;
+    t.width = p.W + 2 * p.padding_w;
+    t.parts = warps();
+    const int64_t numbers = (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C +
+                            int64_t{p.OH} * p.OW + int64_t{t.parts} * kTileLanes;
+    if (p.OW > 4096 || !take_memory(numbers + mean_numbers(p.local.blur))) return false;
+    t.memory = narrow(numbers);
+    p.tile = t;
+    return true;
+  }
+
+  // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels.
+  bool tile_first_convolution(Phase& p) {
+    if (!fuse_ || p.C > 8 || p.flip) return false;
+    const Tiles tiles = tiles_of(p.OH, p.OW);
+    TilePlan t;
+    const int32_t lanes = (p.O + kTileLanes - 1) / kTileLanes * kTileLanes;
+    t.group = ceil_div(tiles.count, kWantedTasks);
+    t.width = p.W + 2 * p.padding_w;
+    const int64_t numbers = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w) +
+                            (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C + p.O +
+                            int64_t{t.group} * (4 * p.O + lanes / kTileLanes);
+    if (p.O > 4096 || !take_memory(numbers + mean_numbers(p.blur))) return false;
+    t.memory = narrow(numbers);
+    p.split = 0;
+    p.tile = t;
+    p.tasks = ceil_div(tiles.count, t.group);
+    return true;
+  }
+
   // Sets how a convolution's work is shared out.
-  void share_convolution(Phase& p) const {
+  void share_convolution(Phase& p) {
+    if (tile_first_convolution(p) || tile_convolution(p)) return;
     const Tiles tiles = tiles_of(p.OH, p.OW);
     const int64_t all_weights = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w);
-    const int64_t plane = p.blur.source == MeanSource::kNone ? 0 : 2 * int64_t{p.H} * p.W;
+    const int64_t plane = mean_numbers(p.blur);
     p.split = p.C >= 8 || all_weights + plane > kScratch - 64;
     p.staged = !p.split || int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + plane <= kScratch - 64;
     if (p.split) {
@@ -492,7 +638,8 @@ class Planner {
     return layer;
   }
 
-  void backward_convolution(const Step& s) {
+  void backward_convolution(std::size_t index) {
+    const Step& s = steps_[index];
     const LayerSpec& layer = *s.layer;
     const int64_t pixels = layer.out.pixels();
     Phase update;
@@ -509,42 +656,56 @@ class Planner {
     update.tasks = update.O;
     update.dy = s.out.grad;
     update.staged = pixels + threads_ <= kScratch;
-    if (s.activation != nullptr || s.pool != nullptr || s.norm != nullptr) {
-      Phase local;
-      local.activation = activation_of(s.activation);
-      local.fused_pool = s.pool != nullptr;
-      local.y = s.y, local.pooled = s.pooled;
-      if (s.norm != nullptr) local.blur = s.backward_blur;
-      if (!layer.gradient && pixels + threads_ + 2048 <= kScratch) {
-        // Nobody else wants the gradient of the convolution's output.
-        update.local = 1;
-        update.activation = local.activation, update.fused_pool = local.fused_pool;
-        update.y = local.y, update.pooled = local.pooled, update.blur = local.blur;
-      } else {
-        local.op = Op::kLocalBackward;
-        local.C = update.O, local.H = update.OH, local.W = update.OW;
-        local.dy = s.out.grad;
-        local.tasks = ceil_div(layer.out.numel(), threads_);
-        local.dx = update.dy = allocate(layer.out.numel());
-        emit_level(local);
-      }
-    }
+    LocalPlan local;
+    local.present = s.activation != nullptr || s.pool != nullptr || s.norm != nullptr;
+    local.activation = activation_of(s.activation);
+    local.pooling = s.pool != nullptr;
+    local.y = s.y, local.pooled = s.pooled;
+    if (s.norm != nullptr) local.blur = s.backward_blur;
+    update.local = local;
+    Phase gradient = update;
+    gradient.op = Op::kConvolution;
+    gradient.flip = 1;
+    std::swap(gradient.C, gradient.O);
+    std::swap(gradient.H, gradient.OH), std::swap(gradient.W, gradient.OW);
+    gradient.padding_h = gradient.kernel_h - 1 - gradient.padding_h;
+    gradient.padding_w = gradient.kernel_w - 1 - gradient.padding_w;
+    gradient.bias = kNowhere;
+    gradient.x = update.dy, gradient.y = s.in.grad;
+    bool alone;  // without a phase that goes back through what is local
     if (layer.gradient) {
-      Phase p = update;
-      p.op = Op::kConvolution;
-      p.flip = 1;
-      std::swap(p.C, p.O), std::swap(p.H, p.OH), std::swap(p.W, p.OW);
-      p.padding_h = p.kernel_h - 1 - p.padding_h, p.padding_w = p.kernel_w - 1 - p.padding_w;
-      p.bias = kNowhere;
-      p.blur = {};
-      p.x = update.dy, p.y = s.in.grad;
-      share_convolution(p);
-      emit(p);
-      pending_.push_back(update);
-      end_level();
+      alone = tile_update(update) && tile_convolution(gradient);
     } else {
-      emit_level(update);
+      alone = tile_update(update) || tile_first_update(update) ||
+              pixels + threads_ + mean_numbers(local.blur) <= kScratch;
     }
+    if (local.present && !alone) {
+      Phase back;
+      back.op = Op::kLocalBackward;
+      back.C = update.O, back.H = update.OH, back.W = update.OW;
+      back.dy = s.out.grad;
+      back.local = local;
+      back.tasks = ceil_div(layer.out.numel(), threads_);
+      back.dx = allocate(layer.out.numel());
+      emit_level(back);
+      update.dy = gradient.x = back.dx;
+      update.local = gradient.local = {};
+    }
+    if (!layer.gradient) return emit_level(update);
+    if (gradient.tile.group == 0) share_convolution(gradient);
+    if (gradient.tile.group != 0 && index > 0) leave_group_sums(steps_[index - 1], gradient);
+    emit(gradient);
+    pending_.push_back(update);
+    end_level();
+  }
+
+  // The gradient's tasks leave what the normalization before the convolution needs of it.
+  void leave_group_sums(Step& before, Phase& gradient) {
+    BlurPlan& b = before.backward_blur;
+    if (before.norm == nullptr || b.source != MeanSource::kMap) return;
+    b.parts = ceil_div(gradient.O, gradient.tile.group);
+    b.sum = gradient.tile.group_sum = allocate(int64_t{b.parts} * b.H * b.W);
+    b.source = MeanSource::kSum;
   }
 
   // ---------------------------------------------------------------------------------- linear
@@ -722,7 +883,8 @@ class Planner {
     if (!fuse_ || layer.kind != Kind::kLinear || steps_.empty()) return false;
     const Step& before = steps_.back();
     if (before.layer->kind != Kind::kLinear || layer.out.C > 256) return false;
-    if (!fits(layer.in.C * 3 + 3 * layer.out.C + 64 * kColumns, 0)) return false;
+    const int64_t vectors = layer.in.C * 3 + 4 * layer.out.C + 64 * kColumns;
+    if (!fits(vectors, 0)) return false;
     const LayerSpec* last = peek(i + 1);
     if (last != nullptr && peek(i + 2) != nullptr) return false;
     HeadPlan h;
@@ -740,6 +902,7 @@ class Planner {
     h.weight = program_.parameters[layer.weight];
     h.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
     h.grad = allocate(layer.out.C);
+    h.staged = take_memory(vectors + 64 + layer.in.C * layer.out.C);
     head_ = h;
     return true;
   }
@@ -775,7 +938,7 @@ class Planner {
       emit_level(p);
       return;
     }
-    if (layer.kind == Kind::kConv2d) return backward_convolution(s);
+    if (layer.kind == Kind::kConv2d) return backward_convolution(index);
     if (!layer.gradient) return;
     if (layer.kind == Kind::kSubtractiveNorm2d) {
       emit_subtract(s.backward_blur, layer.in, s.out.grad, s.in.grad);
@@ -791,6 +954,7 @@ class Planner {
   const NetworkSpec& spec_;
   const std::vector<std::array<int64_t, 3>>& kernels_;
   int32_t threads_;
+  int64_t memory_;
   bool fuse_;
   Program program_;
   Value value_{};

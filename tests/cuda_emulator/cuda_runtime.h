@@ -103,7 +103,8 @@ const V* of_block(const V* mine, int rank) {
 }
 
 // The same with all blocks alive at once.
-void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread);
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
+                       size_t shared_bytes = 0);
 
 // To be called by all threads of a block, which go on when `blocks` blocks have come here, for the
 // round-th time, with the same counter; it is not counted in.
@@ -111,7 +112,7 @@ void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round);
 
 // Some blocks of a launch, alive at once: those from first_block on of a grid of so many.
 void run_cluster(dim3 grid, unsigned first_block, unsigned blocks, dim3 block,
-                 const std::function<void()>& thread);
+                 const std::function<void()>& thread, size_t shared_bytes = 0);
 
 // The blocks of a cluster have one copy of __shared__ memory, in which they must therefore write
 // alike what others of them read. A wait is for all of them to wait; none is without clusters.
@@ -176,9 +177,11 @@ class CurrentStream {
   }
 };
 
-// A device of so many multiprocessors, each of which holds one block of online SGD at a time.
+// A device of so many multiprocessors, each of which holds one block of online SGD at a time, with
+// so many bytes of dynamic shared memory.
 struct Device {
   int multiprocessors = 3, block_threads = 64;
+  int64_t shared_bytes = int64_t{200} << 10;
 };
 inline Device device;
 
@@ -196,20 +199,37 @@ class Cooperation {
   int multiprocessors() const { return device.multiprocessors; }
 
   template <typename Kernel>
-  int resident_blocks(Kernel*) const {
+  int64_t free_shared_memory(Kernel*) const {
+    return device.shared_bytes;
+  }
+
+  template <typename Kernel>
+  void allow_shared_memory(Kernel*, int64_t) const {}
+
+  template <typename Kernel>
+  int resident_blocks(Kernel*, int64_t) const {
     return device.multiprocessors;
   }
 
   template <typename Kernel, typename... Arguments>
   void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
-    run_grid(dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
-             [&] { kernel(arguments...); });
+    launch_with_shared(kernel, blocks, 0, arguments...);
   }
 
   template <typename Kernel, typename... Arguments>
-  void launch_together(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
-    run_grid_together(dim3(static_cast<unsigned>(blocks)),
-                      dim3(static_cast<unsigned>(block_threads())), [&] { kernel(arguments...); });
+  void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    run_grid(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                       const Arguments&... arguments) const {
+    run_grid_together(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 };
 
@@ -219,8 +239,9 @@ class KernelGraph {
   explicit KernelGraph(const Cooperation& device) : device_(device) {}
 
   template <typename Kernel, typename... Arguments>
-  void add(Kernel* kernel, int64_t blocks, const Arguments&... arguments) {
-    nodes_.push_back([=, this] { device_.launch(kernel, blocks, arguments...); });
+  void add(Kernel* kernel, int64_t blocks, int64_t shared_bytes, const Arguments&... arguments) {
+    nodes_.push_back(
+        [=, this] { device_.launch_with_shared(kernel, blocks, shared_bytes, arguments...); });
   }
 
   void launch() const {
@@ -236,6 +257,9 @@ class KernelGraph {
 
 inline void __syncthreads() {
   cuda_emulator::wait_for_block();
+}
+inline void __syncwarp() {
+  cuda_emulator::wait_for_warp();
 }
 
 // The mask is not looked at: kernels here shuffle with whole warps.

@@ -142,8 +142,8 @@ void run_block(unsigned threads) {
     threadIdx.y = current / blockDim.x;
     run_until_it_waits(*fibers[first_fiber + current]);
   }
-  if (finished == threads) return check_margin(dynamic_shared.data() + dynamic_shared.size());
-  if (at_grid_barrier == threads) return;
+  const Line* const end = dynamic_shared.data() + dynamic_shared.size();
+  if (finished == threads || at_grid_barrier == threads) return check_margin(end);
   const size_t at_barrier = block_barrier.waiting.size();
   fibers.clear();  // they are in the middle of a kernel
   throw std::runtime_error(
@@ -179,18 +179,19 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
   }
 }
 
-void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread) {
-  run_cluster(grid, 0, grid.x, block, thread);
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
+                       size_t shared_bytes) {
+  run_cluster(grid, 0, grid.x, block, thread, shared_bytes);
 }
 
 void run_cluster(dim3 grid, unsigned first_block, unsigned count, dim3 block,
-                 const std::function<void()>& thread) {
+                 const std::function<void()>& thread, size_t shared_bytes) {
   const unsigned threads = block.x * block.y;
   blockDim = block;
   gridDim = grid;
   body = &thread;
   make_fibers(size_t{count} * threads);
-  dynamic_shared.resize(kMarginLines);  // a launch of this kind asks for none
+  dynamic_shared.resize((shared_bytes + sizeof(Line) - 1) / sizeof(Line) + kMarginLines);
   std::vector<WaitingBlock> blocks(count);
   std::vector<unsigned> runnable(count), waiting;
   for (unsigned i = 0; i < count; ++i) runnable[i] = i;
@@ -319,8 +320,9 @@ extern "C" __attribute__((visibility("default"))) void configure_emulated_images
   cuda_emulator::settings.image_bytes = image_bytes;
 }
 
-// The emulated device of online SGD: how many blocks run at a time, and the threads of a block.
+// The emulated device of online SGD: how many blocks run at a time, the threads of a block, and the
+// shared memory that it can ask for.
 extern "C" __attribute__((visibility("default"))) void configure_emulated_device(
-    int multiprocessors, int block_threads) {
-  cuda_emulator::device = {multiprocessors, block_threads};
+    int multiprocessors, int block_threads, int64_t shared_bytes) {
+  cuda_emulator::device = {multiprocessors, block_threads, shared_bytes};
 }
