@@ -416,11 +416,12 @@ def table(record: dict[str, Any]) -> str:
         + (f"; at the end {end[0]:.0f} GB/s, {end[1]:.1f} µs." if None not in end else "."),
         "",
         "eager, compile and copy: their time over ours, medians of the rounds' ratios. "
-        "launches: ours / eager / compile.",
+        "launches and kernels µs, which leaves out the host: ours / eager / compile; kernels %: of "
+        "the copy's bandwidth, ours.",
         "",
         "| setting | direction | µs | GB/s | % of copy | eager | compile | copy | launches "
-        "| error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernels µs | kernels % | error |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for found in record["rows"]:
         cells = [found["setting"], found["direction"]]
@@ -433,6 +434,11 @@ def table(record: dict[str, Any]) -> str:
         launches = found.get("launches", {})
         counts = [_number(launches.get(name), 0) for name in CONTENDERS[:3]]
         cells.append(" / ".join(counts) if launches else "")
+        kernels = found.get("kernel_us", {})
+        times = [_number(kernels.get(name), 1) for name in CONTENDERS[:3]]
+        ours = kernels.get("mnist_ops")
+        cells.append(" / ".join(times) if kernels else "")
+        cells.append(_number(found["floor_us"] / ours * 100 if ours else None, 0))
         error = found["errors"].get("mnist_ops")
         wrong = " WRONG" if "mnist_ops" in found["wrong"] else ""
         cells.append("failed" if error is None else f"{error:.0e}{wrong}")
