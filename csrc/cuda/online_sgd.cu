@@ -10,7 +10,7 @@
 // Blocks are shared out evenly among the models, and the models of a call run side by side.
 //
 // Bound by latency: a step of the original network has 70 MFLOP, a microsecond or two of the
-// device's time, in seven levels that depend on each other. What counts is their number, the wait
+// device's time, in six levels that depend on each other. What counts is their number, the wait
 // between them (a kernel's end and start, or a barrier of about a microsecond), and the way from
 // the second-level cache at the start of each.
 //
