@@ -9,7 +9,9 @@
 // windows of the batch are gathered side by side, zeros where the image ends, which add nothing to
 // any norm. So the loops over a batch are plain ones without strides, borders or remainders,
 // whatever the windows look like, and all of it stays in the first-level cache. Backward the same
-// elements are replaced by their gradients and go back to where they came from.
+// elements are replaced by their gradients and go back to where they came from. Where the processor
+// has AVX2, the reports' windows (2 x 2, p = 2, float32, NCHW) are not gathered, but stay in
+// registers.
 //
 // A band of rows of the input's gradient belongs to one thread, and an element gets its windows'
 // shares in their order: the same bits with any number of threads. Windows across the border of two
@@ -190,6 +192,123 @@ void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, const A* y, A* 
   batch.map([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
 }
 
+// ------------------------------------------------------------------- 2 x 2 windows in registers
+//
+// The reports' pooling, p = 2 with disjoint windows of 2 x 2 in float32: two rows of pixels make a
+// row of windows, and nothing is gathered. In a register the numbers of eight windows stand in the
+// order 0 1 4 5 2 3 6 7, as one shuffle of two vectors leaves them.
+
+#if defined(__AVX2__)
+constexpr bool kHasPairs = true;
+
+inline __m256 every_other(const float* x, bool odd) {
+  const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8);
+  return odd ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88);
+}
+
+// From that order to 0 to 7, and back: it is its own inverse.
+inline __m256 swap_middle(__m256 v) {
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+}
+
+inline bool all_between(__m256 v, float lower, float upper) {
+  const __m256 above = _mm256_cmp_ps(v, _mm256_set1_ps(lower), _CMP_GE_OQ);
+  const __m256 below = _mm256_cmp_ps(v, _mm256_set1_ps(upper), _CMP_LE_OQ);
+  return _mm256_movemask_ps(_mm256_and_ps(above, below)) == 0xff;
+}
+
+// Eight windows, or fewer, gathered for the loops over a batch, which know every number.
+struct EightWindows {
+  float taps[4 * kStep] = {};
+
+  EightWindows(const float* upper, const float* lower, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      taps[j] = upper[2 * j], taps[kStep + j] = upper[2 * j + 1];
+      taps[2 * kStep + j] = lower[2 * j], taps[3 * kStep + j] = lower[2 * j + 1];
+    }
+  }
+  Batch<4, float> batch() { return {taps, kStep, kStep, 4}; }
+};
+
+inline void norms_of_few(const float* upper, const float* lower, float* y, int64_t count) {
+  EightWindows windows(upper, lower, count);
+  float norms[kStep], scratch[kStep];
+  batch_norms<Power::kTwo>(windows.batch(), count, 2.0f, norms, scratch);
+  std::copy(norms, norms + count, y);
+}
+
+inline void gradients_of_few(const float* upper, const float* lower, const float* y,
+                             const float* grad, float* to_upper, float* to_lower, int64_t count) {
+  EightWindows windows(upper, lower, count);
+  float norms[kStep] = {}, grads[kStep] = {}, scratch[kStep];
+  std::copy(y, y + count, norms);
+  std::copy(grad, grad + count, grads);
+  batch_gradients<Power::kTwo>(windows.batch(), 2.0f, grads, norms, scratch);
+  for (int64_t j = 0; j < count; ++j) {
+    to_upper[2 * j] = windows.taps[j], to_upper[2 * j + 1] = windows.taps[kStep + j];
+    to_lower[2 * j] = windows.taps[2 * kStep + j];
+    to_lower[2 * j + 1] = windows.taps[3 * kStep + j];
+  }
+}
+
+// Calls eight(j) for eight windows from j on, some of them twice if count is no multiple of eight,
+// or few() if there are not so many.
+template <typename Eight, typename Few>
+void by_eights(int64_t count, const Eight& eight, const Few& few) {
+  if (count < 8) return few();
+  for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
+  if (count % 8 != 0) eight(count - 8);
+}
+
+// The norms of `count` windows of two rows.
+inline void pair_norms(const float* upper, const float* lower, float* y, int64_t count) {
+  const auto eight = [&](int64_t j) {
+    const float *u = upper + 2 * j, *l = lower + 2 * j;
+    const auto square = [](__m256 v) { return _mm256_mul_ps(v, v); };
+    __m256 sum = _mm256_add_ps(square(every_other(u, false)), square(every_other(u, true)));
+    sum = _mm256_add_ps(sum, square(every_other(l, false)));
+    sum = _mm256_add_ps(sum, square(every_other(l, true)));
+    if (all_between(sum, SafeSquares<float>::lower, SafeSquares<float>::upper)) {
+      _mm256_storeu_ps(y + j, _mm256_sqrt_ps(swap_middle(sum)));
+    } else {
+      norms_of_few(u, l, y + j, 8);
+    }
+  };
+  by_eights(count, eight, [&] { norms_of_few(upper, lower, y, count); });
+}
+
+// Their gradients. One division a window, by norms of which the quotient is sure to be a number.
+inline void pair_gradients(const float* upper, const float* lower, const float* y,
+                           const float* grad, float* to_upper, float* to_lower, int64_t count) {
+  constexpr float kSmall = 1e-18f, kLarge = 1e18f;
+  const auto eight = [&](int64_t j) {
+    const float *u = upper + 2 * j, *l = lower + 2 * j;
+    float *gu = to_upper + 2 * j, *gl = to_lower + 2 * j;
+    const __m256 norms = _mm256_loadu_ps(y + j), grads = _mm256_loadu_ps(grad + j);
+    const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), grads);
+    if (!all_between(norms, kSmall, kLarge) || !all_between(sizes, 0.0f, kLarge)) {
+      return gradients_of_few(u, l, y + j, grad + j, gu, gl, 8);
+    }
+    const __m256 ratio = swap_middle(_mm256_div_ps(grads, norms));
+    const auto row = [ratio](const float* x, float* to) {
+      const __m256 even = _mm256_mul_ps(every_other(x, false), ratio);
+      const __m256 odd = _mm256_mul_ps(every_other(x, true), ratio);
+      _mm256_storeu_ps(to, _mm256_unpacklo_ps(even, odd));
+      _mm256_storeu_ps(to + 8, _mm256_unpackhi_ps(even, odd));
+    };
+    row(u, gu);
+    row(l, gl);
+  };
+  by_eights(count, eight,
+            [&] { gradients_of_few(upper, lower, y, grad, to_upper, to_lower, count); });
+}
+#else
+constexpr bool kHasPairs = false;
+inline void pair_norms(const float*, const float*, float*, int64_t) {}
+inline void pair_gradients(const float*, const float*, const float*, const float*, float*, float*,
+                           int64_t) {}
+#endif
+
 // ------------------------------------------------------------------------------ gather and scatter
 
 // The outputs [first, last) of a row whose tap at column offset kw lies inside the image.
@@ -280,6 +399,11 @@ struct Grouping {
   bool fits() const { return taps <= (int64_t{1} << 18) / capacity; }
   // No element lies in two windows.
   bool disjoint() const { return g.stride_h >= g.kernel_h && g.stride_w >= g.kernel_w; }
+  // Two rows of an image make a row of windows.
+  bool two_by_two() const {
+    return in_pairs() && g.kernel_w == 2 && g.kernel_h == 2 && g.stride_h == 2 &&
+           g.padding_h == 0 && 2 * g.OH <= g.H;
+  }
   // Every element of the image lies in one window.
   bool tiles() const {
     return disjoint() && g.stride_h == g.kernel_h && g.stride_w == g.kernel_w && g.padding_h == 0 &&
@@ -440,6 +564,7 @@ void dispatch_taps(int64_t taps, F&& body) {
 template <Power power, typename T>
 void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
   using A = opmath_t<T>;
+  constexpr bool in_registers = kHasPairs && power == Power::kTwo && std::is_same_v<T, float>;
   const PoolGeometry& g = all.g;
   const A p = static_cast<A>(norm_type);
   const int64_t cost = all.inner * g.OW * all.taps * (power == Power::kGeneral ? 8 : 1);
@@ -455,6 +580,15 @@ void forward_batches(const Grouping& all, double norm_type, const T* input, T* o
         T* out = output + item / groups * g.OH * g.out_h;
         const int64_t first = item % groups * all.rows;
         const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          if constexpr (in_registers) {
+            if (all.two_by_two()) {
+              for (int64_t r = oh; r < oh + rows; ++r) {
+                const T* const upper = image + 2 * r * g.in_h;
+                pair_norms(upper, upper + g.in_h, out + r * g.out_h, g.OW);
+              }
+              return;
+            }
+          }
           all.gather(image, oh, rows, ow, columns, elements, row);
           const int64_t count = rows * columns * all.inner;
           const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
@@ -472,6 +606,7 @@ template <Power power, typename T>
 void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
                       const T* output, T* grad_input) {
   using A = opmath_t<T>;
+  constexpr bool in_registers = kHasPairs && power == Power::kTwo && std::is_same_v<T, float>;
   constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
   constexpr int64_t kBand = 16384;                // elements of a band, or a few windows' rows
   const PoolGeometry& g = all.g;
@@ -498,6 +633,17 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
         A* const gx = stage(to, row + 2 * width);
         if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
         const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          if constexpr (in_registers) {
+            if (all.two_by_two() && all.tiles()) {
+              for (int64_t r = oh; r < oh + rows; ++r) {
+                const T* const upper = in + 2 * r * g.in_h;
+                A* const to_upper = gx + (2 * r - top) * g.W;
+                pair_gradients(upper, upper + g.in_h, out + r * g.out_h, go + r * g.out_h, to_upper,
+                               to_upper + g.W, g.OW);
+              }
+              return;
+            }
+          }
           const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
           all.gather(in, oh, rows, ow, columns, elements, row);
           convert(out + o, y, count);
