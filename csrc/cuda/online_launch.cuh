@@ -27,8 +27,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 // Waits until `blocks` blocks have come here for the round-th time; counter starts at 0. What any
 // of their threads wrote before is then visible to all of them: the barriers of the blocks order it
-// before the release, and after the acquire, which need no fences of their own. The counter only grows, so that no
-// block can miss a turn; it wraps around after 2^32 arrivals, which the comparison allows for.
+// before the release, and after the acquire, which need no fences of their own. The counter only
+// grows, so that no block can miss a turn; it wraps around after 2^32 arrivals, which the
+// comparison allows for.
 __device__ __forceinline__ void wait_for_blocks(unsigned* counter, unsigned blocks,
                                                 unsigned round) {
   __syncthreads();
@@ -72,10 +73,10 @@ class Cooperation {
   // To be called before the kernel is launched with so many.
   template <typename Kernel>
   void allow_shared_memory(Kernel* kernel, int64_t bytes) const {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)),
-               "a block cannot have so much shared memory");
+    check_cuda(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "a block cannot have so much shared memory");
   }
 
   // How many blocks of a cooperative kernel the device holds at once; 0: it knows no such kernels.

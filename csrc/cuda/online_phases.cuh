@@ -63,9 +63,11 @@ struct Step {
   __device__ const double* uniform(int64_t first) const {
     return run.uniform + (model * run.count + index) * run.uniforms + first;
   }
-  __device__ Update<T> update() const {
+  // Steps that were made before the call. To be read early: the other settings lie beside it.
+  __device__ double steps_before() const { return run.settings[model * kSettings + kSteps]; }
+  __device__ Update<T> update(double steps) const {
     const double* s = run.settings + model * kSettings;
-    const double t = s[kSteps] + static_cast<double>(index);
+    const double t = steps + static_cast<double>(index);
     Update<T> u;
     u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
     u.weight_decay = static_cast<T>(s[kWeightDecay]);
@@ -244,8 +246,8 @@ __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef,
 }
 
 // The plane that a normalization subtracts from every channel of a map, or of a gradient, where the
-// whole block can read it: computed in `shared` (mean_numbers() of them), or there already. To be called by
-// all threads of a block.
+// whole block can read it: computed in `shared` (mean_numbers() of them), or there already. To be
+// called by all threads of a block.
 template <typename T>
 __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* map, T* shared) {
   if (b.source == MeanSource::kNone) return nullptr;
@@ -494,8 +496,8 @@ __device__ void convolution_by_threads(const Phase& p, const Step<T>& s, int32_t
   });
 }
 
-// The gradient of a convolution's output at one pixel and channel, from what its activation gave (y),
-// the pooled value, and the gradient that comes from behind, less the normalization's plane.
+// The gradient of a convolution's output at one pixel and channel, from what its activation gave
+// (y), the pooled value, and the gradient that comes from behind, less the normalization's plane.
 template <typename T>
 __device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g) {
   if (l.pooling) g *= norm_gradient<Norm::kTwo>(y, pooled, T(2));
@@ -507,8 +509,8 @@ __device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g)
 // they reach into the padding's columns, and the weights of its channels. Then a warp has S columns
 // of one of the rows and M of the output channels: its lanes take an input channel each, of 32, and
 // rows of the kernel; S M sums stay in registers, and S + 4 inputs and 5 M weights feed 5 S M
-// multiplications. What lanes, and then warps, have added up meets in the block's memory, in a fixed
-// order.
+// multiplications. What lanes, and then warps, have added up meets in the block's memory, in a
+// fixed order.
 template <int S, int G, int M, typename T>
 __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                   T* shared) {
@@ -655,8 +657,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
       for (int32_t i = k.group * thread_count() + thread_index(); i < (end - begin) * p.W * p.C;
            i += groups * thread_count()) {
         const int32_t row = row_numbers.quotient(i);
-        flat[i] = map[((begin + row - k.top) * t.width + p.padding_w) * p.C + i -
-                      row * p.W * p.C];
+        flat[i] = map[((begin + row - k.top) * t.width + p.padding_w) * p.C + i - row * p.W * p.C];
       }
     }
     for (int32_t unit = warp; unit < depth * 2 * segments * kShares; unit += warps) {
@@ -989,7 +990,8 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
   const T* x = s.map(p.x);
   const T* dy = s.at(p.dy);
   const Divisor by_pack(packs), across(p.W);
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
+  Update<T> update{};
   const T* mean = nullptr;
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t o = task / pieces, c0 = (task - o * pieces) * t.group;
@@ -1016,7 +1018,10 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
       for (int32_t c = lane; c < t.group; c += kWarp) at[c] = T(0);
     }
     make_plane(p, s, o, columns, plane, [&] {
-      if (task == block) mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
+      if (task == block) {
+        mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
+        update = s.update(steps);
+      }
       return mean;
     });
     finish_copies();
@@ -1093,7 +1098,8 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
   T* planes = shared;
   T* plane = planes + p.C * height * width;
   T* partial = plane + p.OH * p.OW;
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
+  Update<T> update{};
   const T* mean = nullptr;
   stage_planes(p, s.map(p.x), planes);
   each_task(p.tasks, block, blocks, [&](int32_t o) {
@@ -1105,7 +1111,10 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
       old_bias = s.at(p.bias)[o];
     }
     make_plane(p, s, o, p.OW, plane, [&] {
-      if (o == block) mean = prepare_mean(p.local.blur, s, s.at(p.dy), shared + p.tile.memory);
+      if (o == block) {
+        mean = prepare_mean(p.local.blur, s, s.at(p.dy), shared + p.tile.memory);
+        update = s.update(steps);
+      }
       return mean;
     });
     finish_copies();
@@ -1208,7 +1217,7 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
   T* plane = shared + (mean != nullptr ? mean_numbers(p.local.blur) : 0);
   T* partial = plane + (p.staged ? pixels : 0);
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  const Update<T> update = s.update();
+  const Update<T> update = s.update(s.steps_before());
   each_task(p.tasks, block, blocks, [&](int32_t o) {
     const T* d = dy + o;
     int32_t d_step = p.O;
@@ -1390,13 +1399,13 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
     T* vector = shared;
     shared += p.C;
     const T own_coef = load_blur(b, s, shared);
-#pragma unroll 4
     for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
       const int32_t pixel = by_channel.quotient(i);
-      vector[(i - pixel * channels) * pixels + pixel] = x[i];
+      start_copy<sizeof(T)>(vector + (i - pixel * channels) * pixels + pixel, x + i);
     }
+    finish_copies();
+    __syncthreads();
     if (sums) {
-      __syncthreads();
       for (int32_t i = warp; i < pixels; i += warps) {
         T total = T(0);
         for (int32_t c = lane; c < channels; c += kWarp) total += vector[c * pixels + i];
@@ -1406,7 +1415,6 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
       mean = finish_mean(b, s, own_coef, shared);
     } else {
       mean = prepare_mean(b, s, x, shared);
-      __syncthreads();
     }
     if (mean != nullptr) {
       shared += mean_numbers(b);
@@ -1575,7 +1583,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
     }
   };
   load(block);
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
   const T* y = s.at(p.y);
   const T* dy = head ? nullptr : s.at(p.dy);
   if (head) {
@@ -1594,6 +1602,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
     shared += p.O;
     __syncthreads();
   }
+  const Update<T> update = s.update(steps);
   // Neighbouring groups of a warp add up first.
   const int32_t together = kWarp / kColumns, partials = groups / together;
   each_task(p.tasks, block, blocks, [&](int32_t task) {
@@ -1641,7 +1650,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
 template <typename T>
 __device__ void linear_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
   if (block >= p.tasks) return;
-  const Update<T> update = s.update();
+  const Update<T> update = s.update(s.steps_before());
   const T* g = s.at(p.dy);
   each_element(p, p.C * p.O, block, blocks, [&](int32_t i) {
     update.one(*s.at(p.weight + i), s.velocity(p.weight + i), g[i / p.C] * s.map(p.flat)[i % p.C]);
@@ -1806,8 +1815,8 @@ __device__ void pool_backward(const Phase& p, const Step<T>& s, int32_t block, i
 
 // -------------------------------------------------------------------------------------- one phase
 
-// Runs this block's share of a phase. `shared` is the block's own memory, kScratch numbers, which
-// no thread of the block uses any more when all of them have returned.
+// Runs this block's share of a phase. `shared` is the block's own memory, as the program wants,
+// which no thread of the block uses any more when all of them have returned.
 template <typename T>
 __device__ void run_phase(const Phase& p, const Step<T>& s, T* shared) {
   // The first tasks of a phase go to the blocks that have none of the phases before it.

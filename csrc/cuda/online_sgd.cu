@@ -10,7 +10,7 @@
 // Blocks are shared out evenly among the models, and the models of a call run side by side.
 //
 // Bound by latency: a step of the original network has 70 MFLOP, a microsecond or two of the
-// device's time, in seven levels that depend on each other. What counts is their number, the wait
+// device's time, in six levels that depend on each other. What counts is their number, the wait
 // between them (a kernel's end and start, or a barrier of about a microsecond), and the way from
 // the second-level cache at the start of each.
 //
@@ -376,8 +376,8 @@ class Engine {
         unsigned* no_barriers = nullptr;
         const int64_t first_model = 0, steps = 1;
         const bool is_first = l == 0, is_last = l + 1 == program_.levels.size();
-        launch(run_phases<T>, blocks, shared_bytes(), phases, program_.levels[l].count, run_, first_model, steps,
-               no_barriers, where, is_first, is_last);
+        launch(run_phases<T>, blocks, shared_bytes(), phases, program_.levels[l].count, run_,
+               first_model, steps, no_barriers, where, is_first, is_last);
         phases += program_.levels[l].count;
       }
     };
@@ -417,8 +417,8 @@ class Engine {
     const int64_t resident = device_.resident_blocks(run_phases<T>, shared_bytes());
     const int64_t together = std::min(call_.models, resident);
     // No more for one model than there are multiprocessors: they would only wait for each other.
-    run_.blocks = static_cast<int32_t>(
-        std::min<int64_t>(resident / together, device_.multiprocessors()));
+    run_.blocks =
+        static_cast<int32_t>(std::min<int64_t>(resident / together, device_.multiprocessors()));
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
       device_.launch_together(run_phases<T>, models * run_.blocks, shared_bytes(),
@@ -528,9 +528,8 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   const int64_t memory = wide ? device.free_shared_memory(run_phases<double>)
                               : device.free_shared_memory(run_phases<float>);
   const auto dtype_bytes = static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
-  const Program program = Planner(kOp, spec, sizes, taps, block_threads(),
-                                  memory / dtype_bytes, fuse)
-                              .plan();
+  const Program program =
+      Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes, fuse).plan();
 
   Tensor losses = torch::stable::new_empty(parameters[0], {models, order.size(1)});
   Tensor predictions = torch::stable::new_empty(order, {models, order.size(1)});

@@ -159,9 +159,9 @@ struct Level {
 
 // A block's own memory, in numbers: so much of it there always is.
 constexpr int32_t kScratch = 4480;
-constexpr int32_t kTile = 5;       // kernels of this size are tiled
+constexpr int32_t kTile = 5;        // kernels of this size are tiled
 constexpr int32_t kTileLanes = 32;  // channels that a warp takes, and steps of their number
-constexpr int32_t kColumns = 16;  // of a task of kLinearBackward
+constexpr int32_t kColumns = 16;    // of a task of kLinearBackward
 constexpr int32_t kWantedTasks = 128;
 
 // ----------------------------------------------------------------------- indices, on both backends
@@ -268,16 +268,12 @@ struct Program {
 class Planner {
  public:
   // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
-  // of a block; memory: the numbers that a block can have in its own memory; fuse: false plans every
-  // layer on its own.
+  // of a block; memory: the numbers that a block can have in its own memory; fuse: false plans
+  // every layer on its own.
   Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
-          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory, bool fuse)
-      : op_(op),
-        spec_(spec),
-        kernels_(kernels),
-        threads_(threads),
-        memory_(memory),
-        fuse_(fuse) {
+          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory,
+          bool fuse)
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory), fuse_(fuse) {
     for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
     program_.parameter_elements = program_.workspace;
   }

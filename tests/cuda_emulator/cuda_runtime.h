@@ -147,16 +147,17 @@ class Cooperation {
   template <typename Kernel, typename... Arguments>
   void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
                           const Arguments&... arguments) const {
-    run_grid(dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
-             [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+    run_grid(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 
   template <typename Kernel, typename... Arguments>
   void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
                        const Arguments&... arguments) const {
-    run_grid_together(dim3(static_cast<unsigned>(blocks)),
-                      dim3(static_cast<unsigned>(block_threads())), [&] { kernel(arguments...); },
-                      static_cast<size_t>(shared_bytes));
+    run_grid_together(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 };
 
