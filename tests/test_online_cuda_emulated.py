@@ -238,8 +238,8 @@ TILED = {
         *(Conv2d(32, 9, 5, padding=1, bias=False), Tanh()),
     ],
     "unequal padding, three deep": [
-        *(Conv2d(3, 64, 5, padding=(3, 1)), nn.SubtractiveNorm2d(torch.rand(3, 5)), Tanh()),
-        *(Conv2d(64, 32, 5, padding=(0, 2)), nn.LPPool2d(2, 2)),
+        *(Conv2d(3, 32, 5, padding=(3, 1)), nn.SubtractiveNorm2d(torch.rand(3, 5)), Tanh()),
+        *(Conv2d(32, 32, 5, padding=(0, 2)), nn.LPPool2d(2, 2)),
         *(Conv2d(32, 5, 5, padding=6), nn.Sigmoid(), nn.SubtractiveNorm2d(gaussian1d(3))),
     ],
     "pools that are not fused": [
@@ -316,7 +316,8 @@ def test_images_and_parameters_of_any_strides(emulated):
     assert not model[1].weight.is_contiguous()
 
 
-def test_the_device_changes_no_bit(emulated):
+@pytest.mark.parametrize("widths", [(9, 10, 12), (32, 33, 12)], ids=str)
+def test_the_device_changes_no_bit(emulated, widths):
     """However many blocks there are, and in whatever order blocks and threads run."""
     images, labels = samples(1, 16, 16, classes=10)
     order = torch.randint(0, 20, (5,))
@@ -325,7 +326,7 @@ def test_the_device_changes_no_bit(emulated):
         [(1, 0), (2, 1), (7, 2), (40, 3)], ["graph", "persistent"]
     ):
         emulated.set(multiprocessors, 64, seed)
-        model = models.convnet((9, 10, 12), image_size=16, generator=torch7.start(seed=1))
+        model = models.convnet(widths, image_size=16, generator=torch7.start(seed=1))
         losses, _ = emulated.put(OnlineSGD(model, lr=0.05, mode=mode)).run(images, labels, order)
         found.append(torch.cat([losses, values(model)]))
     assert all(torch.equal(found[0], other) for other in found)

@@ -39,6 +39,16 @@ struct Run {
   bool nesterov;
 };
 
+// The same pointer, of which the compiler then knows that it is one to the device's memory: such
+// loads are shorter, and may be moved ahead of stores to a block's own memory.
+template <typename T>
+__device__ __forceinline__ T* in_device_memory(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
 
 // One step of one model, seen by one block.
@@ -49,13 +59,14 @@ struct Step {
   int64_t model, index;  // index of the sample in the call
   int32_t block;         // of the model's blocks
 
-  __device__ T* at(int64_t offset) const { return base + offset; }
+  __device__ T* at(int64_t offset) const { return in_device_memory(base + offset); }
   __device__ const T* map(int64_t offset) const {
-    if (offset != kImage) return base + offset;
-    return run.samples + (model * run.piece + index - run.first) * run.image_size;
+    const int64_t sample = model * run.piece + index - run.first;
+    return in_device_memory(offset != kImage ? base + offset
+                                             : run.samples + sample * run.image_size);
   }
   __device__ T* velocity(int64_t offset) const {
-    return run.velocity_shift == 0 ? nullptr : base + offset + run.velocity_shift;
+    return run.velocity_shift == 0 ? nullptr : at(offset + run.velocity_shift);
   }
   __device__ int32_t target() const {
     return static_cast<int32_t>(run.targets[model * run.count + index]);
@@ -63,9 +74,11 @@ struct Step {
   __device__ const double* uniform(int64_t first) const {
     return run.uniform + (model * run.count + index) * run.uniforms + first;
   }
-  __device__ Update<T> update() const {
+  // Steps that were made before the call. To be read early: the other settings lie beside it.
+  __device__ double steps_before() const { return run.settings[model * kSettings + kSteps]; }
+  __device__ Update<T> update(double steps) const {
     const double* s = run.settings + model * kSettings;
-    const double t = s[kSteps] + static_cast<double>(index);
+    const double t = steps + static_cast<double>(index);
     Update<T> u;
     u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
     u.weight_decay = static_cast<T>(s[kWeightDecay]);
@@ -988,7 +1001,8 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
   const T* x = s.map(p.x);
   const T* dy = s.at(p.dy);
   const Divisor by_pack(packs), across(p.W);
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
+  Update<T> update{};
   const T* mean = nullptr;
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t o = task / pieces, c0 = (task - o * pieces) * t.group;
@@ -1015,7 +1029,10 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
       for (int32_t c = lane; c < t.group; c += kWarp) at[c] = T(0);
     }
     make_plane(p, s, o, columns, plane, [&] {
-      if (task == block) mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
+      if (task == block) {
+        mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
+        update = s.update(steps);
+      }
       return mean;
     });
     finish_copies();
@@ -1092,7 +1109,8 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
   T* planes = shared;
   T* plane = planes + p.C * height * width;
   T* partial = plane + p.OH * p.OW;
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
+  Update<T> update{};
   const T* mean = nullptr;
   stage_planes(p, s.map(p.x), planes);
   each_task(p.tasks, block, blocks, [&](int32_t o) {
@@ -1104,7 +1122,10 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
       old_bias = s.at(p.bias)[o];
     }
     make_plane(p, s, o, p.OW, plane, [&] {
-      if (o == block) mean = prepare_mean(p.local.blur, s, s.at(p.dy), shared + p.tile.memory);
+      if (o == block) {
+        mean = prepare_mean(p.local.blur, s, s.at(p.dy), shared + p.tile.memory);
+        update = s.update(steps);
+      }
       return mean;
     });
     finish_copies();
@@ -1207,7 +1228,7 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
   T* plane = shared + (mean != nullptr ? mean_numbers(p.local.blur) : 0);
   T* partial = plane + (p.staged ? pixels : 0);
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  const Update<T> update = s.update();
+  const Update<T> update = s.update(s.steps_before());
   each_task(p.tasks, block, blocks, [&](int32_t o) {
     const T* d = dy + o;
     int32_t d_step = p.O;
@@ -1389,13 +1410,13 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
     T* vector = shared;
     shared += p.C;
     const T own_coef = load_blur(b, s, shared);
-#pragma unroll 4
     for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
       const int32_t pixel = by_channel.quotient(i);
-      vector[(i - pixel * channels) * pixels + pixel] = x[i];
+      start_copy<sizeof(T)>(vector + (i - pixel * channels) * pixels + pixel, x + i);
     }
+    finish_copies();
+    __syncthreads();
     if (sums) {
-      __syncthreads();
       for (int32_t i = warp; i < pixels; i += warps) {
         T total = T(0);
         for (int32_t c = lane; c < channels; c += kWarp) total += vector[c * pixels + i];
@@ -1405,7 +1426,6 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
       mean = finish_mean(b, s, own_coef, shared);
     } else {
       mean = prepare_mean(b, s, x, shared);
-      __syncthreads();
     }
     if (mean != nullptr) {
       shared += mean_numbers(b);
@@ -1574,7 +1594,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
     }
   };
   load(block);
-  const Update<T> update = s.update();
+  const double steps = s.steps_before();
   const T* y = s.at(p.y);
   const T* dy = head ? nullptr : s.at(p.dy);
   if (head) {
@@ -1593,6 +1613,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
     shared += p.O;
     __syncthreads();
   }
+  const Update<T> update = s.update(steps);
   // Neighbouring groups of a warp add up first.
   const int32_t together = kWarp / kColumns, partials = groups / together;
   each_task(p.tasks, block, blocks, [&](int32_t task) {
@@ -1640,7 +1661,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
 template <typename T>
 __device__ void linear_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
   if (block >= p.tasks) return;
-  const Update<T> update = s.update();
+  const Update<T> update = s.update(s.steps_before());
   const T* g = s.at(p.dy);
   each_element(p, p.C * p.O, block, blocks, [&](int32_t i) {
     update.one(*s.at(p.weight + i), s.velocity(p.weight + i), g[i / p.C] * s.map(p.flat)[i % p.C]);
@@ -1805,8 +1826,8 @@ __device__ void pool_backward(const Phase& p, const Step<T>& s, int32_t block, i
 
 // -------------------------------------------------------------------------------------- one phase
 
-// Runs this block's share of a phase. `shared` is the block's own memory, kScratch numbers, which
-// no thread of the block uses any more when all of them have returned.
+// Runs this block's share of a phase. `shared` is the block's own memory, as the program wants,
+// which no thread of the block uses any more when all of them have returned.
 template <typename T>
 __device__ void run_phase(const Phase& p, const Step<T>& s, T* shared) {
   // The first tasks of a phase go to the blocks that have none of the phases before it.
