@@ -113,40 +113,12 @@ bool has_clusters(Kernel* kernel) {
 // For launches of this kernel.
 template <typename Kernel>
 Multiprocessors multiprocessors(Kernel* kernel) {
-  int device = 0;
+  int device = 0, shared_bytes = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  const auto attribute = [device](cudaDeviceAttr which) {
-    int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-  };
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+  STD_CUDA_CHECK(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  return {multiprocessor_count(), shared_bytes, shared_memory_limit(),
           has_clusters(kernel) ? kMaxCluster : 1, 256};
-}
-
-// Within a cluster: a barrier for all threads of its blocks, and the address at which a block of it
-// has what lies at `mine` in this block's shared memory.
-__device__ __forceinline__ void sync_cluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-#endif
-}
-
-template <typename V>
-__device__ __forceinline__ const V* of_block(const V* mine, int rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const V* theirs = nullptr;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-  return theirs;
-#else
-  (void)rank;
-  return mine;
-#endif
 }
 
 // What the launch asked for, aligned to 16 bytes.
@@ -180,6 +152,17 @@ __device__ __forceinline__ A* cluster_peer(A* variable, int block) {
   static_cast<void>(block);
   return variable;
 #endif
+}
+
+// Both halves at once, and the address at which a block of the cluster has what lies at `mine` in
+// this block's shared memory.
+__device__ __forceinline__ void sync_cluster() {
+  cluster_arrive();
+  cluster_wait();
+}
+template <typename V>
+__device__ __forceinline__ const V* of_block(const V* mine, int rank) {
+  return cluster_peer(mine, rank);
 }
 
 // Makes a tensor's device the current one for as long as it lives, and launches on its stream.
@@ -433,6 +416,17 @@ __device__ __forceinline__ void prefetch_l2(const T* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #else
   (void)address;
+#endif
+}
+
+// 2^x by one instruction, to a few units in the last place of float32; denormals are zero.
+__device__ __forceinline__ float two_to_the(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
 #endif
 }
 

@@ -40,14 +40,11 @@ enum class Kind { kSoftmax, kLogSoftmax, kNll };
 // and with 2 bytes an element the exact one would be the bound, not memory.
 template <typename T>
 __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
-#if defined(__CUDA_ARCH__)
   if constexpr (!std::is_same_v<T, opmath_t<T>>) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.442695041f));
-    return power;
+    return two_to_the(x * 1.442695041f);
+  } else {
+    return std::exp(x);
   }
-#endif
-  return std::exp(x);
 }
 
 // The largest of some values v, and the sum of exp(v - largest).

@@ -443,16 +443,6 @@ __device__ __forceinline__ float approximate_root(float x) {
 #endif
 }
 
-__device__ __forceinline__ float two_to_the(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
-
 // One instruction, within 2^-11 of the value.
 __device__ __forceinline__ float approximate_tanh(float x) {
 #if defined(__CUDA_ARCH__)
