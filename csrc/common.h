@@ -1,6 +1,7 @@
 // What every family needs on both backends: dtypes, argument checks, memory layouts.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +9,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -142,9 +144,61 @@ struct Images {
   int64_t stride_w() const { return channels_last ? C : 1; }
 };
 
+// -------------------------------------------------------------------------------- new tensors
+//
+// torch::stable's empty, empty_like, new_empty and contiguous look their operator up by name and go
+// through the dispatcher, which costs a small call about a microsecond each. The allocation that
+// they end in is a function of the ABI, too, and what is contiguous needs no call at all.
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A new tensor on the device of like.
+inline Tensor new_strided(const Tensor& like, IntHeaderOnlyArrayRef size,
+                          IntHeaderOnlyArrayRef stride, ScalarType dtype) {
+  namespace detail = torch::stable::detail;
+  const auto device = like.device();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.data(), stride.data(),
+      detail::to<int32_t>(detail::from(dtype)), detail::to<int32_t>(detail::from(device.type())),
+      device.index(), &handle));
+  return Tensor(handle);
+}
+
+// A new contiguous tensor on the device of like.
+inline Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef size, ScalarType dtype) {
+  std::vector<int64_t> stride(size.size());
+  int64_t inner = 1;
+  for (size_t d = size.size(); d-- > 0;) {
+    stride[d] = inner;
+    inner *= std::max<int64_t>(size[d], 1);
+  }
+  return new_strided(like, size, stride, dtype);
+}
+inline Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef size) {
+  return new_tensor(like, size, like.scalar_type());
+}
+
+inline Tensor new_like(const Tensor& like) {
+  if (!like.is_contiguous()) return torch::stable::empty_like(like);
+  return new_strided(like, like.sizes(), like.strides(), like.scalar_type());
+}
+
+inline Tensor contiguous_of(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// An image or a batch of images, dense in one of two layouts: the tensor itself where it is.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
-  return torch::stable::contiguous(
-      tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (!channels_last) return contiguous_of(tensor);
+  bool is_dense = true;
+  int64_t inner = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    const int64_t size = tensor.size(d);
+    is_dense = is_dense && (size == 1 || tensor.stride(d) == inner);
+    inner *= size;
+  }
+  return is_dense ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
 inline Images images_of(const char* op, const char* name, const Tensor& tensor) {
@@ -161,15 +215,15 @@ inline Images images_of(const char* op, const char* name, const Tensor& tensor) 
                 dim == 4};
 }
 
-// A new tensor for images with the layout, dtype and device of others, but another height and
-// width.
+// A new tensor for images with the layout and device of others, but another height and width.
+inline Tensor empty_images(const Images& like, int64_t H, int64_t W, ScalarType dtype) {
+  if (!like.batched) return new_tensor(like.data, {like.C, H, W}, dtype);
+  if (!like.channels_last) return new_tensor(like.data, {like.N, like.C, H, W}, dtype);
+  return new_strided(like.data, {like.N, like.C, H, W}, {H * W * like.C, 1, W * like.C, like.C},
+                     dtype);
+}
 inline Tensor empty_images(const Images& like, int64_t H, int64_t W) {
-  std::vector<int64_t> size;
-  if (like.batched) size.push_back(like.N);
-  size.insert(size.end(), {like.C, H, W});
-  return torch::stable::empty(
-      size, like.data.scalar_type(), like.data.layout(), like.data.device(), std::nullopt,
-      like.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return empty_images(like, H, W, like.data.scalar_type());
 }
 
 }  // namespace mnist_ops

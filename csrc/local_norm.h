@@ -135,7 +135,8 @@ inline Tensor kernel_in_double(const Tensor& kernel) {
                       dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "local normalization: kernel must be a floating-point tensor, got ",
                   torch::headeronly::toString(dtype));
-  return torch::stable::contiguous(torch::stable::to(kernel, ScalarType::Double));
+  return contiguous_of(dtype == ScalarType::Double ? kernel
+                                                   : torch::stable::to(kernel, ScalarType::Double));
 }
 
 // ----------------------------------------------------------------------------- operators

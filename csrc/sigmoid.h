@@ -13,7 +13,7 @@ inline Tensor in_memory_order_of(const Tensor& out, const Tensor& input) {
     same = same && (out.size(d) == 1 || out.stride(d) == input.stride(d));
   }
   if (same) return input;
-  Tensor copy = torch::stable::empty_like(out);
+  Tensor copy = new_like(out);
   torch::stable::copy_(copy, input);
   return copy;
 }

@@ -176,7 +176,7 @@ void for_each_block(const SoftmaxGeometry& g, int64_t matrices, const F& body) {
 
 Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta, bool log) {
   dim = checked_dim(op, input, dim);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = new_like(input);
   const Tensor x = in_memory_order_of(output, input);
   const SoftmaxGeometry g = softmax_geometry(output, dim);
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
@@ -226,7 +226,7 @@ Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor&
                         int64_t dim, double beta, bool log) {
   dim = checked_dim(op, output, dim);
   check_like(op, "grad_output", grad_output, "output", output);
-  Tensor grad_input = torch::stable::empty_like(output);
+  Tensor grad_input = new_like(output);
   const Tensor y = in_memory_order_of(grad_input, output);
   const Tensor grad = in_memory_order_of(grad_input, grad_output);
   const SoftmaxGeometry g = softmax_geometry(grad_input, dim);
@@ -300,16 +300,16 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
   const char* op = "softmax_nll";
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = torch::stable::contiguous(target);
+  const Tensor classes = contiguous_of(target);
   check_classes(op, classes, x.size(dim));
   const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor loss = torch::stable::new_empty(x, classes.sizes());
+  Tensor loss = new_tensor(x, classes.sizes());
   Tensor logsumexp;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    logsumexp = torch::stable::new_empty(
-        x, classes.sizes(), std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+    logsumexp = new_tensor(x, classes.sizes(),
+                           std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
     const T* in = x.const_data_ptr<T>();
     const int64_t* t = classes.const_data_ptr<int64_t>();
     T* losses = loss.mutable_data_ptr<T>();
@@ -352,7 +352,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   const char* op = "softmax_nll_backward";
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = torch::stable::contiguous(target);
+  const Tensor classes = contiguous_of(target);
   check_classes(op, classes, x.size(dim));
   MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
                   ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
@@ -361,10 +361,10 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
                   ": grad_loss must have the dtype of input, ",
                   torch::headeronly::toString(input.scalar_type()), ", got ",
                   torch::headeronly::toString(grad_loss.scalar_type()));
-  const Tensor grad = torch::stable::contiguous(grad_loss);
-  const Tensor saved = torch::stable::contiguous(logsumexp);
+  const Tensor grad = contiguous_of(grad_loss);
+  const Tensor saved = contiguous_of(logsumexp);
   const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor grad_input = torch::stable::empty_like(x);
+  Tensor grad_input = new_like(x);
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;

@@ -206,7 +206,7 @@ Tensor to_device(const std::vector<V>& values, ScalarType dtype, const Tensor& l
   const Tensor here = torch::stable::from_blob(
       const_cast<void*>(static_cast<const void*>(values.data())), {&size, 1}, {&stride, 1},
       torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), dtype);
-  Tensor there = torch::stable::new_empty(like, {size}, dtype);
+  Tensor there = new_tensor(like, {size}, dtype);
   torch::stable::copy_(there, here);
   return there;
 }
@@ -233,13 +233,13 @@ class Engine {
     const bool momentum = !call.velocities.empty();
     run_.velocity_shift = momentum ? program.workspace : 0;
     run_.model_stride = program.workspace + (momentum ? program.parameter_elements : 0);
-    workspace_ = torch::stable::new_empty(losses, {models * run_.model_stride});
+    workspace_ = new_tensor(losses, {models * run_.model_stride});
     run_.workspace = workspace_.template mutable_data_ptr<T>();
     run_.image_size = call.spec.input.numel();
     run_.uniform = call.uniform.template const_data_ptr<double>();
     run_.count = call.order.size(1);
     run_.uniforms = call.spec.uniforms;
-    settings_ = torch::stable::new_empty(losses, {models, int64_t{kSettings}}, ScalarType::Double);
+    settings_ = new_tensor(losses, {models, int64_t{kSettings}}, ScalarType::Double);
     torch::stable::copy_(settings_, call.settings);
     run_.settings = settings_.template const_data_ptr<double>();
     run_.losses = losses.mutable_data_ptr<T>();
@@ -253,7 +253,7 @@ class Engine {
   void run() {
     prepare_kernels_and_check();
     move(false);
-    targets_ = torch::stable::new_empty(call_.order, {call_.models, run_.count});
+    targets_ = new_tensor(call_.order, {call_.models, run_.count});
     const int64_t entries = call_.order.numel();
     device_.launch(gather_targets, blocks_for(entries), entries,
                    call_.order.template const_data_ptr<int64_t>(),
@@ -262,7 +262,7 @@ class Engine {
     run_.targets = targets_.template const_data_ptr<int64_t>();
     int64_t piece = kPieceElements / std::max<int64_t>(1, call_.models * run_.image_size);
     piece = std::max<int64_t>(1, std::min(piece, run_.count));
-    Tensor samples = torch::stable::new_empty(losses_, {call_.models * piece * run_.image_size});
+    Tensor samples = new_tensor(losses_, {call_.models * piece * run_.image_size});
     run_.samples = samples.template const_data_ptr<T>();
     upload_program();
     const bool persistent = choose_persistent();
@@ -511,8 +511,8 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
 
   // Dense copies of what is not dense; the parameters' go back at the end.
   std::vector<Tensor> values, speeds, wide_kernels;
-  for (const Tensor& tensor : parameters) values.push_back(torch::stable::contiguous(tensor));
-  for (const Tensor& tensor : velocities) speeds.push_back(torch::stable::contiguous(tensor));
+  for (const Tensor& tensor : parameters) values.push_back(contiguous_of(tensor));
+  for (const Tensor& tensor : velocities) speeds.push_back(contiguous_of(tensor));
   std::vector<std::array<int64_t, 3>> taps;
   for (std::size_t i = 0; i < kernels.size(); ++i) {
     const Tensor& first = own_kernels[i % own_kernels.size()];
@@ -531,12 +531,12 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   const Program program =
       Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes, fuse).plan();
 
-  Tensor losses = torch::stable::new_empty(parameters[0], {models, order.size(1)});
-  Tensor predictions = torch::stable::new_empty(order, {models, order.size(1)});
-  const Tensor pictures = torch::stable::contiguous(images);
-  const Tensor classes = torch::stable::contiguous(labels);
-  const Tensor sequence = torch::stable::contiguous(order);
-  const Tensor numbers = torch::stable::contiguous(uniform);
+  Tensor losses = new_tensor(parameters[0], {models, order.size(1)});
+  Tensor predictions = new_tensor(order, {models, order.size(1)});
+  const Tensor pictures = contiguous_of(images);
+  const Tensor classes = contiguous_of(labels);
+  const Tensor sequence = contiguous_of(order);
+  const Tensor numbers = contiguous_of(uniform);
   const Call call{values,       speeds,
                   wide_kernels, spec,
                   pictures,     classes,

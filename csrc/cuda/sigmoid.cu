@@ -102,7 +102,7 @@ void map(const Launcher& launcher, int64_t count, const T* a, const T* b, T* out
 
 Tensor sigmoid(const Tensor& input) {
   const Launcher launcher(input);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = new_like(input);
   const Tensor x = in_memory_order_of(output, input);
   dispatch_floating("sigmoid", input.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -116,7 +116,7 @@ Tensor sigmoid(const Tensor& input) {
 Tensor sigmoid_backward(const Tensor& grad_output, const Tensor& output) {
   check_like("sigmoid_backward", "grad_output", grad_output, "output", output);
   const Launcher launcher(output);
-  Tensor grad_input = torch::stable::empty_like(output);
+  Tensor grad_input = new_like(output);
   const Tensor y = in_memory_order_of(grad_input, output);
   const Tensor g = in_memory_order_of(grad_input, grad_output);
   dispatch_floating("sigmoid_backward", output.scalar_type(), [&](auto element) {

@@ -1190,7 +1190,7 @@ template <Kind kind>
 Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta) {
   dim = checked_dim(op, input, dim);
   const Launcher launcher(input);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = new_like(input);
   const Tensor x = in_memory_order_of(output, input);
   const SoftmaxGeometry g = softmax_geometry(output, dim);
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
@@ -1207,7 +1207,7 @@ Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor&
   dim = checked_dim(op, output, dim);
   check_like(op, "grad_output", grad_output, "output", output);
   const Launcher launcher(output);
-  Tensor grad_input = torch::stable::empty_like(output);
+  Tensor grad_input = new_like(output);
   const Tensor y = in_memory_order_of(grad_input, output);
   const Tensor grad = in_memory_order_of(grad_input, grad_output);
   const SoftmaxGeometry g = softmax_geometry(grad_input, dim);
@@ -1243,14 +1243,14 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
   const int64_t dim = check_softmax_nll(op, input, target);
   const Launcher launcher(input);
   const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = torch::stable::contiguous(target);
+  const Tensor classes = contiguous_of(target);
   const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor loss = torch::stable::new_empty(x, classes.sizes());
+  Tensor loss = new_tensor(x, classes.sizes());
   Tensor logsumexp;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    logsumexp = torch::stable::new_empty(x, classes.sizes(), kWide<A>);
+    logsumexp = new_tensor(x, classes.sizes(), kWide<A>);
     launch_forward<Kind::kNll>(
         launcher,
         Forward<T>{g, static_cast<A>(beta), x.const_data_ptr<T>(), loss.mutable_data_ptr<T>(),
@@ -1264,7 +1264,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   const char* op = "softmax_nll_backward";
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = torch::stable::contiguous(target);
+  const Tensor classes = contiguous_of(target);
   MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
                   ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
                   ", got ", shape_string(grad_loss), " and ", shape_string(logsumexp));
@@ -1275,10 +1275,10 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   MNIST_OPS_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
                   ": grad_loss, logsumexp and input are on different devices");
   const Launcher launcher(input);
-  const Tensor grad = torch::stable::contiguous(grad_loss);
-  const Tensor saved = torch::stable::contiguous(logsumexp);
+  const Tensor grad = contiguous_of(grad_loss);
+  const Tensor saved = contiguous_of(logsumexp);
   const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor grad_input = torch::stable::empty_like(x);
+  Tensor grad_input = new_like(x);
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;

@@ -981,7 +981,7 @@ Tensor readable(const Tensor& kernel) {
     case ScalarType::Float:
     case ScalarType::Half:
     case ScalarType::BFloat16:
-      return torch::stable::contiguous(kernel);
+      return contiguous_of(kernel);
     default:
       return kernel_in_double(kernel);  // says what is wrong
   }
@@ -991,13 +991,8 @@ Tensor readable(const Tensor& kernel) {
 template <typename T, typename A = opmath_t<T>>
 Tensor pooled_map(const Launcher& launcher, const Images& x, const StageArguments& arguments) {
   const PoolGeometry& geometry = arguments.geometry;
-  std::vector<int64_t> size;
-  if (x.batched) size.push_back(x.N);
-  size.insert(size.end(), {x.C, geometry.OH, geometry.OW});
-  Tensor pooled =
-      torch::stable::empty(size, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float,
-                           x.data.layout(), x.data.device(), std::nullopt,
-                           x.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor pooled = empty_images(x, geometry.OH, geometry.OW,
+                               std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   dispatch_large(arguments, [&](auto tag, const auto& g) {
     using I = decltype(g.N + 0);
     launcher.run_over(pool_kernel<decltype(tag)::value, T, I>, pooled.numel(),

@@ -35,8 +35,8 @@ class Network {
           const Tensor& images, const Settings& settings)
       : settings_(settings), workers_{settings.threads} {
     for (std::size_t i = 0; i < parameters.size(); ++i) {
-      parameters_.push_back(torch::stable::contiguous(parameters[i]));
-      if (!velocities.empty()) velocities_.push_back(torch::stable::contiguous(velocities[i]));
+      parameters_.push_back(contiguous_of(parameters[i]));
+      if (!velocities.empty()) velocities_.push_back(contiguous_of(velocities[i]));
     }
     const NetworkSpec spec =
         NetworkReader(kOp, parameters_, kernels).read(network, sample_shape(images));
@@ -308,16 +308,16 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                   ": velocities go with a momentum, and only with one");
   MNIST_OPS_CHECK(threads >= 1 && step >= 0, kOp, ": threads must be >= 1 and step >= 0, got ",
                   threads, " and ", step);
-  const Tensor pictures = torch::stable::contiguous(images);
-  const Tensor classes = torch::stable::contiguous(labels);
-  const Tensor sequence = torch::stable::contiguous(order);
-  const Tensor numbers = torch::stable::contiguous(uniform);
+  const Tensor pictures = contiguous_of(images);
+  const Tensor classes = contiguous_of(labels);
+  const Tensor sequence = contiguous_of(order);
+  const Tensor numbers = contiguous_of(uniform);
   const int64_t count = sequence.numel();
   const int64_t* indices = sequence.const_data_ptr<int64_t>();
   const int64_t* targets = classes.const_data_ptr<int64_t>();
 
-  Tensor losses = torch::stable::new_empty(parameters[0], {count});
-  Tensor predictions = torch::stable::new_empty(order, {count});
+  Tensor losses = new_tensor(parameters[0], {count});
+  Tensor predictions = new_tensor(order, {count});
   const auto run = [&](auto element) {
     using T = decltype(element);
     Network<T> net(network, parameters, velocities, kernels, pictures,

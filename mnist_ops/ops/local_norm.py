@@ -150,13 +150,13 @@ def check_kernel(op: str, kernel: object) -> Tensor:
     """Refuse a tensor that is no normalization kernel; return it."""
     check_floating(op, "kernel", kernel)
     assert isinstance(kernel, Tensor)
-    if kernel.dim() not in (1, 2):
+    sizes = kernel.shape
+    if not 1 <= len(sizes) <= 2:
         raise ValueError(
-            f"{op}: kernel must have 1 dimension (separable) or 2, got the shape "
-            f"{tuple(kernel.shape)}"
+            f"{op}: kernel must have 1 dimension (separable) or 2, got the shape {tuple(sizes)}"
         )
-    if any(size % 2 == 0 for size in kernel.shape):
-        raise ValueError(f"{op}: kernel sizes must be odd, got {tuple(kernel.shape)}")
+    if sizes[0] % 2 == 0 or sizes[-1] % 2 == 0:
+        raise ValueError(f"{op}: kernel sizes must be odd, got {tuple(sizes)}")
     if kernel.requires_grad:
         raise ValueError(
             f"{op}: kernel requires grad, but no gradient with respect to it is offered; pass "

@@ -77,7 +77,7 @@ def lp_pool2d(
     op = "lp_pool2d"
     check_images(op, input)
     windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
-    output_size(op, input, *windows[1:])
+    check_fit(op, input, windows[1], windows[3])
     return _lp_pool2d(input, *windows)
 
 
@@ -92,9 +92,9 @@ def check_windows(
     steps = kernel if stride is None else pair(op, "stride", stride)
     pads = pair(op, "padding", padding)
     for name, values in (("kernel_size", kernel), ("stride", steps)):
-        if min(values) < 1:
+        if values[0] < 1 or values[1] < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(values)}")
-    if any(not 0 <= pad <= k // 2 for pad, k in zip(pads, kernel, strict=True)):
+    if not (0 <= pads[0] <= kernel[0] // 2 and 0 <= pads[1] <= kernel[1] // 2):
         raise ValueError(
             f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
             f"kernel_size {tuple(kernel)}"
@@ -111,17 +111,22 @@ def _pooled(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) 
     return pooled
 
 
+def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> None:
+    """Refuse windows that do not fit into the image."""
+    *_, height, width = input.shape
+    if height + 2 * padding[0] < kernel[0] or width + 2 * padding[1] < kernel[1]:
+        raise ValueError(
+            f"{op}: kernel_size {tuple(kernel)} does not fit into an image of {(height, width)} "
+            f"with padding {tuple(padding)}"
+        )
+
+
 def output_size(
     op: str, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool
 ) -> list[Any]:
     """Return [height, width] of the pooled map; refuse windows that do not fit."""
+    check_fit(op, input, kernel, padding)
     sizes = input.shape[-2:]
-    for i in range(2):
-        if sizes[i] + 2 * padding[i] < kernel[i]:
-            raise ValueError(
-                f"{op}: kernel_size {tuple(kernel)} does not fit into an image of {tuple(sizes)} "
-                f"with padding {tuple(padding)}"
-            )
     return [_pooled(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
 
 

@@ -10,14 +10,17 @@ from torch import Tensor
 from ._common import (
     autocast_to_float32,
     check_images,
+    direct,
     empty_images,
     register_autograd,
     register_image_vmap,
 )
 from .local_norm import check_kernel, refuse_kernel_gradient
-from .lp_pool import check_windows, output_size
+from .lp_pool import check_fit, check_windows, output_size
 
 _ops = torch.ops.mnist_ops
+_stage2d = direct("stage2d")
+_stage2d_grad = direct("stage2d_backward")
 
 #: The activations that a stage can begin with.
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
@@ -82,9 +85,9 @@ def stage2d(
     check_images(op, input)
     check_activation(op, activation)
     windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
-    output_size(op, input, *windows[1:])
+    check_fit(op, input, windows[1], windows[3])
     # A kernel made on the CPU serves input on any device; nothing is copied where it is there.
-    return _ops.stage2d(input, check_kernel(op, kernel).to(input.device), activation, *windows)
+    return _stage2d(input, check_kernel(op, kernel).to(input.device), activation, *windows)
 
 
 def check_activation(op: str, activation: object) -> None:
@@ -118,7 +121,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    grad_input = _ops.stage2d_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    grad_input = _stage2d_grad(grad_output, *ctx.saved_tensors, *ctx.options)
     return grad_input, None, None, None, None, None, None, None
 
 
