@@ -56,10 +56,12 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
   m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, float beta) -> Tensor");
   m.def("log_softmax(Tensor input, int dim, float beta) -> Tensor");
   m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim, float beta) -> Tensor");
-  m.def("softmax_nll(Tensor input, Tensor target, float beta) -> (Tensor loss, Tensor logsumexp)");
+  m.def(
+      "softmax_nll(Tensor input, Tensor target, float beta, str reduction) "
+      "-> (Tensor loss, Tensor logsumexp)");
   m.def(
       "softmax_nll_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor logsumexp, "
-      "float beta) -> Tensor");
+      "float beta, str reduction) -> Tensor");
 
   // online: a stretch of training with batch size 1, in place on the parameters
   m.def(

@@ -34,6 +34,38 @@ inline SoftmaxGeometry softmax_geometry(const Tensor& dense_tensor, int64_t dim)
   return {numel / size / inner, size, inner};
 }
 
+enum class Reduction { kNone, kMean, kSum };
+
+inline Reduction reduction_named(const char* op, const std::string& name) {
+  if (name == "none") return Reduction::kNone;
+  if (name == "mean") return Reduction::kMean;
+  MNIST_OPS_CHECK(name == "sum", op, ": reduction must be 'mean', 'sum' or 'none', got '", name,
+                  "'");
+  return Reduction::kSum;
+}
+
+// The gradient of each target's loss, where the losses were added up: one number for all of them,
+// which the mean divides by their number.
+template <typename T>
+struct LossGradient {
+  using A = opmath_t<T>;
+  const T* values;
+  int64_t step;  // between the gradients of two targets: 1, or 0 where they share one
+  A count;       // what the sum of the losses was divided by, else 1
+
+  MNIST_OPS_HD A operator[](int64_t line) const {
+    const A value = static_cast<A>(values[line * step]);
+    return count == A(1) ? value : value / count;
+  }
+};
+
+template <typename T>
+LossGradient<T> loss_gradient(const Tensor& grad_loss, int64_t targets, Reduction reduction) {
+  using A = opmath_t<T>;
+  return {grad_loss.const_data_ptr<T>(), reduction == Reduction::kNone ? 1 : 0,
+          reduction == Reduction::kMean ? static_cast<A>(targets) : A(1)};
+}
+
 // softmax_nll: classes are dimension 1, or 0 of a vector; targets have the other dimensions.
 inline int64_t check_softmax_nll(const char* op, const Tensor& input, const Tensor& target) {
   MNIST_OPS_CHECK(input.dim() >= 1, op,
@@ -54,6 +86,35 @@ inline int64_t check_softmax_nll(const char* op, const Tensor& input, const Tens
   MNIST_OPS_CHECK(input.size(class_dim) > 0, op, ": input has no classes, its shape is ",
                   shape_string(input));
   return class_dim;
+}
+
+// Returns how the losses were reduced.
+inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_loss,
+                                            const Tensor& input, const Tensor& target,
+                                            const Tensor& logsumexp, const std::string& name) {
+  const Reduction reduction = reduction_named(op, name);
+  if (reduction == Reduction::kNone) {
+    MNIST_OPS_CHECK(same_shape(grad_loss, target), op,
+                    ": grad_loss must have the shape of target, ", shape_string(target), ", got ",
+                    shape_string(grad_loss));
+  } else {
+    MNIST_OPS_CHECK(grad_loss.dim() == 0, op, ": grad_loss must be a scalar, got the shape ",
+                    shape_string(grad_loss));
+  }
+  MNIST_OPS_CHECK(same_shape(logsumexp, target), op, ": logsumexp must have the shape of target, ",
+                  shape_string(target), ", got ", shape_string(logsumexp));
+  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
+                  ": grad_loss must have the dtype of input, ",
+                  torch::headeronly::toString(input.scalar_type()), ", got ",
+                  torch::headeronly::toString(grad_loss.scalar_type()));
+  const ScalarType wide =
+      input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  MNIST_OPS_CHECK(logsumexp.scalar_type() == wide, op, ": logsumexp must be ",
+                  torch::headeronly::toString(wide), ", got ",
+                  torch::headeronly::toString(logsumexp.scalar_type()));
+  MNIST_OPS_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
+                  ": grad_loss, logsumexp and input are on different devices");
+  return reduction;
 }
 
 }  // namespace mnist_ops

@@ -567,9 +567,10 @@ def test_softmax_of_every_length_of_rows(emulator: Emulator, case: Cases):
         y = emulator.check(name, x, 1, beta, loosen=2)
         emulator.check(f"{name}_backward", grad, y, 1, beta, loosen=20)
     target = torch.randint(size, shape[:1], generator=case.generator)
-    emulator.check("softmax_nll", x, target, beta, loosen=2)
-    _, logsumexp = torch.ops.mnist_ops.softmax_nll(x, target, beta)
-    emulator.check("softmax_nll_backward", grad[:, 0], x, target, logsumexp, beta, loosen=4)
+    emulator.check("softmax_nll", x, target, beta, "none", loosen=2)
+    _, logsumexp = torch.ops.mnist_ops.softmax_nll(x, target, beta, "none")
+    arguments = (x, target, logsumexp, beta)
+    emulator.check("softmax_nll_backward", grad[:, 0], *arguments, "none", loosen=4)
 
 
 @cases(16)
@@ -585,22 +586,26 @@ def test_softmax_nll(emulator: Emulator, case: Cases):
     target = torch.randint(classes, others, generator=case.generator)
     target = placed(target, case.choice("contiguous", "transposed", "spaced"))
     beta = case.choice(1.0, -0.7, 2.5)
-    loss = emulator.check("softmax_nll", x, target, beta, loosen=2)
+    loss = emulator.check("softmax_nll", x, target, beta, "none", loosen=2)
     grad = case.normal(others)
-    _, logsumexp = torch.ops.mnist_ops.softmax_nll(x, target, beta)
+    _, logsumexp = torch.ops.mnist_ops.softmax_nll(x, target, beta, "none")
     arguments = (x, target, logsumexp, beta)
-    expected = emulator.check("softmax_nll_backward", grad, *arguments, loosen=4)
+    expected = emulator.check("softmax_nll_backward", grad, *arguments, "none", loosen=4)
 
     if target.numel() == 0:
         return
+    for reduction in ("mean", "sum"):
+        emulator.check("softmax_nll", x, target, beta, reduction, loosen=8)
+        total = case.normal([])
+        emulator.check("softmax_nll_backward", total, *arguments, reduction, loosen=4)
     # A target that is no class: NaN for it alone, where the CPU refuses the whole call.
     wrong = target.clone()
     wrong[(0,) * wrong.dim()] = case.choice(-1, classes, 2**40, -(2**63))
-    wrong_loss, wrong_logsumexp = emulator("softmax_nll", x, wrong, beta)
+    wrong_loss, wrong_logsumexp = emulator("softmax_nll", x, wrong, beta, "none")
     assert wrong_loss[(0,) * wrong.dim()].isnan()
     close(wrong_loss.reshape(-1)[1:], loss.reshape(-1)[1:], x, 2)
     close(wrong_logsumexp, logsumexp, x, 2)
-    (gradient,) = emulator("softmax_nll_backward", grad, x, wrong, logsumexp, beta)
+    (gradient,) = emulator("softmax_nll_backward", grad, x, wrong, logsumexp, beta, "none")
     rows, expected_rows = (
         t.movedim(class_dim, -1).reshape(-1, classes) for t in (gradient, expected)
     )

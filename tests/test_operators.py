@@ -121,11 +121,15 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         y = getattr(ops, name)(x, 1, -2.0)
         calls += [(name, (x, 1, -2.0)), (f"{name}_backward", (g, y, 1, -2.0))]
     target = torch.arange(60, device=device).reshape(2, 5, 6) % 4
-    loss, logsumexp = ops.softmax_nll(x, target, -1.5)
-    calls += [
-        ("softmax_nll", (x, target, -1.5)),
-        ("softmax_nll_backward", (torch.ones_like(loss), x, target, logsumexp, -1.5)),
-    ]
+    for reduction in ("none", "mean", "sum"):
+        loss, logsumexp = ops.softmax_nll(x, target, -1.5, reduction)
+        calls += [
+            ("softmax_nll", (x, target, -1.5, reduction)),
+            (
+                "softmax_nll_backward",
+                (torch.randn_like(loss), x, target, logsumexp, -1.5, reduction),
+            ),
+        ]
     return calls
 
 
@@ -301,6 +305,24 @@ def test_vmap_over_every_tensor_argument(device):
     torch.testing.assert_close(
         y, mnist_ops.softmax_nll(scores[:1].expand(6, 5), target, reduction="none")
     )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_vmap_over_reduced_losses(device, reduction):
+    scores = torch.randn(3, 4, 5, 2, dtype=torch.float64, device=device)
+    target = torch.arange(24, device=device).reshape(3, 4, 2) % 5
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return mnist_ops.softmax_nll(x, t, -1.5, reduction)
+
+    y = torch.func.vmap(loss)(scores, target)
+    torch.testing.assert_close(
+        y, torch.stack([loss(*each) for each in zip(scores, target, strict=True)])
+    )
+    gradient = torch.func.vmap(torch.func.grad(lambda x, t: loss(x, t).pow(2).sum()))
+    leaf = scores.clone().requires_grad_()
+    torch.stack([loss(*each) for each in zip(leaf, target, strict=True)]).pow(2).sum().backward()
+    torch.testing.assert_close(gradient(scores, target), leaf.grad)
 
 
 def test_second_derivatives_through_torch_func(device):

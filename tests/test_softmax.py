@@ -306,13 +306,23 @@ def test_errors_of_the_registered_operators():
         ops.log_softmax_backward(x.double(), x, 1, 1.0)
     with pytest.raises(RuntimeError, match="grad_output must have the shape of output"):
         ops.sigmoid_backward(torch.ones(3), x)
+    target = torch.zeros(2, dtype=torch.long)
     with pytest.raises(RuntimeError, match="target must be int64"):
-        ops.softmax_nll(x, torch.zeros(2, dtype=torch.int32), 1.0)
-    loss, logsumexp = ops.softmax_nll(x, torch.zeros(2, dtype=torch.long), 1.0)
-    with pytest.raises(RuntimeError, match="must have the shape of target"):
-        ops.softmax_nll_backward(torch.ones(3), x, torch.zeros(2, dtype=torch.long), logsumexp, 1.0)
+        ops.softmax_nll(x, target.int(), 1.0, "none")
+    with pytest.raises(RuntimeError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
+        ops.softmax_nll(x, target, 1.0, "max")
+    loss, logsumexp = ops.softmax_nll(x, target, 1.0, "none")
+    backward = ops.softmax_nll_backward
+    with pytest.raises(RuntimeError, match="grad_loss must have the shape of target"):
+        backward(torch.ones(3), x, target, logsumexp, 1.0, "none")
+    with pytest.raises(RuntimeError, match="grad_loss must be a scalar"):
+        backward(loss, x, target, logsumexp, 1.0, "mean")
+    with pytest.raises(RuntimeError, match="grad_loss must have the dtype of input"):
+        backward(loss.sum().double(), x, target, logsumexp, 1.0, "sum")
+    with pytest.raises(RuntimeError, match="logsumexp must have the shape of target"):
+        backward(loss, x, target, logsumexp[:1], 1.0, "none")
     with pytest.raises(RuntimeError, match="logsumexp must be Float"):
-        ops.softmax_nll_backward(loss, x, torch.zeros(2, dtype=torch.long), logsumexp.double(), 1.0)
+        backward(loss, x, target, logsumexp.double(), 1.0, "none")
 
 
 # -------------------------------------------------------------------------------------- properties

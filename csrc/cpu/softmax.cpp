@@ -296,8 +296,28 @@ void check_classes(const char* op, const Tensor& target, int64_t classes) {
   }
 }
 
-std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta) {
+// The sum of the losses or their mean. It is added up in float64, one number after the other, which
+// is little beside the exponentials that the losses took.
+Tensor reduced(const Tensor& losses, Reduction reduction) {
+  Tensor result = new_tensor(losses, std::vector<int64_t>{});
+  dispatch_floating("softmax_nll", losses.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* values = losses.const_data_ptr<T>();
+    const int64_t count = losses.numel();
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i)
+      sum += static_cast<double>(static_cast<opmath_t<T>>(values[i]));
+    if (reduction == Reduction::kMean) sum /= static_cast<double>(count);
+    *result.mutable_data_ptr<T>() = static_cast<T>(static_cast<opmath_t<T>>(sum));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta,
+                                       std::string reduction) {
   const char* op = "softmax_nll";
+  const Reduction kind = reduction_named(op, reduction);
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
   const Tensor classes = contiguous_of(target);
@@ -344,23 +364,18 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
       }
     });
   });
-  return {loss, logsumexp};
+  return {kind == Reduction::kNone ? loss : reduced(loss, kind), logsumexp};
 }
 
 Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                            const Tensor& logsumexp, double beta) {
+                            const Tensor& logsumexp, double beta, std::string reduction) {
   const char* op = "softmax_nll_backward";
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
   const Tensor classes = contiguous_of(target);
   check_classes(op, classes, x.size(dim));
-  MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
-                  ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
-                  ", got ", shape_string(grad_loss), " and ", shape_string(logsumexp));
-  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
-                  ": grad_loss must have the dtype of input, ",
-                  torch::headeronly::toString(input.scalar_type()), ", got ",
-                  torch::headeronly::toString(grad_loss.scalar_type()));
+  const Reduction kind =
+      check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
   const Tensor grad = contiguous_of(grad_loss);
   const Tensor saved = contiguous_of(logsumexp);
   const SoftmaxGeometry g = softmax_geometry(x, dim);
@@ -368,13 +383,9 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    const ScalarType wide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    MNIST_OPS_CHECK(saved.scalar_type() == wide, op, ": logsumexp must be ",
-                    torch::headeronly::toString(wide), ", got ",
-                    torch::headeronly::toString(saved.scalar_type()));
     const T* in = x.const_data_ptr<T>();
     const int64_t* t = classes.const_data_ptr<int64_t>();
-    const T* go = grad.const_data_ptr<T>();
+    const LossGradient<T> go = loss_gradient<T>(grad, classes.numel(), kind);
     const A* lse = saved.const_data_ptr<A>();
     T* gi = grad_input.mutable_data_ptr<T>();
     const A scale = static_cast<A>(beta);
@@ -383,7 +394,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
       for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
         const A* const v = load(in + row * n, from, n);
         A* const gx = stage(gi + row * n, to);
-        const A log_sum = lse[row], factor = scale * static_cast<A>(go[row]);
+        const A log_sum = lse[row], factor = scale * go[row];
         fill_with(gx, n, [=](int64_t i) { return factor * cpu::exp(scale * v[i] - log_sum); });
         gx[t[row]] -= factor;
         store(gx, gi + row * n, n);
@@ -394,7 +405,7 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
       read_block(in, at, g.size, block.values);
       A* factor = block.sum;
       std::copy(lse + line, lse + line + block.lines, block.largest);
-      for (int64_t j = 0; j < block.lines; ++j) factor[j] = scale * static_cast<A>(go[line + j]);
+      for (int64_t j = 0; j < block.lines; ++j) factor[j] = scale * go[line + j];
       block.map(
           [=](A v, int64_t, A times, A log_sum) { return times * cpu::exp(scale * v - log_sum); });
       for (int64_t j = 0; j < block.lines; ++j) {

@@ -29,6 +29,8 @@
 
 #include "../softmax.h"
 
+#include <array>
+
 #include "common.cuh"
 
 namespace mnist_ops::cuda {
@@ -971,9 +973,8 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> 
 // threads.
 template <int n, typename T, typename I>
 __global__ void __launch_bounds__(kThreads)
-    nll_gradient_kernel(I count, I size, I inner, opmath_t<T> scale,
-                        const T* __restrict__ grad_loss, const T* __restrict__ input,
-                        const int64_t* __restrict__ target,
+    nll_gradient_kernel(I count, I size, I inner, opmath_t<T> scale, LossGradient<T> grad_loss,
+                        const T* __restrict__ input, const int64_t* __restrict__ target,
                         const opmath_t<T>* __restrict__ logsumexp, T* __restrict__ grad_input) {
   using A = opmath_t<T>;
   using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
@@ -984,7 +985,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   const auto line_at = [&](U line) {
     const int64_t t = target[line];
-    A factor = scale * static_cast<A>(grad_loss[line]);
+    A factor = scale * grad_loss[line];
     if (t < 0 || t >= static_cast<int64_t>(size)) factor = std::numeric_limits<A>::quiet_NaN();
     return Line{factor, logsumexp[line], t};
   };
@@ -1238,8 +1239,20 @@ Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int
 template <typename A>
 constexpr ScalarType kWide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta) {
+// The sum of the losses or their mean, by PyTorch's own kernel: the same bits every time.
+Tensor reduced(const Tensor& losses, Reduction reduction) {
+  namespace detail = torch::stable::detail;
+  std::array<StableIValue, 2> stack{detail::from(losses), detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(reduction == Reduction::kMean ? "aten::mean" : "aten::sum", "",
+                            stack.data(), TORCH_ABI_VERSION));
+  return detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta,
+                                       std::string reduction) {
   const char* op = "softmax_nll";
+  const Reduction kind = reduction_named(op, reduction);
   const int64_t dim = check_softmax_nll(op, input, target);
   const Launcher launcher(input);
   const Tensor x = dense(input, is_channels_last(input));
@@ -1256,24 +1269,17 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
         Forward<T>{g, static_cast<A>(beta), x.const_data_ptr<T>(), loss.mutable_data_ptr<T>(),
                    classes.const_data_ptr<int64_t>(), logsumexp.mutable_data_ptr<A>()});
   });
-  return {loss, logsumexp};
+  return {kind == Reduction::kNone ? loss : reduced(loss, kind), logsumexp};
 }
 
 Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                            const Tensor& logsumexp, double beta) {
+                            const Tensor& logsumexp, double beta, std::string reduction) {
   const char* op = "softmax_nll_backward";
   const int64_t dim = check_softmax_nll(op, input, target);
   const Tensor x = dense(input, is_channels_last(input));
   const Tensor classes = contiguous_of(target);
-  MNIST_OPS_CHECK(same_shape(grad_loss, target) && same_shape(logsumexp, target), op,
-                  ": grad_loss and logsumexp must have the shape of target, ", shape_string(target),
-                  ", got ", shape_string(grad_loss), " and ", shape_string(logsumexp));
-  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
-                  ": grad_loss must have the dtype of input, ",
-                  torch::headeronly::toString(input.scalar_type()), ", got ",
-                  torch::headeronly::toString(grad_loss.scalar_type()));
-  MNIST_OPS_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
-                  ": grad_loss, logsumexp and input are on different devices");
+  const Reduction kind =
+      check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
   const Launcher launcher(input);
   const Tensor grad = contiguous_of(grad_loss);
   const Tensor saved = contiguous_of(logsumexp);
@@ -1282,16 +1288,14 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    MNIST_OPS_CHECK(saved.scalar_type() == kWide<A>, op, ": logsumexp must be ",
-                    torch::headeronly::toString(kWide<A>), ", got ",
-                    torch::headeronly::toString(saved.scalar_type()));
     const T* in = x.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
+    const LossGradient<T> gradients = loss_gradient<T>(grad, classes.numel(), kind);
     const bool packs = g.inner == 1 && are_aligned(in, gi);
     const auto run = [&](auto kernel, int64_t items, auto index) {
       using I = decltype(index);
       launcher.run_over(kernel, items, static_cast<I>(x.numel()), static_cast<I>(g.size),
-                        static_cast<I>(g.inner), static_cast<A>(beta), grad.const_data_ptr<T>(), in,
+                        static_cast<I>(g.inner), static_cast<A>(beta), gradients, in,
                         classes.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(), gi);
     };
     const auto launch = [&](auto index) {

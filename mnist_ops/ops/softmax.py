@@ -145,10 +145,10 @@ def softmax_nll(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    loss, _ = _softmax_nll(input, target.long(), _beta(op, beta))
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+    if target.dtype is not torch.int64:
+        target = target.long()
+    loss, _ = _softmax_nll(input, target, _beta(op, beta), reduction)
+    return loss
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:
@@ -185,13 +185,14 @@ for _name in ("softmax", "log_softmax"):
 
 
 @torch.library.register_fake("mnist_ops::softmax_nll")
-def _(input, target, beta):
+def _(input, target, beta, reduction):
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty(target.shape), input.new_empty(target.shape, dtype=wide)
+    loss = input.new_empty(target.shape if reduction == "none" else ())
+    return loss, input.new_empty(target.shape, dtype=wide)
 
 
 @torch.library.register_fake("mnist_ops::softmax_nll_backward")
-def _(grad_loss, input, target, logsumexp, beta):
+def _(grad_loss, input, target, logsumexp, beta, reduction):
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
@@ -234,35 +235,46 @@ def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ..
 
 
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, target, beta = inputs
+    input, target, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, target, output[1])
-    ctx.beta = beta
 
 
 def _nll_backward(
     ctx: Any, grad_loss: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, None, None]:
-    if grad_loss is None:
-        return None, None, None
-    return _softmax_nll_grad(grad_loss, *ctx.saved_tensors, ctx.beta), None, None
+) -> tuple[Tensor | None, None, None, None]:
+    grad = None
+    if grad_loss is not None:
+        grad = _softmax_nll_grad(grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None
 
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.beta = inputs[4]
+    ctx.options = inputs[4:]
 
 
 def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     # logsumexp is a function of the input; what flows through it is in the input's gradient.
     g, input, target = ctx.saved_tensors
+    beta, reduction = ctx.options
     dim = 0 if input.dim() == 1 else 1
-    y = _ops.softmax(input, dim, ctx.beta)
+    y = _ops.softmax(input, dim, beta)
     chosen = v.gather(dim, target.unsqueeze(dim)).squeeze(dim)
-    grad_g = ctx.beta * ((v * y).sum(dim) - chosen)
-    grad_input = ctx.beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, ctx.beta)
-    return grad_g, grad_input, None, None, None
+    grad_g = beta * ((v * y).sum(dim) - chosen)
+    if reduction != "none":
+        grad_g = grad_g.mean() if reduction == "mean" else grad_g.sum()
+        g = _spread(g, target, reduction)
+    grad_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
+    return grad_g, grad_input, None, None, None, None
+
+
+def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """Return the gradient of each target's loss, given that of their sum or mean."""
+    if reduction == "mean":
+        grad_loss = grad_loss / target.numel()
+    return grad_loss.expand_as(target)
 
 
 for _name, _backward, _setup in (
@@ -296,20 +308,32 @@ def _merge(tensor: Tensor, per_example: int) -> Tensor:
     return tensor.flatten(0, 1) if per_example > 1 else tensor
 
 
-def _softmax_nll_vmap(info, in_dims, input, target, beta):
+def _softmax_nll_vmap(info, in_dims, input, target, beta, reduction):
     input = batch_first(input, in_dims[0], info.batch_size)
     target = batch_first(target, in_dims[1], info.batch_size)
     dims = input.dim() - 1
-    results = _ops.softmax_nll(_merge(input, dims), _merge(target, dims), beta)
-    return tuple(r.reshape(target.shape) for r in results), (0, 0)
+    merged = _merge(input, dims), _merge(target, dims)
+    loss, logsumexp = (r.reshape(target.shape) for r in _ops.softmax_nll(*merged, beta, "none"))
+    if reduction != "none":
+        # Of an example that is a vector there is one loss: nothing is left to add up.
+        rows = loss.reshape(info.batch_size, -1)
+        loss = rows.mean(1) if reduction == "mean" else rows.sum(1)
+    return (loss, logsumexp), (0, 0)
 
 
-def _softmax_nll_backward_vmap(info, in_dims, grad_loss, input, target, logsumexp, beta):
+def _softmax_nll_backward_vmap(info, in_dims, grad_loss, input, target, logsumexp, beta, reduction):
     tensors = (grad_loss, input, target, logsumexp)
-    batched = [batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims, strict=False)]
-    dims = batched[1].dim() - 1
-    result = _ops.softmax_nll_backward(*(_merge(t, dims) for t in batched), beta)
-    return result.reshape(batched[1].shape), 0
+    grad, *others = (
+        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:4], strict=True)
+    )
+    input, target, _ = others
+    if reduction != "none":
+        if reduction == "mean":
+            grad = grad / target[0].numel()
+        grad = grad.reshape(-1, *(1,) * (target.dim() - 1)).expand_as(target)
+    dims = input.dim() - 1
+    result = _ops.softmax_nll_backward(*(_merge(t, dims) for t in (grad, *others)), beta, "none")
+    return result.reshape(input.shape), 0
 
 
 for _name in ("softmax", "log_softmax"):
