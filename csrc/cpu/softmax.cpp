@@ -1,10 +1,12 @@
 // Softmax, log-softmax and softmax + NLL on the CPU.
 //
 // Bound by the exponential (one an element; none in the log-softmax's second pass), then by memory:
-// each element is read once and written once, rows and blocks of rows staying in cache between the
-// passes over them. Long rows, where the dimension is innermost in memory, are taken one by one and
-// the loops run along them. Elsewhere the loops run across a block of lines at a time: lines that
-// lie side by side in memory, or short rows, which are transposed on the way in and out.
+// each element is read once and written once, what is passed over again staying in cache. Three
+// ways, by where the elements of a line lie:
+//   long rows    one after the other, one by one; loops run along the row
+//   short rows   one after the other, a block of them at a time; loops run over all of the block's
+//                elements, with what belongs to a row written out for each of its elements
+//   lines        side by side in memory, a block of them at a time; loops run across the lines
 
 #include "../softmax.h"
 
@@ -13,20 +15,29 @@
 namespace mnist_ops::cpu {
 namespace {
 
-constexpr int64_t kLines = 64;     // lines of a block
-constexpr int64_t kShortRow = 64;  // rows up to here are taken in blocks
+constexpr int64_t kShortRow = 64;     // rows up to here are taken in blocks
+constexpr int64_t kShortSum = 32;     // rows up to here are added up side by side
+constexpr int64_t kBlock = 2048;      // elements of a block of rows, more or less
+constexpr int64_t kMostRows = 64;     // of a block
+constexpr int64_t kMostLines = 512;   // of a block, and as few as
+constexpr int64_t kFewestLines = 64;  // this, where more of them would leave the cache:
+constexpr int64_t kCached = 8192;     // elements
+constexpr int64_t kParts = 32;        // of a row that are compared at once
+constexpr int64_t kSpread = 8;        // elements written at once
 
-// ------------------------------------------------------------------------------ long rows, one by
-// one
+// ------------------------------------------------------------------------------------------ loops
+
+template <typename A>
+A larger(A v, A m) {
+  return v > m ? v : m;
+}
 
 // The largest of scale * x. A maximum that passes over NaN is no reduction to the compiler: several
 // at once, by hand.
 template <typename A>
 A largest_of(const A* x, int64_t size, A scale) {
-  constexpr int64_t kParts = 32;
   A parts[kParts];
   std::fill(parts, parts + kParts, -std::numeric_limits<A>::infinity());
-  const auto larger = [](A v, A m) { return v > m ? v : m; };
   const int64_t whole = size / kParts * kParts;
   for (int64_t i = 0; i < whole; i += kParts) {
 #pragma omp simd
@@ -53,6 +64,80 @@ void fill_with(A* y, int64_t size, const F& value) {
   for (int64_t i = 0; i < size; ++i) y[i] = value(i);
 }
 
+// results[j] = combine(...) over row j, from its first element on: eight rows at once, as above.
+template <typename A, typename F>
+void combine_rows(const A* x, int64_t rows, int64_t size, A* results, const F& combine) {
+  int64_t j = 0;
+  for (; j + 8 <= rows; j += 8) {
+    const A* row = x + j * size;
+    A a = row[0], b = row[size], c = row[2 * size], d = row[3 * size];
+    A e = row[4 * size], f = row[5 * size], g = row[6 * size], h = row[7 * size];
+    for (int64_t i = 1; i < size; ++i) {
+      ++row;
+      a = combine(row[0], a), b = combine(row[size], b);
+      c = combine(row[2 * size], c), d = combine(row[3 * size], d);
+      e = combine(row[4 * size], e), f = combine(row[5 * size], f);
+      g = combine(row[6 * size], g), h = combine(row[7 * size], h);
+    }
+    results[j] = a, results[j + 1] = b, results[j + 2] = c, results[j + 3] = d;
+    results[j + 4] = e, results[j + 5] = f, results[j + 6] = g, results[j + 7] = h;
+  }
+  for (; j < rows; ++j) {
+    A a = x[j * size];
+    for (int64_t i = 1; i < size; ++i) a = combine(x[j * size + i], a);
+    results[j] = a;
+  }
+}
+
+template <typename A>
+void sum_rows(const A* x, int64_t rows, int64_t size, A* sums) {
+  if (size <= kShortSum) {
+    combine_rows(x, rows, size, sums, [](A v, A sum) { return sum + v; });
+    return;
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    const A* const row = x + j * size;
+    sums[j] = sum_of<A>(size, [=](int64_t i) { return row[i]; });
+  }
+}
+
+// The largest of scale * x in each row.
+template <typename A>
+void largest_of_rows(const A* x, int64_t rows, int64_t size, A scale, A* largest) {
+  if (size <= kShortSum) {
+    // Of x itself, which is the same times scale, or the smallest, where that is negative.
+    if (scale < 0) {
+      combine_rows(x, rows, size, largest, [](A v, A m) { return v < m ? v : m; });
+    } else {
+      combine_rows(x, rows, size, largest, larger<A>);
+    }
+    for (int64_t j = 0; j < rows; ++j) largest[j] *= scale;
+    return;
+  }
+  for (int64_t j = 0; j < rows; ++j) largest[j] = largest_of(x + j * size, size, scale);
+}
+
+// Every row's number for each of its elements. Up to kSpread numbers are written behind the last.
+template <typename A>
+void spread(const A* numbers, int64_t rows, int64_t size, A* to) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const A number = numbers[j];
+    for (int64_t i = 0; i < size; i += kSpread) {
+      A* const some = to + j * size + i;
+      for (int64_t k = 0; k < kSpread; ++k) some[k] = number;
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------- three ways
+
+bool has_rows(const SoftmaxGeometry& g) {
+  return g.inner == 1;
+}
+bool has_long_rows(const SoftmaxGeometry& g) {
+  return has_rows(g) && g.size > kShortRow;
+}
+
 // Runs body(row, scratch, scratch, scratch) for every row; scratch is as long as a row.
 template <typename A, typename F>
 void for_each_row(const SoftmaxGeometry& g, const F& body) {
@@ -63,116 +148,117 @@ void for_each_row(const SoftmaxGeometry& g, const F& body) {
   });
 }
 
-// ---------------------------------------------------------------------------------- blocks of
-// lines
-
-// Lines of `size` elements as a matrix [size][lines] in A.
+// Neighbouring short rows: elements [first, first + count) of a tensor.
 template <typename A>
-struct Block {
-  int64_t size, lines;
-  A* values;
-  A *largest, *sum;  // one for each line
-
-  void find_largest() {
-    std::copy(values, values + lines, largest);
-    for (int64_t i = 1; i < size; ++i) {
-      const A* x = values + i * lines;
-#pragma omp simd
-      for (int64_t j = 0; j < lines; ++j) largest[j] = x[j] > largest[j] ? x[j] : largest[j];
-    }
-  }
-
-  // sum over the line of term(value, index, largest of the line). The line's numbers are handed
-  // over by value: a load in the loop might alias what a loop stores.
-  template <typename F>
-  void add_up(const F& term) {
-    std::fill(sum, sum + lines, A(0));
-    for (int64_t i = 0; i < size; ++i) {
-      const A* x = values + i * lines;
-#pragma omp simd
-      for (int64_t j = 0; j < lines; ++j) sum[j] += term(x[j], i * lines + j, largest[j]);
-    }
-  }
-
-  // value(value, index, sum of the line, largest of the line)
-  template <typename F>
-  void map(const F& value) {
-    for (int64_t i = 0; i < size; ++i) {
-      A* x = values + i * lines;
-#pragma omp simd
-      for (int64_t j = 0; j < lines; ++j) x[j] = value(x[j], i * lines + j, sum[j], largest[j]);
-    }
-  }
-
-  // largest[j] + log of sum[j], in the place of sum[j]
-  void add_log_of_sum() {
-#pragma omp simd
-    for (int64_t j = 0; j < lines; ++j) sum[j] = largest[j] + cpu::log(sum[j]);
-  }
+struct RowBlock {
+  int64_t row, rows, first, count;
+  A* scratch[5];  // room for as many elements, and to spread numbers
 };
 
-// Where a block lies in memory: its first element, the distance between steps along a line and the
-// one between lines. One of the two is 1.
-struct Place {
-  int64_t offset, step, lines, line_step;
-};
-
-template <typename T, typename A>
-void read_block(const T* from, const Place& at, int64_t size, A* values) {
-  for (int64_t i = 0; i < size; ++i) {
-    const T* x = from + at.offset + i * at.step;
-    A* to = values + i * at.lines;
-    if (at.line_step == 1) {
-      convert(x, to, at.lines);
-    } else {
-      for (int64_t j = 0; j < at.lines; ++j) to[j] = static_cast<A>(x[j * at.line_step]);
-    }
-  }
-}
-
-template <typename T, typename A>
-void write_block(const A* values, const Place& at, int64_t size, T* to) {
-  for (int64_t i = 0; i < size; ++i) {
-    const A* x = values + i * at.lines;
-    T* y = to + at.offset + i * at.step;
-    if (at.line_step == 1) {
-      convert(x, y, at.lines);
-    } else {
-      for (int64_t j = 0; j < at.lines; ++j) y[j * at.line_step] = static_cast<T>(x[j]);
-    }
-  }
-}
-
-bool has_long_rows(const SoftmaxGeometry& g) {
-  return g.inner == 1 && g.size > kShortRow;
-}
-
-// Calls body(block, place, first line) for every block of lines; matrices is how many [size][lines]
-// matrices of scratch the block's values are the first of.
 template <typename A, typename F>
-void for_each_block(const SoftmaxGeometry& g, int64_t matrices, const F& body) {
+void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
   if (g.size == 0) return;
-  // Rows: all of them are neighbours. Else the lines of one outer index.
-  const int64_t neighbours = g.inner == 1 ? g.outer : g.inner;
-  const int64_t groups = g.inner == 1 ? 1 : g.outer;
-  const int64_t lines = std::min(neighbours, kLines);
-  const int64_t blocks = (neighbours + lines - 1) / lines;
-  parallel_for(groups * blocks, 4 * g.size * lines, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch((matrices * g.size + 2) * lines);
+  const int64_t most = std::clamp<int64_t>(kBlock / g.size, 8, kMostRows);
+  const int64_t rows = std::min(g.outer, most);
+  parallel_for((g.outer + rows - 1) / rows, 4 * g.size * rows, [&](int64_t begin, int64_t end) {
+    const int64_t pitch = rows * g.size + kSpread;
+    std::vector<A> memory(5 * pitch);
+    RowBlock<A> block;
+    for (int64_t i = 0; i < 5; ++i) block.scratch[i] = memory.data() + i * pitch;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / blocks, k = item % blocks * lines;
-      const int64_t n = std::min(lines, neighbours - k);
-      A* values = scratch.data() + 2 * lines;
-      Block<A> block{g.size, n, values, scratch.data(), scratch.data() + lines};
-      const Place rows{k * g.size, 1, n, g.size},
-          columns{group * g.size * g.inner + k, g.inner, n, 1};
-      body(block, g.inner == 1 ? rows : columns, group * neighbours + k);
+      block.row = item * rows;
+      block.rows = std::min(rows, g.outer - block.row);
+      block.first = block.row * g.size;
+      block.count = block.rows * g.size;
+      body(block);
     }
   });
 }
 
-// ----------------------------------------------------------------------------------------
-// operators
+// Lines side by side: line j's i-th element is element first + i * step + j of a tensor.
+template <typename A>
+struct LineBlock {
+  int64_t line, lines, first, step;
+  A *largest, *sum;     // one for each line
+  A* copies;            // matrices [size][lines], for what has to be converted
+  int64_t matrix_size;  // 0 where nothing has
+
+  int64_t at(int64_t i) const { return first + i * step; }
+
+  // The lines' i-th elements in the type to compute in: read, and later read again.
+  template <typename T>
+  const A* read(const T* from, int64_t i, int64_t matrix = 0) const {
+    return load(from + at(i), copies + matrix * matrix_size + i * lines, lines);
+  }
+  template <typename T>
+  const A* read_again(const T* from, int64_t i, int64_t matrix = 0) const {
+    if constexpr (std::is_same_v<T, A>) {
+      return from + at(i);
+    } else {
+      return copies + matrix * matrix_size + i * lines;
+    }
+  }
+  // Where their i-th results are computed, in the place of what was read, and how they get there.
+  template <typename T>
+  A* place(T* to, int64_t i) const {
+    return stage(to + at(i), copies + i * lines);
+  }
+  template <typename T>
+  void finish(const A* results, T* to, int64_t i) const {
+    store(results, to + at(i), lines);
+  }
+};
+
+// T: the elements' type; matrices: how many tensors are read.
+template <typename T, typename F>
+void for_each_block_of_lines(const SoftmaxGeometry& g, int64_t matrices, const F& body) {
+  using A = opmath_t<T>;
+  if (g.size == 0) return;
+  const int64_t lines =
+      std::min(g.inner, std::clamp<int64_t>(kCached / g.size, kFewestLines, kMostLines));
+  const int64_t blocks = (g.inner + lines - 1) / lines;
+  const int64_t matrix_size = std::is_same_v<T, A> ? 0 : g.size * lines;
+  parallel_for(g.outer * blocks, 4 * g.size * lines, [&](int64_t begin, int64_t end) {
+    std::vector<A> memory(2 * lines + matrices * matrix_size);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t group = item / blocks, k = item % blocks * lines;
+      const LineBlock<A> block{group * g.inner + k,
+                               std::min(lines, g.inner - k),
+                               group * g.size * g.inner + k,
+                               g.inner,
+                               memory.data(),
+                               memory.data() + lines,
+                               memory.data() + 2 * lines,
+                               matrix_size};
+      body(block);
+    }
+  });
+}
+
+// The largest of scale * x of each line, and then the sum of exp(scale * x - largest).
+template <typename A, typename T>
+void find_largest(const LineBlock<A>& block, const T* in, int64_t size, A scale) {
+  A* const largest = block.largest;
+  const A* const first = block.read(in, 0);
+  fill_with(largest, block.lines, [=](int64_t j) { return scale * first[j]; });
+  for (int64_t i = 1; i < size; ++i) {
+    const A* const v = block.read(in, i);
+    fill_with(largest, block.lines, [=](int64_t j) { return larger(scale * v[j], largest[j]); });
+  }
+}
+template <typename A, typename T>
+void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size, A scale) {
+  const A* const largest = block.largest;
+  A* const sum = block.sum;
+  std::fill(sum, sum + block.lines, A(0));
+  for (int64_t i = 0; i < size; ++i) {
+    const A* const v = block.read_again(in, i);
+    fill_with(sum, block.lines,
+              [=](int64_t j) { return sum[j] + cpu::exp(scale * v[j] - largest[j]); });
+  }
+}
+
+// -------------------------------------------------------------------------------------- operators
 
 Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta, bool log) {
   dim = checked_dim(op, input, dim);
@@ -201,23 +287,61 @@ Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double 
         }
         store(y, out + row * n, n);
       });
-      return;
+    } else if (has_rows(g)) {
+      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+        const int64_t n = block.count;
+        A *const spread_out = block.scratch[0], *const terms = block.scratch[1];
+        const A* const v = load(in + block.first, block.scratch[2], n);
+        A* const y = stage(out + block.first, terms);
+        A largest[kMostRows], sum[kMostRows];
+        largest_of_rows(v, block.rows, g.size, scale, largest);
+        spread(largest, block.rows, g.size, spread_out);
+        A* const e = log ? terms : y;
+        fill_with(e, n, [=](int64_t i) { return cpu::exp(scale * v[i] - spread_out[i]); });
+        sum_rows(e, block.rows, g.size, sum);
+        if (log)
+          fill_with(sum, block.rows, [&](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+        spread(sum, block.rows, g.size, spread_out);
+        if (log) {
+          fill_with(y, n, [=](int64_t i) { return scale * v[i] - spread_out[i]; });
+        } else {
+          fill_with(y, n, [=](int64_t i) { return y[i] / spread_out[i]; });
+        }
+        store(y, out + block.first, n);
+      });
+    } else {
+      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+        const int64_t n = block.lines;
+        A *const largest = block.largest, *const sum = block.sum;
+        find_largest(block, in, g.size, scale);
+        if (log) {
+          sum_exponentials(block, in, g.size, scale);
+          fill_with(sum, n, [=](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+        } else {
+          std::fill(sum, sum + n, A(0));
+          for (int64_t i = 0; i < g.size; ++i) {
+            const A* const v = block.read_again(in, i);
+            A* const y = block.place(out, i);
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) {
+              const A e = cpu::exp(scale * v[j] - largest[j]);
+              y[j] = e;
+              sum[j] += e;
+            }
+          }
+        }
+        for (int64_t i = 0; i < g.size; ++i) {
+          A* const y = block.place(out, i);
+          if (log) {
+            const A* const v = block.read_again(in, i);
+            fill_with(y, n, [=](int64_t j) { return scale * v[j] - sum[j]; });
+          } else {
+            fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
+          }
+          block.finish(y, out, i);
+        }
+      });
     }
-    for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t) {
-      read_block(in, at, g.size, block.values);
-      block.map([=](A v, int64_t, A, A) { return scale * v; });
-      block.find_largest();
-      if (log) {
-        block.add_up([](A v, int64_t, A largest) { return cpu::exp(v - largest); });
-        block.add_log_of_sum();
-        block.map([](A v, int64_t, A sum, A) { return v - sum; });
-      } else {
-        block.map([](A v, int64_t, A, A largest) { return cpu::exp(v - largest); });
-        block.add_up([](A v, int64_t, A) { return v; });
-        block.map([](A v, int64_t, A sum, A) { return v / sum; });
-      }
-      write_block(block.values, at, g.size, out);
-    });
   });
   return output;
 }
@@ -252,21 +376,49 @@ Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor&
         }
         store(gx, gi + row * n, n);
       });
-      return;
+    } else if (has_rows(g)) {
+      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+        const int64_t n = block.count;
+        A *const sums = block.scratch[0], *const terms = block.scratch[1];
+        const A* const v = load(go + block.first, block.scratch[2], n);
+        const A* const ys = load(out + block.first, block.scratch[3], n);
+        A sum[kMostRows];
+        if (!log) fill_with(terms, n, [=](int64_t i) { return v[i] * ys[i]; });
+        sum_rows(log ? v : terms, block.rows, g.size, sum);
+        spread(sum, block.rows, g.size, sums);
+        A* const gx = stage(gi + block.first, terms);
+        if (log) {
+          fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sums[i]); });
+        } else {
+          fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sums[i]); });
+        }
+        store(gx, gi + block.first, n);
+      });
+    } else {
+      for_each_block_of_lines<T>(g, 2, [&](const LineBlock<A>& block) {
+        const int64_t n = block.lines;
+        A* const sum = block.sum;
+        std::fill(sum, sum + n, A(0));
+        for (int64_t i = 0; i < g.size; ++i) {
+          const A *const v = block.read(go, i, 0), *const ys = block.read(out, i, 1);
+          if (log) {
+            fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j]; });
+          } else {
+            fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j] * ys[j]; });
+          }
+        }
+        for (int64_t i = 0; i < g.size; ++i) {
+          const A *const v = block.read_again(go, i, 0), *const ys = block.read_again(out, i, 1);
+          A* const gx = block.place(gi, i);
+          if (log) {
+            fill_with(gx, n, [=](int64_t j) { return scale * (v[j] - cpu::exp(ys[j]) * sum[j]); });
+          } else {
+            fill_with(gx, n, [=](int64_t j) { return scale * ys[j] * (v[j] - sum[j]); });
+          }
+          block.finish(gx, gi, i);
+        }
+      });
     }
-    for_each_block<A>(g, 2, [&](Block<A>& block, const Place& at, int64_t) {
-      A* ys = block.values + g.size * block.lines;
-      read_block(go, at, g.size, block.values);
-      read_block(out, at, g.size, ys);
-      if (log) {
-        block.add_up([](A v, int64_t, A) { return v; });
-        block.map([=](A v, int64_t i, A sum, A) { return scale * (v - cpu::exp(ys[i]) * sum); });
-      } else {
-        block.add_up([=](A v, int64_t i, A) { return v * ys[i]; });
-        block.map([=](A v, int64_t i, A sum, A) { return scale * ys[i] * (v - sum); });
-      }
-      write_block(block.values, at, g.size, gi);
-    });
   });
   return grad_input;
 }
@@ -335,34 +487,47 @@ std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target
     T* losses = loss.mutable_data_ptr<T>();
     A* lse = logsumexp.mutable_data_ptr<A>();
     const A scale = static_cast<A>(beta);
+    // The difference to the largest first: exact where both are large.
+    const auto finish = [=](int64_t line, A largest, A log_sum, A chosen) {
+      lse[line] = largest + log_sum;
+      losses[line] = static_cast<T>(log_sum - (scale * chosen - largest));
+    };
     if (has_long_rows(g)) {
       const int64_t n = g.size;
       for_each_row<A>(g, [&](int64_t row, A* from, A*, A*) {
         const A* const v = load(in + row * n, from, n);
         const A m = largest_of(v, n, scale);
-        const A log_sum =
-            cpu::log(sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); }));
-        lse[row] = m + log_sum;
-        // The difference to the largest first: exact where both are large.
-        losses[row] = static_cast<T>(log_sum - (scale * v[t[row]] - m));
+        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
+        finish(row, m, cpu::log(sum), v[t[row]]);
       });
-      return;
+    } else if (has_rows(g)) {
+      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+        A *const largests = block.scratch[0], *const terms = block.scratch[1];
+        const A* const v = load(in + block.first, block.scratch[2], block.count);
+        A largest[kMostRows], sum[kMostRows];
+        largest_of_rows(v, block.rows, g.size, scale, largest);
+        spread(largest, block.rows, g.size, largests);
+        fill_with(terms, block.count,
+                  [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
+        sum_rows(terms, block.rows, g.size, sum);
+        fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
+        for (int64_t j = 0; j < block.rows; ++j) {
+          finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);
+        }
+      });
+    } else {
+      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+        find_largest(block, in, g.size, scale);
+        sum_exponentials(block, in, g.size, scale);
+        A* const sum = block.sum;
+        fill_with(sum, block.lines, [=](int64_t j) { return cpu::log(sum[j]); });
+        for (int64_t j = 0; j < block.lines; ++j) {
+          const int64_t line = block.line + j;
+          const A chosen = static_cast<A>(in[block.at(t[line]) + j]);
+          finish(line, block.largest[j], sum[j], chosen);
+        }
+      });
     }
-    for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
-      read_block(in, at, g.size, block.values);
-      block.map([=](A v, int64_t, A, A) { return scale * v; });
-      block.find_largest();
-      block.add_up([](A v, int64_t, A m) { return cpu::exp(v - m); });
-      const A* const largest = block.largest;
-      A* const log_sum = block.sum;
-#pragma omp simd
-      for (int64_t j = 0; j < block.lines; ++j) log_sum[j] = cpu::log(log_sum[j]);
-      for (int64_t j = 0; j < block.lines; ++j) {
-        lse[line + j] = largest[j] + log_sum[j];
-        const A chosen = block.values[t[line + j] * block.lines + j];
-        losses[line + j] = static_cast<T>(log_sum[j] - (chosen - largest[j]));
-      }
-    });
   });
   return {kind == Reduction::kNone ? loss : reduced(loss, kind), logsumexp};
 }
@@ -399,20 +564,40 @@ Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const 
         gx[t[row]] -= factor;
         store(gx, gi + row * n, n);
       });
-      return;
+    } else if (has_rows(g)) {
+      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+        const int64_t n = block.count;
+        A *const factors = block.scratch[0], *const log_sums = block.scratch[1];
+        const A* const v = load(in + block.first, block.scratch[2], n);
+        A factor[kMostRows];
+        for (int64_t j = 0; j < block.rows; ++j) factor[j] = scale * go[block.row + j];
+        spread(factor, block.rows, g.size, factors);
+        spread(lse + block.row, block.rows, g.size, log_sums);
+        A* const gx = stage(gi + block.first, block.scratch[3]);
+        fill_with(gx, n,
+                  [=](int64_t i) { return factors[i] * cpu::exp(scale * v[i] - log_sums[i]); });
+        for (int64_t j = 0; j < block.rows; ++j) gx[j * g.size + t[block.row + j]] -= factor[j];
+        store(gx, gi + block.first, n);
+      });
+    } else {
+      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+        const int64_t n = block.lines;
+        const A* const log_sum = lse + block.line;
+        const int64_t* const chosen = t + block.line;
+        A* const factor = block.sum;
+        for (int64_t j = 0; j < n; ++j) factor[j] = scale * go[block.line + j];
+        for (int64_t i = 0; i < g.size; ++i) {
+          const A* const v = block.read(in, i);
+          A* const gx = block.place(gi, i);
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) {
+            const A value = factor[j] * cpu::exp(scale * v[j] - log_sum[j]);
+            gx[j] = chosen[j] == i ? value - factor[j] : value;
+          }
+          block.finish(gx, gi, i);
+        }
+      });
     }
-    for_each_block<A>(g, 1, [&](Block<A>& block, const Place& at, int64_t line) {
-      read_block(in, at, g.size, block.values);
-      A* factor = block.sum;
-      std::copy(lse + line, lse + line + block.lines, block.largest);
-      for (int64_t j = 0; j < block.lines; ++j) factor[j] = scale * go[line + j];
-      block.map(
-          [=](A v, int64_t, A times, A log_sum) { return times * cpu::exp(scale * v - log_sum); });
-      for (int64_t j = 0; j < block.lines; ++j) {
-        block.values[t[line + j] * block.lines + j] -= factor[j];
-      }
-      write_block(block.values, at, g.size, gi);
-    });
   });
   return grad_input;
 }

@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <map>
+#include <tuple>
 #include <type_traits>
 
 namespace mnist_ops::cuda {
@@ -73,20 +75,64 @@ inline int64_t largest_narrow_index() {
   return std::numeric_limits<int32_t>::max();
 }
 
+inline int current_device() {
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+// An attribute of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, current_device()));
+  return value;
+}
+
 // The most bytes of shared memory that a block can ask for on the current device.
 inline int64_t shared_memory_limit() {
-  int device = 0, bytes = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 // Multiprocessors of the current device.
 inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// What ask() answers for this key on the current device. It is called once in a thread: to ask the
+// driver about a kernel takes about as long as to launch it. Each ask is one type, with a memory of
+// its own.
+template <typename Ask, typename... Key>
+auto remembered(const Ask& ask, const Key&... key) {
+  thread_local std::map<std::tuple<int, Key...>, decltype(ask())> answers;
+  const std::tuple<int, Key...> asked(current_device(), key...);
+  auto found = answers.find(asked);
+  if (found == answers.end()) found = answers.emplace(asked, ask()).first;
+  return found->second;
+}
+
+// Kernels of one type are told apart by their address.
+template <typename Kernel>
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+inline cudaFuncAttributes attributes_of(const void* kernel) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes;
+}
+
+// Lets launches of a kernel have as much dynamic shared memory as the device allows. Not only as
+// much as the next launch takes: another thread might be about to launch it with more.
+inline void allow_shared_memory(const void* kernel) {
+  remembered(
+      [kernel] {
+        const auto own = static_cast<int64_t>(attributes_of(kernel).sharedSizeBytes);
+        STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_memory_limit() - own)));
+        return true;
+      },
+      kernel);
 }
 
 // What kernels that keep much in shared memory are planned for.
@@ -99,26 +145,21 @@ struct Multiprocessors {
 
 // Whether the device has clusters and this kernel was compiled for one that has: where it was not,
 // and PTX for an older device is what runs, its barriers of a cluster are none.
-template <typename Kernel>
-bool has_clusters(Kernel* kernel) {
-  int device = 0, supported = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&supported, cudaDevAttrClusterLaunch, device));
-  if (!supported) return false;
-  cudaFuncAttributes compiled;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, kernel));
-  return compiled.ptxVersion >= 90;
+inline bool has_clusters(const void* kernel) {
+  return device_attribute(cudaDevAttrClusterLaunch) != 0 && attributes_of(kernel).ptxVersion >= 90;
 }
 
 // For launches of this kernel.
 template <typename Kernel>
 Multiprocessors multiprocessors(Kernel* kernel) {
-  int device = 0, shared_bytes = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(
-      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  return {multiprocessor_count(), shared_bytes, shared_memory_limit(),
-          has_clusters(kernel) ? kMaxCluster : 1, 256};
+  const void* const address = address_of(kernel);
+  return remembered(
+      [address] {
+        return Multiprocessors{multiprocessor_count(),
+                               device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                               shared_memory_limit(), has_clusters(address) ? kMaxCluster : 1, 256};
+      },
+      address);
 }
 
 // What the launch asked for, aligned to 16 bytes.
@@ -186,8 +227,7 @@ class CurrentStream {
   void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
                           const Arguments&... arguments) const {
     if (shared_bytes > (int64_t{48} << 10)) {  // more than that only for those that ask
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+      allow_shared_memory(address_of(kernel));
     }
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream_>>>(
         arguments...);
@@ -199,7 +239,6 @@ class CurrentStream {
   template <typename Kernel, typename... Arguments>
   bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
                        const Arguments&... arguments) const {
-    if (!has_clusters(kernel)) return false;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -210,11 +249,17 @@ class CurrentStream {
     config.stream = stream_;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int resident = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
-    if (resident == 0) return false;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-    return true;
+    const void* const address = address_of(kernel);
+    const bool fits = remembered(
+        [&] {
+          if (!has_clusters(address)) return false;
+          int resident = 0;
+          STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
+          return resident > 0;
+        },
+        address, cluster, threads.x);
+    if (fits) STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return fits;
   }
 
   // As many clusters of blocks as the device holds at once, if there are so many items: each takes
@@ -222,14 +267,20 @@ class CurrentStream {
   template <typename Kernel, typename... Arguments>
   void launch_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
                                    int64_t shared_bytes, const Arguments&... arguments) const {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
-    int resident = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &resident, kernel, threads, static_cast<size_t>(shared_bytes)));
-    const int64_t room = std::max<int64_t>(1, int64_t{resident} * multiprocessor_count() / cluster);
+    const void* const address = address_of(kernel);
+    const int64_t blocks = remembered(
+        [&] {
+          allow_shared_memory(address);
+          STD_CUDA_CHECK(cudaFuncSetAttribute(kernel,
+                                              cudaFuncAttributePreferredSharedMemoryCarveout,
+                                              cudaSharedmemCarveoutMaxShared));
+          int resident = 0;
+          STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+              &resident, kernel, threads, static_cast<size_t>(shared_bytes)));
+          return int64_t{resident} * multiprocessor_count();
+        },
+        address, threads, shared_bytes);
+    const int64_t room = std::max<int64_t>(1, blocks / cluster);
     const int64_t clusters = cluster > 1 && items <= 4 * room ? items : std::min(items, room);
     cudaLaunchAttribute size = {};
     size.id = cudaLaunchAttributeClusterDimension;
@@ -406,16 +457,6 @@ __device__ __forceinline__ void copy_async_wait() {
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-// Memory that will be read soon, on its way to L2.
-template <typename T>
-__device__ __forceinline__ void prefetch_l2(const T* address) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  (void)address;
 #endif
 }
 

@@ -753,12 +753,6 @@ struct ImageBlock {
     for (int i = thread; i < count / n; i += threads) copy_pack<n>(to + i * n, from + i * n);
   }
 
-  // The next image on its way to L2, while this one is worked on.
-  __device__ __forceinline__ void prefetch(const T* image) const {
-    constexpr int n = static_cast<int>(128 / sizeof(T));
-    for (int i = thread * n; i < count; i += threads * n) prefetch_l2(image + first + i);
-  }
-
   // ------------------------------------------------------------------------------------ sums
 
   // use(p, where, sums) for every pixel, with the sums over all channels that Terms names; `where`
@@ -1000,7 +994,6 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
     if (image != begin) block.load(x, a.input + image * size);
     wait_for_copies();
     __syncthreads();
-    if (image + step < a.N) block.prefetch(a.input + (image + step) * size);
     if (a.kind != LocalNorm::kDivisive) {
       block.template reduce<SumOfInput>(x, x, [&](int p, int where, const A(&sums)[1]) {
         planes[where] = a.adjoint ? divided(sums[0], coef[p]) : sums[0];
@@ -1052,10 +1045,6 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
     }
     wait_for_copies();
     __syncthreads();
-    if (image + step < a.N) {
-      block.prefetch(a.grad + (image + step) * size);
-      block.prefetch(a.input + (image + step) * size);
-    }
     if (contrastive) {
       block.template reduce<SumOfInput>(
           x, x, [&](int p, int where, const A(&sums)[1]) { planes[where] = centred[p] = sums[0]; });
