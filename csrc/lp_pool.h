@@ -122,7 +122,8 @@ MNIST_OPS_HD T magnitude(T x) {
 
 template <typename T>
 MNIST_OPS_HD T sign_of(T x) {
-  return T(x > T(0)) - T(x < T(0));
+  const T negative = x < T(0) ? T(-1) : T(0);
+  return x > T(0) ? T(1) : negative;
 }
 
 // The functions below take a plane as a pointer to its first element, or as anything else that

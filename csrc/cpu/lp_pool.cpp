@@ -150,10 +150,15 @@ void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A
   if constexpr (kSumsPlainly<power>) {
     batch.fold(y, A(0), [=](A sum, A x, int64_t) { return sum + term<power>(x, p); });
     if constexpr (power == Power::kOne) return;
-    bool safe = true;
-#pragma omp simd reduction(&& : safe)
-    for (int64_t j = 0; j < exact_count; ++j) safe = safe && is_safe_square_sum(y[j]);
-    if (safe) {
+    // How many are not, in a form that the compiler vectorises.
+    A unsafe = A(0);
+#pragma omp simd reduction(+ : unsafe)
+    for (int64_t j = 0; j < exact_count; ++j) {
+      const A above = y[j] >= SafeSquares<A>::lower ? A(0) : A(1);
+      const A below = y[j] <= SafeSquares<A>::upper ? A(0) : A(1);
+      unsafe += above + below;
+    }
+    if (unsafe == A(0)) {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) y[j] = root<power>(y[j], p);
       return;
@@ -184,7 +189,8 @@ template <Power power, int kTaps, typename A>
 void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, const A* y, A* scratch) {
   if constexpr (power == Power::kInf) {
     A* const ties = scratch;
-    batch.fold(ties, A(0), [=](A sum, A x, int64_t j) { return sum + A(magnitude(x) == y[j]); });
+    batch.fold(ties, A(0),
+               [=](A sum, A x, int64_t j) { return sum + (magnitude(x) == y[j] ? A(1) : A(0)); });
     const int64_t n = batch.count;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) grad[j] = ties[j] > A(0) ? grad[j] / ties[j] : grad[j];
