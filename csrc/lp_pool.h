@@ -115,6 +115,14 @@ MNIST_OPS_HD bool is_safe_square_sum(T sum) {
   return sum >= SafeSquares<T>::lower && sum <= SafeSquares<T>::upper;
 }
 
+// The opposite as a number, 0 where it is safe: a sum of these is vectorised, a conjunction is not.
+template <typename T>
+MNIST_OPS_HD T unsafety_of_square_sum(T sum) {
+  const T below = sum >= SafeSquares<T>::lower ? T(0) : T(1);
+  const T above = sum <= SafeSquares<T>::upper ? T(0) : T(1);
+  return below + above;
+}
+
 template <typename T>
 MNIST_OPS_HD T magnitude(T x) {
   return x < T(0) ? -x : x;  // NaN stays NaN

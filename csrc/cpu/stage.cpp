@@ -13,6 +13,7 @@
 #include "../stage.h"
 
 #include "blur.h"
+#include "windows.h"
 
 #include <memory>
 
@@ -109,6 +110,11 @@ bool is_tiled(const PoolGeometry& g) {
          g.padding_w == 0 && g.OH * g.kernel_h <= g.H && g.OW * g.kernel_w <= g.W;
 }
 
+// The networks' windows.
+bool is_pairs(const PoolGeometry& g) {
+  return is_tiled(g) && g.C == 1 && g.kernel_h == 2 && g.kernel_w == 2;
+}
+
 template <Norm norm, typename A>
 MNIST_OPS_HD A term_of(A a) {
   return norm == Norm::kTwo ? a * a : magnitude(a);
@@ -147,11 +153,20 @@ void pool_block(const A* a, A* y, const PoolGeometry& g, A p) {
     });
   } else {
     const int64_t size = g.OH * g.out_h;
-    const bool pairs = is_tiled(g) && g.C == 1 && g.kernel_h == 2 && g.kernel_w == 2;
+    const bool pairs = is_pairs(g);
+    if constexpr (kHasPairs && norm == Norm::kTwo && std::is_same_v<A, float>) {
+      if (pairs) {
+        for (int64_t oh = 0; oh < g.OH; ++oh) {
+          const A* const top = a + 2 * oh * g.in_h;
+          pair_norms(top, top + g.in_h, y + oh * g.out_h, g.OW);
+        }
+        return;
+      }
+    }
     if (!pairs) std::fill(y, y + size, A(0));
     for (int64_t oh = 0; oh < g.OH; ++oh) {
       A* sums = y + oh * g.out_h;
-      if (pairs) {  // the networks' windows, in one pass and the same order
+      if (pairs) {  // in one pass and the same order
         const A *top = a + 2 * oh * g.in_h, *bottom = top + g.in_h;
 #pragma omp simd
         for (int64_t ow = 0; ow < g.OW; ++ow) {
@@ -171,14 +186,14 @@ void pool_block(const A* a, A* y, const PoolGeometry& g, A p) {
     }
     if constexpr (norm == Norm::kTwo) {
       // Windows of zeros are common behind rectifiers: they must not cost the others their vectors.
-      bool safe = true;
-#pragma omp simd reduction(&& : safe)
+      A unsafe = A(0);
+#pragma omp simd reduction(+ : unsafe)
       for (int64_t o = 0; o < size; ++o) {
-        const bool root = is_safe_square_sum(y[o]);
-        safe = safe && root;
-        y[o] = root ? std::sqrt(y[o]) : A(-1);
+        const A unsafety = unsafety_of_square_sum(y[o]);
+        unsafe += unsafety;
+        y[o] = unsafety == A(0) ? std::sqrt(y[o]) : A(-1);
       }
-      if (!safe) {
+      if (unsafe != A(0)) {
         each_element(g.OH, g.OW, g.C, [&](int64_t l, int64_t oh, int64_t ow, int64_t o) {
           if (y[o] < A(0)) y[o] = scaled_window_norm<norm>(a + l, g, p, oh, ow);
         });
@@ -197,14 +212,28 @@ void unpool_block(A* gp, const A* a, const A* y, A* ga, const PoolGeometry& g, A
     return;
   }
   const int64_t size = g.H * g.in_h, pooled = g.OH * g.out_h;
-  bool divides = true;  // gp / y first, once for each window, where that cannot overflow
-  if constexpr (norm == Norm::kTwo) {
-#pragma omp simd reduction(&& : divides)
-    for (int64_t o = 0; o < pooled; ++o) {
-      divides = divides && (y[o] == A(0) || y[o] > SafeNorm<A>::lower);
+  const int64_t covered = g.OH * g.kernel_h * g.in_h;  // by windows, where they tile the image
+  if constexpr (kHasPairs && norm == Norm::kTwo && std::is_same_v<A, float>) {
+    if (is_pairs(g) && 2 * g.OW == g.W) {
+      for (int64_t oh = 0; oh < g.OH; ++oh) {
+        const A* const top = a + 2 * oh * g.in_h;
+        A* const to = ga + 2 * oh * g.in_h;
+        pair_gradients(top, top + g.in_h, y + oh * g.out_h, gp + oh * g.out_h, to, to + g.in_h,
+                       g.OW);
+      }
+      std::fill(ga + covered, ga + size, A(0));
+      return;
     }
   }
-  if (!is_tiled(g) || !divides) {
+  A small = A(0);  // gp / y first, once for each window, where that cannot overflow
+  if constexpr (norm == Norm::kTwo) {
+#pragma omp simd reduction(+ : small)
+    for (int64_t o = 0; o < pooled; ++o) {
+      const A is_small = y[o] > SafeNorm<A>::lower ? A(0) : A(1);
+      small += y[o] == A(0) ? A(0) : is_small;
+    }
+  }
+  if (!is_tiled(g) || small != A(0)) {
     // A row gathers from every window over it.
     std::fill(ga, ga + size, A(0));
     for (int64_t ih = 0; ih < g.H; ++ih) {
@@ -246,7 +275,6 @@ void unpool_block(A* gp, const A* a, const A* y, A* ga, const PoolGeometry& g, A
     if (g.OW * g.kernel_w < g.W) std::fill(to + g.OW * g.kernel_w * g.C, to + g.in_h, A(0));
     for (int64_t kh = 1; kh < g.kernel_h; ++kh) std::copy(to, to + g.in_h, to + kh * g.in_h);
   }
-  const int64_t covered = g.OH * g.kernel_h * g.in_h;
 #pragma omp simd
   for (int64_t i = 0; i < covered; ++i) ga[i] *= norm == Norm::kTwo ? a[i] : sign_of(a[i]);
   // After the product, which may be one with infinity.
