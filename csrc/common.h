@@ -63,6 +63,10 @@ struct OpMath<BFloat16> {
 template <typename T>
 using opmath_t = typename OpMath<T>::type;
 
+inline ScalarType type_to_compute_in(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Calls body with a value of the element type; only the type of that value is used.
 template <typename F>
 void dispatch_floating(const char* op, ScalarType dtype, F&& body) {

@@ -107,8 +107,7 @@ inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_l
                   ": grad_loss must have the dtype of input, ",
                   torch::headeronly::toString(input.scalar_type()), ", got ",
                   torch::headeronly::toString(grad_loss.scalar_type()));
-  const ScalarType wide =
-      input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = type_to_compute_in(input);
   MNIST_OPS_CHECK(logsumexp.scalar_type() == wide, op, ": logsumexp must be ",
                   torch::headeronly::toString(wide), ", got ",
                   torch::headeronly::toString(logsumexp.scalar_type()));
@@ -116,5 +115,154 @@ inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_l
                   ": grad_loss, logsumexp and input are on different devices");
   return reduction;
 }
+
+// ------------------------------------------------------------------------- what kernels are given
+
+enum class SoftmaxKind { kSoftmax, kLogSoftmax, kNll };
+
+template <typename T>
+struct SoftmaxForward {
+  using A = opmath_t<T>;
+  SoftmaxGeometry g;
+  A scale;
+  const T* in;
+  T* out;  // every element's (log-)probability, or every line's loss
+  // softmax_nll only
+  const int64_t* target = nullptr;
+  A* logsumexp = nullptr;
+};
+
+template <typename T>
+struct SoftmaxBackward {
+  using A = opmath_t<T>;
+  SoftmaxGeometry g;
+  A scale;
+  const T *grad, *out;
+  T* result;
+};
+
+template <typename T>
+struct NllBackward {
+  using A = opmath_t<T>;
+  SoftmaxGeometry g;
+  A scale;
+  LossGradient<T> grad;
+  const T* in;
+  const int64_t* target;
+  const A* logsumexp;
+  T* result;
+};
+
+// The operators of one backend. Kernels has static functions, of which each is also told a tensor
+// on whose device it is to work:
+//   forward<kind, T>(tensor, SoftmaxForward<T>), backward<kind, T>(tensor, SoftmaxBackward<T>),
+//   nll_backward<T>(tensor, NllBackward<T>),
+//   check_targets(op, targets, classes), which may leave it to the kernels to make NaN of others,
+//   reduced(losses, reduction).
+template <typename Kernels>
+struct SoftmaxOperators {
+  template <SoftmaxKind kind>
+  static Tensor forward(const char* op, const Tensor& input, int64_t dim, double beta) {
+    dim = checked_dim(op, input, dim);
+    Tensor output = new_like(input);
+    const Tensor x = in_memory_order_of(output, input);
+    dispatch_floating(op, input.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      Kernels::template forward<kind, T>(
+          output, {softmax_geometry(output, dim), static_cast<opmath_t<T>>(beta),
+                   x.const_data_ptr<T>(), output.mutable_data_ptr<T>()});
+    });
+    return output;
+  }
+
+  template <SoftmaxKind kind>
+  static Tensor backward(const char* op, const Tensor& grad_output, const Tensor& output,
+                         int64_t dim, double beta) {
+    dim = checked_dim(op, output, dim);
+    check_like(op, "grad_output", grad_output, "output", output);
+    Tensor grad_input = new_like(output);
+    const Tensor y = in_memory_order_of(grad_input, output);
+    const Tensor grad = in_memory_order_of(grad_input, grad_output);
+    dispatch_floating(op, output.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      Kernels::template backward<kind, T>(
+          grad_input,
+          {softmax_geometry(grad_input, dim), static_cast<opmath_t<T>>(beta),
+           grad.const_data_ptr<T>(), y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>()});
+    });
+    return grad_input;
+  }
+
+  static Tensor softmax(const Tensor& input, int64_t dim, double beta) {
+    return forward<SoftmaxKind::kSoftmax>("softmax", input, dim, beta);
+  }
+  static Tensor log_softmax(const Tensor& input, int64_t dim, double beta) {
+    return forward<SoftmaxKind::kLogSoftmax>("log_softmax", input, dim, beta);
+  }
+  static Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
+                                 double beta) {
+    return backward<SoftmaxKind::kSoftmax>("softmax_backward", grad_output, output, dim, beta);
+  }
+  static Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
+                                     double beta) {
+    return backward<SoftmaxKind::kLogSoftmax>("log_softmax_backward", grad_output, output, dim,
+                                              beta);
+  }
+
+  static std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
+                                                double beta, std::string reduction) {
+    const char* op = "softmax_nll";
+    const Reduction kind = reduction_named(op, reduction);
+    const int64_t dim = check_softmax_nll(op, input, target);
+    const Tensor x = dense(input, is_channels_last(input));
+    const Tensor targets = contiguous_of(target);
+    Kernels::check_targets(op, targets, x.size(dim));
+    Tensor loss = new_tensor(x, targets.sizes());
+    Tensor logsumexp = new_tensor(x, targets.sizes(), type_to_compute_in(x));
+    dispatch_floating(op, input.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = opmath_t<T>;
+      Kernels::template forward<SoftmaxKind::kNll, T>(
+          loss, {softmax_geometry(x, dim), static_cast<A>(beta), x.const_data_ptr<T>(),
+                 loss.mutable_data_ptr<T>(), targets.const_data_ptr<int64_t>(),
+                 logsumexp.mutable_data_ptr<A>()});
+    });
+    return {kind == Reduction::kNone ? loss : Kernels::reduced(loss, kind), logsumexp};
+  }
+
+  static Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input,
+                                     const Tensor& target, const Tensor& logsumexp, double beta,
+                                     std::string reduction) {
+    const char* op = "softmax_nll_backward";
+    const int64_t dim = check_softmax_nll(op, input, target);
+    const Reduction kind =
+        check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
+    const Tensor x = dense(input, is_channels_last(input));
+    const Tensor targets = contiguous_of(target);
+    Kernels::check_targets(op, targets, x.size(dim));
+    const Tensor grad = contiguous_of(grad_loss);
+    const Tensor saved = contiguous_of(logsumexp);
+    Tensor grad_input = new_like(x);
+    dispatch_floating(op, input.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = opmath_t<T>;
+      Kernels::template nll_backward<T>(
+          grad_input, {softmax_geometry(x, dim), static_cast<A>(beta),
+                       loss_gradient<T>(grad, targets.numel(), kind), x.const_data_ptr<T>(),
+                       targets.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(),
+                       grad_input.mutable_data_ptr<T>()});
+    });
+    return grad_input;
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("softmax", TORCH_BOX(&SoftmaxOperators::softmax));
+    m.impl("softmax_backward", TORCH_BOX(&SoftmaxOperators::softmax_backward));
+    m.impl("log_softmax", TORCH_BOX(&SoftmaxOperators::log_softmax));
+    m.impl("log_softmax_backward", TORCH_BOX(&SoftmaxOperators::log_softmax_backward));
+    m.impl("softmax_nll", TORCH_BOX(&SoftmaxOperators::softmax_nll));
+    m.impl("softmax_nll_backward", TORCH_BOX(&SoftmaxOperators::softmax_nll_backward));
+  }
+};
 
 }  // namespace mnist_ops

@@ -258,359 +258,312 @@ void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size, A sc
   }
 }
 
-// -------------------------------------------------------------------------------------- operators
+// ---------------------------------------------------------------------------------------- kernels
 
-Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta, bool log) {
-  dim = checked_dim(op, input, dim);
-  Tensor output = new_like(input);
-  const Tensor x = in_memory_order_of(output, input);
-  const SoftmaxGeometry g = softmax_geometry(output, dim);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.const_data_ptr<T>();
-    T* out = output.mutable_data_ptr<T>();
-    const A scale = static_cast<A>(beta);
-    if (has_long_rows(g)) {
-      const int64_t n = g.size;
-      for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
-        const A* const v = load(in + row * n, from, n);
-        A* const y = stage(out + row * n, to);
-        const A m = largest_of(v, n, scale);
-        if (log) {
-          const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
-          const A log_sum = m + cpu::log(sum);
-          fill_with(y, n, [=](int64_t i) { return scale * v[i] - log_sum; });
-        } else {
-          const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(scale * v[i] - m); });
-          fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
-        }
-        store(y, out + row * n, n);
-      });
-    } else if (has_rows(g)) {
-      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-        const int64_t n = block.count;
-        A *const spread_out = block.scratch[0], *const terms = block.scratch[1];
-        const A* const v = load(in + block.first, block.scratch[2], n);
-        A* const y = stage(out + block.first, terms);
-        A largest[kMostRows], sum[kMostRows];
-        largest_of_rows(v, block.rows, g.size, scale, largest);
-        spread(largest, block.rows, g.size, spread_out);
-        A* const e = log ? terms : y;
-        fill_with(e, n, [=](int64_t i) { return cpu::exp(scale * v[i] - spread_out[i]); });
-        sum_rows(e, block.rows, g.size, sum);
-        if (log)
-          fill_with(sum, block.rows, [&](int64_t j) { return largest[j] + cpu::log(sum[j]); });
-        spread(sum, block.rows, g.size, spread_out);
-        if (log) {
-          fill_with(y, n, [=](int64_t i) { return scale * v[i] - spread_out[i]; });
-        } else {
-          fill_with(y, n, [=](int64_t i) { return y[i] / spread_out[i]; });
-        }
-        store(y, out + block.first, n);
-      });
-    } else {
-      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-        const int64_t n = block.lines;
-        A *const largest = block.largest, *const sum = block.sum;
-        find_largest(block, in, g.size, scale);
-        if (log) {
-          sum_exponentials(block, in, g.size, scale);
-          fill_with(sum, n, [=](int64_t j) { return largest[j] + cpu::log(sum[j]); });
-        } else {
-          std::fill(sum, sum + n, A(0));
-          for (int64_t i = 0; i < g.size; ++i) {
-            const A* const v = block.read_again(in, i);
-            A* const y = block.place(out, i);
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) {
-              const A e = cpu::exp(scale * v[j] - largest[j]);
-              y[j] = e;
-              sum[j] += e;
-            }
-          }
-        }
-        for (int64_t i = 0; i < g.size; ++i) {
-          A* const y = block.place(out, i);
-          if (log) {
-            const A* const v = block.read_again(in, i);
-            fill_with(y, n, [=](int64_t j) { return scale * v[j] - sum[j]; });
-          } else {
-            fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
-          }
-          block.finish(y, out, i);
-        }
-      });
-    }
-  });
-  return output;
-}
-
-Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor& output,
-                        int64_t dim, double beta, bool log) {
-  dim = checked_dim(op, output, dim);
-  check_like(op, "grad_output", grad_output, "output", output);
-  Tensor grad_input = new_like(output);
-  const Tensor y = in_memory_order_of(grad_input, output);
-  const Tensor grad = in_memory_order_of(grad_input, grad_output);
-  const SoftmaxGeometry g = softmax_geometry(grad_input, dim);
-  dispatch_floating(op, output.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* out = y.const_data_ptr<T>();
-    const T* go = grad.const_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    const A scale = static_cast<A>(beta);
-    if (has_long_rows(g)) {
-      const int64_t n = g.size;
-      for_each_row<A>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
-        const A* const v = load(go + row * n, from_g, n);
-        const A* const ys = load(out + row * n, from_y, n);
-        A* const gx = stage(gi + row * n, to);
-        if (log) {
-          const A sum = sum_of<A>(n, [=](int64_t i) { return v[i]; });
-          fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sum); });
-        } else {
-          const A sum = sum_of<A>(n, [=](int64_t i) { return v[i] * ys[i]; });
-          fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sum); });
-        }
-        store(gx, gi + row * n, n);
-      });
-    } else if (has_rows(g)) {
-      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-        const int64_t n = block.count;
-        A *const sums = block.scratch[0], *const terms = block.scratch[1];
-        const A* const v = load(go + block.first, block.scratch[2], n);
-        const A* const ys = load(out + block.first, block.scratch[3], n);
-        A sum[kMostRows];
-        if (!log) fill_with(terms, n, [=](int64_t i) { return v[i] * ys[i]; });
-        sum_rows(log ? v : terms, block.rows, g.size, sum);
-        spread(sum, block.rows, g.size, sums);
-        A* const gx = stage(gi + block.first, terms);
-        if (log) {
-          fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sums[i]); });
-        } else {
-          fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sums[i]); });
-        }
-        store(gx, gi + block.first, n);
-      });
-    } else {
-      for_each_block_of_lines<T>(g, 2, [&](const LineBlock<A>& block) {
-        const int64_t n = block.lines;
-        A* const sum = block.sum;
+template <bool log, typename T, typename A = opmath_t<T>>
+void probabilities(const SoftmaxForward<T>& f) {
+  const SoftmaxGeometry& g = f.g;
+  const T* const in = f.in;
+  T* const out = f.out;
+  const A scale = f.scale;
+  if (has_long_rows(g)) {
+    const int64_t n = g.size;
+    for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+      const A* const v = load(in + row * n, from, n);
+      A* const y = stage(out + row * n, to);
+      const A m = largest_of(v, n, scale);
+      if (log) {
+        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
+        const A log_sum = m + cpu::log(sum);
+        fill_with(y, n, [=](int64_t i) { return scale * v[i] - log_sum; });
+      } else {
+        const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(scale * v[i] - m); });
+        fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
+      }
+      store(y, out + row * n, n);
+    });
+  } else if (has_rows(g)) {
+    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+      const int64_t n = block.count;
+      A *const spread_out = block.scratch[0], *const terms = block.scratch[1];
+      const A* const v = load(in + block.first, block.scratch[2], n);
+      A* const y = stage(out + block.first, terms);
+      A largest[kMostRows], sum[kMostRows];
+      largest_of_rows(v, block.rows, g.size, scale, largest);
+      spread(largest, block.rows, g.size, spread_out);
+      A* const e = log ? terms : y;
+      fill_with(e, n, [=](int64_t i) { return cpu::exp(scale * v[i] - spread_out[i]); });
+      sum_rows(e, block.rows, g.size, sum);
+      if (log) fill_with(sum, block.rows, [&](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+      spread(sum, block.rows, g.size, spread_out);
+      if (log) {
+        fill_with(y, n, [=](int64_t i) { return scale * v[i] - spread_out[i]; });
+      } else {
+        fill_with(y, n, [=](int64_t i) { return y[i] / spread_out[i]; });
+      }
+      store(y, out + block.first, n);
+    });
+  } else {
+    for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+      const int64_t n = block.lines;
+      A *const largest = block.largest, *const sum = block.sum;
+      find_largest(block, in, g.size, scale);
+      if (log) {
+        sum_exponentials(block, in, g.size, scale);
+        fill_with(sum, n, [=](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+      } else {
         std::fill(sum, sum + n, A(0));
         for (int64_t i = 0; i < g.size; ++i) {
-          const A *const v = block.read(go, i, 0), *const ys = block.read(out, i, 1);
-          if (log) {
-            fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j]; });
-          } else {
-            fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j] * ys[j]; });
+          const A* const v = block.read_again(in, i);
+          A* const y = block.place(out, i);
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) {
+            const A e = cpu::exp(scale * v[j] - largest[j]);
+            y[j] = e;
+            sum[j] += e;
           }
         }
-        for (int64_t i = 0; i < g.size; ++i) {
-          const A *const v = block.read_again(go, i, 0), *const ys = block.read_again(out, i, 1);
-          A* const gx = block.place(gi, i);
-          if (log) {
-            fill_with(gx, n, [=](int64_t j) { return scale * (v[j] - cpu::exp(ys[j]) * sum[j]); });
-          } else {
-            fill_with(gx, n, [=](int64_t j) { return scale * ys[j] * (v[j] - sum[j]); });
-          }
-          block.finish(gx, gi, i);
+      }
+      for (int64_t i = 0; i < g.size; ++i) {
+        A* const y = block.place(out, i);
+        if (log) {
+          const A* const v = block.read_again(in, i);
+          fill_with(y, n, [=](int64_t j) { return scale * v[j] - sum[j]; });
+        } else {
+          fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
         }
-      });
-    }
-  });
-  return grad_input;
-}
-
-Tensor softmax(const Tensor& input, int64_t dim, double beta) {
-  return softmax_forward("softmax", input, dim, beta, false);
-}
-Tensor log_softmax(const Tensor& input, int64_t dim, double beta) {
-  return softmax_forward("log_softmax", input, dim, beta, true);
-}
-Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim, double beta) {
-  return softmax_gradient("softmax_backward", grad_output, output, dim, beta, false);
-}
-Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
-                            double beta) {
-  return softmax_gradient("log_softmax_backward", grad_output, output, dim, beta, true);
-}
-
-void check_classes(const char* op, const Tensor& target, int64_t classes) {
-  const int64_t* t = target.const_data_ptr<int64_t>();
-  bool all = true;
-  for (int64_t i = 0; i < target.numel(); ++i) all &= t[i] >= 0 && t[i] < classes;
-  if (all) return;
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    MNIST_OPS_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes, "), got ",
-                    t[i], " at position ", i);
+        block.finish(y, out, i);
+      }
+    });
   }
 }
 
-// The sum of the losses or their mean. It is added up in float64, one number after the other, which
-// is little beside the exponentials that the losses took.
-Tensor reduced(const Tensor& losses, Reduction reduction) {
-  Tensor result = new_tensor(losses, std::vector<int64_t>{});
-  dispatch_floating("softmax_nll", losses.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const T* values = losses.const_data_ptr<T>();
-    const int64_t count = losses.numel();
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i)
-      sum += static_cast<double>(static_cast<opmath_t<T>>(values[i]));
-    if (reduction == Reduction::kMean) sum /= static_cast<double>(count);
-    *result.mutable_data_ptr<T>() = static_cast<T>(static_cast<opmath_t<T>>(sum));
-  });
-  return result;
+template <bool log, typename T, typename A = opmath_t<T>>
+void gradients(const SoftmaxBackward<T>& b) {
+  const SoftmaxGeometry& g = b.g;
+  const T *const go = b.grad, *const out = b.out;
+  T* const gi = b.result;
+  const A scale = b.scale;
+  if (has_long_rows(g)) {
+    const int64_t n = g.size;
+    for_each_row<A>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
+      const A* const v = load(go + row * n, from_g, n);
+      const A* const ys = load(out + row * n, from_y, n);
+      A* const gx = stage(gi + row * n, to);
+      if (log) {
+        const A sum = sum_of<A>(n, [=](int64_t i) { return v[i]; });
+        fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sum); });
+      } else {
+        const A sum = sum_of<A>(n, [=](int64_t i) { return v[i] * ys[i]; });
+        fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sum); });
+      }
+      store(gx, gi + row * n, n);
+    });
+  } else if (has_rows(g)) {
+    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+      const int64_t n = block.count;
+      A *const sums = block.scratch[0], *const terms = block.scratch[1];
+      const A* const v = load(go + block.first, block.scratch[2], n);
+      const A* const ys = load(out + block.first, block.scratch[3], n);
+      A sum[kMostRows];
+      if (!log) fill_with(terms, n, [=](int64_t i) { return v[i] * ys[i]; });
+      sum_rows(log ? v : terms, block.rows, g.size, sum);
+      spread(sum, block.rows, g.size, sums);
+      A* const gx = stage(gi + block.first, terms);
+      if (log) {
+        fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sums[i]); });
+      } else {
+        fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sums[i]); });
+      }
+      store(gx, gi + block.first, n);
+    });
+  } else {
+    for_each_block_of_lines<T>(g, 2, [&](const LineBlock<A>& block) {
+      const int64_t n = block.lines;
+      A* const sum = block.sum;
+      std::fill(sum, sum + n, A(0));
+      for (int64_t i = 0; i < g.size; ++i) {
+        const A *const v = block.read(go, i, 0), *const ys = block.read(out, i, 1);
+        if (log) {
+          fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j]; });
+        } else {
+          fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j] * ys[j]; });
+        }
+      }
+      for (int64_t i = 0; i < g.size; ++i) {
+        const A *const v = block.read_again(go, i, 0), *const ys = block.read_again(out, i, 1);
+        A* const gx = block.place(gi, i);
+        if (log) {
+          fill_with(gx, n, [=](int64_t j) { return scale * (v[j] - cpu::exp(ys[j]) * sum[j]); });
+        } else {
+          fill_with(gx, n, [=](int64_t j) { return scale * ys[j] * (v[j] - sum[j]); });
+        }
+        block.finish(gx, gi, i);
+      }
+    });
+  }
 }
 
-std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta,
-                                       std::string reduction) {
-  const char* op = "softmax_nll";
-  const Reduction kind = reduction_named(op, reduction);
-  const int64_t dim = check_softmax_nll(op, input, target);
-  const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = contiguous_of(target);
-  check_classes(op, classes, x.size(dim));
-  const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor loss = new_tensor(x, classes.sizes());
-  Tensor logsumexp;
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    logsumexp = new_tensor(x, classes.sizes(),
-                           std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
-    const T* in = x.const_data_ptr<T>();
-    const int64_t* t = classes.const_data_ptr<int64_t>();
-    T* losses = loss.mutable_data_ptr<T>();
-    A* lse = logsumexp.mutable_data_ptr<A>();
-    const A scale = static_cast<A>(beta);
-    // The difference to the largest first: exact where both are large.
-    const auto finish = [=](int64_t line, A largest, A log_sum, A chosen) {
-      lse[line] = largest + log_sum;
-      losses[line] = static_cast<T>(log_sum - (scale * chosen - largest));
-    };
-    if (has_long_rows(g)) {
-      const int64_t n = g.size;
-      for_each_row<A>(g, [&](int64_t row, A* from, A*, A*) {
-        const A* const v = load(in + row * n, from, n);
-        const A m = largest_of(v, n, scale);
-        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
-        finish(row, m, cpu::log(sum), v[t[row]]);
-      });
-    } else if (has_rows(g)) {
-      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-        A *const largests = block.scratch[0], *const terms = block.scratch[1];
-        const A* const v = load(in + block.first, block.scratch[2], block.count);
-        A largest[kMostRows], sum[kMostRows];
-        largest_of_rows(v, block.rows, g.size, scale, largest);
-        spread(largest, block.rows, g.size, largests);
-        fill_with(terms, block.count,
-                  [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
-        sum_rows(terms, block.rows, g.size, sum);
-        fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
-        for (int64_t j = 0; j < block.rows; ++j) {
-          finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);
-        }
-      });
-    } else {
-      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-        find_largest(block, in, g.size, scale);
-        sum_exponentials(block, in, g.size, scale);
-        A* const sum = block.sum;
-        fill_with(sum, block.lines, [=](int64_t j) { return cpu::log(sum[j]); });
-        for (int64_t j = 0; j < block.lines; ++j) {
-          const int64_t line = block.line + j;
-          const A chosen = static_cast<A>(in[block.at(t[line]) + j]);
-          finish(line, block.largest[j], sum[j], chosen);
-        }
-      });
-    }
-  });
-  return {kind == Reduction::kNone ? loss : reduced(loss, kind), logsumexp};
+template <typename T, typename A = opmath_t<T>>
+void losses(const SoftmaxForward<T>& f) {
+  const SoftmaxGeometry& g = f.g;
+  const T* const in = f.in;
+  const int64_t* const t = f.target;
+  const A scale = f.scale;
+  // The difference to the largest first: exact where both are large.
+  const auto finish = [=](int64_t line, A largest, A log_sum, A chosen) {
+    f.logsumexp[line] = largest + log_sum;
+    f.out[line] = static_cast<T>(log_sum - (scale * chosen - largest));
+  };
+  if (has_long_rows(g)) {
+    const int64_t n = g.size;
+    for_each_row<A>(g, [&](int64_t row, A* from, A*, A*) {
+      const A* const v = load(in + row * n, from, n);
+      const A m = largest_of(v, n, scale);
+      const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
+      finish(row, m, cpu::log(sum), v[t[row]]);
+    });
+  } else if (has_rows(g)) {
+    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+      A *const largests = block.scratch[0], *const terms = block.scratch[1];
+      const A* const v = load(in + block.first, block.scratch[2], block.count);
+      A largest[kMostRows], sum[kMostRows];
+      largest_of_rows(v, block.rows, g.size, scale, largest);
+      spread(largest, block.rows, g.size, largests);
+      fill_with(terms, block.count,
+                [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
+      sum_rows(terms, block.rows, g.size, sum);
+      fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
+      for (int64_t j = 0; j < block.rows; ++j) {
+        finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);
+      }
+    });
+  } else {
+    for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+      find_largest(block, in, g.size, scale);
+      sum_exponentials(block, in, g.size, scale);
+      A* const sum = block.sum;
+      fill_with(sum, block.lines, [=](int64_t j) { return cpu::log(sum[j]); });
+      for (int64_t j = 0; j < block.lines; ++j) {
+        const int64_t line = block.line + j;
+        const A chosen = static_cast<A>(in[block.at(t[line]) + j]);
+        finish(line, block.largest[j], sum[j], chosen);
+      }
+    });
+  }
 }
 
-Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                            const Tensor& logsumexp, double beta, std::string reduction) {
-  const char* op = "softmax_nll_backward";
-  const int64_t dim = check_softmax_nll(op, input, target);
-  const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = contiguous_of(target);
-  check_classes(op, classes, x.size(dim));
-  const Reduction kind =
-      check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
-  const Tensor grad = contiguous_of(grad_loss);
-  const Tensor saved = contiguous_of(logsumexp);
-  const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor grad_input = new_like(x);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.const_data_ptr<T>();
-    const int64_t* t = classes.const_data_ptr<int64_t>();
-    const LossGradient<T> go = loss_gradient<T>(grad, classes.numel(), kind);
-    const A* lse = saved.const_data_ptr<A>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    const A scale = static_cast<A>(beta);
-    if (has_long_rows(g)) {
-      const int64_t n = g.size;
-      for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
-        const A* const v = load(in + row * n, from, n);
-        A* const gx = stage(gi + row * n, to);
-        const A log_sum = lse[row], factor = scale * go[row];
-        fill_with(gx, n, [=](int64_t i) { return factor * cpu::exp(scale * v[i] - log_sum); });
-        gx[t[row]] -= factor;
-        store(gx, gi + row * n, n);
-      });
-    } else if (has_rows(g)) {
-      for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-        const int64_t n = block.count;
-        A *const factors = block.scratch[0], *const log_sums = block.scratch[1];
-        const A* const v = load(in + block.first, block.scratch[2], n);
-        A factor[kMostRows];
-        for (int64_t j = 0; j < block.rows; ++j) factor[j] = scale * go[block.row + j];
-        spread(factor, block.rows, g.size, factors);
-        spread(lse + block.row, block.rows, g.size, log_sums);
-        A* const gx = stage(gi + block.first, block.scratch[3]);
-        fill_with(gx, n,
-                  [=](int64_t i) { return factors[i] * cpu::exp(scale * v[i] - log_sums[i]); });
-        for (int64_t j = 0; j < block.rows; ++j) gx[j * g.size + t[block.row + j]] -= factor[j];
-        store(gx, gi + block.first, n);
-      });
-    } else {
-      for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-        const int64_t n = block.lines;
-        const A* const log_sum = lse + block.line;
-        const int64_t* const chosen = t + block.line;
-        A* const factor = block.sum;
-        for (int64_t j = 0; j < n; ++j) factor[j] = scale * go[block.line + j];
-        for (int64_t i = 0; i < g.size; ++i) {
-          const A* const v = block.read(in, i);
-          A* const gx = block.place(gi, i);
+template <typename T, typename A = opmath_t<T>>
+void loss_gradients(const NllBackward<T>& b) {
+  const SoftmaxGeometry& g = b.g;
+  const T* const in = b.in;
+  const int64_t* const t = b.target;
+  const LossGradient<T>& go = b.grad;
+  const A* const lse = b.logsumexp;
+  T* const gi = b.result;
+  const A scale = b.scale;
+  if (has_long_rows(g)) {
+    const int64_t n = g.size;
+    for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+      const A* const v = load(in + row * n, from, n);
+      A* const gx = stage(gi + row * n, to);
+      const A log_sum = lse[row], factor = scale * go[row];
+      fill_with(gx, n, [=](int64_t i) { return factor * cpu::exp(scale * v[i] - log_sum); });
+      gx[t[row]] -= factor;
+      store(gx, gi + row * n, n);
+    });
+  } else if (has_rows(g)) {
+    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
+      const int64_t n = block.count;
+      A *const factors = block.scratch[0], *const log_sums = block.scratch[1];
+      const A* const v = load(in + block.first, block.scratch[2], n);
+      A factor[kMostRows];
+      for (int64_t j = 0; j < block.rows; ++j) factor[j] = scale * go[block.row + j];
+      spread(factor, block.rows, g.size, factors);
+      spread(lse + block.row, block.rows, g.size, log_sums);
+      A* const gx = stage(gi + block.first, block.scratch[3]);
+      fill_with(gx, n,
+                [=](int64_t i) { return factors[i] * cpu::exp(scale * v[i] - log_sums[i]); });
+      for (int64_t j = 0; j < block.rows; ++j) gx[j * g.size + t[block.row + j]] -= factor[j];
+      store(gx, gi + block.first, n);
+    });
+  } else {
+    for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
+      const int64_t n = block.lines;
+      const A* const log_sum = lse + block.line;
+      const int64_t* const chosen = t + block.line;
+      A* const factor = block.sum;
+      for (int64_t j = 0; j < n; ++j) factor[j] = scale * go[block.line + j];
+      for (int64_t i = 0; i < g.size; ++i) {
+        const A* const v = block.read(in, i);
+        A* const gx = block.place(gi, i);
 #pragma omp simd
-          for (int64_t j = 0; j < n; ++j) {
-            const A value = factor[j] * cpu::exp(scale * v[j] - log_sum[j]);
-            gx[j] = chosen[j] == i ? value - factor[j] : value;
-          }
-          block.finish(gx, gi, i);
+        for (int64_t j = 0; j < n; ++j) {
+          const A value = factor[j] * cpu::exp(scale * v[j] - log_sum[j]);
+          gx[j] = chosen[j] == i ? value - factor[j] : value;
         }
-      });
-    }
-  });
-  return grad_input;
+        block.finish(gx, gi, i);
+      }
+    });
+  }
 }
+
+// -------------------------------------------------------------------------------------- operators
+
+struct Kernels {
+  template <SoftmaxKind kind, typename T>
+  static void forward(const Tensor&, const SoftmaxForward<T>& f) {
+    if constexpr (kind == SoftmaxKind::kNll) {
+      losses(f);
+    } else {
+      probabilities<kind == SoftmaxKind::kLogSoftmax>(f);
+    }
+  }
+
+  template <SoftmaxKind kind, typename T>
+  static void backward(const Tensor&, const SoftmaxBackward<T>& b) {
+    gradients<kind == SoftmaxKind::kLogSoftmax>(b);
+  }
+
+  template <typename T>
+  static void nll_backward(const Tensor&, const NllBackward<T>& b) {
+    loss_gradients(b);
+  }
+
+  static void check_targets(const char* op, const Tensor& target, int64_t classes) {
+    const int64_t* t = target.const_data_ptr<int64_t>();
+    bool all = true;
+    for (int64_t i = 0; i < target.numel(); ++i) all &= t[i] >= 0 && t[i] < classes;
+    if (all) return;
+    for (int64_t i = 0; i < target.numel(); ++i) {
+      MNIST_OPS_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes,
+                      "), got ", t[i], " at position ", i);
+    }
+  }
+
+  // The sum of the losses or their mean. It is added up in float64, one number after the other,
+  // which is little beside the exponentials that the losses took.
+  static Tensor reduced(const Tensor& losses, Reduction reduction) {
+    Tensor result = new_tensor(losses, std::vector<int64_t>{});
+    dispatch_floating("softmax_nll", losses.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      const T* values = losses.const_data_ptr<T>();
+      const int64_t count = losses.numel();
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < count; ++i)
+        sum += static_cast<double>(static_cast<opmath_t<T>>(values[i]));
+      if (reduction == Reduction::kMean) sum /= static_cast<double>(count);
+      *result.mutable_data_ptr<T>() = static_cast<T>(static_cast<opmath_t<T>>(sum));
+    });
+    return result;
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CPU, m) {
-  m.impl("softmax", TORCH_BOX(&softmax));
-  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
-  m.impl("log_softmax", TORCH_BOX(&log_softmax));
-  m.impl("log_softmax_backward", TORCH_BOX(&log_softmax_backward));
-  m.impl("softmax_nll", TORCH_BOX(&softmax_nll));
-  m.impl("softmax_nll_backward", TORCH_BOX(&softmax_nll_backward));
+  SoftmaxOperators<Kernels>::register_all(m);
 }
 
 }  // namespace mnist_ops::cpu

@@ -36,7 +36,11 @@
 namespace mnist_ops::cuda {
 namespace {
 
-enum class Kind { kSoftmax, kLogSoftmax, kNll };
+using Kind = SoftmaxKind;
+template <typename T>
+using Forward = SoftmaxForward<T>;
+template <typename T>
+using Backward = SoftmaxBackward<T>;
 
 // exp(x) for elements of type T: half types are rounded more coarsely than the fast instruction is,
 // and with 2 bytes an element the exact one would be the bound, not memory.
@@ -93,18 +97,6 @@ struct Partial {
   // Where the largest value is infinite, of either sign, the row is NaN, as it is when exp(v -
   // largest) is added up after the largest value has been found.
   __device__ void finish() { sum += largest - largest; }
-};
-
-template <typename T>
-struct Forward {
-  using A = opmath_t<T>;
-  SoftmaxGeometry g;
-  A scale;
-  const T* in;
-  T* out;  // every element's (log-)probability, or every line's loss
-  // softmax_nll only
-  const int64_t* target = nullptr;
-  A* logsumexp = nullptr;
 };
 
 // Division by the sum: by multiplication except in float64, where nobody waits for it.
@@ -339,14 +331,6 @@ __global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f,
   }
   if (parts > 1) cluster_wait();
 }
-
-template <typename T>
-struct Backward {
-  SoftmaxGeometry g;
-  opmath_t<T> scale;
-  const T *grad, *out;
-  T* result;
-};
 
 // What is added up along a line, and the gradient of one element.
 template <Kind kind, typename A>
@@ -1185,146 +1169,67 @@ void launch_backward(const Launcher& launcher, const Backward<T>& b) {
       b.grad, b.out, result);
 }
 
+template <typename T>
+void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
+  const int64_t count = b.g.outer * b.g.size * b.g.inner;
+  const bool packs = b.g.inner == 1 && are_aligned(b.in, b.result);
+  const auto run = [&](auto kernel, int64_t items, auto index) {
+    using I = decltype(index);
+    launcher.run_over(kernel, items, static_cast<I>(count), static_cast<I>(b.g.size),
+                      static_cast<I>(b.g.inner), b.scale, b.grad, b.in, b.target, b.logsumexp,
+                      b.result);
+  };
+  const auto launch = [&](auto index) {
+    using I = decltype(index);
+    constexpr int n = kPackSize<T>;
+    if (packs) {
+      run(nll_gradient_kernel<n, T, I>, ceil_div(count, n), index);
+    } else {
+      run(nll_gradient_kernel<1, T, I>, count, index);
+    }
+  };
+  if (fits_32_bits(count)) {
+    launch(int32_t{});
+  } else {
+    launch(int64_t{});
+  }
+}
+
 // ------------------------------------------------------------------------------------- operators
 
-template <Kind kind>
-Tensor softmax_forward(const char* op, const Tensor& input, int64_t dim, double beta) {
-  dim = checked_dim(op, input, dim);
-  const Launcher launcher(input);
-  Tensor output = new_like(input);
-  const Tensor x = in_memory_order_of(output, input);
-  const SoftmaxGeometry g = softmax_geometry(output, dim);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    launch_forward<kind>(launcher, Forward<T>{g, static_cast<opmath_t<T>>(beta),
-                                              x.const_data_ptr<T>(), output.mutable_data_ptr<T>()});
-  });
-  return output;
-}
+struct Kernels {
+  template <Kind kind, typename T>
+  static void forward(const Tensor& tensor, const Forward<T>& f) {
+    launch_forward<kind>(Launcher(tensor), f);
+  }
 
-template <Kind kind>
-Tensor softmax_gradient(const char* op, const Tensor& grad_output, const Tensor& output,
-                        int64_t dim, double beta) {
-  dim = checked_dim(op, output, dim);
-  check_like(op, "grad_output", grad_output, "output", output);
-  const Launcher launcher(output);
-  Tensor grad_input = new_like(output);
-  const Tensor y = in_memory_order_of(grad_input, output);
-  const Tensor grad = in_memory_order_of(grad_input, grad_output);
-  const SoftmaxGeometry g = softmax_geometry(grad_input, dim);
-  dispatch_floating(op, output.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    launch_backward<kind>(launcher,
-                          Backward<T>{g, static_cast<opmath_t<T>>(beta), grad.const_data_ptr<T>(),
-                                      y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>()});
-  });
-  return grad_input;
-}
+  template <Kind kind, typename T>
+  static void backward(const Tensor& tensor, const Backward<T>& b) {
+    launch_backward<kind>(Launcher(tensor), b);
+  }
 
-Tensor softmax(const Tensor& input, int64_t dim, double beta) {
-  return softmax_forward<Kind::kSoftmax>("softmax", input, dim, beta);
-}
-Tensor log_softmax(const Tensor& input, int64_t dim, double beta) {
-  return softmax_forward<Kind::kLogSoftmax>("log_softmax", input, dim, beta);
-}
-Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim, double beta) {
-  return softmax_gradient<Kind::kSoftmax>("softmax_backward", grad_output, output, dim, beta);
-}
-Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
-                            double beta) {
-  return softmax_gradient<Kind::kLogSoftmax>("log_softmax_backward", grad_output, output, dim,
-                                             beta);
-}
+  template <typename T>
+  static void nll_backward(const Tensor& tensor, const NllBackward<T>& b) {
+    launch_nll_backward(Launcher(tensor), b);
+  }
 
-template <typename A>
-constexpr ScalarType kWide = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  // To find out the host would have to wait for the device.
+  static void check_targets(const char*, const Tensor&, int64_t) {}
 
-// The sum of the losses or their mean, by PyTorch's own kernel: the same bits every time.
-Tensor reduced(const Tensor& losses, Reduction reduction) {
-  namespace detail = torch::stable::detail;
-  std::array<StableIValue, 2> stack{detail::from(losses), detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(reduction == Reduction::kMean ? "aten::mean" : "aten::sum", "",
-                            stack.data(), TORCH_ABI_VERSION));
-  return detail::to<Tensor>(stack[0]);
-}
-
-std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target, double beta,
-                                       std::string reduction) {
-  const char* op = "softmax_nll";
-  const Reduction kind = reduction_named(op, reduction);
-  const int64_t dim = check_softmax_nll(op, input, target);
-  const Launcher launcher(input);
-  const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = contiguous_of(target);
-  const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor loss = new_tensor(x, classes.sizes());
-  Tensor logsumexp;
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    logsumexp = new_tensor(x, classes.sizes(), kWide<A>);
-    launch_forward<Kind::kNll>(
-        launcher,
-        Forward<T>{g, static_cast<A>(beta), x.const_data_ptr<T>(), loss.mutable_data_ptr<T>(),
-                   classes.const_data_ptr<int64_t>(), logsumexp.mutable_data_ptr<A>()});
-  });
-  return {kind == Reduction::kNone ? loss : reduced(loss, kind), logsumexp};
-}
-
-Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                            const Tensor& logsumexp, double beta, std::string reduction) {
-  const char* op = "softmax_nll_backward";
-  const int64_t dim = check_softmax_nll(op, input, target);
-  const Tensor x = dense(input, is_channels_last(input));
-  const Tensor classes = contiguous_of(target);
-  const Reduction kind =
-      check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
-  const Launcher launcher(input);
-  const Tensor grad = contiguous_of(grad_loss);
-  const Tensor saved = contiguous_of(logsumexp);
-  const SoftmaxGeometry g = softmax_geometry(x, dim);
-  Tensor grad_input = new_like(x);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.const_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    const LossGradient<T> gradients = loss_gradient<T>(grad, classes.numel(), kind);
-    const bool packs = g.inner == 1 && are_aligned(in, gi);
-    const auto run = [&](auto kernel, int64_t items, auto index) {
-      using I = decltype(index);
-      launcher.run_over(kernel, items, static_cast<I>(x.numel()), static_cast<I>(g.size),
-                        static_cast<I>(g.inner), static_cast<A>(beta), gradients, in,
-                        classes.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(), gi);
-    };
-    const auto launch = [&](auto index) {
-      using I = decltype(index);
-      constexpr int n = kPackSize<T>;
-      if (packs) {
-        run(nll_gradient_kernel<n, T, I>, ceil_div(x.numel(), n), index);
-      } else {
-        run(nll_gradient_kernel<1, T, I>, x.numel(), index);
-      }
-    };
-    if (fits_32_bits(x.numel())) {
-      launch(int32_t{});
-    } else {
-      launch(int64_t{});
-    }
-  });
-  return grad_input;
-}
+  // By PyTorch's own kernel: the same bits every time.
+  static Tensor reduced(const Tensor& losses, Reduction reduction) {
+    namespace detail = torch::stable::detail;
+    std::array<StableIValue, 2> stack{detail::from(losses), detail::from(std::nullopt)};
+    const char* const op = reduction == Reduction::kMean ? "aten::mean" : "aten::sum";
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+    return detail::to<Tensor>(stack[0]);
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  m.impl("softmax", TORCH_BOX(&softmax));
-  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
-  m.impl("log_softmax", TORCH_BOX(&log_softmax));
-  m.impl("log_softmax_backward", TORCH_BOX(&log_softmax_backward));
-  m.impl("softmax_nll", TORCH_BOX(&softmax_nll));
-  m.impl("softmax_nll_backward", TORCH_BOX(&softmax_nll_backward));
+  SoftmaxOperators<Kernels>::register_all(m);
 }
 
 }  // namespace mnist_ops::cuda
