@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import loops
@@ -371,3 +372,25 @@ def test_nan_stays_wherever_it_is(device, p):
         assert y.isnan().all()
         (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
         assert grad.view(-1)[place].isnan() or p == 1  # the sign of NaN is taken as 0
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 19])
+def test_extreme_numbers_among_others_in_either_layout(device, channels):
+    """2 x 2 windows in float32 have loops of their own, which must leave these to others."""
+    x = torch.randn(3, channels, 6, 18)
+    x[0, 0, :2, :3] = 1e25
+    x[0, -1, 2:4, 5:9] *= 1e-25
+    x[1, :, 2:4, 2:4] = 0
+    x[1, 0, 0, 17], x[1, -1, 5, 0], x[2, 0, 5, 17] = math.nan, math.inf, -math.inf
+    grad = torch.randn(3, channels, 3, 9)
+    grad[2, 0, 1, 4], grad[2, -1, 2, 0] = 1e25, 0
+    wide = x.double().to(device).requires_grad_()
+    expected = mnist_ops.lp_pool2d(wide, 2, 2)
+    expected.backward(grad.double().to(device))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.to(device).to(memory_format=layout).clone().requires_grad_()
+        y = mnist_ops.lp_pool2d(leaf, 2, 2)
+        y.backward(grad.to(device).to(memory_format=layout))
+        same = {"rtol": 1e-6, "atol": 0, "equal_nan": True, "check_dtype": False}
+        torch.testing.assert_close(y, expected, **same)
+        torch.testing.assert_close(leaf.grad, wide.grad, **same)

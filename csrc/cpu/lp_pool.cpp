@@ -9,9 +9,9 @@
 // windows of the batch are gathered side by side, zeros where the image ends, which add nothing to
 // any norm. So the loops over a batch are plain ones without strides, borders or remainders,
 // whatever the windows look like, and all of it stays in the first-level cache. Backward the same
-// elements are replaced by their gradients and go back to where they came from. Where the processor
-// has AVX2, the reports' windows (2 x 2, p = 2, float32, NCHW) are not gathered, but stay in
-// registers.
+// elements are replaced by their gradients and go back to where they came from. The reports'
+// windows (2 x 2, p = 2, float32) are not gathered, but stay in registers: in NHWC, and in NCHW
+// where the processor has AVX2.
 //
 // A band of rows of the input's gradient belongs to one thread, and an element gets its windows'
 // shares in their order: the same bits with any number of threads. Windows across the border of two
@@ -116,6 +116,11 @@ struct Grouping {
   bool two_by_two() const {
     return in_pairs() && g.kernel_w == 2 && g.kernel_h == 2 && g.stride_h == 2 &&
            g.padding_h == 0 && 2 * g.OH <= g.H;
+  }
+  // Two times two pixels with their channels make one.
+  bool pixels_by_four() const {
+    return inner > 1 && g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 && g.stride_w == 2 &&
+           g.padding_h == 0 && g.padding_w == 0 && 2 * g.OH <= g.H && 2 * g.OW <= g.W;
   }
   // Every element of the image lies in one window.
   bool tiles() const {
@@ -277,7 +282,8 @@ void dispatch_taps(int64_t taps, F&& body) {
 template <Power power, typename T>
 void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
   using A = opmath_t<T>;
-  constexpr bool in_registers = kHasPairs && power == Power::kTwo && std::is_same_v<T, float>;
+  constexpr bool in_place = power == Power::kTwo && std::is_same_v<T, float>;
+  const bool pairs = kHasPairs && all.two_by_two(), fours = all.pixels_by_four();
   const PoolGeometry& g = all.g;
   const A p = static_cast<A>(norm_type);
   const int64_t cost = all.inner * g.OW * all.taps * (power == Power::kGeneral ? 8 : 1);
@@ -292,22 +298,29 @@ void forward_batches(const Grouping& all, double norm_type, const T* input, T* o
         const T* image = input + item / groups * g.H * g.in_h;
         T* out = output + item / groups * g.OH * g.out_h;
         const int64_t first = item % groups * all.rows;
-        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          if constexpr (in_registers) {
-            if (all.two_by_two()) {
-              for (int64_t r = oh; r < oh + rows; ++r) {
-                const T* const upper = image + 2 * r * g.in_h;
-                pair_norms(upper, upper + g.in_h, out + r * g.out_h, g.OW);
-              }
-              return;
-            }
-          }
+        const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
           all.gather(image, oh, rows, ow, columns, elements, row);
           const int64_t count = rows * columns * all.inner;
           const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
                                       all.taps};
           batch_norms<power>(batch, count, p, y, spare);
           convert(y, out + oh * g.out_h + ow * all.inner, count);
+        };
+        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          if constexpr (in_place) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = image + 2 * r * g.in_h;
+              T* const to = out + r * g.out_h;
+              if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const T* const left = upper + 2 * w * g.in_w;
+                if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
+                gathered(r, 1, w, 1);
+              }
+            }
+            if (pairs || fours) return;
+          }
+          gathered(oh, rows, ow, columns);
         };
         all.each_batch(first, std::min(first + all.rows, g.OH), pool);
       }
@@ -319,7 +332,9 @@ template <Power power, typename T>
 void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
                       const T* output, T* grad_input) {
   using A = opmath_t<T>;
-  constexpr bool in_registers = kHasPairs && power == Power::kTwo && std::is_same_v<T, float>;
+  constexpr bool in_place = power == Power::kTwo && std::is_same_v<T, float>;
+  const bool pairs = kHasPairs && all.two_by_two() && all.tiles();
+  const bool fours = all.pixels_by_four() && all.tiles();
   constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
   constexpr int64_t kBand = 16384;                // elements of a band, or a few windows' rows
   const PoolGeometry& g = all.g;
@@ -345,18 +360,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
         T* const to = grad_input + image * g.H * g.in_h + top * g.in_h;
         A* const gx = stage(to, row + 2 * width);
         if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
-        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          if constexpr (in_registers) {
-            if (all.two_by_two() && all.tiles()) {
-              for (int64_t r = oh; r < oh + rows; ++r) {
-                const T* const upper = in + 2 * r * g.in_h;
-                A* const to_upper = gx + (2 * r - top) * g.W;
-                pair_gradients(upper, upper + g.in_h, out + r * g.out_h, go + r * g.out_h, to_upper,
-                               to_upper + g.W, g.OW);
-              }
-              return;
-            }
-          }
+        const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
           const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
           all.gather(in, oh, rows, ow, columns, elements, row);
           convert(out + o, y, count);
@@ -365,6 +369,28 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
                                       all.taps};
           batch_gradients<power>(batch, p, grad, y, spare);
           all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
+        };
+        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+          if constexpr (in_place) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = in + 2 * r * g.in_h;
+              const int64_t o = r * g.out_h;
+              A* const to = gx + (2 * r - top) * width;
+              if (pairs) {
+                pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
+              }
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
+                if (pixel_gradients(upper + left, upper + width + left, out + at, go + at,
+                                    to + left, to + width + left, all.inner)) {
+                  continue;
+                }
+                gathered(r, 1, w, 1);
+              }
+            }
+            if (pairs || fours) return;
+          }
+          gathered(oh, rows, ow, columns);
         };
         all.each_batch(g.first_window(top), g.last_window(bottom - 1), pool);
         store(gx, to, (bottom - top) * width);

@@ -178,11 +178,52 @@ void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, const A* y, A* 
   batch.map([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
 }
 
+// -------------------------------------------------------------------- 2 x 2 windows, not gathered
+//
+// The reports' pooling, p = 2 with disjoint windows of 2 x 2 in float32, in NHWC: four pixels make
+// one, channel by channel. Where numbers would have to be scaled these say so, and nothing that
+// they wrote counts.
+
+// Norms and gradients of which the quotient, times an element of the window, is sure to be a
+// number.
+constexpr float kSmallNorm = 1e-18f, kLargeNumber = 1e18f;
+
+inline bool pixel_norms(const float* upper, const float* lower, float* y, int64_t channels) {
+  const float *a = upper, *b = upper + channels, *c = lower, *d = lower + channels;
+  float unsafe = 0;
+#pragma omp simd reduction(+ : unsafe)
+  for (int64_t j = 0; j < channels; ++j) {
+    const float sum = a[j] * a[j] + b[j] * b[j] + c[j] * c[j] + d[j] * d[j];
+    unsafe += unsafety_of_square_sum(sum);
+    y[j] = std::sqrt(sum);
+  }
+  return unsafe == 0;
+}
+
+inline bool pixel_gradients(const float* upper, const float* lower, const float* y,
+                            const float* grad, float* to_upper, float* to_lower, int64_t channels) {
+  const float *a = upper, *b = upper + channels, *c = lower, *d = lower + channels;
+  float *ga = to_upper, *gb = to_upper + channels, *gc = to_lower, *gd = to_lower + channels;
+  float unsafe = 0;
+#pragma omp simd reduction(+ : unsafe)
+  for (int64_t j = 0; j < channels; ++j) {
+    const float small = y[j] >= kSmallNorm ? 0.0f : 1.0f;
+    const float large = y[j] <= kLargeNumber ? 0.0f : 1.0f;
+    const float large_gradient = std::fabs(grad[j]) <= kLargeNumber ? 0.0f : 1.0f;
+    unsafe += small + large + large_gradient;
+    const float ratio = grad[j] / y[j];
+    ga[j] = a[j] * ratio;
+    gb[j] = b[j] * ratio;
+    gc[j] = c[j] * ratio;
+    gd[j] = d[j] * ratio;
+  }
+  return unsafe == 0;
+}
+
 // ------------------------------------------------------------------- 2 x 2 windows in registers
 //
-// The reports' pooling, p = 2 with disjoint windows of 2 x 2 in float32: two rows of pixels make a
-// row of windows, and nothing is gathered. In a register the numbers of eight windows stand in the
-// order 0 1 4 5 2 3 6 7, as one shuffle of two vectors leaves them.
+// The same windows in NCHW: two rows of pixels make a row of windows. In a register the numbers of
+// eight windows stand in the order 0 1 4 5 2 3 6 7, as one shuffle of two vectors leaves them.
 
 #if defined(__AVX2__)
 constexpr bool kHasPairs = true;
@@ -263,16 +304,15 @@ inline void pair_norms(const float* upper, const float* lower, float* y, int64_t
   by_eights(count, eight, [&] { norms_of_few(upper, lower, y, count); });
 }
 
-// Their gradients. One division a window, by norms of which the quotient is sure to be a number.
+// Their gradients. One division a window.
 inline void pair_gradients(const float* upper, const float* lower, const float* y,
                            const float* grad, float* to_upper, float* to_lower, int64_t count) {
-  constexpr float kSmall = 1e-18f, kLarge = 1e18f;
   const auto eight = [&](int64_t j) {
     const float *u = upper + 2 * j, *l = lower + 2 * j;
     float *gu = to_upper + 2 * j, *gl = to_lower + 2 * j;
     const __m256 norms = _mm256_loadu_ps(y + j), grads = _mm256_loadu_ps(grad + j);
     const __m256 sizes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), grads);
-    if (!all_between(norms, kSmall, kLarge) || !all_between(sizes, 0.0f, kLarge)) {
+    if (!all_between(norms, kSmallNorm, kLargeNumber) || !all_between(sizes, 0.0f, kLargeNumber)) {
       return gradients_of_few(u, l, y + j, grad + j, gu, gl, 8);
     }
     const __m256 ratio = swap_middle(_mm256_div_ps(grads, norms));
