@@ -152,7 +152,8 @@ void for_each_row(const SoftmaxGeometry& g, const F& body) {
 template <typename A>
 struct RowBlock {
   int64_t row, rows, first, count;
-  A* scratch[5];  // room for as many elements, and to spread numbers
+  static constexpr int64_t kArrays = 4;
+  A* scratch[kArrays];  // room for as many elements, and to spread numbers
 };
 
 template <typename A, typename F>
@@ -162,9 +163,9 @@ void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
   const int64_t rows = std::min(g.outer, most);
   parallel_for((g.outer + rows - 1) / rows, 4 * g.size * rows, [&](int64_t begin, int64_t end) {
     const int64_t pitch = rows * g.size + kSpread;
-    std::vector<A> memory(5 * pitch);
     RowBlock<A> block;
-    for (int64_t i = 0; i < 5; ++i) block.scratch[i] = memory.data() + i * pitch;
+    std::vector<A> memory(block.kArrays * pitch);
+    for (int64_t i = 0; i < block.kArrays; ++i) block.scratch[i] = memory.data() + i * pitch;
     for (int64_t item = begin; item < end; ++item) {
       block.row = item * rows;
       block.rows = std::min(rows, g.outer - block.row);
