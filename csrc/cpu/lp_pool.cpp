@@ -24,30 +24,14 @@ namespace {
 
 // ------------------------------------------------------------------------------ gather and scatter
 
-// The outputs [first, last) of a row whose tap at column offset kw lies inside the image.
-struct Range {
-  int64_t first, last;
-};
-
-Range outputs_with_tap(const PoolGeometry& g, int64_t kw) {
-  const int64_t lead = g.padding_w - kw;  // ow * stride >= lead
-  const int64_t first = lead > 0 ? (lead + g.stride_w - 1) / g.stride_w : 0;
-  const int64_t limit = g.W - 1 + lead;  // ow * stride <= limit
-  return {first, limit < 0 ? 0 : std::min(g.OW, limit / g.stride_w + 1)};
-}
-
 // even[j] = x[2 j], odd[j] = x[2 j + 1].
 template <typename A>
 void split_pairs(const A* x, A* even, A* odd, int64_t count) {
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<A, float>) {
     const auto eight = [&](int64_t j) {
-      const __m256 a = _mm256_loadu_ps(x + 2 * j), b = _mm256_loadu_ps(x + 2 * j + 8);
-      const auto in_order = [](__m256 v) {
-        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
-      };
-      _mm256_storeu_ps(even + j, in_order(_mm256_shuffle_ps(a, b, 0x88)));
-      _mm256_storeu_ps(odd + j, in_order(_mm256_shuffle_ps(a, b, 0xdd)));
+      _mm256_storeu_ps(even + j, swap_middle(every_other(x + 2 * j, false)));
+      _mm256_storeu_ps(odd + j, swap_middle(every_other(x + 2 * j, true)));
     };
     if (count >= 8) {
       for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
@@ -219,7 +203,7 @@ struct Grouping {
 
   template <typename A>
   void gather_tap(const A* x, int64_t kw, int64_t ow, int64_t n_columns, A* tap) const {
-    const Range inside = outputs_with_tap(g, kw);
+    const Range inside = windows_with_tap(g, kw);
     const int64_t first = std::clamp(inside.first, ow, ow + n_columns);
     const int64_t last = std::clamp(inside.last, first, ow + n_columns);
     std::fill(tap, tap + (first - ow) * inner, A(0));
@@ -240,7 +224,7 @@ struct Grouping {
 
   template <typename A>
   void scatter_tap(const A* tap, int64_t kw, int64_t ow, int64_t n_columns, bool add, A* gx) const {
-    const Range inside = outputs_with_tap(g, kw);
+    const Range inside = windows_with_tap(g, kw);
     const int64_t first = std::clamp(inside.first, ow, ow + n_columns);
     const int64_t last = std::clamp(inside.last, first, ow + n_columns);
     const A* from = tap + (first - ow) * inner;

@@ -176,6 +176,18 @@ void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
   });
 }
 
+// Of every row of a block: the largest of scale * v, and the sum of e = exp(scale * v - largest).
+// The first of the scratch arrays is overwritten.
+template <typename A>
+void sum_exponentials(const RowBlock<A>& block, const A* v, int64_t size, A scale, A* e, A* largest,
+                      A* sum) {
+  A* const largests = block.scratch[0];
+  largest_of_rows(v, block.rows, size, scale, largest);
+  spread(largest, block.rows, size, largests);
+  fill_with(e, block.count, [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
+  sum_rows(e, block.rows, size, sum);
+}
+
 // Lines side by side: line j's i-th element is element first + i * step + j of a tensor.
 template <typename A>
 struct LineBlock {
@@ -286,21 +298,17 @@ void probabilities(const SoftmaxForward<T>& f) {
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
       const int64_t n = block.count;
-      A *const spread_out = block.scratch[0], *const terms = block.scratch[1];
+      A *const sums = block.scratch[0], *const terms = block.scratch[1];
       const A* const v = load(in + block.first, block.scratch[2], n);
       A* const y = stage(out + block.first, terms);
       A largest[kMostRows], sum[kMostRows];
-      largest_of_rows(v, block.rows, g.size, scale, largest);
-      spread(largest, block.rows, g.size, spread_out);
-      A* const e = log ? terms : y;
-      fill_with(e, n, [=](int64_t i) { return cpu::exp(scale * v[i] - spread_out[i]); });
-      sum_rows(e, block.rows, g.size, sum);
+      sum_exponentials(block, v, g.size, scale, log ? terms : y, largest, sum);
       if (log) fill_with(sum, block.rows, [&](int64_t j) { return largest[j] + cpu::log(sum[j]); });
-      spread(sum, block.rows, g.size, spread_out);
+      spread(sum, block.rows, g.size, sums);
       if (log) {
-        fill_with(y, n, [=](int64_t i) { return scale * v[i] - spread_out[i]; });
+        fill_with(y, n, [=](int64_t i) { return scale * v[i] - sums[i]; });
       } else {
-        fill_with(y, n, [=](int64_t i) { return y[i] / spread_out[i]; });
+        fill_with(y, n, [=](int64_t i) { return y[i] / sums[i]; });
       }
       store(y, out + block.first, n);
     });
@@ -339,6 +347,20 @@ void probabilities(const SoftmaxForward<T>& f) {
   }
 }
 
+// What the sum over a line adds up, and the gradient that comes of it; y is the output.
+template <bool log, typename A>
+MNIST_OPS_HD A gradient_term(A grad, A y) {
+  return log ? grad : grad * y;
+}
+template <bool log, typename A>
+MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A scale) {
+  if constexpr (log) {
+    return scale * (grad - cpu::exp(y) * sum);
+  } else {
+    return scale * y * (grad - sum);
+  }
+}
+
 template <bool log, typename T, typename A = opmath_t<T>>
 void gradients(const SoftmaxBackward<T>& b) {
   const SoftmaxGeometry& g = b.g;
@@ -351,13 +373,8 @@ void gradients(const SoftmaxBackward<T>& b) {
       const A* const v = load(go + row * n, from_g, n);
       const A* const ys = load(out + row * n, from_y, n);
       A* const gx = stage(gi + row * n, to);
-      if (log) {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return v[i]; });
-        fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sum); });
-      } else {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return v[i] * ys[i]; });
-        fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sum); });
-      }
+      const A sum = sum_of<A>(n, [=](int64_t i) { return gradient_term<log>(v[i], ys[i]); });
+      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sum, scale); });
       store(gx, gi + row * n, n);
     });
   } else if (has_rows(g)) {
@@ -371,11 +388,7 @@ void gradients(const SoftmaxBackward<T>& b) {
       sum_rows(log ? v : terms, block.rows, g.size, sum);
       spread(sum, block.rows, g.size, sums);
       A* const gx = stage(gi + block.first, terms);
-      if (log) {
-        fill_with(gx, n, [=](int64_t i) { return scale * (v[i] - cpu::exp(ys[i]) * sums[i]); });
-      } else {
-        fill_with(gx, n, [=](int64_t i) { return scale * ys[i] * (v[i] - sums[i]); });
-      }
+      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sums[i], scale); });
       store(gx, gi + block.first, n);
     });
   } else {
@@ -385,20 +398,12 @@ void gradients(const SoftmaxBackward<T>& b) {
       std::fill(sum, sum + n, A(0));
       for (int64_t i = 0; i < g.size; ++i) {
         const A *const v = block.read(go, i, 0), *const ys = block.read(out, i, 1);
-        if (log) {
-          fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j]; });
-        } else {
-          fill_with(sum, n, [=](int64_t j) { return sum[j] + v[j] * ys[j]; });
-        }
+        fill_with(sum, n, [=](int64_t j) { return sum[j] + gradient_term<log>(v[j], ys[j]); });
       }
       for (int64_t i = 0; i < g.size; ++i) {
         const A *const v = block.read_again(go, i, 0), *const ys = block.read_again(out, i, 1);
         A* const gx = block.place(gi, i);
-        if (log) {
-          fill_with(gx, n, [=](int64_t j) { return scale * (v[j] - cpu::exp(ys[j]) * sum[j]); });
-        } else {
-          fill_with(gx, n, [=](int64_t j) { return scale * ys[j] * (v[j] - sum[j]); });
-        }
+        fill_with(gx, n, [=](int64_t j) { return gradient_of<log>(v[j], ys[j], sum[j], scale); });
         block.finish(gx, gi, i);
       }
     });
@@ -426,14 +431,9 @@ void losses(const SoftmaxForward<T>& f) {
     });
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-      A *const largests = block.scratch[0], *const terms = block.scratch[1];
       const A* const v = load(in + block.first, block.scratch[2], block.count);
       A largest[kMostRows], sum[kMostRows];
-      largest_of_rows(v, block.rows, g.size, scale, largest);
-      spread(largest, block.rows, g.size, largests);
-      fill_with(terms, block.count,
-                [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
-      sum_rows(terms, block.rows, g.size, sum);
+      sum_exponentials(block, v, g.size, scale, block.scratch[1], largest, sum);
       fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
       for (int64_t j = 0; j < block.rows; ++j) {
         finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);

@@ -77,18 +77,6 @@ void write_region(T* image, const Region& region, const F& value) {
 
 // ------------------------------------------------------------------------------ pooling of a block
 
-// The windows [first, last) of a row whose tap at column offset kw lies inside the image.
-struct Range {
-  int64_t first, last;
-};
-
-Range windows_with_tap(const PoolGeometry& g, int64_t kw) {
-  const int64_t lead = g.padding_w - kw;  // ow * stride >= lead
-  const int64_t first = lead > 0 ? (lead + g.stride_w - 1) / g.stride_w : 0;
-  const int64_t limit = g.W - 1 + lead;  // ow * stride <= limit
-  return {first, limit < 0 ? 0 : std::min(g.OW, limit / g.stride_w + 1)};
-}
-
 // body(input offset, output offset, step, count) for runs of the elements at column offset kw: of
 // the windows of a row (one channel) or of the channels of one window.
 template <typename F>

@@ -1228,7 +1228,7 @@ class Problem {
     const Tensor values = kernel_in_double(kernel);
     const int64_t taps = values.numel();
     workspace_ = new_tensor(images.data, {2 * taps + HW_ + planes * N_ * HW_},
-                            std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+                            type_to_compute_in(images.data));
     weight_[0] = workspace_.mutable_data_ptr<A>();
     weight_[1] = weight_[0] + taps;
     coef = weight_[1] + taps;

@@ -991,8 +991,7 @@ Tensor readable(const Tensor& kernel) {
 template <typename T, typename A = opmath_t<T>>
 Tensor pooled_map(const Launcher& launcher, const Images& x, const StageArguments& arguments) {
   const PoolGeometry& geometry = arguments.geometry;
-  Tensor pooled = empty_images(x, geometry.OH, geometry.OW,
-                               std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  Tensor pooled = empty_images(x, geometry.OH, geometry.OW, type_to_compute_in(x.data));
   dispatch_large(arguments, [&](auto tag, const auto& g) {
     using I = decltype(g.N + 0);
     launcher.run_over(pool_kernel<decltype(tag)::value, T, I>, pooled.numel(),

@@ -271,10 +271,14 @@ def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Return the gradient of each target's loss, given that of their sum or mean."""
+    """Return the gradient of each target's loss, given that of their sum or mean.
+
+    ``grad_loss`` has the first dimensions of ``target``, those that were not reduced.
+    """
+    reduced = target.shape[grad_loss.dim() :]
     if reduction == "mean":
-        grad_loss = grad_loss / target.numel()
-    return grad_loss.expand_as(target)
+        grad_loss = grad_loss / reduced.numel()
+    return grad_loss.reshape((*grad_loss.shape, *(1,) * len(reduced))).expand_as(target)
 
 
 for _name, _backward, _setup in (
@@ -328,9 +332,7 @@ def _softmax_nll_backward_vmap(info, in_dims, grad_loss, input, target, logsumex
     )
     input, target, _ = others
     if reduction != "none":
-        if reduction == "mean":
-            grad = grad / target[0].numel()
-        grad = grad.reshape(-1, *(1,) * (target.dim() - 1)).expand_as(target)
+        grad = _spread(grad, target, reduction)
     dims = input.dim() - 1
     result = _ops.softmax_nll_backward(*(_merge(t, dims) for t in (grad, *others)), beta, "none")
     return result.reshape(input.shape), 0
