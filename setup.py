@@ -8,8 +8,8 @@ Four libraries come out, so that each machine loads only what it can run:
 ``_cuda``         CUDA kernels, where nvcc and a CUDA build of torch are found
 
 Environment variables: ``FORCE_CUDA=1`` (build the CUDA kernels or fail), ``FORCE_CUDA=0`` (do
-not), ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``MAX_JOBS``, ``DEBUG=1`` (-O0 -g), ``WERROR=1``
-(warnings are errors).
+not), ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME`` or ``CUDA_PATH``, ``MAX_JOBS``, ``DEBUG=1`` (-O0 -g),
+``WERROR=1`` (warnings are errors). What is set and wrong is an error.
 """
 
 from __future__ import annotations
@@ -59,13 +59,37 @@ def flag(name: str) -> bool | None:
     return value == "1"
 
 
+def max_jobs() -> None:
+    """Refuse a MAX_JOBS that torch would end on with a traceback."""
+    value = os.environ.get("MAX_JOBS", "")
+    if value and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise SystemExit(f"setup.py: MAX_JOBS must be a positive integer, got {value!r}")
+
+
+def holds_toolkit(home: str) -> bool:
+    """Whether a folder has nvcc and CUDA's headers."""
+    headers = ("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")
+    return Path(home, "bin", "nvcc").exists() and any(
+        any(Path(home).glob(pattern)) for pattern in headers
+    )
+
+
 def find_cuda_home() -> str | None:
-    """The toolkit that holds cuda_runtime.h.
+    """The toolkit that CUDA_HOME or CUDA_PATH names, else one that is found.
 
     torch takes the folder above ``which nvcc``, which is wrong where nvcc is a wrapper script or a
     link; nvcc itself knows where it lives and says so in a dry run.
     """
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        named = os.environ.get(name)
+        if named and not holds_toolkit(named):
+            raise SystemExit(
+                f"setup.py: {name}={named} holds no CUDA toolkit (bin/nvcc and cuda_runtime.h); "
+                "correct it, unset it, or leave the CUDA kernels out with FORCE_CUDA=0"
+            )
+        if named:
+            return named
+    candidates = []
     nvcc = shutil.which("nvcc")
     if nvcc:
         dry = subprocess.run(
@@ -76,14 +100,7 @@ def find_cuda_home() -> str | None:
             candidates.append(os.path.realpath(top.group(1)))
         candidates.append(str(Path(os.path.realpath(nvcc)).parent.parent))
     candidates += [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
-    for home in candidates:
-        if not home or not Path(home, "bin", "nvcc").exists():
-            continue
-        if any(Path(home).glob("include/cuda_runtime.h")) or any(
-            Path(home).glob("targets/*/include/cuda_runtime.h")
-        ):
-            return home
-    return None
+    return next((home for home in candidates if home and holds_toolkit(home)), None)
 
 
 def nvcc_release(home: str) -> tuple[int, int]:
@@ -110,16 +127,33 @@ def default_archs(home: str) -> str:
     return ";".join(archs) + "+PTX"
 
 
+def check_archs(archs: str, home: str) -> None:
+    """Refuse architectures that this nvcc does not compile for, before it runs for minutes."""
+    listed = subprocess.run(
+        [str(Path(home, "bin", "nvcc")), "--list-gpu-arch"], capture_output=True, text=True
+    ).stdout.split()
+    for arch in re.split(r"[; ]+", archs.strip("; ")):
+        number = re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", arch)
+        if number and listed and f"compute_{number[1]}{number[2]}" not in listed:
+            raise SystemExit(
+                f"setup.py: TORCH_CUDA_ARCH_LIST={archs}: {home}/bin/nvcc does not compile for "
+                f"{arch}, only for {', '.join(listed)}"
+            )
+        if not number and not re.fullmatch(r"[A-Z][A-Za-z+]*", arch):  # torch knows Hopper, ...
+            raise SystemExit(
+                f"setup.py: TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {archs!r}"
+            )
+
+
 def plan_cuda() -> CudaPlan:
     """Decide on the CUDA library, and say why not."""
     forced = flag("FORCE_CUDA")
     if forced is False:
         return CudaPlan(False, "FORCE_CUDA=0")
-    home = find_cuda_home()
     reason = ""
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} is a build without CUDA"
-    elif home is None:
+    elif (home := find_cuda_home()) is None:
         reason = "no CUDA toolkit found (nvcc and cuda_runtime.h); set CUDA_HOME"
     else:
         toolkit, built = nvcc_release(home), torch.version.cuda
@@ -130,6 +164,7 @@ def plan_cuda() -> CudaPlan:
             raise SystemExit(f"setup.py: FORCE_CUDA=1, but {reason}")
         return CudaPlan(False, reason)
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(home)
+    check_archs(archs, home)
     return CudaPlan(True, archs=archs, home=home)
 
 
@@ -154,6 +189,7 @@ class BuildLibraries(BuildExtension):
 def main() -> None:
     """Print the configuration, then build."""
     debug, werror = bool(flag("DEBUG")), bool(flag("WERROR"))
+    max_jobs()
     cuda = plan_cuda()
     if cuda.build:
         # Both are read by torch.utils.cpp_extension: one at import, one when it compiles.

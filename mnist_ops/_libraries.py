@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,21 @@ def _import_compiled() -> Any:
     compiled libraries: there, those of the installed package are used.
     """
     here = Path(__file__).parent
-    for folder in (here, *(Path(entry or ".", here.name).resolve() for entry in sys.path)):
-        if any(folder.glob("_C.*.so")):
+    folders = (here, *(Path(entry or ".", here.name).resolve() for entry in sys.path))
+    for folder in folders:
+        if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             break
     else:
-        raise ImportError(
-            f"mnist_ops: {here} holds sources that are not compiled. Run 'pip install .' in the "
-            "folder above it, or 'python setup.py build_ext --inplace' to compile it in place."
+        cure = (
+            "Run 'pip install .' in the folder above it, or 'python setup.py build_ext --inplace' "
+            "to compile it in place."
         )
+        for foreign in (path for folder in folders for path in folder.glob("_C.*.so")):
+            raise ImportError(
+                f"mnist_ops: {foreign} was compiled for another Python than this "
+                f"{platform.python_version()}, which loads _C{EXTENSION_SUFFIXES[0]}. {cure}"
+            )
+        raise ImportError(f"mnist_ops: {here} holds sources that are not compiled. {cure}")
     if folder != here:
         sys.modules[__package__].__path__.append(str(folder))
     compiled = importlib.import_module("._C", __package__)

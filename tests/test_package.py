@@ -16,6 +16,8 @@ import torch
 
 import mnist_ops
 
+SETUP = Path(__file__).parents[1] / "setup.py"
+
 
 def run(
     code: str, folder: Path | None = None, **environment: str
@@ -97,6 +99,56 @@ def test_from_the_root_of_a_checkout(tmp_path):
     version.write_text('__version__ = "99.0"\n')
     mixed = run(code, tmp_path / "checkout", PYTHONPATH=path)
     assert mixed.returncode != 0 and "the sources are 99.0" in mixed.stderr
+
+
+def test_libraries_left_over_from_another_python(tmp_path):
+    package = tmp_path / "mnist_ops"
+    shutil.copytree(
+        Path(mnist_ops.__file__).parent, package, ignore=shutil.ignore_patterns("*.gz", "*.so")
+    )
+    (package / "_C.cpython-33m-x86_64-linux-gnu.so").write_bytes(b"")
+    # Without the folders that hold an installed package, which would serve instead.
+    code = (
+        "import pathlib, sys, torch\n"
+        "own = sys.argv[1]\n"
+        "holds = lambda path: pathlib.Path(path or '.', 'mnist_ops').is_dir()\n"
+        "sys.path = [own, *(path for path in sys.path if not holds(path))]\n"
+        "import mnist_ops\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "_C.cpython-33m-x86_64-linux-gnu.so was compiled for another Python" in result.stderr
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no setup.py beside the tests")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MAX_JOBS", "two", "MAX_JOBS must be a positive integer, got 'two'"),
+        ("FORCE_CUDA", "yes", "FORCE_CUDA must be 0 or 1, got 'yes'"),
+        ("CUDA_HOME", "/nonexistent", "CUDA_HOME=/nonexistent holds no CUDA toolkit"),
+        ("TORCH_CUDA_ARCH_LIST", "1.0", "does not compile for 1.0"),
+        ("TORCH_CUDA_ARCH_LIST", "nine", "must be like '8.0;9.0+PTX', got 'nine'"),
+    ],
+)
+def test_wrong_settings_of_a_build_are_errors(name, value, message):
+    if "CUDA_" in name and name != "FORCE_CUDA":
+        if torch.version.cuda is None:
+            pytest.skip(f"torch {torch.__version__} is a build without CUDA: nothing is looked for")
+        if "ARCH" in name and shutil.which("nvcc") is None:
+            pytest.skip("there is no nvcc to ask what it compiles for")
+    clean = {"FORCE_CUDA": "", "CUDA_HOME": "", "CUDA_PATH": "", "TORCH_CUDA_ARCH_LIST": ""}
+    result = subprocess.run(
+        [sys.executable, SETUP.name, "--version"],
+        cwd=SETUP.parent,
+        env={**os.environ, **clean, name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0 and message in result.stderr, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_device_without_kernels_is_a_clear_error():
