@@ -16,7 +16,6 @@ runs go there, as long as the folder is on a file system that all machines see.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -311,13 +310,12 @@ def _is_complete(task: Task, out: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder. However this one ends, the lock goes with it."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process is at work in {folder}") from None
-        yield
+    """Keep others out of a run's folder, as the training loop does."""
+    try:
+        with training.locked(folder):
+            yield
+    except training.FolderInUseError as error:
+        raise RunError(str(error)) from None
 
 
 def _run_group(

@@ -27,39 +27,69 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import online, torch7
+from ._files import (
+    DamagedFileError,
+    FolderInUseError,
+    locked,
+    read_torch,
+    write_atomically,
+    write_text,
+    write_torch,
+)
 
 __all__ = [
     "AutogradEngine",
     "CheckpointError",
     "ConfusionMatrix",
+    "DamagedFileError",
     "Engine",
     "EpochResult",
+    "FolderInUseError",
     "choose_engine",
     "evaluate",
     "fit",
     "load_checkpoint",
+    "load_latest",
+    "locked",
+    "read_torch",
     "save_checkpoint",
     "write_atomically",
     "write_text",
+    "write_torch",
 ]
 
 #: A loss per sample: ``criterion(output, target, reduction="none")`` of shape ``(N,)``.
 Criterion = Callable[..., Tensor]
 
 CHECKPOINT = "checkpoint.pt"
+# The one before, an epoch older: to go on from where a disk has damaged the newest. It costs as
+# much space again and no time, as it is the old file under another name.
+BACKUP_CHECKPOINT = "checkpoint.backup.pt"
+# Of an earlier run in the same folder.
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
 LOG = "log.csv"
 _CHECKPOINT_FORMAT = 1
+#: What every checkpoint holds, beside its optimizers.
+_PARTS = {
+    "epoch": int,
+    "settings": dict,
+    "model": dict,
+    "generator": dict,
+    "torch_rng": Tensor,
+    "cuda_rng": list,
+    "history": list,
+}
 # The figure shows the training accuracy within an epoch: at most so many points an epoch, each
 # over at least so many samples.
 _CURVE_POINTS = 60
@@ -348,39 +378,23 @@ def evaluate(
     return confusion, total / len(images)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
-    """Write a file so that ``path`` is always the whole old or the whole new one.
+def save_checkpoint(
+    path: str | os.PathLike[str], state: dict[str, Any], keep: Path | None = None
+) -> None:
+    """Save ``state`` as :func:`torch.save` does, atomically: never a truncated file at ``path``.
 
     Args:
-        path: the file; its folder must exist.
-        write: is given the opened file.
-        sync: wait for the disk, so that a power cut leaves a whole file, too.
+        path: the file.
+        state: what to save.
+        keep: what the file that was there is called afterwards; unless given it is lost.
     """
-    # In the same folder, as a rename is atomic within one file system only.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to a file with :func:`write_atomically`."""
-    write_atomically(Path(path), lambda file: file.write(text.encode()))
-
-
-def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Save ``state`` with :func:`torch.save`, atomically: never a truncated file at ``path``."""
-    write_atomically(Path(path), lambda file: torch.save(state, file))
+    write_torch(path, state, keep)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load what :func:`fit` saved, onto the CPU. Nothing but data is ever unpickled.
+
+    Every byte is compared with the checksums in the file first, which ``torch.load`` does not.
 
     Raises:
         CheckpointError: if the file is missing, damaged or something else.
@@ -389,12 +403,41 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever the bytes make the unpickler stumble over
+        state = read_torch(path)
+    except DamagedFileError:
         raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of mnist_ops")
+    for name, kind in _PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path} is not a checkpoint: it holds no {name}")
     return state
+
+
+def load_latest(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint in a folder that is whole, and where it is.
+
+    That is ``checkpoint.pt`` or, where that is damaged or missing, ``checkpoint.backup.pt``, which
+    is an epoch older; a warning says so then.
+
+    Raises:
+        CheckpointError: if neither can be used.
+    """
+    path, backup = Path(folder, CHECKPOINT), Path(folder, BACKUP_CHECKPOINT)
+    try:
+        return path, load_checkpoint(path)
+    except CheckpointError as error:
+        try:
+            state = load_checkpoint(backup)
+        except CheckpointError:
+            raise error from None
+        warnings.warn(
+            f"{error}; going on from {backup}, the state after epoch {state['epoch']}",
+            stacklevel=2,
+        )
+        return backup, state
 
 
 def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
@@ -424,7 +467,7 @@ class _Run:
     settings: dict[str, Any]
     history: list[EpochResult]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, keep: str = BACKUP_CHECKPOINT) -> None:
         states = {first: one.state_dict() for first, one in self.optimizers.items()}
         state = {
             "format": _CHECKPOINT_FORMAT,
@@ -438,12 +481,11 @@ class _Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "history": [asdict(result) for result in self.history],
         }
-        save_checkpoint(folder / CHECKPOINT, state)
+        save_checkpoint(folder / CHECKPOINT, state, folder / keep)
         _write_log(folder / LOG, self.history)
 
     def restore(self, folder: Path) -> None:
-        path = folder / CHECKPOINT
-        state = load_checkpoint(path)
+        path, state = load_latest(folder)
         saved = state["settings"]
         for name in sorted(saved.keys() | self.settings.keys()):
             then, now = saved.get(name), self.settings.get(name)
@@ -452,29 +494,40 @@ class _Run:
                     f"{path} was made with {name} = {then}, this run has {now}: "
                     "resume with the same settings or train in another folder"
                 )
-        states = state["optimizers"] if "optimizers" in state else {1: state["optimizer"]}
-        # What has not been in charge yet may still change: one run can be continued in many ways.
-        used, known = (
-            sorted(first for first in each if first <= max(1, state["epoch"]))
-            for each in (states, self.optimizers)
-        )
-        if used != known:
-            raise CheckpointError(
-                f"{path} was made with optimizers from epochs {_listed(used)}, "
-                f"this run has them from {_listed(known)}"
-            )
         try:
+            states = state["optimizers"] if "optimizers" in state else {1: state["optimizer"]}
+            # What has not been in charge yet may still change: one run can go on in many ways.
+            used, known = (
+                sorted(first for first in each if first <= max(1, state["epoch"]))
+                for each in (states, self.optimizers)
+            )
+            if used != known:
+                raise CheckpointError(
+                    f"{path} was made with optimizers from epochs {_listed(used)}, "
+                    f"this run has them from {_listed(known)}"
+                )
+            history = [EpochResult(**result) for result in state["history"]]
             self.model.load_state_dict(state["model"])
-            for first in states.keys() & self.optimizers.keys():
+            for first in used:
                 self.optimizers[first].load_state_dict(states[first])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["torch_rng"])
+            if state["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except CheckpointError:
+            raise
+        except Exception as error:  # a state of another network, or one that nobody saved like this
+            plain = isinstance(error, (RuntimeError, ValueError)) and str(error)
+            reason = str(error).splitlines()[0] if plain else repr(error)
             raise CheckpointError(f"{path} does not fit this network: {reason}") from None
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.history[:] = [EpochResult(**result) for result in state["history"]]
+        if len(history) != state["epoch"]:
+            raise CheckpointError(
+                f"{path} is not a checkpoint: its history has {len(history)} epochs, "
+                f"not {state['epoch']}"
+            )
+        self.history[:] = history
+        if path.name != CHECKPOINT:  # the damaged one must not become the backup
+            os.replace(path, folder / CHECKPOINT)
         _write_log(folder / LOG, self.history)
 
 
@@ -562,7 +615,10 @@ def fit(
         batch_size: samples per step.
         transform: applied to each training batch before use, for augmentation.
         folder: where ``checkpoint.pt`` and ``log.csv`` go; ``None`` writes nothing. An earlier
-            checkpoint there is kept as ``checkpoint.previous.pt`` when a new run starts.
+            checkpoint there is kept as ``checkpoint.previous.pt`` when a new run starts, the one
+            of the epoch before as ``checkpoint.backup.pt``, for ``resume`` where a disk has damaged
+            the newest. The folder is locked meanwhile; what killed runs left half written in it
+            is removed.
         resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
             the results are those of an uninterrupted run, bit for bit. Optimizers that were not yet
             in charge may be others than those of the run that made it.
@@ -585,6 +641,7 @@ def fit(
     Raises:
         ValueError: for an impossible argument.
         CheckpointError: if ``resume`` finds no usable checkpoint.
+        FolderInUseError: if another process, or another thread, trains in ``folder``.
         KeyboardInterrupt: on Ctrl-C, with a message; the folder then holds the state after the
             last complete epoch.
     """
@@ -619,56 +676,59 @@ def fit(
     run = _Run(model, optimizers, generator, dict(settings or {}), [])
     folder = None if folder is None else Path(folder)
 
-    if folder is not None:
-        if resume:
-            run.restore(folder)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / CHECKPOINT).exists():
-                os.replace(folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT)
-            # Also before the first epoch, so that an interrupted run can always be resumed.
-            run.save(folder)
-    active = _active(optimizers, len(run.history) + 1)
-    if verbose:
-        print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
-    try:
-        with repeatable():
-            while len(run.history) < epochs:
-                epoch = len(run.history) + 1
-                if active != _active(optimizers, epoch):
-                    active = epoch
-                    if verbose:
-                        print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
-                result = _one_epoch(
-                    epoch,
-                    model,
-                    optimizers[active],
-                    engines[active],
-                    train,
-                    test,
-                    generator.randperm(len(train[0])),
-                    criterion,
-                    f"epoch {epoch}/{epochs}",
-                    chunk,
-                    show,
-                    on_progress,
-                )
-                run.history.append(result)
-                if folder is not None:
-                    run.save(folder)
-                if verbose:
-                    print(result, flush=True)
-                if on_epoch is not None:
-                    on_epoch(result)
-    except KeyboardInterrupt:
-        message = "interrupted"
+    with contextlib.ExitStack() as stack:
         if folder is not None:
-            saved = load_checkpoint(folder / CHECKPOINT)["epoch"]
-            message += (
-                f"; {folder / CHECKPOINT} holds the state after epoch {saved}: resume from it"
-            )
-        raise KeyboardInterrupt(message) from None
-    return run.history
+            if resume and not folder.is_dir():
+                raise CheckpointError(f"there is no checkpoint at {folder / CHECKPOINT}")
+            stack.enter_context(locked(folder))
+            if resume:
+                run.restore(folder)
+            else:
+                # No backup of another run must be taken for one of this.
+                (folder / BACKUP_CHECKPOINT).unlink(missing_ok=True)
+                # Also before the first epoch, so that an interrupted run can always be resumed.
+                run.save(folder, keep=PREVIOUS_CHECKPOINT)
+        active = _active(optimizers, len(run.history) + 1)
+        if verbose:
+            print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
+        try:
+            with repeatable():
+                while len(run.history) < epochs:
+                    epoch = len(run.history) + 1
+                    if active != _active(optimizers, epoch):
+                        active = epoch
+                        if verbose:
+                            print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
+                    result = _one_epoch(
+                        epoch,
+                        model,
+                        optimizers[active],
+                        engines[active],
+                        train,
+                        test,
+                        generator.randperm(len(train[0])),
+                        criterion,
+                        f"epoch {epoch}/{epochs}",
+                        chunk,
+                        show,
+                        on_progress,
+                    )
+                    run.history.append(result)
+                    if folder is not None:
+                        run.save(folder)
+                    if verbose:
+                        print(result, flush=True)
+                    if on_epoch is not None:
+                        on_epoch(result)
+        except KeyboardInterrupt:
+            message = "interrupted"
+            if folder is not None:
+                saved = load_latest(folder)[1]["epoch"]
+                message += (
+                    f"; {folder / CHECKPOINT} holds the state after epoch {saved}: resume from it"
+                )
+            raise KeyboardInterrupt(message) from None
+        return run.history
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:

@@ -228,7 +228,8 @@ def test_a_damaged_checkpoint_costs_no_results(tmp_path):
     tasks = some_tasks(epochs=1, seeds=1)
     assert runner.run_all(tasks, tmp_path, quiet=True) == []
     before = json.loads(content(tmp_path))["runs"]
-    (tasks[0].folder(tmp_path) / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    for name in ("checkpoint.pt", "checkpoint.backup.pt"):
+        (tasks[0].folder(tmp_path) / name).write_bytes(b"not a checkpoint")
     failures = runner.run_all(some_tasks(epochs=2, seeds=1), tmp_path, resume=True, quiet=True)
     assert len(failures) == 1 and "checkpoint.pt is damaged" in failures[0]
     original, mse = json.loads(content(tmp_path))["runs"]

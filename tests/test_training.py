@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -80,6 +81,11 @@ class Setup:
 def comparable(history):
     """Everything but the time it took."""
     return [{**vars(result), "seconds": None} for result in history]
+
+
+def straight_bytes(path, name):
+    """The bytes of one of a checkpoint's parameters."""
+    return bytes(training.load_checkpoint(path)["model"][name].contiguous().view(-1).numpy().data)
 
 
 def log_rows(folder):
@@ -680,7 +686,8 @@ class TestResume:
         assert comparable(history) == comparable(unchanged)
         assert torch.equal(setup.values(), straight.values())
         assert [row["epoch"] for row in log_rows(tmp_path)] == ["1", "2", "3", "4"]
-        assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.csv"]
+        files = [".lock", "checkpoint.backup.pt", "checkpoint.pt", "log.csv"]
+        assert sorted(os.listdir(tmp_path)) == files
 
     def test_log(self, tmp_path):
         (result,) = Setup().fit(1, folder=tmp_path)
@@ -716,11 +723,105 @@ class TestResume:
 
     @pytest.mark.parametrize("content", [b"", b"hello", None])
     def test_damaged(self, tmp_path, content):
-        Setup().fit(1, folder=tmp_path)
+        Setup().fit(0, folder=tmp_path)
         path = tmp_path / "checkpoint.pt"
         path.write_bytes(path.read_bytes()[:-500] if content is None else content)
         with pytest.raises(training.CheckpointError, match="damaged or not a checkpoint"):
             Setup().fit(2, folder=tmp_path, resume=True)
+
+    @pytest.mark.parametrize("damage", ["bit", "truncated", "zeros", "missing", "key"])
+    def test_backup_takes_over_where_the_newest_is_damaged(self, tmp_path, damage):
+        """An epoch is done again, and what comes out is that of a run without the damage."""
+        straight, setup = Setup(), Setup(seed=9)
+        expected = straight.fit(3)
+        Setup().fit(2, folder=tmp_path)
+        path = tmp_path / "checkpoint.pt"
+        content = bytearray(path.read_bytes())
+        if damage == "bit":
+            at = content.index(straight_bytes(path, "conv1.weight"))
+            content[at + 6] ^= 1  # a change of 1e-5, which nobody would see
+            path.write_bytes(content)
+            assert torch.load(path, weights_only=True)["epoch"] == 2  # nor does torch.load
+        elif damage == "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        elif damage == "zeros":
+            path.write_bytes(content[:4096] + bytes(4096) + content[8192:])
+        elif damage == "missing":  # killed between two renamings
+            path.unlink()
+        else:
+            state = training.load_checkpoint(path)
+            del state["history"]
+            torch.save(state, path)
+        with pytest.warns(UserWarning, match="going on from .*backup.pt, the state after epoch 1"):
+            history = setup.fit(3, folder=tmp_path, resume=True)
+        assert comparable(history) == comparable(expected)
+        assert torch.equal(setup.values(), straight.values())
+        assert training.load_checkpoint(path)["epoch"] == 3
+        assert training.load_checkpoint(tmp_path / "checkpoint.backup.pt")["epoch"] == 2
+
+    def test_damaged_one_never_becomes_the_backup(self, tmp_path):
+        Setup().fit(2, folder=tmp_path)
+        (tmp_path / "checkpoint.pt").write_bytes(b"")
+        with pytest.warns(UserWarning, match="damaged"):
+            Setup().fit(1, folder=tmp_path, resume=True)
+        assert training.load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+        assert not (tmp_path / "checkpoint.backup.pt").exists()
+
+    def test_backup_of_another_run_is_not_taken(self, tmp_path):
+        Setup().fit(2, folder=tmp_path)
+        Setup(seed=2).fit(0, folder=tmp_path)
+        (tmp_path / "checkpoint.pt").write_bytes(b"")
+        with pytest.raises(training.CheckpointError, match="damaged"):
+            Setup(seed=2).fit(1, folder=tmp_path, resume=True)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"history": [{"epoch": 1}]},
+            {"history": []},
+            {"history": [3]},
+            {"generator": {}},
+            {"generator": {"seed": 1, "key": 3, "position": 0, "second_normal": 1}},
+            {"torch_rng": torch.zeros(3)},
+            {"optimizer": None},
+            {"optimizer": {"state": {}}},
+            {"optimizer": {"state": 3, "param_groups": [3]}},
+            {"model": {3: 4}},
+            {"optimizers": 3},
+            {"optimizers": {"a": 3}},
+            *(
+                {name: wrong}
+                for name in ("epoch", "settings", "model")
+                for wrong in (None, [], 0.5)
+            ),
+            *({name: None} for name in ("generator", "torch_rng", "cuda_rng", "history")),
+        ],
+        ids=str,
+    )
+    def test_whole_but_not_what_fit_saves(self, tmp_path, change):
+        Setup().fit(1, folder=tmp_path)
+        (tmp_path / "checkpoint.backup.pt").unlink()
+        path = tmp_path / "checkpoint.pt"
+        torch.save(training.load_checkpoint(path) | change, path)
+        with pytest.raises(training.CheckpointError, match=r"checkpoint.pt (is not|does not|was)"):
+            Setup().fit(2, folder=tmp_path, resume=True)
+
+    def test_two_at_once(self, tmp_path):
+        refused = []
+
+        def on_epoch(result):
+            def second():
+                with pytest.raises(training.FolderInUseError, match="another process is at work"):
+                    Setup().fit(1, folder=tmp_path)
+                refused.append(result.epoch)
+
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+        Setup().fit(2, folder=tmp_path, on_epoch=on_epoch)
+        assert refused == [1, 2]
+        assert training.load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
 
     def test_something_else(self, tmp_path):
         torch.save({"weight": torch.zeros(3)}, tmp_path / "checkpoint.pt")
@@ -741,21 +842,16 @@ class TestResume:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
     def test_saving_is_atomic(self, tmp_path, monkeypatch, where, error):
         path = tmp_path / "checkpoint.pt"
-        training.save_checkpoint(path, {"format": 1, "value": torch.ones(100_000)})
+        training.save_checkpoint(path, torch.ones(100_000))
 
         def fail(*_):
             raise error("here")
 
         if where == "write":
-
-            def fail_halfway(state, file):
-                file.write(b"half of it")
-                fail()
-
-            monkeypatch.setattr(torch, "save", fail_halfway)
+            monkeypatch.setattr(torch, "save", fail)
         else:
             monkeypatch.setattr(os, where, fail)
         with pytest.raises(error):
-            training.save_checkpoint(path, {"format": 1, "value": torch.zeros(100_000)})
-        assert torch.equal(training.load_checkpoint(path)["value"], torch.ones(100_000))
+            training.save_checkpoint(path, torch.zeros(100_000))
+        assert torch.equal(training.read_torch(path), torch.ones(100_000))
         assert os.listdir(tmp_path) == ["checkpoint.pt"]
