@@ -934,7 +934,8 @@ struct ImageBlock {
                                         const A* plane1, const A* plane2) const {
     constexpr int n = kPacked ? kPackSize<T> : 1;
     T* const out = image + first;
-#pragma unroll 2
+    // What two turns of three planes take are more registers than there are.
+#pragma unroll(Value::kReadsBoth ? 1 : 2)
     for (int i = thread * n; i < count; i += threads * n) {
       const Pack<T, n> us = load_pack<n>(u + i);
       const Pack<T, n> vs = Value::kReadsBoth ? load_pack<n>(v + i) : us;
