@@ -368,6 +368,14 @@ inline PoolGeometry pool_geometry(const char* op, const Images& input, const Poo
   return g;
 }
 
+// A new tensor with the shape of the output. Filled, with zeros, where no window holds an element:
+// what is padded to an image of no pixels.
+inline Tensor new_pooled(const Images& input, const PoolGeometry& g) {
+  Tensor pooled = empty_images(input, g.OH, g.OW);
+  if (input.data.numel() == 0) torch::stable::zero_(pooled);
+  return pooled;
+}
+
 // A tensor with the shape of the output, in the layout of the input.
 inline Tensor pooled_like(const char* op, const char* name, const Tensor& tensor,
                           const Images& input, const PoolGeometry& g) {

@@ -353,6 +353,23 @@ def test_lp_pool2d_of_common_windows(emulator: Emulator, case: Cases):
     emulator.check("lp_pool2d_backward", grad, x, y, *windows, loosen=4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 4, 0), (2, 3, 0, 4), (3, 0, 0), (0, 3, 4, 4), (2, 0, 4, 4)], ids=str
+)
+def test_pool_and_stage_of_images_of_nothing(emulator: Emulator, shape: tuple, dtype: torch.dtype):
+    x = torch.zeros(shape, dtype=dtype)
+    kernel = torch.ones(3)
+    for norm in (1.0, 2.0, 3.0, math.inf):
+        windows = (norm, [2, 2], [1, 1], [1, 1], False)
+        y = emulator.check("lp_pool2d", x, *windows)
+        emulator.check("lp_pool2d_backward", y, x, y, *windows)
+        emulator.check("lp_pool2d_double_backward", x, y, x, y, *windows)
+        y = emulator.check("stage2d", x, kernel, "sigmoid", *windows)
+        assert (y == 0).all()
+        emulator.check("stage2d_backward", y, x, kernel, "sigmoid", *windows)
+
+
 @cases(10)
 def test_local_normalization(emulator: Emulator, case: Cases):
     shape = case.image_shape()

@@ -19,6 +19,7 @@ import mnist_ops
 from mnist_ops import lp_pool2d
 
 INF = float("inf")
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NORMS = [1, 2, 3, 4, 1.5, 0.5, INF]
 WINDOWS = [
     {"kernel_size": 2},
@@ -185,6 +186,41 @@ def test_large_windows_and_every_gap_between_them(device):
     for kernel, stride in itertools.product((1, 2, 5), (1, 3, 7)):
         y = lp_pool2d(x, 3, kernel, stride)
         torch.testing.assert_close(y.cpu(), loops.lp_pool2d(x.cpu(), 3, kernel, stride))
+
+
+# ----------------------------------------------------------------------------- nothing in an image
+
+EMPTY = [
+    ((1, 1, 4, 0), (2, 2), (1, 1)),
+    ((1, 1, 0, 4), (2, 2), (1, 1)),
+    ((2, 3, 0, 0), (2, 4), (1, 2)),
+    ((2, 3, 0, 5), (2, 1), (1, 0)),
+    ((3, 0, 4), (2, 2), (1, 1)),
+    ((0, 3, 4, 4), (2, 2), (0, 0)),
+    ((2, 0, 4, 4), (2, 2), (1, 1)),
+    ((0, 4, 4), (2, 2), (0, 0)),
+    ((0, 0, 0, 0), (2, 2), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("shape", "kernel", "padding"), EMPTY, ids=str)
+def test_images_of_nothing(device, shape, kernel, padding, dtype, p):
+    """A window without an element has the norm 0; what is empty has an empty gradient."""
+    for ceil_mode, last in itertools.product((False, True), LAYOUTS[: len(shape) - 2]):
+        x = torch.zeros(shape, dtype=dtype, device=device)
+        x = x.contiguous(memory_format=last).requires_grad_()
+        y = lp_pool2d(x, p, kernel, 1, padding, ceil_mode)
+        sizes = zip(shape[-2:], kernel, padding, strict=True)
+        pooled = [loops.window_count(n, k, 1, pad, ceil_mode) for n, k, pad in sizes]
+        assert y.shape == (*shape[:-2], *pooled) and (y == 0).all()
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert grad.shape == shape
+        grad_output = torch.ones_like(y).requires_grad_()
+        (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+        second = torch.autograd.grad(grad.sum(), (grad_output, x))
+        assert (second[0] == 0).all() and second[1].shape == shape
 
 
 # ------------------------------------------------------------------------------------------ errors

@@ -181,6 +181,32 @@ def test_elements_outside_of_all_windows(device):
         assert (grad[:, :, 6:] == 0).all() and (grad[:, :, :, 8:] == 0).all()
 
 
+EMPTY = [
+    ((1, 1, 4, 0), (2, 2), (1, 1)),
+    ((1, 1, 0, 4), (2, 2), (1, 1)),
+    ((2, 3, 0, 0), (2, 4), (1, 2)),
+    ((3, 0, 4), (2, 2), (1, 1)),
+    ((0, 3, 4, 4), (2, 2), (0, 0)),
+    ((2, 0, 4, 4), (2, 2), (1, 1)),
+    ((0, 4, 4), (2, 2), (0, 0)),
+]
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize(("shape", "window", "padding"), EMPTY, ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_images_of_nothing(device, shape, window, padding, p, activation):
+    """Nothing is pooled to 0, whatever the activation makes of 0."""
+    for dtype, kernel in itertools.product(TOLERANCE, (gaussian1d(3), torch.ones(3, 5))):
+        x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+        y = stage2d(x, kernel.to(device), activation, p, window, 1, padding)
+        assert y.shape == lp_pool2d(x, p, window, 1, padding).shape and (y == 0).all()
+        grad_output = torch.ones_like(y).requires_grad_()
+        (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+        second = torch.autograd.grad(grad.sum(), (grad_output, x))
+        assert (second[0] == 0).all() and grad.shape == second[1].shape == shape
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 

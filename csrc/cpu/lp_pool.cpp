@@ -411,7 +411,8 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
   const char* op = "lp_pool2d";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  Tensor output = empty_images(x, g.OH, g.OW);
+  Tensor output = new_pooled(x, g);
+  if (x.data.numel() == 0) return output;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
@@ -444,6 +445,7 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   const Tensor y = pooled_like(op, "output", output, x, g);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
   Tensor grad_input = empty_images(x, g.H, g.W);
+  if (x.data.numel() == 0) return grad_input;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
@@ -483,8 +485,9 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
   const Tensor direction = dense(grad_grad_input, x.channels_last);
   const Tensor y = pooled_like(op, "output", output, x, g);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
-  Tensor directional = empty_images(x, g.OH, g.OW);
+  Tensor directional = new_pooled(x, g);
   Tensor grad_input = empty_images(x, g.H, g.W);
+  if (x.data.numel() == 0) return {directional, grad_input};
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;

@@ -467,7 +467,7 @@ void for_each_image(const char* op, const Images& x, const Tensor& kernel,
 
 Tensor forward(const char* op, const Images& x, const Tensor& kernel,
                const StageArguments& arguments) {
-  Tensor output = empty_images(x, arguments.geometry.OH, arguments.geometry.OW);
+  Tensor output = new_pooled(x, arguments.geometry);
   dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* in = x.data.const_data_ptr<T>();

@@ -731,7 +731,8 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
   const Images x = images_of(op, "input", input);
   const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
   const Launcher launcher(input);
-  Tensor output = empty_images(x, geometry.OH, geometry.OW);
+  Tensor output = new_pooled(x, geometry);
+  if (x.data.numel() == 0) return output;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
@@ -762,6 +763,7 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, geometry);
   const Launcher launcher(input);
   Tensor grad_input = empty_images(x, x.H, x.W);
+  if (x.data.numel() == 0) return grad_input;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
@@ -798,8 +800,9 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
   const Tensor y = pooled_like(op, "output", output, x, g);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
   const Launcher launcher(input);
-  Tensor directional = empty_images(x, g.OH, g.OW);
+  Tensor directional = new_pooled(x, g);
   Tensor grad_input = empty_images(x, g.H, g.W);
+  if (x.data.numel() == 0) return {directional, grad_input};
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;

@@ -1009,7 +1009,7 @@ Tensor forward(const char* op, const Images& x, const Tensor& kernel,
   dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if (x.data.numel() == 0 || fits_block<T>(arguments, x.channels_last, kernel, 1)) {
-      output = empty_images(x, arguments.geometry.OH, arguments.geometry.OW);
+      output = new_pooled(x, arguments.geometry);
       if (x.data.numel() == 0) return;
       const Tensor weights = readable(kernel);
       const T* in = x.data.const_data_ptr<T>();
