@@ -1,15 +1,21 @@
 // Softmax and log-softmax of beta * x along one dimension, and log-softmax with negative log
 // likelihood in one. The reports' Gibbs form exp(-b x) / sum exp(-b x) is beta = -b.
 //
-//   y = exp(beta x) / Z          gx = beta y (g - sum g y)
-//   l = beta x - log Z           gx = beta (g - exp(l) sum g)
-//   loss = log Z - beta x_t      gx = beta g (exp(beta x - log Z) - [i = t])
-// The largest beta x is subtracted before exp, so nothing overflows. A row of -inf gives NaN, as in
-// PyTorch.
+//   d = beta x - max beta x      Z = sum exp(d)
+//   y = exp(d) / Z               gx = beta y (g - sum g y)
+//   l = d - log Z                gx = beta (g - exp(l) sum g)
+//   loss = log Z - d_t           gx = beta g (exp(d - log Z) - [i = t])
+// The difference comes first: with the logarithm of sum exp(beta x) instead, l would lose the
+// digits of what all x have in common. A row of -inf gives NaN, as in PyTorch.
 #pragma once
 
 #include "common.h"
+#include "elementary.h"
 #include "sigmoid.h"  // in_memory_order_of
+
+#include <cmath>
+#include <limits>
+#include <tuple>
 
 namespace mnist_ops {
 
@@ -32,6 +38,36 @@ inline SoftmaxGeometry softmax_geometry(const Tensor& dense_tensor, int64_t dim)
   const int64_t size = dense_tensor.dim() == 0 ? 1 : dense_tensor.size(dim);
   const int64_t inner = size == 1 ? 1 : dense_tensor.stride(dim);
   return {numel / size / inner, size, inner};
+}
+
+// d = beta x - max beta x, as factor (scale x - max scale x). The scale is 1 or -1, or a half of
+// that where |beta| < 1: neither the product nor the difference of equal numbers is rounded, and
+// what overflows is d itself.
+template <typename A>
+struct Differences {
+  A beta, scale, factor;
+
+  MNIST_OPS_HD explicit Differences(double number)
+      : beta(static_cast<A>(number)), scale(0), factor(1) {
+    if (beta == A(0)) return;
+    scale = std::copysign(std::fabs(beta) < A(1) ? A(0.5) : A(1), beta);
+    factor = beta / scale;
+  }
+
+  MNIST_OPS_HD A scaled(A x) const { return scale * x; }
+  MNIST_OPS_HD A of_scaled(A scaled, A largest) const { return factor * (scaled - largest); }
+  MNIST_OPS_HD A operator()(A x, A largest) const {
+    return factor * elementary::fmadd(scale, x, -largest);
+  }
+};
+
+// beta must be a number in the type to compute in, too.
+inline void check_beta(const char* op, const Tensor& input, double beta) {
+  const ScalarType wide = type_to_compute_in(input);
+  const double most = wide == ScalarType::Double ? std::numeric_limits<double>::max()
+                                                 : std::numeric_limits<float>::max();
+  MNIST_OPS_CHECK(std::fabs(beta) <= most, op, ": beta must be finite in ",
+                  torch::headeronly::toString(wide), ", got ", beta);
 }
 
 enum class Reduction { kNone, kMean, kSum };
@@ -91,7 +127,8 @@ inline int64_t check_softmax_nll(const char* op, const Tensor& input, const Tens
 // Returns how the losses were reduced.
 inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_loss,
                                             const Tensor& input, const Tensor& target,
-                                            const Tensor& logsumexp, const std::string& name) {
+                                            const Tensor& largest, const Tensor& log_sum,
+                                            const std::string& name) {
   const Reduction reduction = reduction_named(op, name);
   if (reduction == Reduction::kNone) {
     MNIST_OPS_CHECK(same_shape(grad_loss, target), op,
@@ -101,18 +138,24 @@ inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_l
     MNIST_OPS_CHECK(grad_loss.dim() == 0, op, ": grad_loss must be a scalar, got the shape ",
                     shape_string(grad_loss));
   }
-  MNIST_OPS_CHECK(same_shape(logsumexp, target), op, ": logsumexp must have the shape of target, ",
-                  shape_string(target), ", got ", shape_string(logsumexp));
   MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
                   ": grad_loss must have the dtype of input, ",
                   torch::headeronly::toString(input.scalar_type()), ", got ",
                   torch::headeronly::toString(grad_loss.scalar_type()));
-  const ScalarType wide = type_to_compute_in(input);
-  MNIST_OPS_CHECK(logsumexp.scalar_type() == wide, op, ": logsumexp must be ",
-                  torch::headeronly::toString(wide), ", got ",
-                  torch::headeronly::toString(logsumexp.scalar_type()));
-  MNIST_OPS_CHECK(grad_loss.device() == input.device() && logsumexp.device() == input.device(), op,
-                  ": grad_loss, logsumexp and input are on different devices");
+  MNIST_OPS_CHECK(grad_loss.device() == input.device(), op,
+                  ": grad_loss and input are on different devices");
+  const auto check_saved = [&](const char* what, const Tensor& saved) {
+    MNIST_OPS_CHECK(same_shape(saved, target), op, ": ", what, " must have the shape of target, ",
+                    shape_string(target), ", got ", shape_string(saved));
+    const ScalarType wide = type_to_compute_in(input);
+    MNIST_OPS_CHECK(saved.scalar_type() == wide, op, ": ", what, " must be ",
+                    torch::headeronly::toString(wide), ", got ",
+                    torch::headeronly::toString(saved.scalar_type()));
+    MNIST_OPS_CHECK(saved.device() == input.device(), op, ": ", what,
+                    " and input are on different devices");
+  };
+  check_saved("largest", largest);
+  check_saved("log_sum", log_sum);
   return reduction;
 }
 
@@ -124,19 +167,19 @@ template <typename T>
 struct SoftmaxForward {
   using A = opmath_t<T>;
   SoftmaxGeometry g;
-  A scale;
+  Differences<A> differences;
   const T* in;
   T* out;  // every element's (log-)probability, or every line's loss
   // softmax_nll only
   const int64_t* target = nullptr;
-  A* logsumexp = nullptr;
+  A *largest = nullptr, *log_sum = nullptr;  // of every line: max scale x, log Z
 };
 
 template <typename T>
 struct SoftmaxBackward {
   using A = opmath_t<T>;
   SoftmaxGeometry g;
-  A scale;
+  A beta;
   const T *grad, *out;
   T* result;
 };
@@ -145,11 +188,11 @@ template <typename T>
 struct NllBackward {
   using A = opmath_t<T>;
   SoftmaxGeometry g;
-  A scale;
+  Differences<A> differences;
   LossGradient<T> grad;
   const T* in;
   const int64_t* target;
-  const A* logsumexp;
+  const A *largest, *log_sum;
   T* result;
 };
 
@@ -164,12 +207,13 @@ struct SoftmaxOperators {
   template <SoftmaxKind kind>
   static Tensor forward(const char* op, const Tensor& input, int64_t dim, double beta) {
     dim = checked_dim(op, input, dim);
+    check_beta(op, input, beta);
     Tensor output = new_like(input);
     const Tensor x = in_memory_order_of(output, input);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
       Kernels::template forward<kind, T>(
-          output, {softmax_geometry(output, dim), static_cast<opmath_t<T>>(beta),
+          output, {softmax_geometry(output, dim), Differences<opmath_t<T>>(beta),
                    x.const_data_ptr<T>(), output.mutable_data_ptr<T>()});
     });
     return output;
@@ -180,6 +224,7 @@ struct SoftmaxOperators {
                          int64_t dim, double beta) {
     dim = checked_dim(op, output, dim);
     check_like(op, "grad_output", grad_output, "output", output);
+    check_beta(op, output, beta);
     Tensor grad_input = new_like(output);
     const Tensor y = in_memory_order_of(grad_input, output);
     const Tensor grad = in_memory_order_of(grad_input, grad_output);
@@ -209,48 +254,51 @@ struct SoftmaxOperators {
                                               beta);
   }
 
-  static std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
-                                                double beta, std::string reduction) {
+  static std::tuple<Tensor, Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
+                                                        double beta, std::string reduction) {
     const char* op = "softmax_nll";
     const Reduction kind = reduction_named(op, reduction);
     const int64_t dim = check_softmax_nll(op, input, target);
+    check_beta(op, input, beta);
     const Tensor x = dense(input, is_channels_last(input));
     const Tensor targets = contiguous_of(target);
     Kernels::check_targets(op, targets, x.size(dim));
     Tensor loss = new_tensor(x, targets.sizes());
-    Tensor logsumexp = new_tensor(x, targets.sizes(), type_to_compute_in(x));
+    Tensor largest = new_tensor(x, targets.sizes(), type_to_compute_in(x));
+    Tensor log_sum = new_like(largest);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
       using A = opmath_t<T>;
       Kernels::template forward<SoftmaxKind::kNll, T>(
-          loss, {softmax_geometry(x, dim), static_cast<A>(beta), x.const_data_ptr<T>(),
+          loss, {softmax_geometry(x, dim), Differences<A>(beta), x.const_data_ptr<T>(),
                  loss.mutable_data_ptr<T>(), targets.const_data_ptr<int64_t>(),
-                 logsumexp.mutable_data_ptr<A>()});
+                 largest.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>()});
     });
-    return {kind == Reduction::kNone ? loss : Kernels::reduced(loss, kind), logsumexp};
+    return {kind == Reduction::kNone ? loss : Kernels::reduced(loss, kind), largest, log_sum};
   }
 
   static Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input,
-                                     const Tensor& target, const Tensor& logsumexp, double beta,
-                                     std::string reduction) {
+                                     const Tensor& target, const Tensor& largest,
+                                     const Tensor& log_sum, double beta, std::string reduction) {
     const char* op = "softmax_nll_backward";
     const int64_t dim = check_softmax_nll(op, input, target);
     const Reduction kind =
-        check_softmax_nll_gradient(op, grad_loss, input, target, logsumexp, reduction);
+        check_softmax_nll_gradient(op, grad_loss, input, target, largest, log_sum, reduction);
+    check_beta(op, input, beta);
     const Tensor x = dense(input, is_channels_last(input));
     const Tensor targets = contiguous_of(target);
     Kernels::check_targets(op, targets, x.size(dim));
     const Tensor grad = contiguous_of(grad_loss);
-    const Tensor saved = contiguous_of(logsumexp);
+    const Tensor maxima = contiguous_of(largest), log_sums = contiguous_of(log_sum);
     Tensor grad_input = new_like(x);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
       using A = opmath_t<T>;
       Kernels::template nll_backward<T>(
-          grad_input, {softmax_geometry(x, dim), static_cast<A>(beta),
+          grad_input, {softmax_geometry(x, dim), Differences<A>(beta),
                        loss_gradient<T>(grad, targets.numel(), kind), x.const_data_ptr<T>(),
-                       targets.const_data_ptr<int64_t>(), saved.const_data_ptr<A>(),
-                       grad_input.mutable_data_ptr<T>()});
+                       targets.const_data_ptr<int64_t>(), maxima.const_data_ptr<A>(),
+                       log_sums.const_data_ptr<A>(), grad_input.mutable_data_ptr<T>()});
     });
     return grad_input;
   }

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import subprocess
+import sys
+
 import loops
+import numpy as np
 import pytest
 import torch
 from conftest import torch7_cases, torch7_tensor
@@ -245,6 +252,193 @@ def test_nll_target_out_of_range(device, wrong):
         assert x.grad[[0, 2]].isfinite().all()
 
 
+# ------------------------------------------------------------- digits, long rows, hard numbers
+
+
+# How often a row is repeated within a line, and the dimension of the lines: every way the CPU goes.
+WAYS = [(1, -1), (4, -1), (20, -1), (1, 0), (20, 0)]
+
+
+def exact_log_softmax(x: torch.Tensor, beta: float, dim: int) -> torch.Tensor:
+    """By differences, which are exact in numbers of 64 bits' mantissa, and never overflow."""
+    rows = x.double().movedim(dim, -1).numpy().astype(np.longdouble)
+    rounded = np.longdouble(beta if x.dtype == torch.float64 else np.float32(beta))
+    largest = (rows.max if beta >= 0 else rows.min)(-1, keepdims=True)
+    below = rounded * (rows - largest)
+    logs = below - np.log(np.exp(below).sum(-1, keepdims=True))
+    return torch.from_numpy(logs.astype(np.float64)).movedim(-1, dim)
+
+
+def losses_and_gradient(x: torch.Tensor, targets: torch.Tensor, beta: float, dim: int, device: str):
+    """softmax_nll of the lines of a matrix, along either dimension."""
+    leaf = x.to(device).requires_grad_()
+    if dim == 0:
+        loss = mnist_ops.softmax_nll(leaf[None], targets[None].to(device), beta, "none")[0]
+    else:
+        loss = mnist_ops.softmax_nll(leaf, targets.to(device), beta, "none")
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach().cpu(), grad.cpu()
+
+
+def within_two_ulps(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, eps: float):
+    """``expected`` where it is infinite in the type, else within two units at the given scale."""
+    assert not actual.isnan().any()
+    reachable = expected.clamp(-torch.finfo(actual.dtype).max, torch.finfo(actual.dtype).max)
+    finite = reachable == expected
+    overflown = ~finite & actual.isinf()
+    error = (actual.double() - reachable).abs()
+    assert ((error <= 2 * eps * scale) | overflown).all(), (error / (eps * scale)).max()
+    assert (actual[finite] * 0 == 0).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0, 0.7, -2.5, 1e-3])
+@pytest.mark.parametrize("offset", [1e2, 1e4, -1e4, 1e7, 1e30])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_common_offset_costs_no_digits(device, dtype, offset, beta):
+    """Not in the results, not in the gradients: x_i - max is exact, where log sum exp is not."""
+    eps = torch.finfo(dtype).eps
+    if offset > torch.finfo(dtype).max:
+        pytest.skip(f"{offset} is none of the numbers of {dtype}")
+    generator = torch.Generator().manual_seed(3)
+    for repeats, dim in WAYS:
+        x = torch.randn(6, 10, dtype=torch.float64, generator=generator).repeat(1, repeats)
+        x = (x * min(1.0, 100 / abs(offset) / eps) + offset).to(dtype)
+        g = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(dtype)
+        if dim == 0:
+            x, g = x.t().contiguous(), g.t().contiguous()
+        expected = exact_log_softmax(x, beta, dim)
+        scale = expected.abs().amax(dim, keepdim=True)
+        leaf = x.to(device).requires_grad_()
+        y = mnist_ops.log_softmax(leaf, dim, beta)
+        within_two_ulps(y.detach().cpu(), expected, scale, eps)
+        (grad,) = torch.autograd.grad(y, leaf, g.to(device))
+        total = g.double().sum(dim, keepdim=True)
+        # The fused backward starts from the output, rounded.
+        saved = y.detach().cpu().double().exp()
+        formula = beta * (g.double() - saved * total)
+        scale_g = abs(beta) * (g.double().abs() + total.abs() + 1)
+        assert ((grad.cpu().double() - formula).abs() <= 4 * eps * scale_g).all()
+        targets = torch.arange(6) % x.shape[dim]
+        loss, grad = losses_and_gradient(x, targets, beta, dim, device)
+        at = targets.unsqueeze(dim)
+        within_two_ulps(loss, -expected.gather(dim, at).squeeze(dim), scale.squeeze(dim), eps)
+        hot = torch.zeros_like(expected).scatter_(dim, at, 1.0)
+        formula = beta * (expected.exp() - hot)
+        # exp of a rounded number: its error is that number's.
+        scale_g = abs(beta) * (1 + expected.abs() * expected.exp())
+        assert ((grad.double() - formula).abs() <= 4 * eps * scale_g).all()
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 1e-38, 3e38, 0.0, 1e-50])
+@pytest.mark.parametrize("repeats, dim", WAYS)
+def test_rows_from_end_to_end_of_the_range(device, repeats, dim, beta):
+    """beta x overflows, or x less the largest does; what can be represented must come out."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([3e38, 3e38, -3e38], dtype=torch.float64).repeat(6, repeats).to(dtype)
+        if dim == 0:
+            x = x.t().contiguous()
+        expected = exact_log_softmax(x, beta, dim)
+        y = mnist_ops.log_softmax(x.to(device), dim, beta).cpu()
+        scale = torch.where(expected.abs() < 1e30, 10.0, expected.abs())
+        within_two_ulps(y, expected, scale, torch.finfo(dtype).eps)
+        shares = mnist_ops.softmax(x.to(device), dim, beta).cpu().double()
+        assert ((shares - expected.exp()).abs() <= 4 * torch.finfo(dtype).eps).all()
+        loss, grad = losses_and_gradient(x, torch.full((6,), 2), beta, dim, device)
+        chosen = -expected.select(dim, 2)
+        scale = torch.where(chosen < 1e30, 10.0, chosen)
+        within_two_ulps(loss, chosen, scale, torch.finfo(dtype).eps)
+        hot = torch.zeros_like(expected)
+        hot.select(dim, 2).fill_(1.0)
+        formula = torch.tensor(beta).to(torch.float32) * (expected.exp() - hot)
+        torch.testing.assert_close(
+            grad.double(), formula.double(), rtol=4 * torch.finfo(dtype).eps, atol=1e-40
+        )
+
+
+@pytest.mark.parametrize("repeats, dim", WAYS)
+@pytest.mark.parametrize("beta", [1.0, -1.0, 0.7, -0.7, 0.0])
+def test_rows_that_are_not_finite_are_those_of_pytorch(device, repeats, dim, beta):
+    nan = float("nan")
+    for place in (0, 3, 9):
+        for special in (nan, INF, -INF):
+            for fill in (None, special, -INF):
+                x = torch.linspace(-2, 2, 10) if fill is None else torch.full((10,), fill)
+                x[place] = special
+                x = x.repeat(3, repeats)
+                x[1] = torch.linspace(-1, 1, x.shape[1])  # a row beside them stays as it is
+                if dim == 0:
+                    x = x.t().contiguous()
+                for name in ("softmax", "log_softmax"):
+                    theirs = getattr(F, name)(beta * x, dim)
+                    ours = getattr(mnist_ops, name)(x.to(device), dim, beta).cpu()
+                    torch.testing.assert_close(ours, theirs, equal_nan=True)
+                rows = x if dim == -1 else x.t()
+                target = torch.tensor([place, 2, (place + 1) % 10])
+                theirs = F.cross_entropy(beta * rows, target, reduction="none")
+                ours, _ = losses_and_gradient(x, target, beta, dim, device)
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def check_long_rows(device: str = "cpu") -> None:
+    """Sums of millions of float32 numbers, in every way they are added up: within 1e-6."""
+    ones = torch.full((1 << 27,), 0.3, device=device)
+    share = mnist_ops.softmax(ones)
+    assert share.min().item() == share.max().item() == pytest.approx(2.0**-27, rel=1e-6)
+    del ones, share
+
+    # Equal numbers, whose sum is off in the same direction every time, beside one that is larger.
+    n, low = 5_000_000, -1.3
+    total = 1 + (n - 1) * math.exp(np.float32(low))
+    for shape, dim in (((1, n), 1), ((n, 2), 0)):
+        x = torch.full(shape, low, device=device)
+        x.select(dim, n // 3).zero_()
+        y = mnist_ops.softmax(x, dim)
+        assert y.max().item() == pytest.approx(1 / total, rel=1e-6)
+        logs = mnist_ops.log_softmax(x, dim)
+        assert logs.max().item() == pytest.approx(-math.log(total), abs=2e-6)
+        scores, targets = (x, [n // 3]) if dim == 1 else (x[None], [[n // 3, n // 3]])
+        loss, _, log_sum = torch.ops.mnist_ops.softmax_nll(
+            scores, torch.tensor(targets, device=device), 1.0, "none"
+        )
+        for value in (*loss.flatten().tolist(), *log_sum.flatten().tolist()):
+            assert value == pytest.approx(math.log(total), abs=2e-6)
+        # sum g = 0.1 n, and sum g y = 0.3 with this y that is 3 / n everywhere.
+        g, equal = torch.full_like(x, 0.1), torch.full_like(x, 3 / n)
+        grad = torch.ops.mnist_ops.log_softmax_backward(g, equal.log(), dim, 1.0)
+        assert grad.min().item() == pytest.approx(0.1 - 0.3, rel=1e-6)
+        grad = torch.ops.mnist_ops.softmax_backward(g, equal, dim, 1.0)
+        assert grad.max().item() == pytest.approx(3 / n * (0.1 - 0.3), rel=1e-6)
+        assert grad.min().item() == pytest.approx(3 / n * (0.1 - 0.3), rel=1e-6)
+
+
+def test_long_rows(device):
+    check_long_rows(device)
+
+
+def test_long_rows_without_avx2():
+    """The kernels for any processor, which have fewer partial sums side by side."""
+    script = "import mnist_ops, test_softmax; test_softmax.check_long_rows()"
+    script += "; assert mnist_ops.build_info()['cpu_capability'] == 'baseline'"
+    environment = {
+        **os.environ,
+        "MNIST_OPS_CPU_CAPABILITY": "baseline",
+        "PYTHONPATH": os.pathsep.join(
+            [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_millions_of_losses_are_added_up_well(device, reduction):
+    n = 3_000_000
+    x = torch.tensor([[0.0, 1.3]]).expand(n, 2).to(device)
+    target = torch.zeros(n, dtype=torch.long, device=device)
+    one = math.log(1 + math.exp(np.float32(1.3)))
+    loss = mnist_ops.softmax_nll(x, target, 1.0, reduction).item()
+    assert loss == pytest.approx(one if reduction == "mean" else n * one, rel=1e-6)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -311,18 +505,24 @@ def test_errors_of_the_registered_operators():
         ops.softmax_nll(x, target.int(), 1.0, "none")
     with pytest.raises(RuntimeError, match="reduction must be 'mean', 'sum' or 'none', got 'max'"):
         ops.softmax_nll(x, target, 1.0, "max")
-    loss, logsumexp = ops.softmax_nll(x, target, 1.0, "none")
+    loss, largest, log_sum = ops.softmax_nll(x, target, 1.0, "none")
     backward = ops.softmax_nll_backward
+    saved = (x, target, largest, log_sum, 1.0)
     with pytest.raises(RuntimeError, match="grad_loss must have the shape of target"):
-        backward(torch.ones(3), x, target, logsumexp, 1.0, "none")
+        backward(torch.ones(3), *saved, "none")
     with pytest.raises(RuntimeError, match="grad_loss must be a scalar"):
-        backward(loss, x, target, logsumexp, 1.0, "mean")
+        backward(loss, *saved, "mean")
     with pytest.raises(RuntimeError, match="grad_loss must have the dtype of input"):
-        backward(loss.sum().double(), x, target, logsumexp, 1.0, "sum")
-    with pytest.raises(RuntimeError, match="logsumexp must have the shape of target"):
-        backward(loss, x, target, logsumexp[:1], 1.0, "none")
-    with pytest.raises(RuntimeError, match="logsumexp must be Float"):
-        backward(loss, x, target, logsumexp.double(), 1.0, "none")
+        backward(loss.sum().double(), *saved, "sum")
+    for i, name in ((2, "largest"), (3, "log_sum")):
+        for wrong, message in (
+            (torch.ones(1), f"{name} must have the shape of target, "),
+            (torch.ones(2).double(), f"{name} must be Float, got Double"),
+        ):
+            call = [*saved, "none"]
+            call[i] = wrong
+            with pytest.raises(RuntimeError, match=re.escape(f"softmax_nll_backward: {message}")):
+                backward(loss, *call)
 
 
 # -------------------------------------------------------------------------------------- properties

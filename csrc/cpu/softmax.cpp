@@ -23,6 +23,7 @@ constexpr int64_t kMostLines = 512;   // of a block, and as few as
 constexpr int64_t kFewestLines = 64;  // this, where more of them would leave the cache:
 constexpr int64_t kCached = 8192;     // elements
 constexpr int64_t kParts = 32;        // of a row that are compared at once
+constexpr int64_t kSummed = 64;       // elements of a row or line that are added up in float32
 constexpr int64_t kSpread = 8;        // elements written at once
 
 // ------------------------------------------------------------------------------------------ loops
@@ -49,13 +50,20 @@ A largest_of(const A* x, int64_t size, A scale) {
   return m;
 }
 
-// The sum of value(i).
+// The sum of value(i). One float32 number that adds up millions would not notice the last of them:
+// kSummed values are added up at a time, in several numbers side by side, and such sums in float64.
 template <typename A, typename F>
 A sum_of(int64_t size, const F& value) {
-  A sum = A(0);
+  const auto part = [&](int64_t first, int64_t count) {
+    A sum = A(0);
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += value(i);
-  return sum;
+    for (int64_t i = 0; i < count; ++i) sum += value(first + i);
+    return sum;
+  };
+  double sum = 0;
+  int64_t i = 0;
+  for (; i + kSummed <= size; i += kSummed) sum += part(i, kSummed);
+  return static_cast<A>(sum + part(i, size - i));
 }
 
 template <typename A, typename F>
@@ -64,16 +72,14 @@ void fill_with(A* y, int64_t size, const F& value) {
   for (int64_t i = 0; i < size; ++i) y[i] = value(i);
 }
 
-// results[j] = combine(...) over row j, from its first element on: eight rows at once, as above.
+// results[j] = combine(...) over row j, from `start` on: eight rows at once, as above.
 template <typename A, typename F>
-void combine_rows(const A* x, int64_t rows, int64_t size, A* results, const F& combine) {
+void combine_rows(const A* x, int64_t rows, int64_t size, A start, A* results, const F& combine) {
   int64_t j = 0;
   for (; j + 8 <= rows; j += 8) {
     const A* row = x + j * size;
-    A a = row[0], b = row[size], c = row[2 * size], d = row[3 * size];
-    A e = row[4 * size], f = row[5 * size], g = row[6 * size], h = row[7 * size];
-    for (int64_t i = 1; i < size; ++i) {
-      ++row;
+    A a = start, b = start, c = start, d = start, e = start, f = start, g = start, h = start;
+    for (int64_t i = 0; i < size; ++i, ++row) {
       a = combine(row[0], a), b = combine(row[size], b);
       c = combine(row[2 * size], c), d = combine(row[3 * size], d);
       e = combine(row[4 * size], e), f = combine(row[5 * size], f);
@@ -83,8 +89,8 @@ void combine_rows(const A* x, int64_t rows, int64_t size, A* results, const F& c
     results[j + 4] = e, results[j + 5] = f, results[j + 6] = g, results[j + 7] = h;
   }
   for (; j < rows; ++j) {
-    A a = x[j * size];
-    for (int64_t i = 1; i < size; ++i) a = combine(x[j * size + i], a);
+    A a = start;
+    for (int64_t i = 0; i < size; ++i) a = combine(x[j * size + i], a);
     results[j] = a;
   }
 }
@@ -92,7 +98,7 @@ void combine_rows(const A* x, int64_t rows, int64_t size, A* results, const F& c
 template <typename A>
 void sum_rows(const A* x, int64_t rows, int64_t size, A* sums) {
   if (size <= kShortSum) {
-    combine_rows(x, rows, size, sums, [](A v, A sum) { return sum + v; });
+    combine_rows(x, rows, size, A(0), sums, [](A v, A sum) { return sum + v; });
     return;
   }
   for (int64_t j = 0; j < rows; ++j) {
@@ -106,10 +112,11 @@ template <typename A>
 void largest_of_rows(const A* x, int64_t rows, int64_t size, A scale, A* largest) {
   if (size <= kShortSum) {
     // Of x itself, which is the same times scale, or the smallest, where that is negative.
+    constexpr A kInfinity = std::numeric_limits<A>::infinity();
     if (scale < 0) {
-      combine_rows(x, rows, size, largest, [](A v, A m) { return v < m ? v : m; });
+      combine_rows(x, rows, size, kInfinity, largest, [](A v, A m) { return v < m ? v : m; });
     } else {
-      combine_rows(x, rows, size, largest, larger<A>);
+      combine_rows(x, rows, size, -kInfinity, largest, larger<A>);
     }
     for (int64_t j = 0; j < rows; ++j) largest[j] *= scale;
     return;
@@ -138,13 +145,16 @@ bool has_long_rows(const SoftmaxGeometry& g) {
   return has_rows(g) && g.size > kShortRow;
 }
 
-// Runs body(row, scratch, scratch, scratch) for every row; scratch is as long as a row.
-template <typename A, typename F>
+// Runs body(row, scratch, scratch, scratch) for every row; scratch is as long as a row of elements
+// that have to be converted.
+template <typename T, typename F>
 void for_each_row(const SoftmaxGeometry& g, const F& body) {
+  using A = opmath_t<T>;
+  const int64_t length = std::is_same_v<T, A> ? 0 : g.size;
   parallel_for(g.outer, 4 * g.size, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(3 * g.size);
+    std::vector<A> scratch(3 * length);
     A* const a = scratch.data();
-    for (int64_t row = begin; row < end; ++row) body(row, a, a + g.size, a + 2 * g.size);
+    for (int64_t row = begin; row < end; ++row) body(row, a, a + length, a + 2 * length);
   });
 }
 
@@ -176,15 +186,16 @@ void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
   });
 }
 
-// Of every row of a block: the largest of scale * v, and the sum of e = exp(scale * v - largest).
-// The first of the scratch arrays is overwritten.
+// Of every row of a block: the largest of scale * v, and the sum of
+// e = exp(beta * v - largest beta * v).
+// The first of the scratch arrays gets the largest for each element.
 template <typename A>
-void sum_exponentials(const RowBlock<A>& block, const A* v, int64_t size, A scale, A* e, A* largest,
-                      A* sum) {
+void sum_exponentials(const RowBlock<A>& block, const A* v, int64_t size,
+                      const Differences<A>& difference, A* e, A* largest, A* sum) {
   A* const largests = block.scratch[0];
-  largest_of_rows(v, block.rows, size, scale, largest);
+  largest_of_rows(v, block.rows, size, difference.scale, largest);
   spread(largest, block.rows, size, largests);
-  fill_with(e, block.count, [=](int64_t i) { return cpu::exp(scale * v[i] - largests[i]); });
+  fill_with(e, block.count, [=](int64_t i) { return cpu::exp(difference(v[i], largests[i])); });
   sum_rows(e, block.rows, size, sum);
 }
 
@@ -193,6 +204,7 @@ template <typename A>
 struct LineBlock {
   int64_t line, lines, first, step;
   A *largest, *sum;     // one for each line
+  double* total;        // of sums
   A* copies;            // matrices [size][lines], for what has to be converted
   int64_t matrix_size;  // 0 where nothing has
 
@@ -233,6 +245,7 @@ void for_each_block_of_lines(const SoftmaxGeometry& g, int64_t matrices, const F
   const int64_t matrix_size = std::is_same_v<T, A> ? 0 : g.size * lines;
   parallel_for(g.outer * blocks, 4 * g.size * lines, [&](int64_t begin, int64_t end) {
     std::vector<A> memory(2 * lines + matrices * matrix_size);
+    std::vector<double> totals(lines);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / blocks, k = item % blocks * lines;
       const LineBlock<A> block{group * g.inner + k,
@@ -241,6 +254,7 @@ void for_each_block_of_lines(const SoftmaxGeometry& g, int64_t matrices, const F
                                g.inner,
                                memory.data(),
                                memory.data() + lines,
+                               totals.data(),
                                memory.data() + 2 * lines,
                                matrix_size};
       body(block);
@@ -248,27 +262,39 @@ void for_each_block_of_lines(const SoftmaxGeometry& g, int64_t matrices, const F
   });
 }
 
-// The largest of scale * x of each line, and then the sum of exp(scale * x - largest).
+// block.sum[j] = what add(i, sum) adds to sum[j] for every i, added up as in sum_of.
+template <typename A, typename F>
+void sum_lines(const LineBlock<A>& block, int64_t size, const F& add) {
+  A* const sum = block.sum;
+  double* const total = block.total;
+  std::fill(total, total + block.lines, 0.0);
+  for (int64_t first = 0; first < size; first += kSummed) {
+    std::fill(sum, sum + block.lines, A(0));
+    for (int64_t i = first; i < std::min(first + kSummed, size); ++i) add(i, sum);
+    fill_with(total, block.lines, [=](int64_t j) { return total[j] + sum[j]; });
+  }
+  fill_with(sum, block.lines, [=](int64_t j) { return static_cast<A>(total[j]); });
+}
+
+// The largest of scale * x of each line, and then the sum of exp(beta * x - largest beta * x).
 template <typename A, typename T>
 void find_largest(const LineBlock<A>& block, const T* in, int64_t size, A scale) {
   A* const largest = block.largest;
-  const A* const first = block.read(in, 0);
-  fill_with(largest, block.lines, [=](int64_t j) { return scale * first[j]; });
-  for (int64_t i = 1; i < size; ++i) {
+  std::fill(largest, largest + block.lines, -std::numeric_limits<A>::infinity());
+  for (int64_t i = 0; i < size; ++i) {
     const A* const v = block.read(in, i);
     fill_with(largest, block.lines, [=](int64_t j) { return larger(scale * v[j], largest[j]); });
   }
 }
 template <typename A, typename T>
-void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size, A scale) {
+void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size,
+                      const Differences<A>& difference) {
   const A* const largest = block.largest;
-  A* const sum = block.sum;
-  std::fill(sum, sum + block.lines, A(0));
-  for (int64_t i = 0; i < size; ++i) {
+  sum_lines(block, size, [=](int64_t i, A* sum) {
     const A* const v = block.read_again(in, i);
     fill_with(sum, block.lines,
-              [=](int64_t j) { return sum[j] + cpu::exp(scale * v[j] - largest[j]); });
-  }
+              [=](int64_t j) { return sum[j] + cpu::exp(difference(v[j], largest[j])); });
+  });
 }
 
 // ---------------------------------------------------------------------------------------- kernels
@@ -278,19 +304,19 @@ void probabilities(const SoftmaxForward<T>& f) {
   const SoftmaxGeometry& g = f.g;
   const T* const in = f.in;
   T* const out = f.out;
-  const A scale = f.scale;
+  const Differences<A> difference = f.differences;
   if (has_long_rows(g)) {
     const int64_t n = g.size;
-    for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+    for_each_row<T>(g, [&](int64_t row, A* from, A* to, A*) {
       const A* const v = load(in + row * n, from, n);
       A* const y = stage(out + row * n, to);
-      const A m = largest_of(v, n, scale);
+      const A m = largest_of(v, n, difference.scale);
       if (log) {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
-        const A log_sum = m + cpu::log(sum);
-        fill_with(y, n, [=](int64_t i) { return scale * v[i] - log_sum; });
+        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(difference(v[i], m)); });
+        const A log_sum = cpu::log(sum);
+        fill_with(y, n, [=](int64_t i) { return difference(v[i], m) - log_sum; });
       } else {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(scale * v[i] - m); });
+        const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(difference(v[i], m)); });
         fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
       }
       store(y, out + row * n, n);
@@ -298,15 +324,16 @@ void probabilities(const SoftmaxForward<T>& f) {
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
       const int64_t n = block.count;
-      A *const sums = block.scratch[0], *const terms = block.scratch[1];
+      A *const largests = block.scratch[0], *const terms = block.scratch[1];
       const A* const v = load(in + block.first, block.scratch[2], n);
+      A* const sums = block.scratch[3];
       A* const y = stage(out + block.first, terms);
       A largest[kMostRows], sum[kMostRows];
-      sum_exponentials(block, v, g.size, scale, log ? terms : y, largest, sum);
-      if (log) fill_with(sum, block.rows, [&](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+      sum_exponentials(block, v, g.size, difference, log ? terms : y, largest, sum);
+      if (log) fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
       spread(sum, block.rows, g.size, sums);
       if (log) {
-        fill_with(y, n, [=](int64_t i) { return scale * v[i] - sums[i]; });
+        fill_with(y, n, [=](int64_t i) { return difference(v[i], largests[i]) - sums[i]; });
       } else {
         fill_with(y, n, [=](int64_t i) { return y[i] / sums[i]; });
       }
@@ -316,28 +343,27 @@ void probabilities(const SoftmaxForward<T>& f) {
     for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
       const int64_t n = block.lines;
       A *const largest = block.largest, *const sum = block.sum;
-      find_largest(block, in, g.size, scale);
+      find_largest(block, in, g.size, difference.scale);
       if (log) {
-        sum_exponentials(block, in, g.size, scale);
-        fill_with(sum, n, [=](int64_t j) { return largest[j] + cpu::log(sum[j]); });
+        sum_exponentials(block, in, g.size, difference);
+        fill_with(sum, n, [=](int64_t j) { return cpu::log(sum[j]); });
       } else {
-        std::fill(sum, sum + n, A(0));
-        for (int64_t i = 0; i < g.size; ++i) {
+        sum_lines(block, g.size, [=](int64_t i, A* part) {
           const A* const v = block.read_again(in, i);
           A* const y = block.place(out, i);
 #pragma omp simd
           for (int64_t j = 0; j < n; ++j) {
-            const A e = cpu::exp(scale * v[j] - largest[j]);
+            const A e = cpu::exp(difference(v[j], largest[j]));
             y[j] = e;
-            sum[j] += e;
+            part[j] += e;
           }
-        }
+        });
       }
       for (int64_t i = 0; i < g.size; ++i) {
         A* const y = block.place(out, i);
         if (log) {
           const A* const v = block.read_again(in, i);
-          fill_with(y, n, [=](int64_t j) { return scale * v[j] - sum[j]; });
+          fill_with(y, n, [=](int64_t j) { return difference(v[j], largest[j]) - sum[j]; });
         } else {
           fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
         }
@@ -353,11 +379,11 @@ MNIST_OPS_HD A gradient_term(A grad, A y) {
   return log ? grad : grad * y;
 }
 template <bool log, typename A>
-MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A scale) {
+MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A beta) {
   if constexpr (log) {
-    return scale * (grad - cpu::exp(y) * sum);
+    return beta * (grad - cpu::exp(y) * sum);
   } else {
-    return scale * y * (grad - sum);
+    return beta * y * (grad - sum);
   }
 }
 
@@ -366,15 +392,15 @@ void gradients(const SoftmaxBackward<T>& b) {
   const SoftmaxGeometry& g = b.g;
   const T *const go = b.grad, *const out = b.out;
   T* const gi = b.result;
-  const A scale = b.scale;
+  const A beta = b.beta;
   if (has_long_rows(g)) {
     const int64_t n = g.size;
-    for_each_row<A>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
+    for_each_row<T>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
       const A* const v = load(go + row * n, from_g, n);
       const A* const ys = load(out + row * n, from_y, n);
       A* const gx = stage(gi + row * n, to);
       const A sum = sum_of<A>(n, [=](int64_t i) { return gradient_term<log>(v[i], ys[i]); });
-      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sum, scale); });
+      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sum, beta); });
       store(gx, gi + row * n, n);
     });
   } else if (has_rows(g)) {
@@ -388,22 +414,21 @@ void gradients(const SoftmaxBackward<T>& b) {
       sum_rows(log ? v : terms, block.rows, g.size, sum);
       spread(sum, block.rows, g.size, sums);
       A* const gx = stage(gi + block.first, terms);
-      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sums[i], scale); });
+      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sums[i], beta); });
       store(gx, gi + block.first, n);
     });
   } else {
     for_each_block_of_lines<T>(g, 2, [&](const LineBlock<A>& block) {
       const int64_t n = block.lines;
       A* const sum = block.sum;
-      std::fill(sum, sum + n, A(0));
-      for (int64_t i = 0; i < g.size; ++i) {
+      sum_lines(block, g.size, [=](int64_t i, A* part) {
         const A *const v = block.read(go, i, 0), *const ys = block.read(out, i, 1);
-        fill_with(sum, n, [=](int64_t j) { return sum[j] + gradient_term<log>(v[j], ys[j]); });
-      }
+        fill_with(part, n, [=](int64_t j) { return part[j] + gradient_term<log>(v[j], ys[j]); });
+      });
       for (int64_t i = 0; i < g.size; ++i) {
         const A *const v = block.read_again(go, i, 0), *const ys = block.read_again(out, i, 1);
         A* const gx = block.place(gi, i);
-        fill_with(gx, n, [=](int64_t j) { return gradient_of<log>(v[j], ys[j], sum[j], scale); });
+        fill_with(gx, n, [=](int64_t j) { return gradient_of<log>(v[j], ys[j], sum[j], beta); });
         block.finish(gx, gi, i);
       }
     });
@@ -415,25 +440,25 @@ void losses(const SoftmaxForward<T>& f) {
   const SoftmaxGeometry& g = f.g;
   const T* const in = f.in;
   const int64_t* const t = f.target;
-  const A scale = f.scale;
-  // The difference to the largest first: exact where both are large.
+  const Differences<A> difference = f.differences;
   const auto finish = [=](int64_t line, A largest, A log_sum, A chosen) {
-    f.logsumexp[line] = largest + log_sum;
-    f.out[line] = static_cast<T>(log_sum - (scale * chosen - largest));
+    f.largest[line] = largest;
+    f.log_sum[line] = log_sum;
+    f.out[line] = static_cast<T>(log_sum - difference(chosen, largest));
   };
   if (has_long_rows(g)) {
     const int64_t n = g.size;
-    for_each_row<A>(g, [&](int64_t row, A* from, A*, A*) {
+    for_each_row<T>(g, [&](int64_t row, A* from, A*, A*) {
       const A* const v = load(in + row * n, from, n);
-      const A m = largest_of(v, n, scale);
-      const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(scale * v[i] - m); });
+      const A m = largest_of(v, n, difference.scale);
+      const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(difference(v[i], m)); });
       finish(row, m, cpu::log(sum), v[t[row]]);
     });
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
       const A* const v = load(in + block.first, block.scratch[2], block.count);
       A largest[kMostRows], sum[kMostRows];
-      sum_exponentials(block, v, g.size, scale, block.scratch[1], largest, sum);
+      sum_exponentials(block, v, g.size, difference, block.scratch[1], largest, sum);
       fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
       for (int64_t j = 0; j < block.rows; ++j) {
         finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);
@@ -441,8 +466,8 @@ void losses(const SoftmaxForward<T>& f) {
     });
   } else {
     for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-      find_largest(block, in, g.size, scale);
-      sum_exponentials(block, in, g.size, scale);
+      find_largest(block, in, g.size, difference.scale);
+      sum_exponentials(block, in, g.size, difference);
       A* const sum = block.sum;
       fill_with(sum, block.lines, [=](int64_t j) { return cpu::log(sum[j]); });
       for (int64_t j = 0; j < block.lines; ++j) {
@@ -460,47 +485,53 @@ void loss_gradients(const NllBackward<T>& b) {
   const T* const in = b.in;
   const int64_t* const t = b.target;
   const LossGradient<T>& go = b.grad;
-  const A* const lse = b.logsumexp;
   T* const gi = b.result;
-  const A scale = b.scale;
+  const Differences<A> difference = b.differences;
+  // factor times the probability of x.
+  const auto product = [=](A factor, A x, A largest, A log_sum) {
+    return factor * cpu::exp(difference(x, largest) - log_sum);
+  };
   if (has_long_rows(g)) {
     const int64_t n = g.size;
-    for_each_row<A>(g, [&](int64_t row, A* from, A* to, A*) {
+    for_each_row<T>(g, [&](int64_t row, A* from, A* to, A*) {
       const A* const v = load(in + row * n, from, n);
       A* const gx = stage(gi + row * n, to);
-      const A log_sum = lse[row], factor = scale * go[row];
-      fill_with(gx, n, [=](int64_t i) { return factor * cpu::exp(scale * v[i] - log_sum); });
+      const A largest = b.largest[row], log_sum = b.log_sum[row],
+              factor = difference.beta * go[row];
+      fill_with(gx, n, [=](int64_t i) { return product(factor, v[i], largest, log_sum); });
       gx[t[row]] -= factor;
       store(gx, gi + row * n, n);
     });
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
       const int64_t n = block.count;
-      A *const factors = block.scratch[0], *const log_sums = block.scratch[1];
+      A *const factors = block.scratch[0], *const largests = block.scratch[1];
       const A* const v = load(in + block.first, block.scratch[2], n);
+      A* const log_sums = block.scratch[3];
       A factor[kMostRows];
-      for (int64_t j = 0; j < block.rows; ++j) factor[j] = scale * go[block.row + j];
+      for (int64_t j = 0; j < block.rows; ++j) factor[j] = difference.beta * go[block.row + j];
       spread(factor, block.rows, g.size, factors);
-      spread(lse + block.row, block.rows, g.size, log_sums);
-      A* const gx = stage(gi + block.first, block.scratch[3]);
+      spread(b.largest + block.row, block.rows, g.size, largests);
+      spread(b.log_sum + block.row, block.rows, g.size, log_sums);
+      A* const gx = stage(gi + block.first, block.scratch[2]);  // in the place of v
       fill_with(gx, n,
-                [=](int64_t i) { return factors[i] * cpu::exp(scale * v[i] - log_sums[i]); });
+                [=](int64_t i) { return product(factors[i], v[i], largests[i], log_sums[i]); });
       for (int64_t j = 0; j < block.rows; ++j) gx[j * g.size + t[block.row + j]] -= factor[j];
       store(gx, gi + block.first, n);
     });
   } else {
     for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
       const int64_t n = block.lines;
-      const A* const log_sum = lse + block.line;
+      const A *const largest = b.largest + block.line, *const log_sum = b.log_sum + block.line;
       const int64_t* const chosen = t + block.line;
       A* const factor = block.sum;
-      for (int64_t j = 0; j < n; ++j) factor[j] = scale * go[block.line + j];
+      for (int64_t j = 0; j < n; ++j) factor[j] = difference.beta * go[block.line + j];
       for (int64_t i = 0; i < g.size; ++i) {
         const A* const v = block.read(in, i);
         A* const gx = block.place(gi, i);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
-          const A value = factor[j] * cpu::exp(scale * v[j] - log_sum[j]);
+          const A value = product(factor[j], v[j], largest[j], log_sum[j]);
           gx[j] = chosen[j] == i ? value - factor[j] : value;
         }
         block.finish(gx, gi, i);

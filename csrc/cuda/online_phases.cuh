@@ -13,6 +13,7 @@
 #pragma once
 
 #include "../online/program.h"
+#include "../softmax.h"  // Differences
 
 #include "common.cuh"
 
@@ -1294,17 +1295,18 @@ template <typename T>
 __device__ void log_softmax(LogSoftmaxKind kind, double beta, const T* x, T* l, int32_t n) {
   if (thread_index() >= kWarp) return;
   if (kind == LogSoftmaxKind::kExact) {
-    const T scale = static_cast<T>(beta);
+    const Differences<T> difference(beta);
     T largest = -std::numeric_limits<T>::infinity(), sum = T(0);
     for (int32_t i = thread_index(); i < n; i += kWarp) {
-      largest = scale * x[i] > largest ? scale * x[i] : largest;
+      const T scaled = difference.scaled(x[i]);
+      largest = scaled > largest ? scaled : largest;
     }
     largest = lane_max(largest, kWarp);
     for (int32_t i = thread_index(); i < n; i += kWarp) {
-      sum += elementary::exp(scale * x[i] - largest);
+      sum += elementary::exp(difference(x[i], largest));
     }
-    const T total = largest + std::log(lane_sum(sum, kWarp));
-    for (int32_t i = thread_index(); i < n; i += kWarp) l[i] = scale * x[i] - total;
+    const T log_sum = std::log(lane_sum(sum, kWarp));
+    for (int32_t i = thread_index(); i < n; i += kWarp) l[i] = difference(x[i], largest) - log_sum;
   } else {
     T largest = -std::numeric_limits<T>::infinity();
     for (int32_t i = thread_index(); i < n; i += kWarp) largest = x[i] > largest ? x[i] : largest;

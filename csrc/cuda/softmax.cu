@@ -22,7 +22,9 @@
 //            twice: the second reading finds most of its data in L2
 // One pass finds the largest value and the sum together wherever more than a warp has a line.
 //
-// Sums are added in an order that depends on shape, alignment and kind of device alone.
+// Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
+// thread adds up more than it can hold in registers, it does so in float64, a few numbers at a
+// time.
 //
 // softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
 // refuse it, as the CPU does, the host would have to wait for the device.
@@ -53,50 +55,48 @@ __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
   }
 }
 
-// The largest of some values v, and the sum of exp(v - largest).
-template <typename A>
+// The largest of some scaled values v, and the sum of exp(factor (v - largest)).
+template <typename A, typename Sum = A>
 struct Partial {
   A largest = -std::numeric_limits<A>::infinity();
-  A sum = A(0);
-
-  __device__ void add(A v) {
-    if (v > largest) {
-      sum = sum * std::exp(largest - v) + A(1);
-      largest = v;
-    } else if (v != -std::numeric_limits<A>::infinity()) {  // whose share is 0, not exp(-inf + inf)
-      sum += std::exp(v - largest);
-    }
-  }
+  Sum sum = Sum(0);
 
   // Several at once: one rescaling for all of them.
   template <typename T, int count>
-  __device__ void add_all(const A (&values)[count]) {
+  __device__ void add_all(const A (&values)[count], const Differences<A>& difference) {
     A m = largest;
 #pragma unroll
     for (int j = 0; j < count; ++j) m = values[j] > m ? values[j] : m;
     if (m > largest) {
-      sum *= exp_for<T>(largest - m);
+      sum *= static_cast<Sum>(exp_for<T>(difference.of_scaled(largest, m)));
       largest = m;
     }
+    A part = A(0);
 #pragma unroll
     for (int j = 0; j < count; ++j) {
       // The share of -inf is 0, not exp(-inf + inf).
-      if (values[j] != -std::numeric_limits<A>::infinity()) sum += exp_for<T>(values[j] - m);
+      if (values[j] != -std::numeric_limits<A>::infinity()) {
+        part += exp_for<T>(difference.of_scaled(values[j], m));
+      }
     }
+    sum += static_cast<Sum>(part);
   }
 
-  __device__ void merge(const Partial& other) {
+  __device__ void merge(const Partial& other, const Differences<A>& difference) {
     const A m = other.largest > largest ? other.largest : largest;
     // Equal infinities must not become NaN here: a part that holds nothing else counts for 0.
-    const A mine = largest == m ? sum : sum * std::exp(largest - m);
-    const A theirs = other.largest == m ? other.sum : other.sum * std::exp(other.largest - m);
+    const auto share = [&](const Partial& p) {
+      return p.largest == m
+                 ? p.sum
+                 : p.sum * static_cast<Sum>(std::exp(difference.of_scaled(p.largest, m)));
+    };
+    sum = share(*this) + share(other);
     largest = m;
-    sum = mine + theirs;
   }
 
-  // Where the largest value is infinite, of either sign, the row is NaN, as it is when exp(v -
-  // largest) is added up after the largest value has been found.
-  __device__ void finish() { sum += largest - largest; }
+  // Where the largest value is infinite, of either sign, the row is NaN, as it is when the
+  // exponentials are added up after the largest value has been found.
+  __device__ void finish() { sum += static_cast<Sum>(largest - largest); }
 };
 
 // Division by the sum: by multiplication except in float64, where nobody waits for it.
@@ -112,11 +112,11 @@ __device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, in
   const A log_sum = std::log(sum);
   A loss = std::numeric_limits<A>::quiet_NaN();
   if (target >= 0 && target < f.g.size) {
-    // The difference to the largest first: exact where both are large.
-    loss = log_sum - (f.scale * static_cast<A>(first[target * f.g.inner]) - largest);
+    loss = log_sum - f.differences(static_cast<A>(first[target * f.g.inner]), largest);
   }
   f.out[line] = static_cast<T>(loss);
-  f.logsumexp[line] = largest + log_sum;
+  f.largest[line] = largest;
+  f.log_sum[line] = log_sum;
 }
 
 template <typename T, typename A>
@@ -183,12 +183,13 @@ struct Exchange {
 
 // Of `count` parts, up to 32 of them, by a whole warp. A part of -inf alone counts for 0.
 template <typename A>
-__device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, int count) {
+__device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, int count,
+                                             const Differences<A>& difference) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const A mine = lane < count ? largest[lane] : -std::numeric_limits<A>::infinity();
   A sum = lane < count ? sums[lane] : A(0);
   const A whole = lane_max(mine, kWarp);
-  if (mine != whole) sum *= std::exp(mine - whole);
+  if (mine != whole) sum *= std::exp(difference.of_scaled(mine, whole));
   return {whole, lane_sum(sum, kWarp)};
 }
 
@@ -203,7 +204,8 @@ __device__ __forceinline__ A merged(const A* sums, int count) {
 // called last, by the kernel or by the turn before this one.
 template <typename A>
 __device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Exchange<A>& shared,
-                                                int part, int parts) {
+                                                int part, int parts,
+                                                const Differences<A>& difference) {
   const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();  // whoever read shared before is done
   if (thread % kWarp == 0) {
@@ -211,7 +213,8 @@ __device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Excha
     shared.sums[thread / kWarp] = of_warp.sum;
   }
   __syncthreads();
-  Partial<A> whole = merged(shared.largest, shared.sums, static_cast<int>(blockDim.x) / kWarp);
+  Partial<A> whole =
+      merged(shared.largest, shared.sums, static_cast<int>(blockDim.x) / kWarp, difference);
   if (parts > 1) {
     cluster_wait();  // all of them are there and have read what came before
     if (thread < parts) {
@@ -220,7 +223,7 @@ __device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Excha
     }
     cluster_arrive();
     cluster_wait();
-    whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts);
+    whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference);
     cluster_arrive();
   }
   return whole;
@@ -254,15 +257,16 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
   const int size = static_cast<int>(f.g.size);
   const T* first = f.in + row * size;
   constexpr A kMissing = -std::numeric_limits<A>::infinity();
+  const Differences<A>& difference = f.differences;
   HeldRow<kLoads, n, T> held;
-  held.load(first, inside ? size : 0, worker, workers, f.scale, kMissing);
+  held.load(first, inside ? size : 0, worker, workers, difference.scale, kMissing);
   A largest = kMissing;
   held.each([&](A& v) { largest = v > largest ? v : largest; });
   largest = lane_max(largest, lanes);
   const A base = largest == kMissing ? A(0) : largest;  // exp(-inf) is 0, exp(-inf + inf) is not
   A sum = A(0);
   held.each([&](A& v) {
-    const A power = exp_for<T>(v - base);
+    const A power = exp_for<T>(difference.of_scaled(v, base));
     sum += power;
     if (kind == Kind::kSoftmax) v = power;
   });
@@ -274,11 +278,13 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
     if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
   } else {
     if constexpr (kind == Kind::kLogSoftmax) {
-      const A log_sum = whole.largest + std::log(whole.sum);
-      held.each([&](A& v) { v = v - log_sum; });
+      const A log_sum = std::log(whole.sum);
+      held.each([&](A& v) { v = difference.of_scaled(v, whole.largest) - log_sum; });
     } else {
       A correction = A(1);
-      if (shared_row && largest != whole.largest) correction = std::exp(largest - whole.largest);
+      if (shared_row && largest != whole.largest) {
+        correction = std::exp(difference.of_scaled(largest, whole.largest));
+      }
       const A inverse = correction / whole.sum;
       held.each([&](A& v) {
         v = share_of(v * (std::is_same_v<A, double> ? correction : A(1)), whole.sum, inverse);
@@ -325,9 +331,11 @@ __global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f,
   if (parts > 1) cluster_arrive();
   for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < f.g.outer;
        row += gridDim.x / static_cast<unsigned>(parts)) {
-    forward_row<kind, kLoads, n, true>(
-        f, row, true, part * threads + static_cast<int>(threadIdx.x), parts * threads, kWarp,
-        [&](const Partial<A>& of_warp) { return merge_row(of_warp, shared, part, parts); });
+    forward_row<kind, kLoads, n, true>(f, row, true, part * threads + static_cast<int>(threadIdx.x),
+                                       parts * threads, kWarp, [&](const Partial<A>& of_warp) {
+                                         return merge_row(of_warp, shared, part, parts,
+                                                          f.differences);
+                                       });
   }
   if (parts > 1) cluster_wait();
 }
@@ -339,8 +347,8 @@ __device__ __forceinline__ A gradient_term(A grad, A y) {
 }
 
 template <Kind kind, typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ A gradient_value(A grad, A y, A sum, A scale) {
-  return kind == Kind::kSoftmax ? scale * y * (grad - sum) : scale * (grad - exp_for<T>(y) * sum);
+__device__ __forceinline__ A gradient_value(A grad, A y, A sum, A beta) {
+  return kind == Kind::kSoftmax ? beta * y * (grad - sum) : beta * (grad - exp_for<T>(y) * sum);
 }
 
 template <Kind kind, int kLoads, int n, typename T, typename Sum>
@@ -364,7 +372,7 @@ __device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, 
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       A& grad = grads.values[k][j];
-      grad = gradient_value<kind, T>(grad, ys.values[k][j], sum, b.scale);
+      grad = gradient_value<kind, T>(grad, ys.values[k][j], sum, b.beta);
     }
   }
   if (inside) grads.store(b.result + first, size, worker, workers);
@@ -442,6 +450,7 @@ __device__ __forceinline__ void begin_tile(const T* from, T* to, int count, bool
 template <Kind kind, int kSize, typename T>
 __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bool aligned) {
   using A = opmath_t<T>;
+  const Differences<A>& difference = f.differences;
   const int size = kSize > 0 ? kSize : static_cast<int>(f.g.size);
   const int thread = static_cast<int>(threadIdx.x);
   T* tile = reinterpret_cast<T*>(dynamic_shared_memory());
@@ -473,19 +482,20 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
 #pragma unroll
         for (int i = 0; i < kSize; i += 2) {
           const Pack<T, 2> pair = load_pack<2>(x + i);
-          values[i] = f.scale * static_cast<A>(pair.values[0]);
-          values[i + 1] = f.scale * static_cast<A>(pair.values[1]);
+          values[i] = difference.scaled(static_cast<A>(pair.values[0]));
+          values[i + 1] = difference.scaled(static_cast<A>(pair.values[1]));
         }
 #pragma unroll
         for (int i = 0; i < kSize; ++i) largest = values[i] > largest ? values[i] : largest;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const A power = exp_for<T>(values[i] - largest);
+          values[i] = difference.of_scaled(values[i], largest);
+          const A power = exp_for<T>(values[i]);
           sum += power;
           if (kind == Kind::kSoftmax) values[i] = power;
         }
         if constexpr (kind != Kind::kNll) {
-          const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+          const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
           const A inverse = A(1) / sum;
 #pragma unroll
           for (int i = 0; i < kSize; i += 2) {
@@ -501,18 +511,17 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
         }
       } else {
         for (int i = 0; i < size; ++i) {
-          const A v = f.scale * static_cast<A>(x[i]);
+          const A v = difference.scaled(static_cast<A>(x[i]));
           largest = v > largest ? v : largest;
         }
-        for (int i = 0; i < size; ++i) sum += exp_for<T>(f.scale * static_cast<A>(x[i]) - largest);
+        for (int i = 0; i < size; ++i) sum += exp_for<T>(difference(static_cast<A>(x[i]), largest));
         if constexpr (kind != Kind::kNll) {
-          const A log_sum = kind == Kind::kLogSoftmax ? largest + std::log(sum) : A(0);
+          const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
           const A inverse = A(1) / sum;
           for (int i = 0; i < size; ++i) {
-            const A v = f.scale * static_cast<A>(x[i]);
-            x[i] = static_cast<T>(kind == Kind::kSoftmax
-                                      ? share_of(exp_for<T>(v - largest), sum, inverse)
-                                      : v - log_sum);
+            const A d = difference(static_cast<A>(x[i]), largest);
+            x[i] = static_cast<T>(kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse)
+                                                         : d - log_sum);
           }
         }
       }
@@ -551,7 +560,7 @@ __global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, 
       }
       for (int i = 0; i < size; ++i) {
         g[i] = static_cast<T>(
-            gradient_value<kind, T>(static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.scale));
+            gradient_value<kind, T>(static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.beta));
       }
     }
     __syncthreads();
@@ -563,7 +572,7 @@ __global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, 
 // ------------------------------------------------------------------------------ very long rows
 
 // Wide blocks, so that few rows are under way and L2 holds them.
-constexpr int kFlight = 4;  // packs of a thread that are read together
+constexpr int kFlight = 4;  // packs of a thread that are read together, and added up in float32
 
 // Calls body(index of the first element, is it inside) for a thread's packs of a row, kFlight of
 // them in a turn; from the end where `backwards`.
@@ -579,7 +588,9 @@ __device__ __forceinline__ void each_turn(int64_t size, const F& body) {
 template <Kind kind, int n, typename T>
 __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f) {
   using A = opmath_t<T>;
-  __shared__ SharedBytes<sizeof(Partial<A>) * (kWideBlock / kWarp)> shared;
+  using Part = Partial<A, double>;
+  __shared__ SharedBytes<sizeof(Part) * (kWideBlock / kWarp)> shared;
+  const Differences<A>& difference = f.differences;
   const int64_t size = f.g.size;
   const auto read = [&](const T* first, int64_t start, A(&values)[kFlight* n]) {
 #pragma unroll
@@ -588,36 +599,37 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
       const Pack<T, n> pack = i < size ? load_pack<n>(first + i) : Pack<T, n>{};
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        values[k * n + j] = i < size ? f.scale * static_cast<A>(pack.values[j])
+        values[k * n + j] = i < size ? difference.scaled(static_cast<A>(pack.values[j]))
                                      : -std::numeric_limits<A>::infinity();
       }
     }
   };
   for (int64_t row = blockIdx.x; row < f.g.outer; row += gridDim.x) {
     const T* first = f.in + row * size;
-    Partial<A> whole;
+    Part whole;
     each_turn<false, n>(size, [&](int64_t start) {
       A values[kFlight * n];
       read(first, start, values);
-      whole.template add_all<T>(values);
+      whole.template add_all<T>(values, difference);
     });
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      Partial<A> other;
+      Part other;
       other.largest = __shfl_xor_sync(kWholeWarp, whole.largest, distance);
       other.sum = __shfl_xor_sync(kWholeWarp, whole.sum, distance);
-      whole.merge(other);
+      whole.merge(other, difference);
     }
-    whole = block_combine<kWideBlock>(whole, shared.template as<Partial<A>>(),
-                                      [](Partial<A> a, const Partial<A>& b) {
-                                        a.merge(b);
-                                        return a;
-                                      });
+    whole =
+        block_combine<kWideBlock>(whole, shared.template as<Part>(), [&](Part a, const Part& b) {
+          a.merge(b, difference);
+          return a;
+        });
     whole.finish();
+    const A largest = whole.largest, sum = static_cast<A>(whole.sum);
     if constexpr (kind == Kind::kNll) {
-      if (threadIdx.x == 0) write_loss(f, row, first, whole.largest, whole.sum);
+      if (threadIdx.x == 0) write_loss(f, row, first, largest, sum);
     } else {
-      const A log_sum = kind == Kind::kLogSoftmax ? whole.largest + std::log(whole.sum) : A(0);
-      const A inverse = A(1) / whole.sum;
+      const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+      const A inverse = A(1) / sum;
       T* out = f.out + row * size;
       each_turn<true, n>(size, [&](int64_t start) {
         A values[kFlight * n];
@@ -628,10 +640,9 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
           Pack<T, n> to;
 #pragma unroll
           for (int j = 0; j < n; ++j) {
-            const A v = values[k * n + j];
+            const A d = difference.of_scaled(values[k * n + j], largest);
             to.values[j] = static_cast<T>(
-                kind == Kind::kSoftmax ? share_of(exp_for<T>(v - whole.largest), whole.sum, inverse)
-                                       : v - log_sum);
+                kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum);
           }
           if (i < size) store_pack(out + i, to);
         }
@@ -643,13 +654,14 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
 template <Kind kind, int n, typename T>
 __global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T> b) {
   using A = opmath_t<T>;
-  __shared__ A shared[kWideBlock / kWarp];
+  __shared__ double shared[kWideBlock / kWarp];
   const int64_t size = b.g.size;
   for (int64_t row = blockIdx.x; row < b.g.outer; row += gridDim.x) {
     const T *grad = b.grad + row * size, *out = b.out + row * size;
     T* result = b.result + row * size;
-    A sum = A(0);
+    double total = 0;
     each_turn<false, n>(size, [&](int64_t start) {
+      A part = A(0);
 #pragma unroll
       for (int k = 0; k < kFlight; ++k) {
         const int64_t i = start + int64_t{k} * kWideBlock * n;
@@ -657,11 +669,12 @@ __global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T>
         const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          sum += gradient_term<kind>(static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
+          part += gradient_term<kind>(static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
         }
       }
+      total += static_cast<double>(part);
     });
-    sum = block_sum<kWideBlock>(sum, shared);
+    const A sum = static_cast<A>(block_sum<kWideBlock>(total, shared));
     each_turn<true, n>(size, [&](int64_t start) {
 #pragma unroll
       for (int k = 0; k < kFlight; ++k) {
@@ -672,7 +685,7 @@ __global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T>
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           to.values[j] = static_cast<T>(gradient_value<kind, T>(
-              static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.scale));
+              static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
         }
         store_pack(result + i, to);
       }
@@ -718,7 +731,9 @@ __device__ __forceinline__ int64_t line_offset(const SoftmaxGeometry& g, int64_t
 template <Kind kind, typename T>
 __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
   using A = opmath_t<T>;
-  __shared__ SharedValues<Partial<A>> shared;
+  using Part = Partial<A, double>;
+  __shared__ SharedValues<Part> shared;
+  const Differences<A>& difference = f.differences;
   const int64_t lines = f.g.outer * f.g.inner, size = f.g.size, step = f.g.inner;
   // The same number of turns for every thread of a block: they meet at the barriers.
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < lines;
@@ -727,28 +742,32 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
     const int64_t offset = line < lines ? line_offset(f.g, line) : 0;
     const int64_t end = line < lines ? size : 0;
     const T* in = f.in + offset;
-    Partial<A> whole;
-#pragma unroll 4
-    for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
-      whole.add(f.scale * static_cast<A>(in[i * step]));
+    Part whole;
+    for (int64_t start = threadIdx.y; start < end; start += kFlight * blockDim.y) {
+      A values[kFlight];
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + k * blockDim.y;
+        values[k] = i < end ? difference.scaled(static_cast<A>(in[i * step]))
+                            : -std::numeric_limits<A>::infinity();
+      }
+      whole.template add_all<T>(values, difference);
     }
     whole =
-        combine_lines(whole, shared.get(), [](Partial<A>& a, const Partial<A>& b) { a.merge(b); });
+        combine_lines(whole, shared.get(), [&](Part& a, const Part& b) { a.merge(b, difference); });
     whole.finish();
+    const A largest = whole.largest, sum = static_cast<A>(whole.sum);
     if constexpr (kind == Kind::kNll) {
-      if (threadIdx.y == 0 && line < lines) {
-        write_loss(f, line, in, whole.largest, whole.sum);
-      }
+      if (threadIdx.y == 0 && line < lines) write_loss(f, line, in, largest, sum);
     } else {
-      const A log_sum = kind == Kind::kLogSoftmax ? whole.largest + std::log(whole.sum) : A(0);
-      const A inverse = A(1) / whole.sum;
+      const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+      const A inverse = A(1) / sum;
       T* out = f.out + offset;
 #pragma unroll 4
       for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
-        const A v = f.scale * static_cast<A>(in[i * step]);
+        const A d = difference(static_cast<A>(in[i * step]), largest);
         out[i * step] = static_cast<T>(
-            kind == Kind::kSoftmax ? share_of(std::exp(v - whole.largest), whole.sum, inverse)
-                                   : v - log_sum);
+            kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum);
       }
     }
   }
@@ -757,7 +776,7 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
 template <Kind kind, typename T>
 __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b) {
   using A = opmath_t<T>;
-  __shared__ SharedValues<A> shared;
+  __shared__ SharedValues<double> shared;
   const int64_t lines = b.g.outer * b.g.inner, size = b.g.size, step = b.g.inner;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < lines;
        base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -765,17 +784,24 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
     const int64_t offset = line < lines ? line_offset(b.g, line) : 0;
     const int64_t end = line < lines ? size : 0;
     const T *grad = b.grad + offset, *out = b.out + offset;
-    A sum = A(0);
-#pragma unroll 4
-    for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
-      sum += gradient_term<kind>(static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]));
+    double total = 0;
+    for (int64_t start = threadIdx.y; start < end; start += kFlight * blockDim.y) {
+      A part = A(0);
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + k * blockDim.y;
+        if (i >= end) continue;
+        part += gradient_term<kind>(static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]));
+      }
+      total += static_cast<double>(part);
     }
-    sum = combine_lines(sum, shared.get(), [](A& a, const A& other) { a += other; });
+    const A sum = static_cast<A>(
+        combine_lines(total, shared.get(), [](double& a, double other) { a += other; }));
     T* result = b.result + offset;
 #pragma unroll 4
     for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
       result[i * step] = static_cast<T>(gradient_value<kind, T>(
-          static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.scale));
+          static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.beta));
     }
   }
 }
@@ -831,6 +857,7 @@ template <Kind kind, int n, typename T>
 __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f) {
   using A = opmath_t<T>;
   alignas(kVectorBytes) __shared__ A shared[kThreads * n];
+  const Differences<A>& difference = f.differences;
   const int64_t packs = f.g.outer * f.g.inner / n, step = f.g.inner;
   const int size = static_cast<int>(f.g.size), workers = static_cast<int>(blockDim.y);
   // The same number of turns for every thread of a block: they meet at the barriers.
@@ -854,7 +881,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
       if (first + k * workers >= end) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        const A v = f.scale * static_cast<A>(held[k].values[j]);
+        const A v = difference.scaled(static_cast<A>(held[k].values[j]));
         largest[j] = v > largest[j] ? v : largest[j];
       }
     }
@@ -866,8 +893,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
       if (first + k * workers >= end) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        const A v = f.scale * static_cast<A>(held[k].values[j]);
-        const A power = exp_for<T>(v - largest[j]);
+        const A power = exp_for<T>(difference(static_cast<A>(held[k].values[j]), largest[j]));
         sums[j] += power;
         if constexpr (kPowers) held[k].values[j] = power;
       }
@@ -883,7 +909,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
       A terms[n];  // what every element of a line has to do with
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : largest[j] + std::log(sums[j]);
+        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : std::log(sums[j]);
       }
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -892,9 +918,9 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           A v = static_cast<A>(held[k].values[j]);
-          if constexpr (!kPowers) v *= f.scale;
+          if constexpr (!kPowers) v = difference(v, largest[j]);
           if constexpr (kind == Kind::kSoftmax) {
-            if constexpr (!kPowers) v = exp_for<T>(v - largest[j]);
+            if constexpr (!kPowers) v = exp_for<T>(v);
             held[k].values[j] = static_cast<T>(share_of(v, sums[j], terms[j]));
           } else {
             held[k].values[j] = static_cast<T>(v - terms[j]);
@@ -943,7 +969,7 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> 
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         grads[k].values[j] = static_cast<T>(gradient_value<kind, T>(
-            static_cast<A>(grads[k].values[j]), static_cast<A>(ys[k].values[j]), sums[j], b.scale));
+            static_cast<A>(grads[k].values[j]), static_cast<A>(ys[k].values[j]), sums[j], b.beta));
       }
       store_pack(b.result + offset + i * step, grads[k]);
     }
@@ -952,29 +978,30 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> 
 
 // ------------------------------------------------------------------------- gradient of the loss
 
-// In the order of memory: the forward left the log of the sum. n elements a thread, n > 1 for rows
-// (inner == 1), of which a pack may meet several; what remains after the packs is left to the first
-// threads.
+// In the order of memory: the forward left the largest and the log of the sum. n elements a thread,
+// n > 1 for rows (inner == 1), of which a pack may meet several; what remains after the packs is
+// left to the first threads.
 template <int n, typename T, typename I>
 __global__ void __launch_bounds__(kThreads)
-    nll_gradient_kernel(I count, I size, I inner, opmath_t<T> scale, LossGradient<T> grad_loss,
-                        const T* __restrict__ input, const int64_t* __restrict__ target,
-                        const opmath_t<T>* __restrict__ logsumexp, T* __restrict__ grad_input) {
+    nll_gradient_kernel(I count, I size, I inner, Differences<opmath_t<T>> difference,
+                        LossGradient<T> grad_loss, const T* __restrict__ input,
+                        const int64_t* __restrict__ target, const opmath_t<T>* __restrict__ largest,
+                        const opmath_t<T>* __restrict__ log_sum, T* __restrict__ grad_input) {
   using A = opmath_t<T>;
   using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
   // The gradient of elements whose line and place along it are given, one line after the other.
   struct Line {
-    A factor, log_sum;
+    A factor, largest, log_sum;
     int64_t target;
   };
   const auto line_at = [&](U line) {
     const int64_t t = target[line];
-    A factor = scale * grad_loss[line];
+    A factor = difference.beta * grad_loss[line];
     if (t < 0 || t >= static_cast<int64_t>(size)) factor = std::numeric_limits<A>::quiet_NaN();
-    return Line{factor, logsumexp[line], t};
+    return Line{factor, largest[line], log_sum[line], t};
   };
   const auto gradient = [&](const Line& line, U index, T x) {
-    A value = line.factor * exp_for<T>(scale * static_cast<A>(x) - line.log_sum);
+    A value = line.factor * exp_for<T>(difference(static_cast<A>(x), line.largest) - line.log_sum);
     if (static_cast<int64_t>(index) == line.target) value -= line.factor;
     return static_cast<T>(value);
   };
@@ -1176,8 +1203,8 @@ void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
   const auto run = [&](auto kernel, int64_t items, auto index) {
     using I = decltype(index);
     launcher.run_over(kernel, items, static_cast<I>(count), static_cast<I>(b.g.size),
-                      static_cast<I>(b.g.inner), b.scale, b.grad, b.in, b.target, b.logsumexp,
-                      b.result);
+                      static_cast<I>(b.g.inner), b.differences, b.grad, b.in, b.target, b.largest,
+                      b.log_sum, b.result);
   };
   const auto launch = [&](auto index) {
     using I = decltype(index);

@@ -1,15 +1,16 @@
 // Log-softmax, exact and as Torch7 approximated it. Ten numbers or so: plain loops.
 #pragma once
 
+#include "../softmax.h"  // Differences
 #include "layer.h"
 
 namespace mnist_ops::online {
 
-// l = beta x - log sum exp(beta x).
+// l = d - log sum exp(d), d = beta x - max beta x.
 template <typename T>
 class LogSoftmax final : public Layer<T> {
  public:
-  LogSoftmax(const Map<T>& input, const Map<T>& output, double beta) : beta_(static_cast<T>(beta)) {
+  LogSoftmax(const Map<T>& input, const Map<T>& output, double beta) : difference_(beta) {
     this->in = input;
     this->out = output;
   }
@@ -20,11 +21,11 @@ class LogSoftmax final : public Layer<T> {
     const int64_t n = this->in.shape.C;
     const T* x = this->in.value;
     T largest = -std::numeric_limits<T>::infinity();
-    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, beta_ * x[i]);
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, difference_.scaled(x[i]));
     T sum = T(0);
-    for (int64_t i = 0; i < n; ++i) sum += cpu::exp(beta_ * x[i] - largest);
-    const T total = largest + std::log(sum);
-    for (int64_t i = 0; i < n; ++i) this->out.value[i] = beta_ * x[i] - total;
+    for (int64_t i = 0; i < n; ++i) sum += cpu::exp(difference_(x[i], largest));
+    const T log_sum = std::log(sum);
+    for (int64_t i = 0; i < n; ++i) this->out.value[i] = difference_(x[i], largest) - log_sum;
   }
 
   void prepare_backward(const Step<T>&, const Workers&) override {
@@ -33,12 +34,12 @@ class LogSoftmax final : public Layer<T> {
     T sum = T(0);
     for (int64_t i = 0; i < n; ++i) sum += g[i];
     for (int64_t i = 0; i < n; ++i) {
-      this->in.grad[i] = log_softmax_gradient(g[i], l[i], sum, beta_);
+      this->in.grad[i] = log_softmax_gradient(g[i], l[i], sum, difference_.beta);
     }
   }
 
  private:
-  T beta_;
+  Differences<T> difference_;
 };
 
 // Torch7's: an approximate exponential in the sum forward, the exact one backward; sums in double.

@@ -147,8 +147,7 @@ def softmax_nll(
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if target.dtype is not torch.int64:
         target = target.long()
-    loss, _ = _softmax_nll(input, target, _beta(op, beta), reduction)
-    return loss
+    return _softmax_nll(input, target, _beta(op, beta), reduction)[0]
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:
@@ -188,11 +187,12 @@ for _name in ("softmax", "log_softmax"):
 def _(input, target, beta, reduction):
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss = input.new_empty(target.shape if reduction == "none" else ())
-    return loss, input.new_empty(target.shape, dtype=wide)
+    largest, log_sum = (input.new_empty(target.shape, dtype=wide) for _ in range(2))
+    return loss, largest, log_sum
 
 
 @torch.library.register_fake("mnist_ops::softmax_nll_backward")
-def _(grad_loss, input, target, logsumexp, beta, reduction):
+def _(grad_loss, input, target, largest, log_sum, beta, reduction):
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
@@ -234,15 +234,16 @@ def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ..
     return grad_g, grad_log_y, None, None
 
 
-def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
+    saved = output[1:]
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, output[1])
+    ctx.save_for_backward(input, target, *saved)
 
 
 def _nll_backward(
-    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+    ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, None, None, None]:
     grad = None
     if grad_loss is not None:
@@ -252,11 +253,11 @@ def _nll_backward(
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[4:]
+    ctx.options = inputs[5:]
 
 
 def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    # logsumexp is a function of the input; what flows through it is in the input's gradient.
+    # largest and log_sum are functions of the input; what flows through them is in its gradient.
     g, input, target = ctx.saved_tensors
     beta, reduction = ctx.options
     dim = 0 if input.dim() == 1 else 1
@@ -267,7 +268,7 @@ def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad_g = grad_g.mean() if reduction == "mean" else grad_g.sum()
         g = _spread(g, target, reduction)
     grad_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
-    return grad_g, grad_input, None, None, None, None
+    return grad_g, grad_input, None, None, None, None, None
 
 
 def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -317,20 +318,20 @@ def _softmax_nll_vmap(info, in_dims, input, target, beta, reduction):
     target = batch_first(target, in_dims[1], info.batch_size)
     dims = input.dim() - 1
     merged = _merge(input, dims), _merge(target, dims)
-    loss, logsumexp = (r.reshape(target.shape) for r in _ops.softmax_nll(*merged, beta, "none"))
+    loss, *saved = (r.reshape(target.shape) for r in _ops.softmax_nll(*merged, beta, "none"))
     if reduction != "none":
         # Of an example that is a vector there is one loss: nothing is left to add up.
         rows = loss.reshape(info.batch_size, -1)
         loss = rows.mean(1) if reduction == "mean" else rows.sum(1)
-    return (loss, logsumexp), (0, 0)
+    return (loss, *saved), (0, 0, 0)
 
 
-def _softmax_nll_backward_vmap(info, in_dims, grad_loss, input, target, logsumexp, beta, reduction):
-    tensors = (grad_loss, input, target, logsumexp)
+def _softmax_nll_backward_vmap(info, in_dims, *args):
+    *tensors, beta, reduction = args
     grad, *others = (
-        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:4], strict=True)
+        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:5], strict=True)
     )
-    input, target, _ = others
+    input, target = others[:2]
     if reduction != "none":
         grad = _spread(grad, target, reduction)
     dims = input.dim() - 1
