@@ -1,0 +1,850 @@
+"""Random calls of the operators: arguments from a seed, and what must come of them."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import fuzz_references as references
+import numpy as np
+import torch
+from fuzz_references import EPS, FLOATING, Refused, Unclear
+from torch import Tensor
+
+import mnist_ops
+
+Args = dict[str, Any]
+ALIKE = ("sigmoid", "softmax", "log_softmax")  # of any shape, and each has a layout of its own
+IMAGES = ("lp_pool2d", "subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d", "stage2d")
+FORWARD = (*IMAGES, *ALIKE, "softmax_nll")
+RAW = (*FORWARD, *(f"{name}_backward" for name in FORWARD), "lp_pool2d_double_backward")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REFUSED_DTYPES = (
+    *INTEGERS,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+#: What a call may raise. Everything else is a finding; so is an error that blames itself.
+PROPER = (TypeError, ValueError, IndexError, RuntimeError)
+IMPROPER_TEXT = re.compile(r"INTERNAL ASSERT|please report a bug|Unknown exception", re.IGNORECASE)
+
+NUMBERS = (
+    0, 1, -1, 2, 3, 7, 0.0, -0.0, 0.5, 1e-3, math.nan, math.inf, -math.inf, 1e39, -1e39, 1e-39,
+    1e-46, 1e308, 5e-324, 2**31, 2**62, 2**63, -(2**63) - 1, 10**400, True, None, "1", "", b"1",
+    [1], [], (1.0,), 1j, {}, torch.float32, torch.tensor(2.0), np.float32(1.5), np.int64(1),
+)  # fmt: skip
+PAIRS = (
+    0, 1, -1, 2, 3, 2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**63, -(2**63), 10**30, [], [1], [2, 2, 2],
+    [0, 2], [2, 0], [-1, 1], [2**62, 2], [2, 2**62], [2**31 - 1, 2**31 - 1], [2**30, 2], (2, 2.5),
+    None, "22", "2", True, [None, 1], ["1", "1"], [[1], [1]], 2.0, math.nan, torch.Size([2, 2]),
+    np.int64(2), np.array([2, 2]), torch.tensor([1, 1]), {}, [math.inf, 1], [10**30, 1], (1, True),
+)  # fmt: skip
+BOOLS = (True, False, None, 0, 1, 2, "", "x", [], 2**70, math.nan, torch.tensor(True))
+TEXTS = ("tanh", "relu", "mean", "none", "", "TANH", "tanh ", None, 3, b"tanh", "\0", "tanh\0")
+TEXTS += ("ü" * 300, ["mean"], True, math.nan, "\ud800")  # type: ignore[assignment]
+
+
+def describe(value: Any) -> str:
+    """An argument as it is printed for a finding."""
+    if not isinstance(value, Tensor):
+        text = repr(value)
+        return text if len(text) < 400 else f"{text[:400]}... ({len(text)} characters)"
+    where = "" if value.device.type == "cpu" else f", {value.device.type}"
+    grad = ", requires_grad" if value.requires_grad else ""
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.layout is not torch.strided:
+        return f"{dtype}{tuple(value.shape)}[{value.layout}]"
+    strides = "" if value.is_contiguous() else f", strides {value.stride()}"
+    offset = f", offset {value.storage_offset()}" if value.storage_offset() else ""
+    shown = ""
+    if value.numel() <= 4 and not value.is_meta and not value.is_neg():
+        shown = f", values {value.detach().flatten().tolist()}"
+    return f"{dtype}{tuple(value.shape)}{strides}{offset}{where}{grad}{shown}"
+
+
+class Draw:
+    """What a seed and the number of a call decide."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        self.random = random.Random(f"{seed}/{number}")
+        self.generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+        self.memory: list[tuple[Tensor, Tensor]] = []  # what tensors lie in, and as it was
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def dtype(self) -> torch.dtype:
+        return self.random.choices(FLOATING, (4, 5, 2, 2))[0]
+
+    def shape(self, dims: int, largest: int = 6) -> tuple[int, ...]:
+        """Mostly small sizes, sometimes a long last dimension, sometimes 0."""
+        sizes = [self.random.choice((1, 2, 2, 3, 3, 4, largest)) for _ in range(dims)]
+        if dims and self.chance(0.2):
+            sizes[self.random.randrange(dims)] = self.random.choice((5, 8, 9, 17, 33))
+        if dims and self.chance(0.08):
+            sizes[self.random.randrange(dims)] = 0
+        while math.prod(sizes) > 3000:
+            sizes[sizes.index(max(sizes))] //= 2
+        return tuple(sizes)
+
+    def image_shape(self) -> tuple[int, ...]:
+        n, c = self.random.choice((1, 2, 3)), self.random.choice((1, 1, 2, 3, 4, 8, 9, 17))
+        h, w = (self.random.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 33)) for _ in range(2))
+        while n * c * h * w > 3000:
+            n, c, h = 1, max(1, c // 2), max(1, h // 2)
+        sizes = [n, c, h, w]
+        if self.chance(0.06):
+            sizes[self.random.randrange(4)] = 0
+        return tuple(sizes if self.chance(0.8) else sizes[1:])
+
+    def values(self, kind: str, count: int, dtype: torch.dtype) -> Tensor:
+        """Numbers in float64 that ``dtype`` can hold."""
+        x = torch.randn(count, dtype=torch.float64, generator=self.generator)
+        if kind == "ties":
+            x = (x * 1.5).round()
+        elif kind == "zeros":
+            x = x * (torch.rand(count, generator=self.generator) > 0.4)
+        elif kind == "constant":
+            x = torch.full_like(x, self.random.choice((0.0, 1.0, -2.5)))
+        elif kind == "scaled":
+            reach = {torch.float64: 60, torch.float32: 12, torch.bfloat16: 12}.get(dtype, 2)
+            x = x * 10.0 ** self.random.randint(-reach, reach)
+        elif kind == "extreme":
+            reach = {torch.float64: 300, torch.float32: 37, torch.bfloat16: 37}.get(dtype, 4)
+            x = x * 10.0 ** self.random.choice((-reach, reach))
+        elif kind == "offset":
+            x = x + self.random.choice((100.0, -1000.0, 1e4 if dtype != torch.float16 else 1e3))
+        elif kind == "special":
+            info = torch.finfo(dtype)
+            chosen = torch.tensor(
+                [math.inf, -math.inf, math.nan, 0.0, -0.0, info.max, info.min, info.tiny, 1.0],
+                dtype=torch.float64,
+            )
+            some = torch.randint(0, 9, (count,), generator=self.generator)
+            rare = torch.rand(count, generator=self.generator) < self.random.choice((0.05, 0.3))
+            x = torch.where(rare, chosen[some], x)
+        return x
+
+    def tensor(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kind: str = "normal",
+        layout: str | None = None,
+    ) -> Tensor:
+        """Values in memory in some layout, with NaN before, between and after them."""
+        if layout is None:
+            layouts = ("contiguous", "channels_last", "transposed", "sliced", "offset", "expanded")
+            layouts += ("overlapping", "negated")
+            layout = self.random.choices(layouts, (8, 5, 3, 3, 3, 2, 1, 0.5))[0]
+        dims = len(shape)
+        order = list(reversed(range(dims)))  # from the innermost in memory to the outermost
+        if layout == "channels_last" and dims >= 3:
+            order = [dims - 3, dims - 1, dims - 2, *reversed(range(dims - 3))]
+        elif layout == "transposed":
+            self.random.shuffle(order)
+        distance = self.random.choice((2, 3)) if layout == "sliced" else 1
+        strides = [0] * dims
+        for d in order:
+            strides[d] = distance
+            distance *= max(1, shape[d])
+            if layout == "sliced" and self.chance(0.5):
+                distance += self.random.choice((1, 4))
+            if shape[d] == 1 and self.chance(0.1):
+                strides[d] = self.random.choice((0, 1, 5, 2**40))  # never walked along
+        shared = dims > 0 and layout in ("expanded", "overlapping")
+        if shared and layout == "expanded":
+            strides[self.random.randrange(dims)] = 0
+        elif shared:
+            strides = [self.random.choice((0, 1, 1, 2, 3)) for _ in strides]
+        plain = layout in ("contiguous", "channels_last")
+        offset = 0 if plain and self.chance(0.7) else self.random.randrange(1, 9)
+        need = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if 0 in shape:
+            need = 0
+        memory = torch.full((offset + need + 5,), math.nan, dtype=torch.float64).to(dtype)
+        view = memory.as_strided(shape, strides, offset)
+        if shared:
+            memory[offset : offset + need] = self.values(kind, need, dtype).to(dtype)
+        else:
+            view.copy_(self.values(kind, math.prod(shape), dtype).reshape(shape))
+        self.memory.append((memory, memory.clone()))
+        if layout == "negated" and dtype in (torch.float64, torch.float32):
+            view = torch._neg_view(view)
+        return view
+
+    def changed(self) -> bool:
+        """Whether something that went in, or lies beside it, is not what it was."""
+        return any(
+            not torch.equal(now.view(torch.uint8), before.view(torch.uint8))
+            for now, before in self.memory
+        )
+
+
+# ------------------------------------------------------------------------------- valid arguments
+
+
+def draw_kernel(draw: Draw) -> Tensor:
+    taps = (1, 3, 3, 5, 7, 15)
+    if draw.chance(0.6):
+        shape: tuple[int, ...] = (draw.random.choice(taps),)
+    else:
+        shape = (draw.random.choice(taps[:5]), draw.random.choice(taps[:5]))
+    if draw.chance(0.3):
+        dtype = draw.dtype()
+    else:
+        dtype = torch.float64
+    kernel = draw.tensor(shape, dtype, layout=draw.random.choice(("contiguous", "sliced")))
+    kernel.copy_(kernel.abs() + 0.05 if draw.chance(0.85) else kernel)
+    draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
+    return kernel
+
+
+def draw_windows(draw: Draw, shape: tuple[int, ...], raw: bool) -> Args:
+    kernel = [draw.random.choice((1, 2, 2, 3, 3, 4, 5, 7)) for _ in range(2)]
+    padding = [draw.random.randint(0, k // 2) if draw.chance(0.4) else 0 for k in kernel]
+    for d in range(2):  # mostly windows that fit
+        if draw.chance(0.95):
+            kernel[d] = max(1, min(kernel[d], shape[d - 2] + 2 * padding[d]))
+            padding[d] = min(padding[d], kernel[d] // 2)
+    stride: Any = list(kernel) if draw.chance(0.5) else [draw.random.randint(1, 4) for _ in "hw"]
+    if not raw:
+        if draw.chance(0.3):
+            stride = None
+        if kernel[0] == kernel[1]:
+            kernel = draw.random.choice((kernel[0], tuple(kernel)))  # type: ignore[assignment]
+    return {
+        "norm_type": draw.random.choice((1, 1.0, 2, 2.0, 2.0, 3.0, 4, 2.5, 1.5, 0.5, 7, math.inf)),
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "ceil_mode": draw.chance(0.3),
+    }
+
+
+def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
+    """Arguments of a forward operator; tame: none where derivatives are not numbers."""
+    kinds = ("normal", "ties", "zeros", "scaled", "constant", "offset", "extreme", "special")
+    kind = draw.random.choices(kinds, (8, 2, 2, 2, 1, 1, *((0, 0) if tame else (1, 2))))[0]
+    dtype = draw.dtype()
+    if name in IMAGES:
+        shape = draw.image_shape()
+        args = {"input": draw.tensor(shape, dtype, kind)}
+        if name != "lp_pool2d":
+            args["kernel"] = draw_kernel(draw)
+        if name in ("lp_pool2d", "stage2d"):
+            if name == "stage2d":
+                args["activation"] = draw.random.choice(tuple(references.ACTIVATIONS))
+            args |= draw_windows(draw, shape, raw)
+        elif name != "subtractive_norm2d":
+            args["threshold"] = draw.random.choice((1e-4, 0.5, 1.0, 0.0, 0.1))
+            args["threshold_value"] = draw.random.choice((1e-4, 0.3, 1, 5.0))
+            if not raw and args["threshold"] and draw.chance(0.5):
+                args["threshold_value"] = None
+        return args
+    shape = draw.shape(draw.random.choice((0, 1, 2, 2, 2, 3, 4, 4, 5, 6)))
+    if name == "sigmoid":
+        return {"input": draw.tensor(shape, dtype, kind)}
+    beta = draw.random.choice((1.0, 1.0, 1, -1.0, -2.5, 0.5, 3.0, 0.0))
+    if name != "softmax_nll":
+        x = draw.tensor(shape, dtype, kind)
+        dims = max(1, len(shape))
+        return {"input": x, "dim": draw.random.randrange(-dims, dims), "beta": beta}
+    shape = shape or (3,)
+    x = draw.tensor(shape, dtype, kind)
+    classes = shape[min(1, len(shape) - 1)]
+    left = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    target = draw.tensor(
+        left,
+        torch.int64 if raw else draw.random.choice(INTEGERS),
+        layout=draw.random.choice(("contiguous", "transposed", "sliced")),
+    )
+    chosen = torch.randint(0, max(1, classes), left, generator=draw.generator)
+    if draw.chance(0.05) and chosen.numel():
+        chosen.view(-1)[0] = draw.random.choice((-1, classes, 100, -100))
+    target.copy_(chosen)
+    draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
+    reduction = draw.random.choice(("none", "mean", "sum"))
+    return {"input": x, "target": target, "beta": beta, "reduction": reduction}
+
+
+# ------------------------------------------------------------------------------ absurd arguments
+
+
+def absurd(draw: Draw, value: Any) -> Any:
+    """Something else in the place of an argument."""
+    pick = draw.random.choice
+    if isinstance(value, Tensor):
+        return absurd_tensor(draw, value)
+    if isinstance(value, bool):
+        return pick(BOOLS)
+    if isinstance(value, (int, float)):
+        return pick(PAIRS if draw.chance(0.1) else NUMBERS)
+    if isinstance(value, str):
+        return pick(TEXTS)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and draw.chance(0.5):
+        changed = list(value)
+        changed[pick((0, 1))] = pick(
+            (0, -1, 1, 2, 3, 100, 2**30, 2**31 - 1, 2**31, 2**62, -(2**62))
+        )
+        return changed
+    return pick(PAIRS)
+
+
+def absurd_tensor(draw: Draw, value: Tensor) -> Any:
+    if value.numel() > 10**5:  # one that was made absurd before
+        value = torch.zeros(3)
+    pick, shape = draw.random.choice, tuple(value.shape)
+    what = pick(
+        ("dtype", "dtype", "shape", "shape", "meta", "meta", "floating", "nothing", "leaf", "odd")
+    )
+    if what == "dtype":
+        return draw.tensor(shape, torch.float32).to(pick(REFUSED_DTYPES))
+    if what == "floating":
+        return draw.tensor(shape, draw.dtype(), "special")
+    if what == "meta":
+        return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device="meta")
+    if what == "leaf" and value.is_floating_point():
+        return value.clone().requires_grad_()
+    if what == "shape":
+        sizes = list(shape)
+        change = pick(("more", "fewer", "zero", "other", "any", "swapped", "huge"))
+        if change == "more":
+            sizes.insert(pick((0, len(sizes))), pick((0, 1, 2)))
+        elif change == "fewer" and sizes:
+            sizes.pop(draw.random.randrange(len(sizes)))
+        elif change in ("zero", "other") and sizes:
+            d = draw.random.randrange(len(sizes))
+            sizes[d] = 0 if change == "zero" else sizes[d] + pick((1, 2, -1) if sizes[d] else (1,))
+        elif change == "any":
+            sizes = list(draw.shape(pick((0, 1, 2, 3, 4, 5, 6))))
+        elif change == "huge" and sizes and value.dtype in FLOATING:
+            # One number, expanded to more than any memory holds.
+            sizes[draw.random.randrange(len(sizes))] = pick((2**31, 2**40, 2**62))
+            if math.prod(sizes) < 2**63:
+                return torch.ones((), dtype=value.dtype).expand(sizes)
+            sizes = list(shape)
+        else:
+            draw.random.shuffle(sizes)
+        return draw.tensor(tuple(sizes), torch.float32).to(value.dtype)
+    if what == "odd":
+        odd = pick(("sparse", "list", "parameter", "numpy", "nested"))
+        if odd == "sparse" and value.is_floating_point() and value.dim():
+            return torch.ones(shape).to_sparse()
+        if odd == "parameter" and value.is_floating_point():
+            return torch.nn.Parameter(value.clone())
+        if odd == "numpy":
+            return np.ones(shape, dtype=np.float32)
+        if odd == "list":
+            return [value]
+    return pick((None, 1, 1.0, "tensor", [], True, torch.float32))
+
+
+# -------------------------------------------------------------------------------------- what comes
+
+
+@dataclass
+class Expected:
+    """A result in float64, and how large the terms are whose rounding errors it has."""
+
+    value: Tensor
+    scale: Any
+    dtype: torch.dtype
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """In float64; zeros of the shape for a tensor without values."""
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=torch.float64)
+    return tensor.detach().to(torch.float64)
+
+
+def gradients(
+    function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, v: Tensor | None
+) -> list[Tensor]:
+    """[gx], or with v [gg, gx2]: the gradients of sum(v * gx)."""
+    x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
+    zero = [torch.zeros_like(g), torch.zeros_like(x)]
+    y = function(x)
+    if v is None:
+        return [torch.autograd.grad(y, x, g)[0]]
+    (gx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    if not gx.requires_grad:
+        return zero
+    found = torch.autograd.grad(gx, (g, x), v, allow_unused=True)
+    return [z if f is None else f for z, f in zip(zero, found, strict=True)]
+
+
+def like(tensor: Any, other: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Refuse a gradient that is not of a tensor's shape and dtype."""
+    references.floating(tensor)
+    shape = other.shape if isinstance(other, Tensor) else other
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise Refused("another shape or dtype")
+    return tensor
+
+
+def finite(*tensors: Tensor, within: torch.dtype | None = None) -> None:
+    """No derivative is promised at infinity, nor where the result is infinite in its dtype."""
+    if not all(t.is_meta or t.isfinite().all() for t in tensors):
+        raise Unclear("derivatives at infinity or NaN")
+    if within is not None and references.magnitude(*tensors) > torch.finfo(within).max / 2:
+        raise Unclear("derivatives of a result that overflows")
+
+
+def expected_of_raw(name: str, args: Args, saved: tuple[Any, ...]) -> list[Expected]:
+    """What ``torch.ops.mnist_ops.<name>`` must give; raises Refused or Unclear.
+
+    ``saved`` are the tensors that a backward operator was handed by its forward: nothing is
+    promised for others.
+    """
+    base = name.removesuffix("_double_backward").removesuffix("_backward")
+    if any(isinstance(t, Tensor) and t.numel() > 10**6 for t in args.values()):
+        raise Unclear("more than there is memory for")
+    forward_args = dict(args)
+    if base in ALIKE and name != base:
+        return expected_of_alike(base, args)
+    if base == "subtractive_norm2d" and name != base:
+        forward_args["input"] = args["grad_output"]
+    promise = references.promise(base, forward_args, raw=True)
+    x, dtype = forward_args["input"], forward_args["input"].dtype
+    wide, rest = on_cpu(x), promise.reference_args
+    if name == base:
+        y = promise.function(wide)
+        scale = references.scale(base, "y", wide, rest, wide, wide)
+        return [Expected(y.detach(), scale, dtype)]
+    g_name = "grad_loss" if base == "softmax_nll" else "grad_output"
+    y = promise.function(wide)
+    g = like(args[g_name], y, dtype)
+    finite(x, g)
+    finite(y, within=dtype)
+    if base == "lp_pool2d":
+        like(args["output"], y, dtype)
+    if any(all(value is not own for value in args.values()) for own in saved):
+        # The gradient's own shape and dtype were looked at.
+        raise Unclear("what the forward did not give")
+    v = None
+    if name.endswith("_double_backward"):
+        v = like(args["grad_grad_input"], x, dtype)
+        finite(v)
+    wide_g, wide_v = on_cpu(g), None if v is None else on_cpu(v)
+    kinds = ("gx",) if v is None else ("gg", "gx2")
+    other = wide_g if wide_v is None else wide_v
+    return [
+        Expected(value, references.scale(base, kind, wide, rest, wide_g, other), dtype)
+        for kind, value in zip(
+            kinds, gradients(promise.function, wide, wide_g, wide_v), strict=True
+        )
+    ]
+
+
+def expected_of_alike(base: str, args: Args) -> list[Expected]:
+    """The backward operators of functions that keep their output."""
+    stand_in = {"input": args["output"], **args}
+    rest = references.promise(base, stand_in, raw=True).reference_args
+    output = args["output"]
+    g = on_cpu(like(args["grad_output"], output, output.dtype))
+    y = on_cpu(output)
+    finite(output, args["grad_output"])
+    terms = references.magnitude(g) * max(1.0, references.magnitude(y))
+    if base == "sigmoid":
+        return [Expected(g * y * (1 - y), terms * max(1.0, references.magnitude(y)), output.dtype)]
+    dim, beta = rest
+    if base == "softmax":
+        value, size = beta * y * (g - (g * y).sum(dim, keepdim=True)), references.magnitude(y) ** 2
+    else:
+        e = y.exp()
+        value, size = beta * (g - e * g.sum(dim, keepdim=True)), 1 + references.magnitude(e)
+        size *= 1 + references.magnitude(y)
+    if not math.isfinite(size):
+        raise Unclear("overflow")
+    scale = abs(beta) * terms * max(1.0, size) * max(1, y.numel())
+    return [Expected(value, scale, output.dtype)]
+
+
+def compare(what: str, got: Any, expected: Expected) -> str | None:
+    """What is wrong with a result; None where nothing is."""
+    if not isinstance(got, Tensor):
+        return f"{what} is a {type(got).__name__}"
+    if got.dtype != expected.dtype or got.shape != expected.value.shape:
+        wanted = f"{expected.dtype} {tuple(expected.value.shape)}"
+        return f"{what} is {got.dtype} {tuple(got.shape)}, not {wanted}"
+    if got.is_meta or got.numel() == 0:
+        return None
+    info = torch.finfo(got.dtype)
+    actual, want = got.detach().to(torch.float64), expected.value
+    tolerance = EPS[got.dtype]
+    if isinstance(expected.scale, float) and not math.isfinite(expected.scale):
+        return None
+    bound = tolerance * (3 * want.abs() + expected.scale) + 2 * info.tiny
+    bound = bound.nan_to_num(nan=math.inf)
+    same = (actual - want).abs() <= bound
+    if not bool(same.all()):
+        same |= (actual == want) | (actual.isnan() & want.isnan())
+        # What rounds to infinity, or nearly: both will do.
+        over = want.abs() * (1 + 4 * tolerance) > info.max
+        same |= over & (actual.sign() == want.sign()) & (actual.abs() > info.max / 4)
+    if bool(same.all()):
+        return None
+    i = int((~same).flatten().to(torch.uint8).argmax())
+    a, w = float(actual.flatten()[i]), float(want.flatten()[i])
+    b = float(torch.broadcast_to(bound, want.shape).flatten()[i])
+    return f"{what}: element {i} of {want.numel()} is {a!r}, must be {w!r} within {b:.2g}"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    return all(
+        a.is_meta or torch.equal(bits(a), bits(b))
+        for a, b in zip(listed(one), listed(other), strict=True)
+    )
+
+
+def listed(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+# -------------------------------------------------------------------------------------------- cases
+
+
+@dataclass
+class Case:
+    """One call: how it is written, and a function that makes it and returns what is wrong."""
+
+    name: str
+    text: Callable[[], str]
+    run: Callable[[], tuple[str, str | None]]  # ("valid" | "refused" | "unclear", what is wrong)
+
+
+def judged(
+    draw: Draw, call: Callable[[], Any], expect: Callable[[], list[Expected]], raw: bool
+) -> tuple[str, str | None]:
+    """Make a call, and hold it against what must come."""
+    try:
+        expected: list[Expected] | None = expect()
+        outcome = "valid"
+    except Refused:
+        expected, outcome = None, "refused"
+    except Unclear:
+        expected, outcome = None, "unclear"
+    proper = (*PROPER, OverflowError) if raw else PROPER  # the dispatcher's own, for 2**70
+    try:
+        result = call()
+    except proper as error:
+        if IMPROPER_TEXT.search(str(error)):
+            return outcome, f"an error that blames itself: {first_line(error)}"
+        if outcome == "valid":
+            return outcome, f"{type(error).__name__} for valid arguments: {first_line(error)}"
+        if draw.changed():
+            return outcome, "an input was modified by a call that failed"
+        return outcome, None
+    except (Exception, MemoryError) as error:
+        return outcome, f"{type(error).__name__} is no proper error: {first_line(error)}"
+    if draw.changed():
+        return outcome, "an input was modified"
+    if outcome == "refused":
+        return outcome, "arguments that are not documented were taken"
+    if not same_bits(result, call()):
+        return outcome, "a second call gave other bits"
+    for i, want in enumerate(expected or ()):
+        wrong = compare(f"result {i}", listed(result)[i], want)
+        if wrong:
+            return outcome, wrong
+    return outcome, None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+class Library:
+    """Where the raw operators are: the CPU's, or the emulated CUDA kernels."""
+
+    def __init__(self, namespace: str = "mnist_ops", configure: Any = None) -> None:
+        self.namespace, self.configure = namespace, configure
+        self.ops = getattr(torch.ops, namespace)
+
+    @property
+    def emulated(self) -> bool:
+        return self.configure is not None
+
+
+def raw_case(draw: Draw, library: Library, hostile: bool) -> Case:
+    """A call of ``torch.ops.mnist_ops``."""
+    name = draw.random.choice(RAW)
+    base = name.removesuffix("_backward").removesuffix("_double")
+    op = getattr(library.ops, name)
+    forward = getattr(library.ops, base)
+    args, saved = draw_arguments(draw, base, raw=True, tame=name != base), ()
+    if name != base:
+        args, saved = backward_arguments(draw, base, name, args, forward)
+    if hostile:
+        for _ in range(draw.random.choice((1, 1, 1, 2))):
+            key = draw.random.choice(list(args))
+            args[key] = absurd(draw, args[key])
+    positional = list(args.values())
+    if hostile and draw.chance(0.03):
+        positional = positional[:-1] if draw.chance(0.5) else [*positional, 1]
+
+    def text() -> str:
+        return f"torch.ops.{library.namespace}.{name}({', '.join(map(describe, positional))})"
+
+    def expect() -> list[Expected]:
+        if len(positional) != len(args):
+            raise Refused("another number of arguments")
+        if library.emulated:
+            return emulated_expectation(name, args, saved)
+        return expected_of_raw(name, args, saved)
+
+    def run() -> tuple[str, str | None]:
+        if library.configure is not None:
+            library.configure(draw.random)
+        outcome, wrong = judged(draw, lambda: op(*positional), expect, raw=True)
+        if outcome == "valid" and not wrong and not library.emulated:
+            wrong = wrong_layout(op, positional)
+        return outcome, wrong
+
+    return Case(name, text, run)
+
+
+def emulated_expectation(name: str, args: Args, saved: tuple[Any, ...]) -> list[Expected]:
+    """CUDA cannot look at values, and has no Python beside it."""
+    if any(isinstance(v, Tensor) and (v.is_meta or v.requires_grad) for v in args.values()):
+        raise Unclear("what the emulation does not have")
+    try:
+        return expected_of_raw(name, args, saved)
+    except Refused as error:
+        if "out of range" in str(error):
+            raise Unclear("NaN, on CUDA") from None
+        raise
+
+
+def backward_arguments(
+    draw: Draw, base: str, name: str, args: Args, forward: Callable[..., Any]
+) -> tuple[Args, tuple[Any, ...]]:
+    """Arguments of a backward operator, in the order of its schema, and what the forward saved."""
+    x = args["input"]
+    dtype = x.dtype
+    if base in ALIKE:
+        y = forward(*args.values())
+        output = draw.tensor(tuple(y.shape), dtype)
+        g = draw.tensor(tuple(y.shape), dtype)
+        if output.stride() != x.stride() or draw.chance(0.5):
+            output = y
+        else:
+            output = output.clone(memory_format=torch.preserve_format).copy_(y)
+            draw.memory = [(now, now.clone()) for now, _ in draw.memory]
+        rest = list(args.items())[1:]
+        return {"grad_output": g, "output": output, **dict(rest)}, ()
+    if base == "subtractive_norm2d":
+        return {"grad_output": x, "kernel": args["kernel"]}, ()
+    if base == "softmax_nll":
+        try:
+            loss, *others = forward(*args.values())
+        except RuntimeError:  # no classes, or a target out of range: anything will do
+            loss, others = x.sum(), [x.clone()]
+        g = draw.tensor(tuple(loss.shape), dtype, layout=None if loss.dim() else "contiguous")
+        saved = {f"saved{i}": tensor for i, tensor in enumerate(others)}
+        beta, reduction = args["beta"], args["reduction"]
+        first = {"grad_loss": g, "input": x, "target": args["target"]}
+        kept = (x, args["target"], beta, reduction, *others)
+        return {**first, **saved, "beta": beta, "reduction": reduction}, kept
+    try:
+        y = forward(*args.values())
+    except RuntimeError:  # windows that do not fit
+        y = x.clone()
+    g = draw.tensor(tuple(y.shape), dtype, draw.random.choice(("normal", "zeros")))
+    if base != "lp_pool2d":
+        return {"grad_output": g, **args}, ()
+    rest = dict(list(args.items())[1:])
+    result: Args = {"grad_output": g, "input": x, "output": y, **rest}
+    if name.endswith("_double_backward"):
+        result = {"grad_grad_input": draw.tensor(tuple(x.shape), dtype), **result}
+    return result, (x, y, *rest.values())
+
+
+def wrong_layout(op: Any, positional: list[Any]) -> str | None:
+    """Hold a result's shape, dtype and strides against what the fake kernel says."""
+    if not any(isinstance(a, Tensor) and a.is_floating_point() for a in positional):
+        return None
+    fake = [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+        if isinstance(a, Tensor)
+        else a
+        for a in positional
+    ]
+    for i, (real, said) in enumerate(zip(listed(op(*positional)), listed(op(*fake)), strict=True)):
+        same = real.shape == said.shape and real.dtype == said.dtype
+        # The stride of a dimension of one element means nothing.
+        steps = [
+            [s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1] for t in (real, said)
+        ]
+        if not same or (real.numel() and steps[0] != steps[1]):
+            shown = [f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}" for t in (real, said)]
+            return f"result {i} is {shown[0]}, but the fake kernel says {shown[1]}"
+    return None
+
+
+def public_case(draw: Draw, hostile: bool) -> Case:
+    """A call of a function of ``mnist_ops``, perhaps through autograd or torch.func."""
+    if draw.chance(0.03):
+        return gaussian_case(draw, hostile)
+    name = draw.random.choice(FORWARD)
+    how = "forward"
+    if not hostile:
+        how = draw.random.choice(("forward", "module", "grad", "double", "jvp", "vmap"))
+    args = draw_arguments(draw, name, raw=False, tame=how not in ("forward", "module"))
+    if hostile:
+        for _ in range(draw.random.choice((1, 1, 1, 2))):
+            key = draw.random.choice(list(args))
+            args[key] = absurd(draw, args[key])
+    function = getattr(mnist_ops, name)
+
+    def text() -> str:
+        shown = ", ".join(f"{key}={describe(value)}" for key, value in args.items())
+        return f"mnist_ops.{name}({shown})" + ("" if how == "forward" else f"  [{how}]")
+
+    if how == "forward":
+
+        def expect() -> list[Expected]:
+            promise = references.promise(name, args, raw=False)
+            x = on_cpu(args["input"])
+            scale = references.scale(name, "y", x, promise.reference_args, x, x)
+            return [Expected(promise.function(x).detach(), scale, args["input"].dtype)]
+
+        # Where a second value is None it has its default.
+        def call() -> Any:
+            return function(**args)
+
+        return Case(name, text, lambda: judged(draw, call, expect, raw=False))
+    return Case(f"{name} [{how}]", text, lambda: derived(draw, name, how, args, function))
+
+
+def gaussian_case(draw: Draw, hostile: bool) -> Case:
+    """``gaussian1d``, or ``gaussian2d`` as its outer product."""
+    two = draw.chance(0.5)
+    size: Any = draw.random.randint(1, 9)
+    sigma, center = draw.random.choice((0.25, 0.1, 3)), draw.random.choice((0.5, 0.2))
+    args = [size, sigma, draw.random.choice((1.0, 2.5)), center, draw.chance(0.5)]
+    valid = list(args)
+    if hostile:
+        i = draw.random.randrange(5)
+        args[i] = draw.random.choice(PAIRS) if i == 0 else absurd(draw, args[i])
+    name = "gaussian2d" if two else "gaussian1d"
+
+    def expect() -> list[Expected]:
+        if any(now is not before for now, before in zip(args, valid, strict=True)):
+            raise Unclear("see the tests of kernels.py")
+        i = torch.arange(1, size + 1, dtype=torch.float64)
+        line = torch.exp(-(((i - (center * size + 0.5)) / (sigma * size)) ** 2) / 2)
+        want = args[2] * (torch.outer(line, line) if two else line)
+        return [Expected(want / want.sum() if args[4] else want, 1.0, torch.float64)]
+
+    def text() -> str:
+        return f"mnist_ops.{name}({', '.join(map(describe, args))})"
+
+    function = getattr(mnist_ops, name)
+    return Case(name, text, lambda: judged(draw, lambda: function(*args), expect, raw=False))
+
+
+def derived(
+    draw: Draw, name: str, how: str, args: Args, function: Callable[..., Any]
+) -> tuple[str, str | None]:
+    """Modules, derivatives and batches of a public function."""
+    x = args["input"]
+    rest_args = {key: value for key, value in args.items() if key != "input"}
+    try:
+        promise = references.promise(name, args, raw=False)
+        wide, rest = on_cpu(x), promise.reference_args
+        y = promise.function(wide).detach()
+        if how not in ("module", "vmap"):
+            finite(x)
+            finite(y, within=x.dtype)
+        v = draw.tensor(tuple(x.shape), x.dtype, draw.random.choice(("normal", "zeros")))
+        g = draw.tensor(tuple(y.shape), x.dtype)
+        wide_g, wide_v = on_cpu(g), on_cpu(v)
+
+        def scaled(kind: str) -> Any:
+            return references.scale(name, kind, wide, rest, wide_g, wide_v)
+
+        expected = [Expected(y, scaled("y"), x.dtype)]
+        if how == "grad":
+            values = gradients(promise.function, wide, wide_g, None)
+            expected.append(Expected(values[0], scaled("gx"), x.dtype))
+        elif how == "double":
+            values = gradients(promise.function, wide, wide_g, wide_v)
+            kinds = ("gg", "gx2")
+            expected += [
+                Expected(value, scaled(kind), x.dtype)
+                for kind, value in zip(kinds, values, strict=True)
+            ]
+        elif how == "jvp":
+            # The gradient with respect to g of the gradient in the direction v.
+            value = gradients(promise.function, wide, wide_g, wide_v)[0]
+            expected.append(Expected(value, scaled("jvp"), x.dtype))
+    except (Refused, Unclear):
+        return "unclear", None
+
+    def on(x: Tensor) -> Any:
+        return function(x, **rest_args)
+
+    def call() -> Any:
+        if how == "module":
+            return module_of(name, args)(x, *((args["target"],) if "target" in args else ()))
+        if how == "vmap":
+            return batch_call(draw, name, args, function)
+        if how == "jvp":
+            return torch.func.jvp(on, (x,), (v,))
+        leaf = x.detach().requires_grad_()
+        y = on(leaf)
+        if how == "grad":
+            return y, torch.autograd.grad(y, leaf, g)[0]
+        direction = g.detach().requires_grad_()
+        (gx,) = torch.autograd.grad(y, leaf, direction, create_graph=True)
+        zero = (torch.zeros_like(direction), torch.zeros_like(leaf))
+        if not gx.requires_grad:
+            return y, *zero
+        found = torch.autograd.grad(gx, (direction, leaf), v, allow_unused=True)
+        return y, *(z if f is None else f for z, f in zip(zero, found, strict=True))
+
+    return judged(draw, call, lambda: expected, raw=False)
+
+
+def module_of(name: str, args: Args) -> torch.nn.Module:
+    """The layer of ``mnist_ops.nn``."""
+    layer = {
+        "lp_pool2d": "LPPool2d",
+        "subtractive_norm2d": "SubtractiveNorm2d",
+        "divisive_norm2d": "DivisiveNorm2d",
+        "contrastive_norm2d": "ContrastiveNorm2d",
+        "stage2d": "Stage2d",
+        "sigmoid": "Sigmoid",
+        "softmax": "Softmax",
+        "log_softmax": "LogSoftmax",
+        "softmax_nll": "SoftmaxNLLLoss",
+    }[name]
+    options = {key: value for key, value in args.items() if key not in ("input", "target")}
+    return getattr(mnist_ops.nn, layer)(**options)
+
+
+def batch_call(draw: Draw, name: str, args: Args, function: Callable[..., Any]) -> Tensor:
+    """vmap over copies of the input, of which one is returned and all must be the same."""
+    x = args["input"]
+    size = 2 + x.numel() % 2
+    dim = x.dim() // 2
+    copies = torch.stack([x] * size, dim)
+    rest = {key: value for key, value in args.items() if key != "input"}
+    results = torch.func.vmap(lambda one: function(one, **rest), in_dims=dim)(copies)
+    for other in results[1:]:
+        assert same_bits(results[0], other), "examples of one batch differ"
+    return results[0]
