@@ -7,24 +7,26 @@
     python examples/reproduce.py --candidates relu               # guesses at an unknown column
 
 Results are in --out: results.json, a CSV and a PNG for each table, summary.md and report.html.
-Kill it at any moment; --resume goes on after the last complete epoch of each run.
+Kill it at any moment; --resume goes on after the last complete epoch of each run. What --out holds
+must have been made with the same settings, limit, data and kind of device; of epochs it may hold
+more than are asked for, or fewer.
 """
 
 import argparse
-import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mnist_ops import (
+    command_line,
     data,
     derivations,
     experiments,
     figures,
     html_report,
+    records,
     reports,
     runner,
     tables,
@@ -60,22 +62,27 @@ def parse_arguments() -> argparse.Namespace:
         help="guesses at the configuration behind a printed column",
     )
     how = p.add_argument_group("how")
-    how.add_argument("--seeds", type=int, default=1, help="run with seeds 1 to SEEDS")
-    how.add_argument("--epochs", type=int, help="default: as many as the report shows")
-    how.add_argument("--limit", type=int, help="use the first LIMIT digits of each split")
+    many = command_line.whole_number(1, 10_000)
+    how.add_argument("--seeds", type=many, default=1, help="run with seeds 1 to SEEDS")
+    how.add_argument("--epochs", type=many, help="default: as many as the report shows")
+    how.add_argument(
+        "--limit",
+        type=command_line.whole_number(1, 10**9),
+        help="use the first LIMIT digits of each split",
+    )
     how.add_argument("--dtype", choices=["float64", "float32"], help="default: float64")
     how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     how.add_argument(
         "--perturb",
-        type=int,
+        type=command_line.whole_number(0, 10_000),
         default=0,
         metavar="N",
         help="N runs more, each with another weight changed by 1e-15",
     )
-    how.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores")
+    how.add_argument("--jobs", type=many, default=1, help="runs at once, sharing the cores")
     how.add_argument(
         "--together",
-        type=int,
+        type=many,
         default=1,
         metavar="N",
         help="up to N runs of one network share the launches of a GPU, as one of --jobs",
@@ -87,15 +94,11 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     how.add_argument("--no-progress", action="store_true", help="no progress bars")
     args = p.parse_args()
-    for name in ("seeds", "epochs", "limit", "jobs", "together"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if args.perturb < 0:
-        p.error(f"--perturb must be 0 or more, got {args.perturb}")
     if not (args.list or args.experiment or args.table or args.report or args.candidates):
         p.error("nothing to run: --list shows the names for --experiment; or --table, --report")
     try:
-        torch.empty(0, device=args.device)
+        if torch.empty(0, device=args.device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither a CPU nor a GPU with CUDA")
     except (RuntimeError, AssertionError) as error:
         p.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     return args
@@ -146,11 +149,12 @@ def show_list() -> None:
             print(f"  {e.name}: {e.title}")
 
 
-def report(args: argparse.Namespace, results: dict) -> None:
-    """Print the tables and write CSV and figures."""
+def report(args: argparse.Namespace, results: dict) -> list[str]:
+    """Write CSV and figures; the tables to print."""
+    lines = []
     for number in args.table:
         table = experiments.TABLES[number]
-        print(f"\n{tables.text(table, results)}")
+        lines.append(f"\n{tables.text(table, results)}")
         cells = tables.compare(table, results)
         tables.write_csv(args.out / f"table_{number}.csv", [asdict(cell) for cell in cells])
         names = set(table.columns.values())
@@ -158,42 +162,46 @@ def report(args: argparse.Namespace, results: dict) -> None:
         if runs:
             figures.group_curves(runs, experiments.EXPERIMENTS, args.out / f"table_{number}.png")
     for column in args.candidates:
-        print(f"\nGuesses at {column}, closest first: training and test of epoch 1, digits apart")
+        lines.append(
+            f"\nGuesses at {column}, closest first: training and test of epoch 1, digits apart"
+        )
         rows = []
         for guess, cells in tables.candidates(experiments.EXPERIMENTS[column], results):
             first = [cell for cell in cells if cell.epoch == 1]
             if first:
                 ours = " / ".join(f"{reports.cut(cell.ours)} ({cell.samples:+d})" for cell in first)
-                print(f"  {ours:34s} {guess.title}")
+                lines.append(f"  {ours:34s} {guess.title}")
             rows += [{"title": guess.title} | asdict(cell) for cell in cells]
         tables.write_csv(args.out / f"candidates_{column}.csv", rows)
     drift = tables.spread(results)
     tables.write_csv(args.out / "spread.csv", drift)
     if args.perturb:
-        print(
+        lines.append(
             "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, digits right"
         )
         for row in drift:
-            print(
+            lines.append(
                 f"  {row['experiment']} ({row['dtype']}), epoch {row['epoch']}, "
                 f"{row['runs']} runs: "
                 f"training {row['training_lowest']} to {row['training_highest']}, "
                 f"test {row['test_lowest']} to {row['test_highest']}"
             )
+    return lines
 
 
-def extras(args: argparse.Namespace) -> None:
-    """Check the derivations and draw what normalization does to the digits."""
-    if "derivations" in args.experiment or args.report:
-        print("The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed")
-        for row in derivations.check():
-            print(f"  {row}")
+def extras(args: argparse.Namespace) -> list[str]:
+    """Draw what normalization does to the digits; the check of the derivations to print."""
     if "gallery" in args.experiment or args.report:
-        figures.normalization_gallery(args.out / "normalization.png")
+        figures.normalization_gallery(args.out / "normalization.png", root=args.data)
+    if "derivations" in args.experiment or args.report:
+        title = "The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed"
+        return [title, *(f"  {row}" for row in derivations.check())]
+    return []
 
 
-def run(args: argparse.Namespace) -> int:
+def run() -> int:
     """Run what was asked for, then report on everything that --out holds."""
+    args = parse_arguments()
     if args.list:
         show_list()
         return 0
@@ -203,39 +211,37 @@ def run(args: argparse.Namespace) -> int:
             print(f"{task.name}: {task.epochs} epochs of {task.digits_per_epoch} digits")
         print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
         return 0
-    failures = runner.run_all(
-        [] if args.no_run else todo,
-        args.out,
-        args.jobs,
-        args.resume,
-        progress=False if args.no_progress else None,
-        repository=Path(__file__).resolve().parents[1],
-        together=args.together,
-    )
-    extras(args)
-    results = json.loads((args.out / "results.json").read_text())
-    report(args, results)
-    html_report.write_report(results, experiments.EXPERIMENTS, args.out)
-    print(f"{args.out} holds results.json, and made from it summary.md, report.html and tables")
+    try:
+        failures = runner.run_all(
+            [] if args.no_run else todo,
+            args.out,
+            args.jobs,
+            args.resume,
+            progress=False if args.no_progress else None,
+            repository=Path(__file__).resolve().parents[1],
+            together=args.together,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; --resume continues what is in {args.out}"
+        ) from None
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
+    results = records.read_results(args.out / "results.json")
+    if args.data is not None:
+        results["options"] = {"data": str(args.data)}
+    # Files before lines: there may be nobody who reads these.
+    lines = extras(args) + report(args, results)
+    html_report.write_report(results, experiments.EXPERIMENTS, args.out)
+    for line in lines:
+        print(line)
+    print(f"{args.out} holds results.json, and made from it summary.md, report.html and tables")
     return 1 if failures else 0
 
 
 def main() -> int:
     """Run, and turn what can go wrong into one line and an exit code."""
-    args = parse_arguments()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        return run(args)
-    except (
-        data.DataError, runner.RunError, training.CheckpointError, ValueError, OSError
-    ) as error:  # fmt: skip
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume continues what is in {args.out}", file=sys.stderr)
-        return 130
+    return command_line.run(run, (data.DataError, runner.RunError, training.CheckpointError))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from . import statistics
-from .training import EpochResult
+from .training import EpochResult, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,18 @@ def _canvas(path: Target, height: float, width: float = _WIDTH) -> Iterator[Any]
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        if isinstance(path, (str, os.PathLike)):
-            figure.savefig(Path(path), dpi=_DPI)
-        else:
-            figure.savefig(path, dpi=_DPI, format="png")
+        _save(figure, path, _DPI)
+
+
+def _save(figure: Any, path: Target, dpi: int) -> None:
+    """Write a figure; a file is the old one or the whole new one."""
+    if isinstance(path, (str, os.PathLike)):
+        ending = Path(path).suffix.removeprefix(".") or "png"
+        content = io.BytesIO()
+        figure.savefig(content, dpi=dpi, format=ending)
+        write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
+    else:
+        figure.savefig(path, dpi=dpi, format="png")
 
 
 def _accuracy_axis(axis: Any, values: Sequence[float]) -> None:
@@ -226,7 +234,7 @@ def accuracy_curves(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="0.85", fontsize=9)
-    figure.savefig(Path(path), dpi=150)
+    _save(figure, path, 150)
 
 
 def group_curves(
@@ -494,7 +502,7 @@ def normalization_gallery(
             f"normalization_gallery: indices must be in 0 to {len(images) - 1} and at least one, "
             f"got {list(indices)}"
         )
-    pixels = data.pad32(images[torch.tensor(list(indices))])
+    pixels = data.pad32(images[torch.tensor(list(indices), device="cpu")])
     normal = data.global_norm(pixels, *data.global_statistics(images))
     rows = {
         "as it is": pixels.float(),

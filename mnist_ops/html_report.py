@@ -19,11 +19,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import figures, reports, statistics
+from . import figures, records, reports, statistics
 from .figures import Experiment
 from .reports import cut
 from .statistics import Sample, Verdict
 from .tables import samples_apart
+from .training import write_atomically, write_text
 
 __all__ = ["compare", "write_report"]
 
@@ -347,7 +348,8 @@ class _Pictures:
         """Draw one; its file's name, to be used as a key of :attr:`data`."""
         content = figures.png(function, *args, **options)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{name}.png").write_bytes(content)
+        path = self.folder / f"{name}.png"
+        write_atomically(path, lambda file: file.write(content))
         self.data[f"{name}.png"] = base64.b64encode(content).decode("ascii")
         return f"{name}.png"
 
@@ -376,7 +378,8 @@ def _look_inside(
         last = epochs[-1]
         name = pictures.draw("confusion", figures.confusion, last["confusion"])
         drawn.append((name, f"Test digits after epoch {last['epoch']}, by class."))
-    if run.get("mistakes"):
+    # Their indices are those of the run's own data.
+    if run.get("mistakes") and (root is not None or run.get("data") in (None, records.MNIST)):
         try:
             images, _ = data.load("test", root)
             items = [m for m in run["mistakes"] if 0 <= m["index"] < len(images)]
@@ -477,11 +480,15 @@ def write_report(
         The paths of ``summary.md`` and ``report.html``.
 
     Raises:
-        ValueError: if ``results`` has another format than 1.
+        ValueError: if ``results`` has another format than 1, or is not made like this.
         OSError: if the folder cannot be written.
     """
     import jinja2
 
+    try:
+        records.check(results, records.RESULTS, "results")
+    except records.RunError as error:
+        raise ValueError(f"write_report: {error}") from None
     if results.get("format", 1) != 1:
         raise ValueError(f"write_report: format must be 1, got {results['format']!r}")
     folder = Path(folder)
@@ -536,6 +543,6 @@ def write_report(
         source = (resources.files(__package__) / f"{name}.jinja").read_text(encoding="utf-8")
         path = folder / name
         text = environment.from_string(source).render(context)
-        path.write_bytes(text.encode("utf-8"))
+        write_text(path, text)
         written.append(path)
     return written[0], written[1]

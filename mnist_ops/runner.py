@@ -8,9 +8,15 @@ ends with the same ``results.json``.
 A folder that kept only ``results.json`` (one under version control, say) is as good as one
 with all its runs, but for their checkpoints: :func:`run_all` writes their ``run.json`` again.
 
+What is there is taken for what is asked for only where all that defines a run is the same: the
+experiment with its settings, seed, dtype, limit, perturbed weight, kind of device, and the data,
+by their content. Epochs do not define it: a run that has fewer than are asked for goes on, one that
+has more stays as it is, as its first epochs are those of a shorter one.
+
 Runs are spread with joblib. On this machine each worker takes its share of the cores; with a
 cluster's backend (``joblib.parallel_config(backend="dask")``, say) around :func:`run_all` the same
-runs go there, as long as the folder is on a file system that all machines see.
+runs go there, as long as the folder is on a file system that all machines see. Workers end with the
+process that hands out the work, however that one ends.
 """
 
 from __future__ import annotations
@@ -20,22 +26,26 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import __version__, experiments, online, training
+from . import __version__, command_line, data, experiments, online, records, training
 from .experiments import Experiment
+from .records import RunError
 
 __all__ = ["RunError", "Task", "collect", "environment", "processor", "run_all", "tasks"]
 
@@ -43,18 +53,6 @@ _TRAINING_DIGITS = 60_000
 _WORST_MISTAKES = 24
 # How often a worker says how far it is and the bars are drawn.
 _SECONDS = 0.5
-
-
-class RunError(RuntimeError):
-    """A folder of results cannot be used as asked; the message says why and what to do."""
-
-
-def _folder(
-    out: Path, experiment: str, dtype: str, seed: int, perturbed_weight: int | None
-) -> Path:
-    """Where under ``out`` a run lives."""
-    perturbed = "" if perturbed_weight is None else f"-weight{perturbed_weight}"
-    return out / "runs" / experiment / f"{dtype}-seed{seed}{perturbed}"
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,9 @@ class Task:
 
     def folder(self, out: Path) -> Path:
         """Where under ``out`` the run lives."""
-        experiment = self.experiment
-        return _folder(out, experiment.name, experiment.dtype, self.seed, self.perturbed_weight)
+        name, dtype = self.experiment.name, self.experiment.dtype
+        keys = {"experiment": name, "dtype": dtype, "seed": self.seed}
+        return records.folder(out, keys | {"perturbed_weight": self.perturbed_weight})
 
     @property
     def digits_per_epoch(self) -> int:
@@ -141,7 +140,7 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
     if repository is not None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             git = ["git", "-C", str(repository)]
-            options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+            options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": True}
             commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
             changed = subprocess.run(
                 [*git, "status", "--porcelain", "--untracked-files=no"], **options
@@ -160,7 +159,7 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -183,8 +182,8 @@ def _machine(device: str, where: dict[str, Any]) -> str:
     return machine
 
 
-def _describe(task: Task, where: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a run before it starts. Nothing that differs when it is made again."""
+def _definition(task: Task, identity: str) -> dict[str, Any]:
+    """What a run is; the data by their :func:`mnist_ops.records.data_identity`."""
     return {
         "experiment": task.experiment.name,
         "seed": task.seed,
@@ -192,9 +191,16 @@ def _describe(task: Task, where: dict[str, Any]) -> dict[str, Any]:
         "device": task.device,
         "limit": task.limit,
         "perturbed_weight": task.perturbed_weight,
+        "data": identity,
+        "settings": task.experiment.settings(),
+    }
+
+
+def _describe(task: Task, identity: str, where: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run before it starts. Nothing that differs when it is made again."""
+    return _definition(task, identity) | {
         "engine": experiments.describe_engine(task.experiment, task.device),
         "epochs_wanted": task.epochs,
-        "settings": task.experiment.settings(),
         "commit": where["commit"],
         "machine": _machine(task.device, where),
         "torch": where["torch"],
@@ -242,20 +248,15 @@ def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
     weights = parameter.detach().double().cpu()
     rounded = [float(f"{weight:.4g}") for weight in weights.flatten().tolist()]
     return {
-        "filters": torch.tensor(rounded, dtype=torch.float64).view(weights.shape).tolist(),
+        "filters": np.reshape(rounded, weights.shape).tolist(),
         "mistakes": mistakes,
     }
 
 
 class _Progress:
-    """Says in a small file how far a run is, for the process that draws the bars.
+    """Says in a small file how far a run is, for the process that draws the bars."""
 
-    In a worker, which nobody stops when that process is killed, it ends the run as well: the
-    checkpoint of the last epoch is there, and another process may want to go on from it.
-    """
-
-    def __init__(self, path: Path, task: Task, epochs_done: int, in_worker: bool) -> None:
-        self.parent = os.getppid() if in_worker else None
+    def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
         self.path = path
         self.name = task.name
         self.per_epoch = task.digits_per_epoch
@@ -264,17 +265,14 @@ class _Progress:
         self.write()
 
     def write(self) -> None:
-        state = {"digits": self.digits, "lines": self.lines}
-        part = self.path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(state))
-        os.replace(part, self.path)
+        state = json.dumps({"digits": self.digits, "lines": self.lines}).encode()
+        with contextlib.suppress(OSError):  # a full disk stops the run where it loses something
+            training.write_atomically(self.path, lambda file: file.write(state), sync=False)
         self.written = time.monotonic()
 
     def on_progress(self, digits: int) -> None:
         self.digits += digits
         if time.monotonic() - self.written > _SECONDS:
-            if self.parent not in (None, os.getppid()):
-                os._exit(1)
             self.write()
 
     def on_epoch(self, result: training.EpochResult) -> None:
@@ -283,62 +281,120 @@ class _Progress:
         self.write()
 
 
+_PROGRESS: dict[str, Any] = {"digits": records.COUNT, "lines": [records.TEXT]}
+
+
 def _progress_path(task: Task, out: Path) -> Path:
     return task.folder(out) / "progress.json"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's content; empty where there is none, or half of one from a foreign hand."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _epochs_done(folder: Path) -> int:
     """Complete epochs, from the log that the training loop keeps."""
     try:
-        return max(0, len((folder / training.LOG).read_text().splitlines()) - 1)
+        return max(0, (folder / training.LOG).read_bytes().count(b"\n") - 1)
     except OSError:
         return 0
 
 
-def _is_complete(task: Task, out: Path) -> bool:
-    return len(_read_json(task.folder(out) / "run.json").get("epochs", ())) >= task.epochs
+def _known(out: Path) -> dict[Path, dict[str, Any]]:
+    """The record of every run in a folder: its ``run.json``, or else what ``results.json`` says.
+
+    Raises:
+        RunError: if one is damaged, or leads out of the folder.
+    """
+    known = {}
+    if (out / "results.json").exists():
+        for run in records.read_results(out / "results.json")["runs"]:
+            known[records.folder(out, run)] = run
+    for path in sorted(out.glob("runs/*/*/run.json")):
+        known[path.parent] = records.read_run(path)
+    for folder in known:
+        _check_inside(folder, out)
+    return known
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep others out of a run's folder, as the training loop does."""
-    try:
-        with training.locked(folder):
-            yield
-    except training.FolderInUseError as error:
-        raise RunError(str(error)) from None
+def _check_inside(folder: Path, out: Path) -> None:
+    """Refuse a folder that a link leads out of ``out``."""
+    if not folder.resolve().is_relative_to(out):
+        raise RunError(f"{folder} is a link that leads out of {out}, to {folder.resolve()}")
+
+
+def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:
+    return record is not None and len(record["epochs"]) >= task.epochs
+
+
+def _check_same(
+    task: Task, identity: str, out: Path, record: Mapping[str, Any] | None
+) -> None:
+    """Refuse what is there of a run, record or checkpoint, if it is that of another one.
+
+    Raises:
+        RunError: as said; the message names the first difference.
+    """
+    folder = task.folder(out)
+    definition = _definition(task, identity)
+    found = None if record is None else records.difference(record, definition)
+    if found is None and not _is_complete(task, record):
+        # A checkpoint that is damaged is a matter for the training loop, which may know an older one.
+        with warnings.catch_warnings(), contextlib.suppress(training.CheckpointError):
+            warnings.simplefilter("ignore")
+            saved = training.load_latest(folder)[1]["settings"]
+            found = _difference_of_settings(saved, definition)
+    if found is not None:
+        raise RunError(
+            f"{task.name}: what {folder} holds was made with {found}: "
+            "ask for the same again, or choose another folder"
+        )
+
+
+def _difference_of_settings(
+    saved: Mapping[str, Any], definition: Mapping[str, Any]
+) -> str | None:
+    """The same for a checkpoint, which knows no device and of the data no more than their mean."""
+    keys = ("seed", "limit", "perturbed_weight")
+    rest = {name: saved.get(name) for name in definition["settings"]}
+    then = {**definition, **{key: saved.get(key) for key in keys}, "settings": rest}
+    return records.difference(then, definition)
+
+
+def _start_worker(parent: int) -> None:
+    """What a process of joblib's does first.
+
+    Ctrl-C is for the process that hands out the work; it stops the others. However that one ends,
+    this one does not stay behind: half a second later it has ended, and its locks with it.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.formatwarning = command_line.one_line
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+#: A run and what its data are.
+_Job = tuple[Task, str]
 
 
 def _run_group(
-    group: Sequence[Task], out: Path, resume: bool, threads: int, where: dict[str, Any], parent: int
+    group: Sequence[_Job], out: Path, resume: bool, threads: int, where: dict[str, Any]
 ) -> list[str]:
     """Runs that belong together, in whatever process joblib chose; what went wrong, as text."""
-    if os.getpid() != parent:
-        # Ctrl-C is for the process that hands out the work; it stops the others.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     failures: list[str] = []
     if len(group) == 1:
-        _run(group[0], out, resume, where, parent, None, failures)
+        _run(group[0], out, resume, where, None, failures)
         return failures
     with contextlib.suppress(Exception):  # where there are no digits each run says so
-        task = group[0]
+        task, _ = group[0]
         experiments.digits(task.experiment.data_kernel, task.root, task.limit)  # kept for all
     shared = online.SharedLaunches(len(group))
     workers = [
-        threading.Thread(
-            target=_run, args=(task, out, resume, where, parent, shared, failures), daemon=True
-        )
-        for task in group
+        threading.Thread(target=_run, args=(job, out, resume, where, shared, failures), daemon=True)
+        for job in group
     ]
     # Each run sets these flags and puts back what it found: let it be the same for all.
     with training.repeatable():
@@ -357,37 +413,40 @@ def _run_group(
 
 
 def _run(
-    task: Task,
+    job: _Job,
     out: Path,
     resume: bool,
     where: dict[str, Any],
-    parent: int,
     shared: online.SharedLaunches | None,
     failures: list[str],
 ) -> None:
     """One run. What went wrong is added to the failures, as text."""
+    task, identity = job
     folder = task.folder(out)
-    in_worker = os.getpid() != parent
+    path = folder / "run.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            if resume and _is_complete(task, out):
+        with training.locked(folder):
+            known = records.read_run(path) if path.exists() else None
+            # Another process may have been here since everything was compared.
+            _check_same(task, identity, out, known)
+            if _is_complete(task, known):
                 return
-            resume = resume and (folder / training.CHECKPOINT).exists()
-            done = _epochs_done(folder) if resume else 0
-            progress = _Progress(_progress_path(task, out), task, done, in_worker)
-            record = _describe(task, where)
-            known = _read_json(folder / "run.json").get("epochs", [])
-            # What is known of a run that begins anew stays until its first epoch is complete.
-            stays = bool(known) and not (resume and _epochs_done(folder))
+            resume = resume and _has_checkpoint(folder)
+            progress = _Progress(_progress_path(task, out), task, _epochs_done(folder) * resume)
+            record = _describe(task, identity, where)
+            # What is there stays until there is more: a run that begins anew may fail at once.
+            written = known is None and not resume
+            if written:
+                _write_json(path, record | {"epochs": []})
 
             def on_epoch(result: training.EpochResult) -> None:
+                nonlocal written
                 progress.on_epoch(result)
-                if stays and result.epoch == 1:
-                    _write_json(folder / "run.json", record | {"epochs": []})
+                if not written:
+                    before = known["epochs"] if resume and known is not None else []
+                    _write_json(path, record | {"epochs": before})
+                    written = True
 
-            if not stays:
-                _write_json(folder / "run.json", record | {"epochs": known})
             history, model = experiments.train(
                 task.experiment,
                 task.seed,
@@ -408,19 +467,28 @@ def _run(
             if task.experiment.details:
                 record |= _details(task, model)
             training.save_checkpoint(folder / "model.pt", model.state_dict())
-            _write_json(folder / "run.json", record)
+            _write_json(path, record)
     except Exception as error:  # one run that fails must not take the others with it
-        failures.append(f"{task.name}: {type(error).__name__}: {error}")
+        failures.append(_failure(task, error))
     finally:
         if shared is not None:
             shared.leave()
 
 
-def _groups(left: Sequence[Task], together: int) -> list[list[Task]]:
+def _failure(task: Task, error: Exception) -> str:
+    return f"{task.name}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    names = (training.CHECKPOINT, training.BACKUP_CHECKPOINT)
+    return any((folder / name).exists() for name in names)
+
+
+def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
     """The runs that share their launches: up to ``together`` of one network, loss and digits."""
-    groups: dict[Any, list[list[Task]]] = {}
-    for i, task in enumerate(left):
-        e = task.experiment
+    groups: dict[Any, list[list[_Job]]] = {}
+    for i, job in enumerate(left):
+        task, e = job[0], job[0].experiment
         key: Any = i
         if together > 1 and "online" in experiments.describe_engine(e, task.device):
             key = (repr(e.network), e.loss, e.dtype, e.data_kernel, task.limit, task.root)
@@ -428,7 +496,7 @@ def _groups(left: Sequence[Task], together: int) -> list[list[Task]]:
         found = groups.setdefault(key, [[]])
         if len(found[-1]) == together:
             found.append([])
-        found[-1].append(task)
+        found[-1].append(job)
     return [group for found in groups.values() for group in found]
 
 
@@ -492,9 +560,8 @@ class _Display:
 
     def _look(self) -> None:
         for row in self.rows:
-            state = _read_json(row.path)
-            if state:
-                self._draw(row, state)
+            with contextlib.suppress(RunError):  # none yet, or not any more
+                self._draw(row, records.read_json(row.path, _PROGRESS))
 
     def _draw(self, row: _Row, state: dict[str, Any]) -> None:
         finished = state["digits"] >= row.task.digits
@@ -514,8 +581,11 @@ class _Display:
         row.digits = state["digits"]
         for line in state["lines"][row.lines :]:
             if not self.quiet:
-                self.tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
+                try:
+                    self.tqdm.write(line, file=sys.stdout)
+                    sys.stdout.flush()
+                except (OSError, ValueError):  # nobody reads any more: the results count
+                    self.quiet = True
         row.lines = len(state["lines"])
         if finished and row.bar is not None:
             row.bar.close()
@@ -550,56 +620,114 @@ def run_all(
         A line for each run that failed; the others are complete.
 
     Raises:
-        RunError: if a run is there and ``resume`` is not asked for.
+        RunError: if a run is there and ``resume`` is not asked for, or what is there is that of
+            another run, or a record is damaged. Nothing has been written then.
+        OSError: if the folder cannot be written.
         KeyboardInterrupt: on Ctrl-C; what was complete is in ``results.json``.
     """
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
 
     for name, value in (("jobs", jobs), ("together", together)):
         if value < 1:
             raise ValueError(f"run_all: {name} must be >= 1, got {value}")
     out = Path(out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    _restore(out)
-    there = [task.name for task in todo if (task.folder(out) / "run.json").exists()]
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file, not a folder for results")
+    known = _known(out)
+    there = [t.name for t in todo if t.folder(out) in known or _has_checkpoint(t.folder(out))]
     if there and not resume:
         raise RunError(
             f"{out} holds {len(there)} of these {len(todo)} runs already ({there[0]}): "
             "continue them with resume, or choose another folder"
         )
-    left = [task for task in todo if not _is_complete(task, out)]
-    for task in left:
-        _progress_path(task, out).unlink(missing_ok=True)
+    identities: dict[str | None, str | data.DataError] = {}
+    for root in dict.fromkeys(task.root for task in todo):
+        try:
+            identities[root] = records.data_identity(root)
+        except data.DataError as error:
+            identities[root] = error
+    failures: list[str] = []
+    left: list[_Job] = []
+    for task in todo:
+        identity = identities[task.root]
+        if isinstance(identity, data.DataError):
+            failures.append(_failure(task, identity))
+            continue
+        record = known.get(task.folder(out))
+        _check_inside(task.folder(out), out)
+        _check_same(task, identity, out, record)
+        if not _is_complete(task, record):
+            left.append((task, identity))
+
+    out.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    _restore(known)
     where = environment(repository)
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    groups = _groups(left, together)
+    threads = max(1, cpu_count() // jobs)
     before = torch.get_num_threads()
     show = sys.stderr.isatty() if progress is None else progress
-    failures: list[str] = []
     try:
         if left:
-            with _Display(left, out, show, quiet):
+            with _Display([task for task, _ in left], out, show, quiet):
                 calls = (
-                    delayed(_run_group)(group, out, resume, threads, where, os.getpid())
-                    for group in _groups(left, together)
+                    delayed(_run_group)(group, out, resume, threads, where) for group in groups
                 )
-                for failed in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+                pool = Parallel(
+                    n_jobs=min(jobs, len(groups)),
+                    return_as="generator_unordered",
+                    initializer=_start_worker,
+                    initargs=(os.getpid(),),
+                )
+                for failed in pool(calls):
                     failures += failed
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker was killed, perhaps for want of memory: resume with fewer jobs"
+        ) from None
     finally:
         torch.set_num_threads(before)
-        for task in left:
+        for task, _ in left:
             _progress_path(task, out).unlink(missing_ok=True)
         _write_json(out / "results.json", collect(out, where))
     return failures
 
 
-def _restore(out: Path) -> None:
+_PART = re.compile(r"\.(\d+)(-\d+)?\.part")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs left: files that were not finished, and how far they were."""
+    for path in [*out.glob(".*.part"), *out.glob("figures/.*.part")]:
+        found = _PART.search(path.name)
+        # A process that lives may be about to finish it. This one is not.
+        if found and not (found[1] != str(os.getpid()) and _lives(int(found[1]))):
+            path.unlink(missing_ok=True)
+    for path in [*out.glob("runs/*/*/progress.json"), *out.glob("runs/*/*/*.part")]:
+        with contextlib.suppress(training.FolderInUseError), training.locked(path.parent):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of this number on this machine; yes where nobody can tell."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _restore(known: Mapping[Path, dict[str, Any]]) -> None:
     """Give each run that only ``results.json`` knows a ``run.json`` again, lest it be forgotten."""
-    for record in _read_json(out / "results.json").get("runs", []):
-        keys = ("experiment", "dtype", "seed", "perturbed_weight")
-        folder = _folder(out, *(record[key] for key in keys))
+    for folder, record in known.items():
         if not (folder / "run.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / "run.json", record)
+            # Whoever is at work there writes it.
+            with contextlib.suppress(training.FolderInUseError), training.locked(folder):
+                _write_json(folder / "run.json", record)
 
 
 def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -608,18 +736,15 @@ def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) ->
     Args:
         out: a folder that :func:`run_all` wrote.
         where: the environment to record, :func:`environment` unless given.
+
+    Raises:
+        RunError: if a ``run.json`` is damaged.
     """
     runs = []
     for path in sorted(Path(out).glob("runs/*/*/run.json")):
-        record = _read_json(path)
-        if not record:
-            continue
+        record = records.read_run(path)
         if _epochs_done(path.parent) > len(record["epochs"]):
-            try:
-                state = training.load_checkpoint(path.parent / training.CHECKPOINT)
-                record["epochs"] = _epochs(state["history"])
-            except training.CheckpointError as error:
-                warnings.warn(f"{error}: its last epochs are missing in the results", stacklevel=2)
+            _add_epochs(record, path.parent)
         runs.append(record)
     order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
     runs.sort(
@@ -632,3 +757,21 @@ def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) ->
         )
     )
     return {"format": 1, "environment": where or environment(), "runs": runs}
+
+
+def _add_epochs(record: dict[str, Any], folder: Path) -> None:
+    """The epochs of a run under way, from its checkpoint; a warning where it cannot be used."""
+    lost = "its last epochs are missing in the results"
+    try:
+        path, state = training.load_latest(folder)
+        if found := _difference_of_settings(state["settings"], record):
+            raise RunError(f"{path} was made with {found}")
+        epochs = _epochs(state["history"])
+        records.check({**record, "epochs": epochs}, records.RUN, str(folder))
+    except (training.CheckpointError, RunError) as error:
+        warnings.warn(f"{error}: {lost}", stacklevel=3)
+    except (KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"{path} is not a checkpoint ({error!r}): {lost}", stacklevel=3)
+    else:
+        if len(epochs) > len(record["epochs"]):
+            record["epochs"] = epochs

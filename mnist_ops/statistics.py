@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from .records import MNIST
 from .reports import EPOCH_SHIFT, TABLES, Claim, cut
 
 __all__ = [
@@ -217,7 +218,7 @@ def one_run_per_seed(runs: Iterable[Run], experiment: str) -> dict[int, Run]:
     """The experiment's runs by seed, ascending.
 
     Runs with one seed are not independent of each other. Of several one is taken: without a
-    perturbed weight, on all digits, in float64, on the CPU, the longest, the first, in this order.
+    perturbed weight, on all digits of MNIST, in float64, on the CPU, the longest, the first, in this order.
     """
     chosen: dict[int, tuple[tuple[Any, ...], Run]] = {}
     for run in runs:
@@ -225,7 +226,7 @@ def one_run_per_seed(runs: Iterable[Run], experiment: str) -> dict[int, Run]:
             continue
         rank = (
             run.get("perturbed_weight") is None,
-            run.get("limit") is None,
+            run.get("limit") is None and not _foreign(run),
             run.get("dtype", "float64") == "float64",
             str(run.get("device", "cpu")) == "cpu",
             len(run.get("epochs") or ()),
@@ -473,6 +474,11 @@ def _gather(
     return _Differences(first_values, second_values), notes, first_values, second_values
 
 
+def _foreign(run: Run) -> bool:
+    """Whether its data were others than MNIST's digits."""
+    return run.get("data", MNIST) != MNIST
+
+
 def _about_runs(runs: Iterable[Run], limit: int | None) -> list[str]:
     """Notes on what the runs were: a part of the data, several dtypes, fewer epochs than meant."""
     runs = list(runs)
@@ -484,6 +490,8 @@ def _about_runs(runs: Iterable[Run], limit: int | None) -> list[str]:
         notes.append(f"on {' and '.join(sorted(sizes))} digits{'' if 'all' in sizes else ' only'}")
     elif counts:
         notes.append(f"tested on {', '.join(f'{n:,}' for n in counts)} digits only")
+    if any(map(_foreign, runs)):
+        notes.append("on other data than MNIST")
     dtypes = sorted({str(run["dtype"]) for run in runs if "dtype" in run})
     if len(dtypes) > 1:
         notes.append(f"{' and '.join(dtypes)} mixed")
@@ -967,7 +975,8 @@ def verdict(claim: Claim, runs: Iterable[Run], limit: int | None = None) -> Verd
     elif claim.kind == "digits":
         counts = {digits_tested(run) for run in a.values()}
         limits = {limit, *(run.get("limit") for run in a.values())}
-        result = _digits(claim, a, limits != {None} or not counts <= {None, _TEST_DIGITS})
+        others = limits != {None} or not counts <= {None, _TEST_DIGITS}
+        result = _digits(claim, a, others or any(map(_foreign, a.values())))
     elif claim.kind == "fails":
         result = _fails(claim, a)
     else:

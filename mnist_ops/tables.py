@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import training
+from . import records, training
 from .experiments import CANDIDATES, Experiment, Table
 from .reports import cut
 
@@ -78,13 +78,13 @@ class Cell:
 
 
 def _runs_of(results: Mapping[str, Any], name: str) -> list[Run]:
-    """The runs to print: with all digits, seed 1, as they are; float64 first."""
+    """The runs to print: with all of MNIST's digits, seed 1, as they are; float64 first."""
     runs = [
         run
         for run in results["runs"]
         if run["experiment"] == name
         and run["seed"] == 1
-        and run["limit"] is None
+        and records.of_mnist(run)
         and run["perturbed_weight"] is None
         and run["epochs"]
     ]
@@ -225,7 +225,7 @@ def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for run in results["runs"]:
-        if run["limit"] is None and run["epochs"]:
+        if records.of_mnist(run) and run["epochs"]:
             groups.setdefault((run["experiment"], run["dtype"], run["seed"]), []).append(run)
     rows = []
     for (name, dtype, seed), runs in groups.items():

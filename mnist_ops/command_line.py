@@ -1,0 +1,96 @@
+"""What the scripts have in common: how they end, whatever ends them.
+
+A user sees one line and an exit code: 2 for an error, 130 after Ctrl-C, 143 after ``kill``, 1 where
+something was done and failed. A reader that stops reading, as ``head`` does, is no error.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+__all__ = ["run", "whole_number"]
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """A ``type`` for :mod:`argparse`: an integer in this range."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise ValueError(f"must be {low} or more, got {value}")
+        if value > high:
+            raise ValueError(f"must be {high} or less, got {value}")
+        return value
+
+    return convert
+
+
+def _end_of_output(stream: io.TextIOBase | None) -> None:
+    """Write what is left; what nobody reads any more goes nowhere, at the interpreter's end too."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        raise
+
+
+def run(script: Callable[[], int | None], expected: Sequence[type[Exception]] = ()) -> int:
+    """Run a script's main function, and turn what can go wrong into one line and an exit code.
+
+    ``kill`` ends it as Ctrl-C does, so that it leaves neither workers nor half a file.
+
+    Args:
+        script: returns the exit code, None for 0.
+        expected: errors, beside OSError and ValueError, that speak for themselves.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # An ASCII terminal shows \xb5 for a letter that it does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = one_line
+    stopped: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+    program = Path(sys.argv[0]).name
+    try:
+        try:
+            return script() or 0
+        finally:
+            _end_of_output(sys.stdout)
+    except BrokenPipeError:
+        return 128 + 13  # as if the signal SIGPIPE had ended it
+    except (OSError, ValueError, *expected) as error:
+        print(f"{program}: error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        return 128 + (stopped[0] if stopped else signal.SIGINT)
+
+
+def _message(error: BaseException) -> str:
+    """One line, without Python's error numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as a user reads it, for :data:`warnings.formatwarning`."""
+    return f"warning: {' '.join(str(message).split())}\n"
