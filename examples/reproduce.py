@@ -222,9 +222,7 @@ def run() -> int:
             together=args.together,
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; --resume continues what is in {args.out}"
-        ) from None
+        raise KeyboardInterrupt(f"interrupted; --resume continues what is in {args.out}") from None
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     results = records.read_results(args.out / "results.json")

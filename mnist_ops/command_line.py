@@ -6,6 +6,7 @@ something was done and failed. A reader that stops reading, as ``head`` does, is
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["run", "whole_number"]
 
@@ -21,21 +23,25 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A ``type`` for :mod:`argparse`: an integer in this range."""
 
     def convert(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid integer: {text!r}") from None
         if value < low:
-            raise ValueError(f"must be {low} or more, got {value}")
+            raise argparse.ArgumentTypeError(f"must be {low} or more, got {value}")
         if value > high:
-            raise ValueError(f"must be {high} or less, got {value}")
+            raise argparse.ArgumentTypeError(f"must be {high} or less, got {value}")
         return value
 
     return convert
 
 
-def _end_of_output(stream: io.TextIOBase | None) -> None:
+def _end_of_output(stream: TextIO | None) -> None:
     """Write what is left; what nobody reads any more goes nowhere, at the interpreter's end too."""
+    if stream is None:
+        return
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -68,6 +74,7 @@ def run(script: Callable[[], int | None], expected: Sequence[type[Exception]] = 
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, stop)
     program = Path(sys.argv[0]).name
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, *expected)
     try:
         try:
             return script() or 0
@@ -75,7 +82,7 @@ def run(script: Callable[[], int | None], expected: Sequence[type[Exception]] = 
             _end_of_output(sys.stdout)
     except BrokenPipeError:
         return 128 + 13  # as if the signal SIGPIPE had ended it
-    except (OSError, ValueError, *expected) as error:
+    except errors as error:
         print(f"{program}: error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

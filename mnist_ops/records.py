@@ -81,7 +81,9 @@ def optional(kind: Kind) -> Kind:
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 NUMBER = Kind("a finite number", _is_number)
-NUMBERS = Kind("a list of finite numbers", lambda v: isinstance(v, list) and all(map(_is_number, v)))
+NUMBERS = Kind(
+    "a list of finite numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))
+)
 COUNT = Kind("an integer from 0 on", _is_count)
 TABLE = Kind("an object", lambda value: isinstance(value, Mapping))
 ANY = Kind("anything", lambda value: True)
@@ -328,7 +330,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         ("limit", then["limit"], now["limit"]),
         ("perturbed weight", then["perturbed_weight"], now["perturbed_weight"]),
         # The same kernels on any device of a kind; those of another kind round differently.
-        ("device", *(str(run["device"]).partition(":")[0] for run in (then, now))),
+        ("device", then["device"].partition(":")[0], now["device"].partition(":")[0]),
         ("data", then.get("data", MNIST), now.get("data", MNIST)),
     ]
     old, new = _plain(then["settings"]), _plain(now["settings"])

@@ -323,9 +323,7 @@ def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:
     return record is not None and len(record["epochs"]) >= task.epochs
 
 
-def _check_same(
-    task: Task, identity: str, out: Path, record: Mapping[str, Any] | None
-) -> None:
+def _check_same(task: Task, identity: str, out: Path, record: Mapping[str, Any] | None) -> None:
     """Refuse what is there of a run, record or checkpoint, if it is that of another one.
 
     Raises:
@@ -335,7 +333,7 @@ def _check_same(
     definition = _definition(task, identity)
     found = None if record is None else records.difference(record, definition)
     if found is None and not _is_complete(task, record):
-        # A checkpoint that is damaged is a matter for the training loop, which may know an older one.
+        # One that is damaged is a matter for the training loop, which may know an older one.
         with warnings.catch_warnings(), contextlib.suppress(training.CheckpointError):
             warnings.simplefilter("ignore")
             saved = training.load_latest(folder)[1]["settings"]
@@ -347,9 +345,7 @@ def _check_same(
         )
 
 
-def _difference_of_settings(
-    saved: Mapping[str, Any], definition: Mapping[str, Any]
-) -> str | None:
+def _difference_of_settings(saved: Mapping[str, Any], definition: Mapping[str, Any]) -> str | None:
     """The same for a checkpoint, which knows no device and of the data no more than their mean."""
     keys = ("seed", "limit", "perturbed_weight")
     rest = {name: saved.get(name) for name in definition["settings"]}

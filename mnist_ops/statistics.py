@@ -218,7 +218,8 @@ def one_run_per_seed(runs: Iterable[Run], experiment: str) -> dict[int, Run]:
     """The experiment's runs by seed, ascending.
 
     Runs with one seed are not independent of each other. Of several one is taken: without a
-    perturbed weight, on all digits of MNIST, in float64, on the CPU, the longest, the first, in this order.
+    perturbed weight, on all digits of MNIST, in float64, on the CPU, the longest, the first, in
+    this order.
     """
     chosen: dict[int, tuple[tuple[Any, ...], Run]] = {}
     for run in runs:

@@ -1,30 +1,50 @@
 """examples/reproduce.py as a user runs it: in processes of its own, killed and resumed."""
 
 import csv
-import fcntl
+import errno
+import importlib.util
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from mnist_ops import experiments, runner
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "reproduce.py"
 QUICK = ["--table", "3.4", "--epochs", "2", "--limit", "60", "--dtype", "float32"]
 
 
-def start(*arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def script(monkeypatch):
+    """The script within this process, which has imported what takes seconds."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    specification = importlib.util.spec_from_file_location("reproduce", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    yield module
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start(*arguments, environment=None, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
-def reproduce(*arguments):
-    process = start(*arguments)
+def reproduce(*arguments, **options):
+    process = start(*arguments, **options)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -71,37 +91,68 @@ def test_killed_and_resumed(straight, tmp_path, jobs):
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-def test_workers_end_with_the_process_that_hands_out_the_work(tmp_path):
-    process = start(*QUICK, "--jobs", "2", "--out", tmp_path, "--epochs", "5000")
+def processes_of(group):
+    """Those of a process group that live, as their command lines."""
+    listed = subprocess.run(
+        ["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    return [args for pgid, stat, args in rows if int(pgid) == group and not stat.startswith("Z")]
+
+
+# Ctrl-C in a terminal reaches all of the group; kill one process; whatever it is, once.
+@pytest.mark.parametrize(
+    ("number", "everybody"),
+    [
+        (signal.SIGINT, True),
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),
+        (signal.SIGKILL, False),
+    ],
+)
+def test_no_process_stays_behind(tmp_path, number, everybody):
+    options = ["--experiment", "original", "mse", "--limit", "60", "--dtype", "float32"]
+    process = start(
+        *options, "--epochs", "5000", "--jobs", "2", "--out", tmp_path, start_new_session=True
+    )
     deadline = time.monotonic() + 240
-    while len(list(tmp_path.glob("runs/*/*/progress.json"))) < 2:
+    logs = "runs/*/*/log.csv"
+    while sum(path.read_text().count("\n") > 1 for path in tmp_path.glob(logs)) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()  # alone: its workers are not told
-    process.wait()
+    assert len(processes_of(process.pid)) >= 3
+    (os.killpg if everybody else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    ended = time.monotonic()
+    while processes_of(process.pid):
+        assert time.monotonic() < ended + 5, processes_of(process.pid)
+        time.sleep(0.1)
     for lock in tmp_path.glob("runs/*/*/.lock"):
-        with open(lock, "w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    assert time.monotonic() < deadline, "a worker still runs"
-                    time.sleep(0.1)
+        with FileLock(lock, timeout=0):
+            pass
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert errors == f"interrupted; --resume continues what is in {tmp_path}\n"
+        runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+        assert [len(run["epochs"]) > 0 for run in runs] == [True, True]
+    # The next run takes it from there, and sweeps.
+    chosen = experiments.select(["original", "mse"])
+    todo = runner.tasks(chosen, epochs=1, limit=60, dtype="float32")
+    assert runner.run_all(todo, tmp_path, resume=True, quiet=True) == []
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [len(run["epochs"]) > 0 for run in runs] == [True, True]
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [name for name in left if name.endswith(".part") or name == "progress.json"]
 
 
-def test_ctrl_c(tmp_path):
-    process = start(*QUICK, "--out", tmp_path, "--epochs", "500")
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("runs/*/*/run.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors == f"interrupted; --resume continues what is in {tmp_path}\n"
-    assert json.loads((tmp_path / "results.json").read_text())["runs"]
+def test_a_reader_that_stops_reading():
+    """And an error where the output cannot be written."""
+    command = f"{sys.executable} {SCRIPT} --list | head -1; echo ${{PIPESTATUS[0]}}"
+    command += f"; {sys.executable} {SCRIPT} --list > /dev/full; echo $?"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    first, code, second = result.stdout.splitlines()
+    assert first.startswith("original ") and (code, second) == ("141", "2")
+    assert result.stderr == "reproduce.py: error: No space left on device\n"
 
 
 def test_list_and_dry_run(tmp_path):
@@ -122,15 +173,73 @@ def test_list_and_dry_run(tmp_path):
         ([], "nothing to run"),
         (["--experiment", "realu"], "no experiment 'realu'; did you mean relu"),
         (["--table", "9.9"], "invalid choice: '9.9'"),
-        (["--experiment", "relu", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
+        (["--experiment", "relu", "--jobs", "0"], "argument --jobs: must be 1 or more, got 0"),
+        (["--experiment", "relu", "--jobs", "-1"], "argument --jobs: must be 1 or more, got -1"),
+        (["--experiment", "relu", "--seeds", "0"], "argument --seeds: must be 1 or more, got 0"),
+        (["--experiment", "relu", "--seeds", "9" * 30], "argument --seeds: must be 10000 or less"),
+        (["--experiment", "relu", "--epochs", "0"], "argument --epochs: must be 1 or more, got 0"),
+        (["--experiment", "relu", "--limit", "0"], "argument --limit: must be 1 or more, got 0"),
+        (["--experiment", "relu", "--limit", "1.5"], "argument --limit: invalid integer: '1.5'"),
+        (["--experiment", "relu", "--perturb", "-1"], "argument --perturb: must be 0 or more"),
         (["--experiment", "relu", "--device", "tpu"], "--device tpu cannot be used"),
+        (
+            ["--experiment", "relu", "--device", "meta"],
+            "--device meta cannot be used: it is neither",
+        ),
+        (["--experiment", "relu", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--experiment", "relu", "--data", "nowhere", "--limit", "9"], "nowhere is not a folder"),
+        (["--experiment", "relu", "--out", "/dev/null"], "/dev/null is a file, not a folder"),
+        (["--experiment", "relu", "--out", "/proc/x"], "/proc/x: No such file or directory"),
     ],
 )
-def test_errors(tmp_path, arguments, error):
-    code, _, errors = reproduce(*arguments, "--out", tmp_path)
-    assert code in (1, 2) and error in errors
-    assert "Traceback" not in errors
+def test_errors(tmp_path, arguments, error, monkeypatch, capsys, script):
+    out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, [*arguments, *out])])
+    try:
+        code = script.main()
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    errors = capsys.readouterr().err
+    assert code == (1 if "--data" in arguments else 2)
+    # argparse shows the usage before its line.
+    *usage, line = errors.splitlines()
+    assert error in line and (not usage or usage[0].startswith("usage: "))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, script):
+    """Root may write everywhere: the error itself stands for such a folder."""
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    arguments = ["--experiment", "relu", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    assert script.main() == 2
+    assert capsys.readouterr().err == f"reproduce.py: error: {tmp_path}/out: Permission denied\n"
+
+
+def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypatch, script):
+    shutil.copytree(straight[0], tmp_path / "out", dirs_exist_ok=True)
+    (tmp_path / "out" / "summary.md").unlink()
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    monkeypatch.setattr(script.tables, "text", lambda *_: "5 µs")
+    arguments = ["--table", "3.4", "--no-run", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    assert script.main() == 0
+    assert b"5 \\xb5s" in terminal.getvalue()
+    assert (tmp_path / "out" / "summary.md").exists()
+
+
+def test_an_ascii_locale(tmp_path):
+    """Files are UTF-8 everywhere, and results get there."""
+    environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    options = ["--experiment", "relu", "derivations", "--epochs", "1", "--limit", "20"]
+    code, _, errors = reproduce(*options, "--out", tmp_path / "é", environment=environment)
+    assert (code, errors) == (0, "")
+    assert "±" in (tmp_path / "é" / "report.html").read_text("utf-8")
 
 
 def test_tables_and_report_of_what_is_there(straight):
