@@ -69,7 +69,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_ops import build_info, gaussian1d, models, torch7
+from mnist_ops import build_info, command_line, gaussian1d, models, torch7
 from mnist_ops.online import OnlineSGD
 from mnist_ops.runner import processor
 
@@ -338,32 +338,33 @@ def device_main(args: argparse.Namespace) -> None:
     if args.models:
         record["several models"] = several_models(args)
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main() -> int:
     """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--samples", type=int, help="timed at a time: 50, on CUDA 1000")
+    count = command_line.whole_number(1, 10**6)
+    parser.add_argument("--rounds", type=count, default=15)
+    parser.add_argument("--samples", type=count, help="timed at a time: 50, on CUDA 1000")
     parser.add_argument(
         "--models",
-        type=lambda text: [int(count) for count in text.split(",")],
+        type=lambda text: [count(number) for number in text.split(",")],
         help="numbers of models that train at once, as 1,2,4",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and of the engine")
+    parser.add_argument("--threads", type=count, default=1, help="of PyTorch and of the engine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     args = parser.parse_args()
     if args.device == "cuda" and build_info()["cuda"] != "available":
         print(f"skipped: {build_info()['cuda']}")
-        sys.exit(SKIPPED)
+        return SKIPPED
     args.samples = args.samples or (1000 if args.device == "cuda" else 50)
     if args.device == "cuda" or args.models:
         torch.set_num_threads(args.threads)
         device_main(args)
-        return
+        return 0
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images, labels = torch.randn(args.samples, 1, 32, 32), torch.randint(0, 10, (args.samples,))
@@ -445,8 +446,9 @@ def main() -> None:
             "ratios": found_ratios,
         }
         record |= {"torch": torch.__version__, "machine": processor()}
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

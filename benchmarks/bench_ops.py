@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -59,9 +60,49 @@ from op_timing import Call, Clock, Prepare
 from torch import Tensor
 
 import mnist_ops
+from mnist_ops import command_line, records
 from mnist_ops.runner import processor
 
 CONTENDERS = ("mnist_ops", "eager", "compile", "copy")
+_BY_NAME = records.Kind(
+    "numbers by name",
+    lambda v: (
+        isinstance(v, dict) and all(x is None or records.NUMBER.accepts(x) for x in v.values())
+    ),
+)
+_TEXTS = records.Kind(
+    "texts by name",
+    lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
+)
+_NUMBER = records.optional(records.NUMBER)
+#: What :func:`run` leaves, as far as tables and figures need it.
+RECORD = {
+    "machine": {
+        "device": records.TEXT,
+        "name": records.TEXT,
+        "torch": records.TEXT,
+        "threads": records.COUNT,
+        "copy_gb_per_s": records.NUMBER,
+        "launch_us": records.NUMBER,
+        "?copy_gb_per_s_at_the_end": _NUMBER,
+        "?launch_us_at_the_end": _NUMBER,
+    },
+    "rows": [
+        {
+            **dict.fromkeys(["setting", "family", "case", "dtype", "direction"], records.TEXT),
+            "elements": records.COUNT,
+            "sweep": records.ANY,
+            "floor_us": records.NUMBER,
+            "gb_per_s": _NUMBER,
+            "percent_of_copy": _NUMBER,
+            **dict.fromkeys(["us", "over_ours", "errors", "?launches", "?kernel_us"], _BY_NAME),
+            "wrong": [records.TEXT],
+            "failures": _TEXTS,
+        }
+    ],
+    "left_out": [records.TEXT],
+    "?failed": _TEXTS,
+}
 #: ‖result - float64‖ / ‖float64‖ beyond which a result counts as wrong.
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -284,7 +325,8 @@ def row(
             if ours and name != "mnist_ops"
         },
         "all_us": {name: [s * 1e6 for s in seconds] for name, seconds in times.items()},
-        "errors": errors,
+        # JSON has no NaN; what it belongs to counts as wrong.
+        "errors": {n: e if e is not None and math.isfinite(e) else None for n, e in errors.items()},
         "wrong": [n for n, error in errors.items() if error is None or not error <= tolerance],
         "failures": failures,
     }
@@ -335,7 +377,7 @@ def write(path: Path | None, record: dict[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -454,7 +496,7 @@ def table(record: dict[str, Any]) -> str:
         f"{found['setting']}, {name}: {found['errors'][name]:.1e}"
         for found in record["rows"]
         for name in found["wrong"]
-        if name != "mnist_ops" and found["errors"][name] is not None
+        if name != "mnist_ops" and found["errors"].get(name) is not None
     }
     if theirs:
         lines += ["", "Baselines beyond the tolerance:", "", *(f"- {t}" for t in sorted(theirs))]
@@ -492,14 +534,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json-out", type=Path, metavar="FILE")
     parser.add_argument("--budget-s", type=float, metavar="N", help="begin nothing after N seconds")
     parser.add_argument("--match", default="", metavar="TEXT", help="settings whose name holds it")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N settings only")
-    parser.add_argument("--rounds", type=int, default=15)
+    count = command_line.whole_number(1, 10**6)
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N settings only")
+    parser.add_argument("--rounds", type=count, default=15)
     parser.add_argument("--row-s", type=float, default=2.0, help="fewer rounds beyond that")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=count, help="of torch on the CPU")
     parser.add_argument("--no-launches", action="store_true", help="count no kernels on CUDA")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
-        "--compile-first", type=int, metavar="N", help="torch.compile for the first N settings only"
+        "--compile-first",
+        type=command_line.whole_number(0, 10**6),
+        metavar="N",
+        help="torch.compile for the first N settings only",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json-out")
@@ -510,6 +556,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     wanted = [s for s in op_cases.settings(args.device, args.quick) if args.match in str(s)]
     wanted = wanted[: args.limit]
+    if not wanted:
+        parser.error(f"--match {args.match}: --list shows the settings, none is like that")
     if args.list:
         print("\n".join(map(str, wanted)))
         return 0
@@ -517,7 +565,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--device cuda: {mnist_ops.build_info()['cuda']}")
     done = None
     if args.resume and args.json_out and args.json_out.exists():
-        done = json.loads(args.json_out.read_text())
+        done = records.read_json(args.json_out, RECORD)
     launches = args.device == "cuda" and not args.no_launches
     compiled = 0 if args.no_compile else args.compile_first
     options = Options(args.device, args.rounds, args.row_s, compiled, args.quick, launches)
@@ -594,4 +642,4 @@ def test_operator(benchmark, contender, device, setting, direction):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, [records.RunError]))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import mnist_ops
+from mnist_ops import command_line
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -269,7 +270,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if cuda == "available" else "cpu")
     parser.add_argument("--quick", action="store_true", help="few and small")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu, cuda or cuda:N, got {args.device}")
     if device.type == "cpu" and args.check in ("agreement", "graphs", "streams"):
         print(f"skipped: {args.check} is a matter of CUDA: {cuda}")
         return SKIPPED
@@ -299,4 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -10,13 +10,13 @@ compiled, and the time in which a large copy of the same run would move the byte
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench_ops import table
+from bench_ops import RECORD, table
 
+from mnist_ops import command_line, records
 from mnist_ops.figures import STYLE
 
 #: Okabe and Ito's colours, which people with any colour vision tell apart, and markers.
@@ -51,7 +51,7 @@ def figure(record: dict[str, Any], family: str, path: Path) -> None:
         for axis, direction in zip(axes, DIRECTIONS, strict=True):
             rows = points(record, family, direction)
             for name, (color, marker, line) in STYLES.items():
-                at = [(row["elements"], row["us"][name]) for row in rows if name in row["us"]]
+                at = [(row["elements"], row["us"][name]) for row in rows if row["us"].get(name)]
                 if at:
                     axis.plot(
                         *zip(*at, strict=True),
@@ -81,7 +81,7 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     """Write the table and the figures; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "ops.md"]
-    written[0].write_text(table(record))
+    written[0].write_text(table(record), encoding="utf-8")
     for family in dict.fromkeys(row["family"] for row in record["rows"] if row["sweep"]):
         if all(points(record, family, direction) for direction in DIRECTIONS):
             written.append(folder / f"ops-{family}.png")
@@ -95,10 +95,10 @@ def main() -> int:
     parser.add_argument("json", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    for path in draw(json.loads(args.json.read_text()), args.folder):
+    for path in draw(records.read_json(args.json, RECORD), args.folder):
         print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, [records.RunError]))

@@ -49,6 +49,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mnist_ops import command_line, records
+
 ROOT = Path(__file__).resolve().parents[1]
 #: The exit status of a process that finds that it has nothing to do here.
 SKIPPED = 77
@@ -357,25 +359,29 @@ def run_step(step: Step, out: Path, machine: dict[str, Any], limit_s: float) -> 
 
 def last_line(path: Path) -> str:
     """The end of what a process printed."""
-    lines = path.read_text(errors="replace").strip().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip()[:200] if lines else "no output"
 
 
 def read_outcomes(out: Path) -> list[Outcome]:
     """The outcomes of earlier calls."""
     path = out / "summary.json"
-    return [Outcome(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    if not path.exists():
+        return []
+    entry = {**dict.fromkeys(["step", "status", "note"], records.TEXT), "seconds": records.NUMBER}
+    found = records.read_json(path, [entry])
+    return [Outcome(**{name: one[name] for name in entry}) for one in found]
 
 
 def write_summary(out: Path, outcomes: list[Outcome]) -> None:
     """Both summaries, in the order of the steps."""
     entries = [vars(outcome) for outcome in outcomes]
-    (out / "summary.json").write_text(json.dumps(entries, indent=1) + "\n")
+    (out / "summary.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     lines = ["| step | outcome | seconds | note |", "|---|---|--:|---|"]
     for o in outcomes:
         note = o.note.replace("|", "\\|")
         lines.append(f"| {o.step} | {o.status} | {o.seconds:.0f} | {note} |")
-    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def pack(out: Path, archive: Path) -> None:
@@ -455,8 +461,8 @@ def run_steps(
 def read_machine(out: Path) -> dict[str, Any]:
     """What the environment step found; nothing is known before."""
     try:
-        found: dict[str, Any] = json.loads((out / "environment.json").read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = records.read_json(out / "environment.json", {"cuda": records.TEXT})
+    except records.RunError:
         found = {"cuda": "not known: the environment step has not run"}
     return found
 
@@ -475,27 +481,30 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="try everything, in minutes")
     parser.add_argument("--write-environment", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    if args.write_environment:
-        found = environment()
-        (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
-        devices = ", ".join(device["name"] for device in found["devices"])
-        print(devices or f"no GPU ({found['cuda']})")
-        return 0
     every = steps(args.quick, args.pytest_args.split())
     names = [step.name for step in every]
     wanted = args.steps.split(",") if args.steps else names
     for name in wanted:
         if name not in names:
             parser.error(f"--steps must be among {','.join(names)}, got {name}")
+    out = args.out.resolve()
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {args.out} is a file, not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if args.write_environment:
+        found = environment()
+        text = json.dumps(found, indent=1) + "\n"
+        (out / "environment.json").write_text(text, encoding="utf-8")
+        devices = ", ".join(device["name"] for device in found["devices"])
+        print(devices or f"no GPU ({found['cuda']})")
+        return 0
     # The others ask it whether there is a GPU; it takes seconds.
     chosen = [step for step in every if step.name in {*wanted, "environment"}]
     outcomes = run_steps(chosen, out, args.budget_s, args.archive, args.side_by_side)
-    print(f"\n{(out / 'summary.md').read_text()}", end="")
+    print(f"\n{(out / 'summary.md').read_text(encoding='utf-8')}", end="")
     bad = [o.step for o in outcomes if o.step in wanted and o.status in ("failed", "timed out")]
     return int(bool(bad))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main, [records.RunError]))

@@ -13,6 +13,7 @@ more than are asked for, or fewer.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -211,6 +212,9 @@ def run() -> int:
             print(f"{task.name}: {task.epochs} epochs of {task.digits_per_epoch} digits")
         print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
         return 0
+    # Python says so of what workers had that were told to stop; it is cleared away all the same.
+    quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     try:
         failures = runner.run_all(
             [] if args.no_run else todo,
