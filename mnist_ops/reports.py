@@ -23,10 +23,6 @@ from typing import Any
 
 __all__ = ["CLAIMS", "EPOCH_SHIFT", "FIGURES", "LOGS", "TABLES", "TABLE_3_1", "Claim", "cut"]
 
-_DATA: dict[str, Any] = json.loads(
-    (resources.files(__package__) / "reports.json").read_text(encoding="utf-8")
-)
-
 
 def cut(accuracy: float) -> str:
     """An accuracy as report 1 prints it: two decimals, cut off and not rounded.
@@ -43,22 +39,49 @@ def cut(accuracy: float) -> str:
     return f"{math.floor(accuracy * 100 + 1e-6) / 100:.2f}"
 
 
+_Pairs = dict[int, tuple[Any, Any]]
+
+
+def _pairs(entry: dict[str, list[Any]], epochs: Iterable[int]) -> _Pairs:
+    """For each epoch training and test accuracy."""
+    for value in (*entry["training"], *entry["test"]):
+        if value is not None and not 0 <= value <= 100:
+            raise ValueError(f"{value} is no accuracy in %")
+    return dict(zip(epochs, zip(entry["training"], entry["test"], strict=True), strict=True))
+
+
+def _parse(content: bytes) -> tuple[dict[str, dict[str, _Pairs]], dict[str, _Pairs], Any]:
+    """Tables, figures and logs of ``reports.json``, a part of the package."""
+    try:
+        parts = json.loads(content.decode("utf-8"))
+        tables = {
+            table: {
+                column: _pairs(entry, map(int, entry["epochs"]))
+                for column, entry in columns.items()
+            }
+            for table, columns in parts["tables"].items()
+        }
+        figures = {
+            figure: _pairs(entry, range(1, len(entry["test"]) + 1))
+            for figure, entry in parts["figures"].items()
+        }
+        logs = {
+            log: _pairs({"training": [None] * len(test), "test": test}, range(1, len(test) + 1))
+            for log, test in parts["logs"].items()
+        }
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ImportError(
+            f"mnist_ops/reports.json is damaged ({error!r}): reinstall mnist_ops"
+        ) from None
+    return tables, figures, logs
+
+
+_TABLES, _FIGURES, _LOGS = _parse((resources.files(__package__) / "reports.json").read_bytes())
+
 #: Report 1, Tables 3.1 to 3.5, as printed: ``TABLES[table][column][epoch] = (training, test)``;
 #: ``None`` where a dash is printed. Table 3.4's multi-margin column equals its NLL column to the
 #: last digit.
-TABLES: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {
-    table: {
-        column: dict(
-            zip(
-                entry["epochs"],
-                zip(entry["training"], entry["test"], strict=True),
-                strict=True,
-            )
-        )
-        for column, entry in columns.items()
-    }
-    for table, columns in _DATA["tables"].items()
-}
+TABLES: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = _TABLES
 
 #: How much too high a table numbers its epochs. The two-layer column of Table 3.5 is, digit for
 #: digit, the run of Table 3.1 one epoch earlier: what it prints for epoch 20 is the state after 19.
@@ -67,17 +90,11 @@ EPOCH_SHIFT: dict[str, int] = {"3.5": 1}
 #: Report 2's figures 1 and 2, ``FIGURES[figure][epoch] = (training, test)``: curves read off the
 #: published plots to about 0.01; ``None`` where they cannot be read. The published text is a later
 #: revision of the report: it ends at 99.63 with all augmentations together.
-FIGURES: dict[str, dict[int, tuple[float | None, float | None]]] = {
-    figure: dict(enumerate(zip(entry["training"], entry["test"], strict=True), 1))
-    for figure, entry in _DATA["figures"].items()
-}
+FIGURES: dict[str, dict[int, tuple[float | None, float | None]]] = _FIGURES
 
 #: Test logs that the authors of report 2 published, ``LOGS[log][epoch] = (None, test)``: exact. The
 #: log of the additional convolution is, from epoch 2 on, the test curve of figure 2 to 0.012.
-LOGS: dict[str, dict[int, tuple[None, float]]] = {
-    log: {epoch: (None, test) for epoch, test in enumerate(values, 1)}
-    for log, values in _DATA["logs"].items()
-}
+LOGS: dict[str, dict[int, tuple[None, float]]] = _LOGS
 
 #: Report 1, Table 3.1, "The training and test accuracy of the original model": for each epoch
 #: training and test accuracy in %, as printed.

@@ -17,7 +17,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
-NAMES = ("op_timing", "op_cases", "bench_ops", "op_plots", "op_checks", "run_all")
+NAMES = (
+    *("op_timing", "op_cases", "bench_ops", "op_plots", "op_checks", "run_all"),
+    "bench_online_sgd",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -569,3 +572,121 @@ def test_selected_tests_exist(run_all):
             of_a_case = re.search(rf'^    "[^"]*\b{word}\b[^"]*": ', sources, re.MULTILINE)
             assert f"def test_{word}" in sources or f"_{word}" in sources or of_a_case, word
     assert "def test_more_than_two_to_the_31" in (ROOT / "tests/test_operators.py").read_text()
+
+
+# ------------------------------------------------------------------------------------ how they end
+
+
+@pytest.fixture
+def called(modules, monkeypatch, capsys):
+    """A script's main function as its last lines call it: exit code, output and errors."""
+    from mnist_ops import command_line, records
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr("warnings.formatwarning", lambda *_: "")
+
+    def call(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        try:
+            code = command_line.run(modules[name].main, [records.RunError])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("op_timing", "op_cases")])
+def test_help(called, name):
+    code, out, errors = called(name, "--help")
+    assert code == 0 and out.startswith(f"usage: {name}.py") and errors == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bench_ops", "--rounds", "0"], "argument --rounds: must be 1 or more, got 0"),
+        (["bench_ops", "--limit", "-1"], "argument --limit: must be 1 or more, got -1"),
+        (["bench_ops", "--threads", "x"], "argument --threads: invalid integer: 'x'"),
+        (["bench_ops", "--match", "nothing is called so"], "none is like that"),
+        (["bench_online_sgd", "--rounds", "0"], "argument --rounds: must be 1 or more, got 0"),
+        (["bench_online_sgd", "--models", "1,0"], "argument --models: must be 1 or more, got 0"),
+        (["op_checks", "once", "--device", "tpux"], "--device tpux: "),
+        (
+            ["op_checks", "once", "--device", "meta"],
+            "--device must be cpu, cuda or cuda:N, got meta",
+        ),
+        (["op_checks", "nothing"], "invalid choice: 'nothing'"),
+        (
+            ["op_plots", "nowhere.json", "x"],
+            "nowhere.json cannot be read: No such file or directory",
+        ),
+        (["run_all", "--out", "/dev/null"], "--out /dev/null is a file, not a folder"),
+        (["run_all", "--out", "/proc/x"], "/proc/x: No such file or directory"),
+        (
+            ["run_all", "--out", "x", "--budget-s", "much"],
+            "argument --budget-s: invalid float value",
+        ),
+    ],
+)
+def test_wrong_arguments(called, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = called(*arguments)
+    *usage, last = errors.splitlines()
+    assert code == 2 and line in last and (not usage or usage[0].startswith("usage: "))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_results_are_named_in_one_line(called, modules, tmp_path):
+    """By everything that reads them; the whole ones are read."""
+    published = sorted((FOLDER / "results").rglob("ops*.json"))
+    assert len(published) >= 4
+    for path in published:
+        assert modules["op_plots"].records.read_json(path, modules["bench_ops"].RECORD)["rows"]
+    good = json.loads(published[0].read_text())
+    file = tmp_path / "ops.json"
+
+    def row(**changes):
+        return good | {"rows": [good["rows"][0] | changes]}
+
+    cases = [
+        (b"\xff", "damaged or not JSON"),
+        (b"", "damaged or not JSON"),
+        (None, "expected an object, got null"),
+        (good | {"rows": None}, "rows: expected a list, got null"),
+        (good | {"rows": {}}, "rows: expected a list, got {}"),
+        (good | {"rows": [[]]}, "rows[0]: expected an object, got []"),
+        ({"rows": []}, "machine is missing"),
+        (row(elements="9"), 'rows[0], elements: expected an integer from 0 on, got "9"'),
+        (row(us={"mnist_ops": "1"}), "us: expected numbers by name"),
+        (row(floor_us=float("nan")), "NaN is not JSON"),
+        (row(floor_us=10**400), "floor_us: expected a finite number"),
+        (row(wrong=[1]), "wrong[0]: expected a text, got 1"),
+    ]
+    for content, words in cases:
+        file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        for arguments in (
+            ["op_plots", file, tmp_path / "figures"],
+            ["bench_ops", "--quick", "--resume", "--json-out", file],
+        ):
+            code, _, errors = called(*arguments)
+            assert code == 2 and words in errors and str(file) in errors
+            assert errors.count("\n") == 1
+    (tmp_path / "summary.json").write_text('[{"step": "tests"}]')
+    code, _, errors = called("run_all", "--out", tmp_path, "--steps", "environment")
+    assert (code, errors.count("\n")) == (2, 1) and "status is missing" in errors
+
+
+def test_a_result_that_is_not_a_number_is_wrong_and_can_be_written(bench_ops, quick, tmp_path):
+    options, (setting, _) = quick
+    errors = {"mnist_ops": math.nan, "eager": 0.0}
+    row = bench_ops.row(setting, "forward", 4000, TIMES, errors, {}, options)
+    assert row["wrong"] == ["mnist_ops"]
+    record = {"machine": bench_ops.header(options), "rows": [row], "left_out": []}
+    bench_ops.write(tmp_path / "ops.json", record)
+    assert bench_ops.records.read_json(tmp_path / "ops.json", bench_ops.RECORD) == json.loads(
+        json.dumps(record)
+    )
+    assert "| failed |" in bench_ops.table(record)

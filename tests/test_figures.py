@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import resource
 import struct
 import subprocess
 import sys
@@ -291,3 +292,42 @@ def test_the_same_bytes():
         figures.png(figures.group_curves, runs_of("a", THREE), described) for _ in "ab"
     )
     assert first == second and first[:4] == b"\x89PNG"
+
+
+def test_a_full_disk_leaves_the_old_figure(tmp_path):
+    """A limit on the size of files, as a disk that takes no more."""
+    path = tmp_path / "confusion.png"
+    figures.confusion([[3, 1], [0, 4]], path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        for name in ("confusion.png", "new.pdf"):
+            with pytest.raises(OSError, match=name):
+                figures.confusion([[3, 1], [0, 4]], tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_ending_chooses_the_format(tmp_path):
+    for name, head in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
+        figures.confusion([[3, 1], [0, 4]], tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(head)
+
+
+def test_the_gallery_does_not_depend_on_the_default_device(tmp_path, monkeypatch):
+    write_digits(tmp_path)
+    images, labels = data.load("train", tmp_path)
+    expected = figures.png(figures.normalization_gallery, indices=[0, 7], root=tmp_path)
+    monkeypatch.setattr(data, "load", lambda *_: (images, labels))
+    real = data.local_norm
+    monkeypatch.setattr(data, "local_norm", lambda x, n: outside(real, x, n))
+
+    def outside(function, *arguments):  # whose own tensors are not what is looked at here
+        with torch.device("cpu"):
+            return function(*arguments)
+
+    with torch.device("meta"):
+        assert figures.png(figures.normalization_gallery, indices=[0, 7], root=tmp_path) == expected

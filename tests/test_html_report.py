@@ -3,6 +3,7 @@
 import base64
 import copy
 import re
+import resource
 from html.parser import HTMLParser
 
 import numpy as np
@@ -262,3 +263,56 @@ def test_many_epochs_are_folded(tmp_path):
 def test_format(tmp_path):
     with pytest.raises(ValueError, match="write_report: format must be 1, got 2"):
         html_report.write_report({"format": 2}, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "results: expected an object, got []"),
+        ({"runs": {}}, "results, runs: expected a list, got {}"),
+        ({"runs": [[]]}, "results, runs[0]: expected an object, got []"),
+        ({"runs": [{"seed": "1"}]}, 'runs[0], seed: expected an integer from 0 on, got "1"'),
+        ({"runs": [{"epochs": {}}]}, "epochs: expected a list, got {}"),
+        ({"runs": [{"epochs": [{}]}]}, "epochs[0]: epoch is missing"),
+        ({"runs": [{"epochs": [{"epoch": "1"}]}]}, "epoch: expected an integer"),
+        ({"runs": [{"epochs": [{"epoch": 1, "test_accuracy": "9"}]}]}, "a number or null"),
+        ({"runs": [{"epochs": [{"epoch": 1, "confusion": [1]}]}]}, "a square of counts"),
+        ({"runs": [{"filters": "x"}]}, "nested lists of numbers"),
+        ({"runs": [{"mistakes": [{"index": -1}]}]}, "mistakes[0], index: expected an integer"),
+        ({"environment": []}, "environment: expected an object or null, got []"),
+        ({"options": "x"}, "options: expected an object or null"),
+    ],
+)
+def test_what_is_no_results_is_refused(tmp_path, given, words):
+    with pytest.raises(ValueError, match=r"^write_report: results") as caught:
+        html_report.write_report(given, described(), tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_may_be_null(tmp_path):
+    html_report.write_report({"runs": None, "options": None}, described(), tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path):
+    paths = html_report.write_report(results(), described(), tmp_path)
+    before = [path.read_bytes() for path in paths]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for given, name in (({"runs": []}, "summary.md"), (results(), "group-original.png")):
+            with pytest.raises(OSError, match=name):
+                html_report.write_report(given, described(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_bytes() for path in paths] == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_mistakes_on_other_data_are_not_drawn_as_mnist(tmp_path):
+    given = results()
+    given["runs"][0]["data"] = "md5:0123"
+    html_report.write_report(given, described(), tmp_path)
+    assert not (tmp_path / "figures" / "mistakes.png").exists()
+    assert (tmp_path / "figures" / "filters.png").exists()

@@ -1,6 +1,7 @@
 """The reports' numbers, against the tests' own copies and the printed lines, and their claims."""
 
 import json
+from importlib import resources
 
 import pytest
 from conftest import REFERENCE
@@ -86,3 +87,34 @@ def test_printed_effects():
     assert claims["three-layer-converges-earlier"].printed == 21 - 29
     assert claims["test-at-most-99.56"].printed == 99.56
     assert claims["rotation-0.2-99.57"].printed == 99.573
+
+
+def test_a_damaged_file_is_named():
+    good = json.loads((resources.files("mnist_ops") / "reports.json").read_bytes())
+    column = good["tables"]["3.1"]["original"]
+    whole = reports._parse(json.dumps(good).encode())
+    assert whole == (reports.TABLES, reports.FIGURES, reports.LOGS)
+
+    def table(**changes):
+        return good | {"tables": {"3.1": {"original": column | changes}}}
+
+    cases = [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        None,
+        [],
+        good | {"tables": None},
+        good | {"figures": []},
+        good | {"logs": {"dropout": ["99"]}},
+        {key: value for key, value in good.items() if key != "logs"},
+        table(epochs=column["epochs"][:-1]),
+        table(test=column["test"] * 2),
+        table(training=["96.71", *column["training"][1:]]),
+        table(training=[float("nan"), *column["training"][1:]]),
+        table(training=[1e300, *column["training"][1:]]),
+    ]
+    for case in cases:
+        content = case if isinstance(case, bytes) else json.dumps(case).encode()
+        with pytest.raises(ImportError, match=r"reports\.json is damaged .*: reinstall mnist_ops"):
+            reports._parse(content)

@@ -252,6 +252,18 @@ def test_digits():
     assert statistics.verdict(c, [run("original", 1, train, test)], 2000).outcome == "not tested"
 
 
+def test_digits_of_other_data():
+    """All digits of something else than MNIST, with the accuracies that were printed for MNIST."""
+    train, test = ([pair[i] for pair in TABLES["3.1"]["original"].values()] for i in (0, 1))
+    c = CLAIMS["digits-3.1-original"]
+    mnist = run("original", 1, train, test, data="MNIST")
+    other = run("original", 1, train, test, data="md5:0123", dtype="float64")
+    assert statistics.verdict(c, [mnist]).outcome == "supported"
+    verdict = statistics.verdict(c, [other])
+    assert verdict.outcome == "not tested" and "on other data than MNIST" in verdict.note
+    assert statistics.verdict(c, [other, mnist]).outcome == "supported"
+
+
 def test_digits_of_a_table_that_numbers_epochs_too_high():
     late = list(TABLES["3.5"]["two_layer"].values())
     train, test = ([99.0] * 18 + [pair[i] for pair in late] for i in (0, 1))

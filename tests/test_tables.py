@@ -1,6 +1,7 @@
 """Our digits beside the printed ones."""
 
 import csv
+import resource
 
 import pytest
 
@@ -133,3 +134,28 @@ def test_csv(tmp_path):
         assert list(csv.DictReader(file)) == [{"x": "1", "y": ""}, {"x": "2", "y": "z, w"}]
     tables.write_csv(tmp_path / "b.csv", [])
     assert not (tmp_path / "b.csv").exists()
+
+
+def test_runs_on_other_data_are_not_compared_with_print():
+    """All digits of something else than MNIST are no digits of the report."""
+    mnist = record("original", ORIGINAL) | {"data": "MNIST"}
+    other = record("original", ORIGINAL) | {"data": "md5:0123"}
+    table = TABLES["3.1"]
+    assert tables.compare(table, {"runs": [other]}) == []
+    assert len(tables.compare(table, {"runs": [other, mnist]})) == 2 * len(table.epochs)
+    perturbed = record("original", ORIGINAL, weight=0) | {"data": "md5:0123"}
+    assert tables.spread({"runs": [other, perturbed]}) == []
+
+
+def test_a_full_disk_leaves_the_old_table(tmp_path):
+    path = tmp_path / "t.csv"
+    tables.write_csv(path, [{"a": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"t\.csv"):
+            tables.write_csv(path, [{"a": 1}] * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
