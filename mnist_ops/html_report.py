@@ -325,6 +325,11 @@ def _run_rows(runs: Sequence[statistics.Run], options: Mapping[str, Any]) -> lis
 def _scope(runs: Sequence[statistics.Run], options: Mapping[str, Any]) -> str:
     """A warning for runs that are no full runs; empty for full ones."""
     limits = sorted({n for n in (_limit(run, options) for run in runs) if n is not None})
+    if any(run.get("data", records.MNIST) != records.MNIST for run in runs):
+        return (
+            "Some or all runs used other data than MNIST: their accuracies are not those of the "
+            "reports, and no difference from a printed number means anything."
+        )
     if not limits:
         return ""
     sizes = " and ".join(f"{n:,}" for n in limits)

@@ -314,5 +314,6 @@ def test_mistakes_on_other_data_are_not_drawn_as_mnist(tmp_path):
     given = results()
     given["runs"][0]["data"] = "md5:0123"
     html_report.write_report(given, described(), tmp_path)
+    assert "runs used other data than MNIST" in (tmp_path / "summary.md").read_text()
     assert not (tmp_path / "figures" / "mistakes.png").exists()
     assert (tmp_path / "figures" / "filters.png").exists()
