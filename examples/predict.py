@@ -1,27 +1,28 @@
 """The assignment's result script: what a saved network sees in images, as `Id,Prediction` lines.
 
     python examples/predict.py --model runs/train_mnist/checkpoint.pt --split test
-    python examples/predict.py --model model.net --images digits.npy --out predictions.csv
+    python examples/predict.py --model model.net --normalization none --images digits.npy
 
-The model is a checkpoint of ours or a network that Torch7 saved. Predictions are class numbers,
-digit + 1, as in 2016, or with `--labels digits` the digits themselves. Where the labels are known
+The model is checkpoint.pt or model.pt in a run's folder, or a network that Torch7 saved, which does
+not record how its images were normalised. Predictions are class numbers, digit + 1, as in 2016, or with `--labels digits` the digits themselves. Where the labels are known
 (`--split`) the accuracy is printed, too.
 """
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-from mnist_ops import data, prediction, training
+from mnist_ops import command_line, data, prediction, training
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; anything wrong there ends in one line."""
     p = argparse.ArgumentParser(description="Predict the digits in images with a saved network.")
-    p.add_argument("--model", type=Path, required=True, help="checkpoint.pt or Torch7's .net file")
+    p.add_argument(
+        "--model", type=Path, required=True, help="checkpoint.pt, model.pt or Torch7's .net file"
+    )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, help="28x28 uint8: an idx file (or .gz), .pt, .npy")
     source.add_argument("--split", choices=["test", "train"], help="of MNIST")
@@ -30,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--normalization",
         metavar="none|contrastive|contrastiveN",
-        help="global only, or also local with 7 or N taps; default: what the checkpoint records, "
-        "contrastive for a .net file",
+        help="global only, or also local with 7 or N taps; default: what the checkpoint records. "
+        "A .net file records nothing: contrastive for report 1, none for report 2",
     )
     p.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     p.add_argument("--batch-size", type=int, default=100)
@@ -75,17 +76,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run, and turn what can go wrong into one line and an exit code."""
-    args = parse_arguments()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        run(args)
-    except (data.DataError, training.CheckpointError, ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    expected = data.DataError, training.CheckpointError
+    return command_line.run(lambda: run(parse_arguments()), expected)
 
 
 if __name__ == "__main__":

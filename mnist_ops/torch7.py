@@ -26,11 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import nn as ops_nn
+from . import ops
 
 __all__ = [
     "Dropout",
     "Generator",
     "LogSoftmax",
+    "Softmax",
     "class_targets",
     "initialize",
     "load_net",
@@ -240,21 +242,32 @@ def initialize(model: nn.Module, generator: Generator, in_channels: int = 1) -> 
     return model
 
 
-def load_net(file: str | os.PathLike[str] | BinaryIO) -> nn.Sequential:
+def load_net(file: str | os.PathLike[str] | BinaryIO, log_softmax: str = "auto") -> nn.Sequential:
     """The network in a file of Torch7. See :func:`mnist_ops.torch7_files.load_net`.
 
     Args:
         file: a path, or a file opened for reading bytes; packed with xz or gzip or not.
+        log_softmax: ``"approximate"``, as torch/nn computed it on the CPU until April 2016,
+            ``"exact"``, or ``"auto"``: what the file tells, and the former where it tells nothing.
 
     Returns:
         A module in evaluation mode, for batches.
 
     Raises:
         mnist_ops.torch7_files.Torch7FileError: (a ``ValueError``) for any file that is not one.
+        ValueError: for another ``log_softmax``.
     """
     from . import torch7_files  # it needs this module's layers
 
-    return torch7_files.load_net(file)
+    return torch7_files.load_net(file, log_softmax=log_softmax)
+
+
+def _approximate_exponential(z: Tensor) -> Tensor:
+    """Torch7's exp(-z) for z >= 0, ``THExpMinusApprox``, in float64."""
+    z = z.double()
+    w = 1.0 + z * (0.125 + z * (0.0078125 + z * (0.00032552083 + z * 1.0172526e-5)))
+    w = w.square().square().square()
+    return torch.where(z < 13.0, w.reciprocal(), 0.0)
 
 
 class _ApproximateLogSoftmax(torch.autograd.Function):
@@ -262,10 +275,7 @@ class _ApproximateLogSoftmax(torch.autograd.Function):
     def forward(input: Tensor) -> Tensor:
         # Torch7 keeps the maximum and its differences in the input's type and sums in double.
         largest = input.amax(-1, keepdim=True)
-        z = (largest - input).double()
-        w = 1.0 + z * (0.125 + z * (0.0078125 + z * (0.00032552083 + z * 1.0172526e-5)))
-        w = w.square().square().square()
-        total = torch.where(z < 13.0, w.reciprocal(), 0.0).sum(-1, keepdim=True)
+        total = _approximate_exponential(largest - input).sum(-1, keepdim=True)
         return (input - (largest + total.log())).to(input.dtype)
 
     @staticmethod
@@ -305,11 +315,29 @@ def log_softmax(input: Tensor) -> Tensor:
 
 
 class LogSoftmax(nn.Module):
-    """See :func:`log_softmax`."""
+    """Torch7's ``nn.LogSoftMax``. See :func:`log_softmax`.
+
+    Maps ``(N, C, H, W)`` are normalised over C, with the exact exponential: torch/nn takes them
+    since October 2016, when it had no other.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., classes)`` to the same shape."""
-        return log_softmax(input)
+        """``(..., classes)``, or maps ``(N, C, H, W)``, to the same shape."""
+        return ops.log_softmax(input, 1) if input.dim() == 4 else log_softmax(input)
+
+
+class Softmax(nn.Module):
+    """Torch7's ``nn.SoftMax`` until 2 May 2016, with the approximate exponential.
+
+    With the e of :func:`log_softmax` it is ``e / e.sum()`` over the classes. The gradient is that
+    of what is computed, not of the exact function.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., classes)``, or maps ``(N, C, H, W)`` over C, to the same shape."""
+        dim = 1 if input.dim() == 4 else -1
+        e = _approximate_exponential(input.amax(dim, keepdim=True) - input)
+        return (e / e.sum(dim, keepdim=True)).to(input.dtype)
 
 
 class Dropout(nn.Module):

@@ -3,11 +3,13 @@
 import gzip
 import importlib.util
 import io
+import lzma
 import pickle
 import struct
 import subprocess
 import sys
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,7 +214,8 @@ class TestScript:
         model, images = tmp_path / "m.net", tmp_path / "x.npy"
         model.write_bytes(save(pixels_net()))
         np.save(images, bright([3]).numpy())
-        flags = ("--model", model, "--images", images, "--data", mnist, "--out")
+        flags = ("--model", model, "--normalization", "none", "--images", images, "--data", mnist)
+        flags += ("--out",)
         assert run_here(monkeypatch, *flags, tmp_path / "no" / "p.csv") == 2
         assert "No such file" in capsys.readouterr().err
         (tmp_path / "folder").mkdir()
@@ -302,14 +305,18 @@ class TestLoadModel:
     def test_torch7(self, monkeypatch, tmp_path, mnist):
         (tmp_path / "a").write_bytes(save(pixels_net()))
         saved = prediction.load_model(tmp_path / "a")
-        assert saved.normalization == "contrastive" and saved.statistics is None
+        assert saved.normalization is None and saved.statistics is None
         # Without statistics of its own the data's serve; these pixels stand out under any.
         images = bright([7, 2]).unsqueeze(1)
-        for normalization in ("none", None, "contrastive15"):
+        for normalization in ("none", "contrastive", "contrastive15"):
             assert prediction.predict(saved, images, normalization, mnist).tolist() == [7, 2]
         monkeypatch.setattr(data, "load", lambda *_: pytest.fail("the file has its own statistics"))
         own = replace(saved, statistics=(30.0, 70.0))
-        assert prediction.predict(own, images).tolist() == [7, 2]
+        assert prediction.predict(own, images, "contrastive").tolist() == [7, 2]
+        with pytest.raises(
+            ValueError, match=r"a does not record .* 'none' .* 'contrastive' .* 'con"
+        ):
+            prediction.predict(saved, images, root=mnist)
 
     def test_a_state_that_does_not_fit(self, tmp_path, mnist):
         path, _ = checkpoint(tmp_path, mnist, "global", None, widths=(4, 8, 16))
@@ -318,15 +325,100 @@ class TestLoadModel:
             ({"settings": {}}, "does not fit the network that its settings describe"),
             ({"settings": {"network": {"depth": 3}}}, "unexpected keyword argument 'depth'"),
             ({"settings": {"network": {"widths": (4,)}}}, "widths needs one convolution"),
-            ({"settings": {"network": 3}}, "does not fit the network"),
-            ({"model": {"conv1.weight": 1}}, "does not fit the network"),
+            ({"settings": {"network": 3}}, "network must be a dict, got int"),
+            ({"settings": {"network": {"widths": 3}}}, "does not fit the network"),
+            (
+                {"settings": {"network": {"norm_kernel": 10**9}}},
+                "at most 10,000, got 1,000,000,000",
+            ),
+            ({"settings": {"network": {"widths": [10**9] * 3}}}, "at most 10,000, got 1,000,"),
+            ({"settings": {"network": {"widths": [9999] * 3}}}, "conv1.weight must have shape"),
+            ({"settings": {"network": {"widths": [4] * 10**6}}}, "has 1,000,000 entries"),
+            ({"settings": {"network": {"image_size": 9999}}}, "must have shape"),
+            ({"model": {"conv1.weight": 1}}, "is a checkpoint without settings or network"),
+            (
+                {"model": {name: w.long() for name, w in state["model"].items()}},
+                "conv1.weight must have shape .* got torch.int64",
+            ),
             ({"model": {}}, "is a checkpoint without settings or network"),
-            ({"settings": None}, "is a checkpoint without settings or network"),
+            ({"settings": None}, "is not a checkpoint: it holds no settings"),
         ]:
             training.save_checkpoint(path, state | change)
             with pytest.raises(training.CheckpointError, match=message) as caught:
                 prediction.load_model(path)
             assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+    def test_numbers_that_cannot_be_used(self, tmp_path, mnist):
+        path, _ = checkpoint(tmp_path, mnist, "global", None, widths=(4, 8, 16))
+        state = training.load_checkpoint(path)
+        settings = state["settings"]
+        weights = {name: w.clone() for name, w in state["model"].items()}
+        weights["linear1.bias"][3] = float("nan")
+        for change, message in [
+            ({"model": weights}, "the network's linear1.bias holds NaN or infinite numbers"),
+            ({"settings": settings | {"std": 0.0}}, "and standard deviation 0.0: no image can be"),
+            ({"settings": settings | {"std": float("nan")}}, "standard deviation nan: no image"),
+            ({"settings": settings | {"mean": float("inf")}}, "of mean inf and standard deviation"),
+            ({"settings": settings | {"std": "7"}}, "standard deviation nan: no image"),
+            ({"settings": settings | {"normalization": "local"}}, "normalization must be 'none'"),
+            ({"settings": settings | {"normalization": "contrastive", "data_kernel": 8}}, "N odd"),
+        ]:
+            training.save_checkpoint(path, state | change)
+            with pytest.raises(training.CheckpointError, match=message) as caught:
+                prediction.load_model(path)
+            assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        (tmp_path / "a.net").write_bytes(
+            save(sequential(Object("nn.Linear", weight=np.array([[1, np.inf]]))))
+        )
+        with pytest.raises(ValueError, match=r"a\.net: the network's 0\.weight holds NaN or inf"):
+            prediction.load_model(tmp_path / "a.net")
+
+    def test_scores_that_are_not_numbers(self, tmp_path, mnist):
+        """Weights may be finite and the scores not."""
+        weight = np.full((10, 1024), 1e200)
+        layers = [Object("nn.Reshape", size=long_storage(1024)), Object("nn.Square")]
+        layers += [Object("nn.Linear", weight=weight), Object("nn.Square"), Object("nn.LogSoftMax")]
+        (tmp_path / "a.net").write_bytes(save(sequential(*layers)))
+        saved = prediction.load_model(tmp_path / "a.net")
+        with pytest.raises(ValueError, match="the network's scores are NaN for 2 of 2 images"):
+            prediction.predict(saved, bright([1, 2]).unsqueeze(1), "none", mnist)
+
+    def test_a_single_flipped_bit(self, tmp_path, mnist):
+        path, _ = checkpoint(tmp_path, mnist, "global", None, widths=(4, 8, 16))
+        whole = path.read_bytes()
+        weights = torch.load(path, weights_only=True)["model"]["linear1.weight"]
+        place = whole.index(weights.numpy().tobytes()) + 100
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(training.CheckpointError, match=r"checkpoint\.pt is damaged"):
+            prediction.load_model(path)
+
+    def test_model_pt(self, tmp_path, mnist):
+        """A state_dict, as the scripts leave it beside the checkpoint."""
+        network = {"widths": (4, 8, 16), "activation": "relu"}
+        path, model = checkpoint(tmp_path, mnist, "contrastive", 15, **network)
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)  # it is the file's own weights that count
+        training.save_checkpoint(tmp_path / "model.pt", model.state_dict())
+        saved = prediction.load_model(tmp_path / "model.pt")
+        assert saved.normalization == "contrastive15"
+        assert saved.statistics == prediction.load_model(path).statistics is not None
+        images, _ = data.load("test", mnist)
+        expected = expected_predictions(model, mnist, "contrastive", 15)
+        assert torch.equal(prediction.predict(saved, images), expected)
+        path.unlink()  # now nothing tells
+        with pytest.raises(training.CheckpointError, match="does not fit the network"):
+            prediction.load_model(tmp_path / "model.pt")
+        original = models.convnet(dtype=torch.float32)
+        training.save_checkpoint(tmp_path / "model.pt", original.state_dict())
+        saved = prediction.load_model(tmp_path / "model.pt")
+        assert saved.normalization is saved.statistics is None
+        with pytest.raises(
+            ValueError, match="does not record how its images were normalised; name"
+        ):
+            prediction.predict(saved, images, root=mnist)
+        expected = expected_predictions(original.double().eval(), mnist, "global")
+        agree = prediction.predict(saved, images, "none", mnist) == expected
+        assert agree.sum() > 20
 
     def test_something_else(self, tmp_path):
         path = tmp_path / "model"
@@ -364,7 +456,8 @@ class TestReadImages:
     def files(self, folder, images):
         raw = struct.pack(">4I", 2051, len(images), 28, 28) + images.numpy().tobytes()
         (folder / "idx").write_bytes(raw)
-        (folder / "idx.gz").write_bytes(gzip.compress(raw))
+        (folder / "idx.gz").write_bytes(gzip.compress(raw[:99]) + gzip.compress(raw[99:]))
+        (folder / "idx.xz").write_bytes(lzma.compress(raw))
         torch.save(images, folder / "a.pt")
         torch.save(images.unsqueeze(1), folder / "b")
         np.save(folder / "a.npy", images.numpy())
@@ -374,7 +467,7 @@ class TestReadImages:
     def test_every_format(self, tmp_path):
         images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
         paths = self.files(tmp_path, images)
-        assert len(paths) == 6
+        assert len(paths) == 7
         for path in paths:
             result = prediction.read_images(path)
             assert torch.equal(result, images.unsqueeze(1)) and result.is_contiguous()
@@ -427,6 +520,96 @@ class TestReadImages:
             prediction.read_images(tmp_path / "nothing")
         with pytest.raises(data.DataError, match="cannot be read: Is a directory"):
             prediction.read_images(tmp_path)
+
+
+BOMBS = """
+import sys, torch
+from mnist_ops import models, prediction, torch7_files, training
+def memory(name):
+    line = next(each for each in open("/proc/self/status") if each.startswith(name))
+    return int(line.split()[1]) >> 10
+torch.zeros(3).isfinite().all()
+models.convnet()(torch.zeros(1, 1, 32, 32))
+before = memory("VmRSS")
+for line in sys.stdin.read().splitlines():
+    reader, path = line.split(" ", 1)
+    read = getattr(torch7_files if reader == "load_net" else prediction, reader)
+    try:
+        read(path)
+        print("read", path)
+    except (torch7_files.Torch7FileError, prediction.data.DataError, training.CheckpointError) as e:
+        print(f"{type(e).__name__}: {e}, with {memory('VmHWM') - before} MiB more")
+"""
+
+
+class TestBombs:
+    """Little files that ask for much memory: refused before it is used."""
+
+    @staticmethod
+    def refused(files):
+        """Readers and paths, and what each error says; in one process, as its start is slow."""
+        lines = "".join(f"{reader} {path}\n" for reader, path, _ in files)
+        command = [sys.executable, "-c", BOMBS]
+        result = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        outcomes = result.stdout.splitlines()
+        for (reader, path, message), outcome in zip(files, outcomes, strict=True):
+            kind = {"read_images": "DataError", "load_net": "Torch7FileError"}.get(reader, "")
+            assert "Error: " in outcome and outcome.startswith(kind), (reader, path, outcome)
+            assert message in outcome, outcome
+            # The most that any of the files before this one took, too.
+            assert int(outcome.split()[-3]) < 130, outcome
+
+    def test_packed_files_and_files_without_end(self, tmp_path):
+        files = []
+        count = 2**28 // 784
+        images = struct.pack(">4I", 2051, count, 28, 28) + bytes(count * 784)
+        text = struct.pack("<ii", 2, 2**28) + bytes(2**28)
+        for pack in (gzip, lzma):
+            for name, content in (("images", images), ("text", text)):
+                path = tmp_path / f"{name}.{pack.__name__}"
+                with pack.open(path, "wb", **({"preset": 0} if pack is lzma else {})) as file:
+                    file.write(content)
+                assert path.stat().st_size < 2**20
+                readers = ["read_images"] if name == "images" else ["load_model", "load_net"]
+                files += [(reader, path, "larger") for reader in readers]
+        heads = (b"", b"\x93NUMPY", b"PK\x03\x04", struct.pack(">4I", 2051, 9, 28, 28), b"\x03")
+        for i, head in enumerate(heads):
+            path = tmp_path / f"sparse{i}"
+            with open(path, "wb") as file:
+                file.write(head)
+                file.truncate(2**40)
+            files += [(reader, path, "") for reader in ("read_images", "load_model", "load_net")]
+        self.refused(files)
+
+    def test_archives(self, tmp_path, mnist):
+        expanded = tmp_path / "expanded.pt"
+        torch.save(torch.zeros(1, 28, 28, dtype=torch.uint8).expand(10**6, 28, 28), expanded)
+        weights = tmp_path / "weights.pt"
+        torch.save({"model": {"conv1.weight": torch.zeros(1).expand(10**9)}, "format": 1}, weights)
+        assert expanded.stat().st_size < 5000 and weights.stat().st_size < 5000
+        torch.save(torch.zeros(3 * 10**5, 28, 28, dtype=torch.uint8), stored := io.BytesIO())
+        packed = tmp_path / "packed.pt"
+        deflate = zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(stored) as old, zipfile.ZipFile(packed, "w", deflate) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        assert packed.stat().st_size < 2**20
+        files = [("read_images", expanded, "damaged"), ("load_model", weights, "damaged")]
+        files += [("read_images", packed, "damaged"), ("load_model", packed, "damaged")]
+        path, _ = checkpoint(tmp_path, mnist, "global", None, widths=(4, 8, 16))
+        state = training.load_checkpoint(path)
+        for i, network in enumerate(
+            [
+                {"norm_kernel": 10**9},
+                {"widths": (9999, 9999, 9999)},
+                {"widths": (4, 8, 16), "image_size": 9999},
+            ]
+        ):
+            path = tmp_path / f"settings{i}.pt"
+            training.save_checkpoint(path, state | {"settings": {"network": network}})
+            files.append(("load_model", path, "does not fit the network"))
+        self.refused(files)
 
 
 def test_kernel_of():

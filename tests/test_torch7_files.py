@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import math
 import os
 import random
 import resource
@@ -14,21 +15,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REFERENCE, torch7_cases, torch7_tensor
+from loops import contrastive_norm2d, log_softmax, window_count
 from torch7_writer import (
     Object,
     Storage,
+    Table,
+    Tds,
     TensorOf,
     convolution,
+    cuda,
     long_storage,
     lp_pooling,
     pooling,
     save,
     sequential,
+    versioned,
 )
 
-from mnist_ops import data, models, torch7, torch7_files, training
+from mnist_ops import data, models, torch7, torch7_files, torch7_network, training
 from mnist_ops import nn as ops_nn
-from mnist_ops.torch7_files import Torch7FileError, Torch7Object, load, load_net
+from mnist_ops.torch7_files import TableKey, Torch7FileError, Torch7Object, load, load_net
 
 FLOAT32_NET = REFERENCE / "torch7" / "model_nonorm_epoch1.float32.net.xz"
 ORIGINAL_NET = os.environ.get("MNIST_OPS_TORCH7_NET")
@@ -38,11 +44,11 @@ def read(content, **options):
     return load(io.BytesIO(content), **options)
 
 
-def net(*modules, ascii=False):
-    return load_net(io.BytesIO(save(sequential(*modules), ascii)))
+def net(*modules, ascii=False, **options):
+    return load_net(io.BytesIO(save(sequential(*modules), ascii)), **options)
 
 
-def small_net(ascii=False):
+def small_net(ascii=False, **machine):
     """A network with a layer of nearly every kind, some 3 kB."""
     rng = np.random.default_rng(0)
     storage = Storage(rng.standard_normal(2 * 9 + 2).round(3))
@@ -64,6 +70,7 @@ def small_net(ascii=False):
             Object("nn.LogSoftMax"),
         ),
         ascii,
+        **machine,
     )
 
 
@@ -143,10 +150,105 @@ class TestFormat:
         np.testing.assert_array_equal(result["storage"].numpy(), values.reshape(-1))
         assert result["empty"].shape == (0, 3)
 
-    def test_tensors_of_the_gpu(self):
-        values = np.arange(3, dtype=np.float32)
-        content = save(TensorOf(Storage(values, kind="Cuda"), (3,)))
-        assert b"torch.CudaTensor" in content and read(content).dtype == torch.float32
+    @pytest.mark.parametrize("ascii", [False, True], ids=["binary", "ascii"])
+    @pytest.mark.parametrize(
+        ("kind", "dtype"),
+        [
+            ("Cuda", "float32"),
+            ("CudaDouble", "float64"),
+            ("CudaHalf", "float16"),
+            ("CudaLong", "int64"),
+            ("CudaInt", "int32"),
+            ("CudaShort", "int16"),
+            ("CudaChar", "int8"),
+            ("CudaByte", "uint8"),
+        ],
+    )
+    def test_tensors_of_the_gpu(self, kind, dtype, ascii):
+        values = np.array([[1, 2, 100], [3, 0, 7]], dtype=dtype)
+        content = save([cuda(values, kind), Storage(values, kind)], ascii)
+        assert f"torch.{kind}Tensor".encode() in content
+        tensor, storage = read(content)
+        np.testing.assert_array_equal(tensor.numpy(), values)
+        assert tensor.numpy().dtype == storage.numpy().dtype == values.dtype
+
+    @pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
+    @pytest.mark.parametrize("long_size", [4, 8])
+    def test_other_machines(self, order, long_size):
+        """Longs of 32 bits (32-bit systems, Windows), and big-endian numbers."""
+        storage = Storage(np.arange(12.0))
+        value = {
+            "half": np.array([1.5, -2], np.float16),
+            "shorts": np.array([[-3, 4]], np.int16),
+            "longs": np.array([7, -(2**31), 0], np.int64),
+            "sizes": long_storage(-1, 5),
+            "shared": [TensorOf(storage, (2, 3), offset=4), TensorOf(storage, (3, 2), (1, 3), 4)],
+            "empty": np.zeros(0),
+            "more": Tds("tds.Vec", "a", Tds("tds.Hash", ("k", 2.5))),
+            -0.5: [True, None, "text"],
+        }
+        result = read(save(value, order=order, long_size=long_size))
+        assert result["half"].tolist() == [1.5, -2] and result["half"].dtype == torch.float16
+        assert result["shorts"].tolist() == [[-3, 4]]
+        assert result["longs"].tolist() == [7, -(2**31), 0]
+        assert result["longs"].dtype == result["sizes"].dtype == torch.int64
+        assert result["sizes"].tolist() == [-1, 5]
+        assert result["shared"][0].tolist() == [[3, 4, 5], [6, 7, 8]]
+        result["shared"][0][0, 0] = 77
+        assert result["shared"][1][0, 0] == 77
+        assert result["empty"].numel() == 0 and result["more"] == ["a", {"k": 2.5}]
+        assert result[-0.5] == {1: True, 2: None, 3: "text"} or result[-0.5] == [True, None, "text"]
+        # Networks, too: the one of all files here, byte for byte the same numbers.
+        x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+        model = load_net(io.BytesIO(small_net(order=order, long_size=long_size)))
+        assert torch.equal(model(x), load_net(io.BytesIO(small_net()))(x))
+
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_damage_of_other_machines_files_is_told_as_theirs(self, order):
+        content = save({"x": np.arange(50.0)}, order=order, long_size=4)
+        with pytest.raises(Torch7FileError, match=rf"is truncated at byte {len(content) - 1}: "):
+            read(content[:-1])
+
+    def test_tables_as_keys(self):
+        """As nngraph's: tables, objects, tensors and truths as keys."""
+        key, node = {"a": 1}, Object("nngraph.Node", id=3)
+        listed = [1, 2]
+        table = Table((key, "by table"), (node, "by object"), (listed, "by list"), (True, "true"))
+        outer = {"table": table, "key": key, "node": node, "list": listed, "self": Table()}
+        outer["tensor"] = Table((np.arange(2.0), 5))
+        outer["self"].entries = ((outer["self"], 1),)
+        result = read(save(outer))
+        assert result["table"][TableKey(result["key"])] == "by table"
+        assert result["table"][result["node"]] == "by object"
+        assert result["table"][TableKey(result["list"])] == "by list"
+        assert result["table"][True] == "true" and len(result["table"]) == 4
+        (found,) = result["tensor"]
+        assert found.tolist() == [0, 1] and result["tensor"][found] == 5
+        assert result["self"][TableKey(result["self"])] == 1
+        assert TableKey({}) != TableKey({}) and isinstance(repr(result["table"]), str)
+        for first, second in ((1, True), (True, 1), (0, False)):
+            with pytest.raises(
+                Torch7FileError, match=r"not supported: a table with the keys \d and"
+            ):
+                read(save(Table((first, "a"), (second, "b"))))
+
+    @pytest.mark.parametrize("ascii", [False, True], ids=["binary", "ascii"])
+    def test_tds(self, ascii):
+        inner = Tds("tds.Vec", 1.5, None, "x")
+        table = {"hash": Tds("tds.Hash", ("k", inner), (7, True)), "again": inner}
+        table["empty"], table["counter"] = Tds("tds.Vec"), versioned(Tds("tds.AtomicCounter"), 0)
+        result = read(save(table, ascii))
+        assert result["hash"] == {"k": [1.5, None, "x"], 7: True}
+        assert result["again"] is result["hash"]["k"] and result["empty"] == []
+        assert result["counter"] == 0
+        damaged = save(Tds("tds.Vec")).replace(struct.pack("<q", 0), struct.pack("<q", -1))
+        with pytest.raises(Torch7FileError, match=r"a tds\.Vec's size is -1"):
+            read(damaged)
+
+    def test_versions(self):
+        assert read(save(versioned(Object("nn.BatchNormalization"), 2))).version == 2
+        early = save(Object("nn.Tanh")).replace(struct.pack("<i", 3) + b"V 1", b"")
+        assert read(early).version == 0
 
     @pytest.mark.parametrize("ascii", [False, True], ids=["binary", "ascii"])
     def test_what_is_shared_stays_shared(self, ascii):
@@ -205,9 +307,8 @@ class TestLayersAgainstTorch7:
         single = case.get("nInputPlane") is not None and image.dim() == 4
         single = single or (image.dim() in (2, 4) and "batch" in case["name"])
         result = network(image if single else image.unsqueeze(0))
-        torch.testing.assert_close(
-            result, expected if single else expected.unsqueeze(0), rtol=0, atol=tolerance
-        )
+        expected = expected if single else expected.unsqueeze(0)
+        torch.testing.assert_close(result, expected, rtol=0, atol=tolerance, equal_nan=True)
 
     @pytest.mark.parametrize(
         ("name", "layer"),
@@ -236,13 +337,8 @@ class TestLayersAgainstTorch7:
         weight, bias = (torch7_tensor(case[key]).numpy() for key in ("weight", "bias"))
         self.check(Object("nn.Linear", weight=weight, bias=bias), case, ascii)
 
-    # Of negative numbers odd powers are signed or NaN in Torch7, not with us.
-    @pytest.mark.parametrize(
-        "case",
-        [c for c in torch7_cases("lppooling") if c["name"][:3] not in ("p1_", "p3_")]
-        + [c for c in torch7_cases("lppooling") if c["name"].startswith("p3_k2s2_2x4x6_positive")],
-        ids=lambda case: case["name"],
-    )
+    # Of negative numbers odd powers are signed, and their roots NaN.
+    @pytest.mark.parametrize("case", torch7_cases("lppooling"), ids=lambda case: case["name"])
     def test_lp_pooling(self, case, ascii):
         power, kernel, stride = (int(case["name"][i]) for i in (1, 4, 6))
         self.check(
@@ -272,17 +368,42 @@ class TestLayers:
 
     x = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, 7, 8)))
 
-    def test_average_pooling(self):
-        def layer(**fields):
-            return pooling("SpatialAveragePooling", (3, 2), 2, **fields)
+    @staticmethod
+    def mean(x, kernel, stride, padding, ceil_mode, counts, divides):
+        """THNN's SpatialAveragePooling as loops, and what its Lua code multiplies by."""
+        sides = list(zip(x.shape[2:], kernel, stride, padding, strict=True))
+        counted = [window_count(*side, ceil_mode) for side in sides]
+        result = torch.zeros(*x.shape[:2], *counted, dtype=x.dtype)
+        for i in range(counted[0]):
+            for j in range(counted[1]):
+                whole, parts = 1, []
+                for at, (size, taps, step, pad) in zip((i, j), sides, strict=True):
+                    start = at * step - pad
+                    whole *= min(start + taps, size + pad) - start
+                    parts.append(slice(max(start, 0), min(start + taps, size)))
+                window = x[:, :, parts[0], parts[1]]
+                divisor = whole if counts else window[0, 0].numel()
+                result[:, :, i, j] = window.sum((2, 3)) / divisor
+        return result if divides else result * kernel[0] * kernel[1]
 
-        mean = F.avg_pool2d(self.x, (2, 3), 2)
-        torch.testing.assert_close(net(layer())(self.x), mean)
-        torch.testing.assert_close(net(layer(divide=False))(self.x), mean * 6)
-        padded = layer(ceil_mode=True, count_include_pad=False)
-        padded.fields["padW"] = 1
-        expected = F.avg_pool2d(self.x, (2, 3), 2, (0, 1), True, False)
-        torch.testing.assert_close(net(padded)(self.x), expected)
+    @pytest.mark.parametrize("divides", [True, False, None])
+    @pytest.mark.parametrize("counts", [True, False])
+    @pytest.mark.parametrize("ceil_mode", [True, False])
+    @pytest.mark.parametrize("padding", [(0, 0), (0, 1), (1, 1)])
+    def test_average_pooling(self, padding, ceil_mode, counts, divides):
+        layer = pooling("SpatialAveragePooling", (3, 2), 2, ceil_mode=ceil_mode)
+        layer.fields |= {"padH": padding[0], "padW": padding[1], "count_include_pad": counts}
+        if divides is not None:
+            layer.fields["divide"] = divides
+        expected = self.mean(self.x, (2, 3), (2, 2), padding, ceil_mode, counts, divides)
+        torch.testing.assert_close(net(layer)(self.x), expected)
+
+    def test_average_pooling_of_old_files(self):
+        layer = Object("nn.SpatialAveragePooling", kW=3, kH=2, dW=2, dH=2)  # before March 2015
+        torch.testing.assert_close(net(layer)(self.x), F.avg_pool2d(self.x, (2, 3), 2) * 6)
+        # Without ceil_mode torch/nn overwrites the padding.
+        layer.fields |= {"divide": True, "padW": 1, "padH": 1}
+        torch.testing.assert_close(net(layer)(self.x), F.avg_pool2d(self.x, (2, 3), 2))
 
     def test_max_pooling(self):
         layer = pooling("SpatialMaxPooling", (3, 2), 2, ceil_mode=True)
@@ -303,7 +424,9 @@ class TestLayers:
         layer.fields["padding"] = 1  # its name before 2015
         expected = F.conv2d(self.x, torch.from_numpy(weight), None, (1, 2), 1)
         torch.testing.assert_close(net(layer)(self.x), expected)
-        del layer.fields["padding"]
+        layer.fields["padW"] = 0  # torch/nn does not look at it beside the old field
+        torch.testing.assert_close(net(layer)(self.x), expected)
+        del layer.fields["padding"], layer.fields["padW"]
         expected = F.conv2d(self.x, torch.from_numpy(weight), None, (1, 2))
         torch.testing.assert_close(net(layer)(self.x), expected)
 
@@ -316,28 +439,212 @@ class TestLayers:
 
     def test_activations(self):
         torch.testing.assert_close(net(Object("nn.Sigmoid"))(self.x), self.x.sigmoid())
-        torch.testing.assert_close(net(Object("nn.SoftMax"))(self.x), self.x.softmax(1))
-        rows = self.x.reshape(6, -1)
-        torch.testing.assert_close(net(Object("nn.SoftMax"))(rows), rows.softmax(1))
         assert torch.equal(net(Object("nn.Identity"))(self.x), self.x)
         dropout = net(Object("nn.Dropout", p=0.25, v2=True))
         assert dropout[0].p == 0.25 and torch.equal(dropout(self.x), self.x)
         assert (dropout.train()(self.x) == 0).any()
 
+    def test_thresholds(self):
+        def each(function):
+            values = [function(v) for v in self.x.flatten().tolist()]
+            return torch.tensor(values, dtype=torch.float64).view(self.x.shape)
+
+        cases = [
+            (Object("nn.ReLU", threshold=0, val=0), lambda v: max(v, 0)),
+            (Object("nn.ReLU"), lambda v: max(v, 0)),
+            (Object("nn.ReLU", threshold=0.1, val=0), lambda v: v if v > 0.1 else 0),
+            (Object("nn.Threshold", threshold=0.5, val=-2), lambda v: v if v > 0.5 else -2),
+            (Object("nn.HardTanh"), lambda v: min(max(v, -1), 1)),
+            (Object("nn.HardTanh", min_val=-0.2, max_val=2), lambda v: min(max(v, -0.2), 2)),
+            (Object("nn.MulConstant", constant_scalar=-3.5), lambda v: -3.5 * v),
+            (Object("nn.Square"), lambda v: v * v),
+            (Object("nn.Power", pow=3), lambda v: v**3),
+            (Object("nn.Power", pow=0.5), lambda v: v**0.5 if v >= 0 else float("nan")),
+            (Object("nn.Sqrt"), lambda v: v**0.5 if v >= 0 else float("nan")),
+            (Object("nn.Sqrt", eps=9), lambda v: (v + 9) ** 0.5),
+        ]
+        for layer, function in cases:
+            result = net(layer)(self.x)
+            torch.testing.assert_close(result, each(function), equal_nan=True)
+        zero = torch.zeros(1, requires_grad=True)
+        net(Object("nn.Sqrt", eps=0))(zero).backward()
+        assert zero.grad == 0  # as torch/nn's
+
+    def test_zero_padding(self):
+        layer = Object("nn.SpatialZeroPadding", pad_l=1, pad_r=2, pad_t=0, pad_b=-3)
+        expected = torch.zeros(2, 3, 4, 11, dtype=torch.float64)
+        expected[..., 1:9] = self.x[:, :, :4]
+        assert torch.equal(net(layer)(self.x), expected)
+
+    @pytest.mark.parametrize("shape", [(3,), (3, 5)])
+    def test_contrastive(self, shape):
+        kernel = np.random.default_rng(4).random(shape) + 0.1
+        fields = {"nInputPlane": 3, "kernel": kernel, "threshold": 0.6, "thresval": 2.0}
+        layer = Object("nn.SpatialContrastiveNormalization", **fields)
+        expected = contrastive_norm2d(self.x, torch.from_numpy(kernel), 0.6, 2.0)
+        torch.testing.assert_close(net(layer)(self.x), expected)
+        del layer.fields["thresval"]
+        expected = contrastive_norm2d(self.x, torch.from_numpy(kernel), 0.6, 0.6)
+        torch.testing.assert_close(net(layer)(self.x), expected)
+
+    @pytest.mark.parametrize("package", ["nn", "cudnn"])
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("old", [True, False])
+    @pytest.mark.parametrize("spatial", [True, False])
+    def test_batch_normalization(self, spatial, old, affine, package):
+        rng = np.random.default_rng(5)
+        mean, variance, weight, bias = (rng.random(3) + 0.1 for _ in range(4))
+        fields = {"running_mean": mean, "eps": 1e-3, "momentum": 0.2, "affine": affine}
+        if affine:
+            fields |= {"weight": weight, "bias": bias}
+        if old:  # 1 / sqrt(variance + eps)
+            fields["running_std"] = (variance + 1e-3) ** -0.5
+        else:
+            fields["running_var"] = variance
+        name = f"{package}.{'Spatial' if spatial else ''}BatchNormalization"
+        layer = versioned(Object(name, **fields), 1 if old else 2)
+        x = self.x if spatial else self.x[..., 0, 0]
+        rows = x.movedim(1, -1).numpy()
+        expected = (rows - mean) / np.sqrt(variance + 1e-3)
+        expected = expected * weight + bias if affine else expected
+        result = net(layer)(x).movedim(1, -1)
+        torch.testing.assert_close(result, torch.from_numpy(expected))
+
     @pytest.mark.parametrize("name", ["nn.Reshape", "nn.View"])
     @pytest.mark.parametrize(
         ("sizes", "shape"),
-        [
-            ((168,), (2, 168)),
-            ((-1,), (2, 168)),
-            ((-1, 168), (2, 168)),
-            ((8, 21), (2, 8, 21)),
-            ((4, -1, 2), (2, 4, 21, 2)),
-        ],
+        [((168,), (2, 168)), ((-1,), (2, 168)), ((8, 21), (2, 8, 21)), ((4, -1), (2, 4, 42))],
     )
     def test_reshape(self, name, sizes, shape):
-        layer = Object(name, size=long_storage(*sizes), numElements=168, numInputDims=3)
+        layer = Object(name, size=long_storage(*sizes), numElements=168)
+        for n in (2, 1, 0):
+            assert torch.equal(net(layer)(self.x[:n]), self.x[:n].reshape(n, *shape[1:]))
+
+    @pytest.mark.parametrize(
+        ("dimensions", "sizes", "shape"),
+        [
+            # A first -1 is the batch, as there is no other.
+            (None, (-1, 168), (2, 168)),
+            (None, (-1, 84), (4, 84)),
+            (None, (84,), (4, 84)),  # what is left joins the batch
+            (None, (3, 7, 4), (4, 3, 7, 4)),
+            (3, (-1, 168), (2, 1, 168)),
+            (3, (168,), (2, 168)),
+            (3, (84,), (4, 84)),
+            (3, (4, -1, 2), (2, 4, 21, 2)),
+            (2, (-1,), (6, 56)),
+            (2, (28,), (12, 28)),
+            (2, (8, 7), (6, 8, 7)),
+            (4, (-1, 3), (112, 3)),  # a single sample
+        ],
+    )
+    def test_view(self, dimensions, sizes, shape):
+        layer = Object("nn.View", size=long_storage(*sizes))
+        if dimensions is not None:
+            layer.fields["numInputDims"] = dimensions
         assert torch.equal(net(layer)(self.x), self.x.reshape(shape))
+
+    def test_views_that_do_not_fit(self):
+        for name in ("nn.View", "nn.Reshape"):
+            with pytest.raises(RuntimeError):
+                net(Object(name, size=long_storage(5)))(self.x)
+        # torch/nn's Reshape makes the batch of the first dimension, whatever remains.
+        with pytest.raises(RuntimeError):
+            net(Object("nn.Reshape", size=long_storage(84)))(self.x)
+        result = net(Object("nn.Reshape", size=long_storage(-1, 84)))(self.x)
+        assert torch.equal(result, self.x.reshape(2, 2, 84))
+
+    @pytest.mark.parametrize("name", ["nn.Reshape", "nn.View"])
+    @pytest.mark.parametrize("size", [168, -1])
+    def test_matrices_for_a_linear_layer(self, name, size):
+        """The engine of training knows Flatten."""
+        weight = np.random.default_rng(6).standard_normal((4, 168))
+        layers = Object(name, size=long_storage(size), numInputDims=3), linear(weight=weight)
+        model = net(*layers)
+        assert type(model[0]) is torch.nn.Flatten
+        expected = F.linear(self.x.flatten(1), torch.from_numpy(weight))
+        torch.testing.assert_close(model(self.x), expected)
+
+    def test_lp_pooling_of_other_parts(self):
+        """Where it is no LP pooling, it is what its parts are."""
+        mean = F.avg_pool2d(self.x**2, 2, 2)
+        layer = lp_pooling(2, 2, 2)
+        assert type(net(layer)[0]) is ops_nn.LPPool2d
+        parts = layer.fields["modules"]
+        parts[1].fields["padW"] = 1
+        expected = (F.avg_pool2d(self.x**2, 2, 2, (0, 1)) * 4).sqrt()
+        torch.testing.assert_close(net(layer)(self.x), expected)
+        parts[1].fields["padW"], parts[2].fields["constant_scalar"] = 0, 3
+        torch.testing.assert_close(net(layer)(self.x), (mean * 3).sqrt())
+        parts[2].fields["constant_scalar"], parts[3].fields["eps"] = 4, 0.25
+        torch.testing.assert_close(net(layer)(self.x), (mean * 4 + 0.25).sqrt())
+        # January to March 2015: a pooling that sums, and no constant.
+        del parts[2], parts[1].fields["divide"]
+        parts[2].fields["eps"] = 0
+        assert type(net(layer)[0]) is ops_nn.LPPool2d
+        torch.testing.assert_close(net(layer)(self.x), (mean * 4).sqrt())
+        parts[1].fields["divide"] = True
+        torch.testing.assert_close(net(layer)(self.x), mean.sqrt())
+        other = lp_pooling(4, 2, 2)
+        assert type(net(other)[0]) is ops_nn.LPPool2d
+        other.fields["modules"][3].fields["pow"] = 0.5
+        expected = (F.avg_pool2d(self.x**4, 2, 2) * 4).sqrt()
+        torch.testing.assert_close(net(other)(self.x), expected)
+
+    def test_cudnn(self):
+        def layer(name, **fields):
+            return Object(f"cudnn.{name}", **fields)
+
+        weight = np.random.default_rng(7).standard_normal((4, 1, 2, 3))
+        x = self.x[:, [0, 1, 2, 0]]
+        convolved = layer(
+            "SpatialConvolution",
+            **{"nInputPlane": 4, "nOutputPlane": 4, "kW": 3, "kH": 2, "dW": 2, "dH": 1},
+            **{"padW": 2, "padH": 1, "groups": 4, "weight": weight, "bias": np.arange(4.0)},
+        )
+        planes = [
+            F.conv2d(x[:, [i]], torch.from_numpy(weight[[i]]), None, (1, 2), (1, 2)) + i
+            for i in range(4)
+        ]
+        torch.testing.assert_close(net(convolved)(x), torch.cat(planes, 1))
+        expected = F.max_pool2d(self.x, 2, 2, ceil_mode=True)
+        assert torch.equal(net(cudnn_pool("Max", ceil_mode=True))(self.x), expected)
+        expected = F.avg_pool2d(self.x, 2, 2, (0, 1))  # always counts the padding
+        for fields in ({}, {"count_include_pad": False}, {"divide": True}):
+            result = net(cudnn_pool("Average", padW=1, **fields))(self.x)
+            torch.testing.assert_close(result, expected)
+        whole = (self.x.exp() / self.x.exp().sum((1, 2, 3), keepdim=True)).log()
+        channels = (self.x.exp() / self.x.exp().sum(1, keepdim=True)).log()
+        for name, expected in [
+            ("ReLU", self.x.clamp(min=0)),
+            ("ClippedReLU", self.x.clamp(0, 0.5)),
+            ("Tanh", self.x.tanh()),
+            ("Sigmoid", 1 / (1 + (-self.x).exp())),
+            ("SoftMax", whole.exp()),
+            ("LogSoftMax", whole),
+            ("SpatialSoftMax", channels.exp()),
+            ("SpatialLogSoftMax", channels),
+        ]:
+            fields = {"ceiling": 0.5} if name == "ClippedReLU" else {}
+            torch.testing.assert_close(net(layer(name, **fields))(self.x), expected)
+        fields = {"algorithm": "CUDNN_SOFTMAX_LOG", "mode": "CUDNN_SOFTMAX_MODE_INSTANCE"}
+        result = net(layer("SpatialSoftMax", **fields))(self.x)
+        torch.testing.assert_close(result, whole)
+
+    def test_half_precision_beside_single(self):
+        """As cudnn has it: batch normalization stays in single precision."""
+        ones = np.ones(2, np.float32)
+        layers = [
+            linear(weight=cuda(np.full((2, 3), 0.5, np.float16), "CudaHalf")),
+            versioned(
+                Object("cudnn.BatchNormalization", running_mean=cuda(ones), running_var=cuda(ones)),
+                2,
+            ),
+        ]
+        model = net(*layers)
+        assert model[0].weight.dtype == model[1].running_mean.dtype == torch.float32
+        expected = torch.full((1, 2), 0.5 / (1 + 1e-5) ** 0.5)
+        torch.testing.assert_close(model(torch.ones(1, 3)), expected)
 
     def test_nested_and_alone(self):
         layer = Object("nn.Tanh")
@@ -383,6 +690,115 @@ class TestLayers:
         assert torch.equal(before, torch.get_rng_state())
 
 
+class TestSoftmax:
+    """torch/nn's exponential was approximate on the CPU until April and May 2016."""
+
+    rows = torch.from_numpy(np.random.default_rng(8).standard_normal((3, 10)) * 3)
+    maps = torch.from_numpy(np.random.default_rng(9).standard_normal((2, 5, 3, 4)))
+
+    @staticmethod
+    def exponential(z):
+        """THExpMinusApprox, in Python's floats."""
+        w = 1 + z * (0.125 + z * (0.0078125 + z * (0.00032552083 + z * 1.0172526e-5)))
+        return w**-8 if z < 13 else 0.0
+
+    def approximate(self, log):
+        result = []
+        for row in self.rows.tolist():
+            exponentials = [self.exponential(max(row) - v) for v in row]
+            total = math.fsum(exponentials)
+            logs = [v - max(row) - math.log(total) for v in row]
+            result.append(logs if log else [e / total for e in exponentials])
+        return torch.tensor(result, dtype=torch.float64)
+
+    @pytest.mark.parametrize("log", [True, False])
+    def test_choices(self, log):
+        layer = Object("nn.LogSoftMax" if log else "nn.SoftMax")
+        exact = log_softmax(self.rows, 1) if log else log_softmax(self.rows, 1).exp()
+        close = {"rtol": 0, "atol": 1e-12}
+        for choice, expected in [
+            ("approximate", self.approximate(log)),
+            ("auto", self.approximate(log)),  # nothing tells
+            ("exact", exact),
+        ]:
+            model = net(layer, log_softmax=choice)
+            torch.testing.assert_close(model(self.rows), expected, **close)
+        assert (self.approximate(log) - exact).abs().max() > 1e-6
+        path = io.BytesIO(save(sequential(layer)))
+        torch.testing.assert_close(
+            torch7.load_net(path, log_softmax="exact")(self.rows), exact, **close
+        )
+        with pytest.raises(ValueError, match="must be 'auto', 'approximate' or 'exact', got 'x'"):
+            net(layer, log_softmax="x")
+
+    @pytest.mark.parametrize(
+        "name", ["LogSoftMax", "SoftMax", "SpatialLogSoftMax", "SpatialSoftMax"]
+    )
+    @pytest.mark.parametrize("choice", ["approximate", "exact"])
+    def test_maps(self, name, choice):
+        """Over the channels; torch/nn's log-softmax of maps has always been exact."""
+        expected = log_softmax(self.maps, 1)
+        tolerance = 1e-12
+        if "Log" not in name:
+            expected, tolerance = expected.exp(), 1e-12 if choice == "exact" else 1e-4
+        result = net(Object(f"nn.{name}"), log_softmax=choice)(self.maps)
+        torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
+        if tolerance > 1e-12:
+            assert (result - expected).abs().max() > 1e-9
+            torch.testing.assert_close(result.sum(1), torch.ones(2, 3, 4).double())
+
+    @pytest.mark.parametrize(
+        ("evidence", "exact"),
+        [
+            (Object("nn.Identity", output=cuda(np.ones(3, np.float32))), True),
+            (Object("nn.Identity", x=Storage(np.ones(3, np.float16), "CudaHalf")), True),
+            (Object("cudnn.Tanh"), True),
+            (Object("nn.Dropout", p=0, v2=True, stochastic_inference=False), True),
+            (Object("nn.HardTanh", min_val=-9, max_val=9, inplace=False), True),
+            (Object("nn.HardTanh", min_val=-9, max_val=9), False),
+            (Object("nn.Dropout", p=0, v2=True), False),
+            (Object("nn.Identity", output=np.ones(3, np.float32)), False),
+        ],
+    )
+    def test_what_tells(self, evidence, exact):
+        model = net(evidence, Object("nn.LogSoftMax"))
+        assert type(model[-1]) is (ops_nn.LogSoftmax if exact else torch7.LogSoftmax)
+
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32])
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_stored_output_tells(self, exact, dtype):
+        logs = log_softmax(self.rows, 1) if exact else self.approximate(log=True)
+        for output in (logs.numpy().astype(dtype), logs[0].numpy().astype(dtype)):
+            # Also which one its softmax was.
+            model = net(Object("nn.SoftMax"), Object("nn.LogSoftMax", output=output))
+            assert type(model[1]) is (ops_nn.LogSoftmax if exact else torch7.LogSoftmax)
+            assert type(model[0]) is (ops_nn.Softmax if exact else torch7.Softmax)
+
+    @pytest.mark.parametrize(
+        "output",
+        [
+            np.zeros((2, 10)),  # cleared
+            np.full(4, np.nan),
+            np.array([0.0, -1000.0]),  # the two agree
+            np.arange(3),
+            np.ones((1, 2, 3)),
+            np.zeros(0),
+            3,
+            TensorOf(Storage(np.ones(1)), (2**30, 2**20), (0, 0)),
+        ],
+        ids=lambda output: str(getattr(output, "shape", output))[:20],
+    )
+    def test_outputs_that_tell_nothing(self, output):
+        assert type(net(Object("nn.LogSoftMax", output=output))[0]) is torch7.LogSoftmax
+
+    def test_the_originals_own_output(self):
+        """The layer cut out of the file of February 2016 holds the output of a sample."""
+        with open(REFERENCE / "torch7" / "logsoftmax.net", "rb") as file:
+            assert type(load_net(file)[0]) is torch7.LogSoftmax
+        output = load(REFERENCE / "torch7" / "logsoftmax.net").fields["output"]
+        assert torch7_network._agrees_with_approximation(output) is True
+
+
 def linear(**fields):
     return Object("nn.Linear", **{"weight": np.ones((2, 3)), **fields})
 
@@ -398,6 +814,12 @@ def pool(**fields):
 
 def conv(**fields):
     return changed(convolution(np.ones((2, 9)), np.ones(2), 1, 3), **fields)
+
+
+def cudnn_pool(name, **fields):
+    layer = pool(**{"ceil_mode": False, **fields})
+    layer.class_name = f"cudnn.Spatial{name}Pooling"
+    return layer
 
 
 def twice():
@@ -444,14 +866,51 @@ class TestUnsupported:
             (conv(kW=0), "kW must be a whole number >= 1, got 0"),
             (conv(dH=1.5), "dH must be a whole number >= 1, got 1.5"),
             (conv(padH="1"), "padH must be a number, got '1'"),
-            (conv(padW=3), r"the padding \(0, 3\) is not smaller than the kernel \(3, 3\)"),
+            (conv(padW=1025), "the layers pad images by more than 1024 pixels"),
+            (
+                Object("nn.SpatialZeroPadding", pad_l=1025, pad_r=0, pad_t=0, pad_b=0),
+                "the layers pad images by more than 1024 pixels",
+            ),
+            (
+                Object("nn.SpatialZeroPadding", pad_l=0.5, pad_r=0, pad_t=0, pad_b=0),
+                "pad_l, pad_r, pad_t and pad_b must be whole numbers",
+            ),
+            (Object("nn.HardTanh", min_val=1, max_val=1), "min_val must be less than max_val"),
+            (Object("cudnn.ClippedReLU", ceiling=0), "ceiling must be > 0, got 0"),
+            (
+                Object("nn.BatchNormalization", running_mean=np.ones(3), running_var=np.ones(2)),
+                r"running_var must have shape \(3,\), got \(2,\)",
+            ),
+            (
+                versioned(
+                    Object(
+                        "nn.BatchNormalization", running_mean=np.ones(3), running_std=np.ones(3)
+                    ),
+                    2,
+                ),
+                "running_var must be a floating point tensor, got nothing",
+            ),
+            (
+                Object("nn.Dropout", p=0.5, v2=True, stochastic_inference=True),
+                "stochastic_inference is not supported",
+            ),
+            (cudnn_pool("Max", ceil_mode=True, padW=1), "ceil_mode with padding is not supported"),
+            (cudnn_pool("Average", ceil_mode=True), "ceil_mode is not supported"),
+            (cudnn_pool("Average", divide=False), "divide must be true"),
+            (
+                Object("nn.View", size=long_storage(4), numInputDims=0),
+                "numInputDims must be a whole number >= 1, got 0",
+            ),
             (conv(nOutputPlane=2**40), "nOutputPlane must be a whole number >= 1"),
             (pool(kH=None), "kH must be a number, got nothing"),
             (pool(kH=True), "kH must be a number, got True"),
             (pool(padW=2), r"the padding \(0, 2\) is more than half of the window \(2, 2\)"),
             (pool(ceil_mode=1), "ceil_mode must be true or false, got 1"),
-            (changed(lp_pooling(2, 2, 2), modules=[Object("nn.Sqrt")]), "it is made of Sqrt"),
-            (Object("nn.ReLU", threshold=0.1, val=0), "threshold and val must be 0"),
+            (changed(lp_pooling(2, 2, 2), modules={}), "it is made of nothing"),
+            (
+                changed(lp_pooling(2, 2, 2), modules=[Object("nn.SpatialSubSampling")]),
+                r"layer 1 is of the class nn\.SpatialSubSampling, which is not supported",
+            ),
             (Object("nn.Dropout", p=1, v2=True), r"p must be in \[0, 1\), got 1"),
             (Object("nn.Dropout", p=0.5), "its first version, which scales when it predicts"),
             (Object("nn.Reshape", size=[3]), "size must be a torch.LongStorage, got a table"),
@@ -481,16 +940,6 @@ class TestUnsupported:
             load_net(path)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("field", ["constant_scalar", "pow", "kW", "padW"])
-    def test_lp_pooling_of_other_parts(self, field):
-        layer = lp_pooling(4, 2, 2)
-        for part in layer.fields["modules"]:
-            if field in part.fields:
-                part.fields[field] = 3 if field != "padW" else 1
-                break
-        with pytest.raises(Torch7FileError, match=r"layer 1 \(nn.SpatialLPPooling\): "):
-            net(layer)
-
     def test_an_expanded_tensor_is_no_way_to_get_memory(self):
         storage = Storage(np.ones(4))
         huge = TensorOf(storage, (2**28, 2**28), (0, 0))
@@ -499,7 +948,7 @@ class TestUnsupported:
             net(Object("nn.Linear", weight=huge))
         storage = Storage(np.ones((100, 100)))
         layers = [Object("nn.Linear", weight=TensorOf(storage, (100, 100))) for _ in range(300)]
-        with pytest.raises(Torch7FileError, match=r"layer [23]\d .*tensors are 16 times larger"):
+        with pytest.raises(Torch7FileError, match=r"layer [23]\d .*tensors are many times larger"):
             net(*layers)
         assert len(net(*layers[:5])) == 5  # layers may share, within reason
 
@@ -528,8 +977,8 @@ class TestDamage:
             (struct.pack("<ii", 2, 2**31 - 1), "is truncated at byte 8: 2147483647 bytes"),
             (struct.pack("<iii", 3, 1, 2**31 - 1), "is truncated at byte 12"),
             (struct.pack("<iii", 3, 1, -5), "a table's size is -5"),
-            (struct.pack("<iiiii", 3, 1, 1, 0, 0), "a table's key is of type NoneType"),
-            (struct.pack("<iiiidi", 3, 1, 1, 1, float("nan"), 0), "a table's key is of type float"),
+            (struct.pack("<iiiii", 3, 1, 1, 0, 0), "a table's key is nil"),
+            (struct.pack("<iiiidi", 3, 1, 1, 1, float("nan"), 0), "a table's key is not a number"),
             (struct.pack("<iii", 3, 1, 2) + save(7) * 4, "a table has the key 7 twice"),
             (save(1.5) + b"x", "is damaged: its object ends at byte 12, 1 more follow"),
             (save(1.5) * 2, "its object ends at byte 12, 12 more follow"),

@@ -24,13 +24,34 @@ KINDS = {
 class Object:
     """A Torch7 object with a Lua table of fields."""
 
+    version = 1
+
     def __init__(self, class_name, **fields):
         self.class_name = class_name
         self.fields = fields
 
 
+class Table:
+    """A Lua table by its entries, whose keys may be tables themselves."""
+
+    def __init__(self, *entries):
+        self.entries = entries
+
+
+class Tds:
+    """``tds.Hash`` with pairs of keys and values, or ``tds.Vec`` with values."""
+
+    version = 0
+
+    def __init__(self, class_name, *entries):
+        self.class_name = class_name
+        self.entries = entries
+
+
 class Storage:
-    """``torch.DoubleStorage`` and so on."""
+    """``torch.DoubleStorage`` and so on; kind ``"Cuda"`` and so on for those of the GPU."""
+
+    version = 1
 
     def __init__(self, values, kind=None):
         self.values = np.asarray(values).reshape(-1)
@@ -40,6 +61,8 @@ class Storage:
 
 class TensorOf:
     """A tensor on a storage that it may share; offset from 1."""
+
+    version = 1
 
     def __init__(self, storage, size, stride=None, offset=1):
         self.storage = storage
@@ -51,15 +74,20 @@ class TensorOf:
 
 
 class Writer:
-    def __init__(self, ascii=False):
+    """Args: as text; or of a machine of this byte order, whose longs have so many bytes."""
+
+    def __init__(self, ascii=False, order="<", long_size=8):
         self.ascii = ascii
+        self.order = order
+        self.long = {4: "i", 8: "q"}[long_size]
         self.parts = []
         self.seen = {}
         self.alive = []  # an index belongs to an id, so nothing may be freed meanwhile
 
     def numbers(self, code, values):
         if not self.ascii:
-            self.parts.append(struct.pack(f"<{len(values)}{code}", *values))
+            code = self.long if code == "q" else code
+            self.parts.append(struct.pack(f"{self.order}{len(values)}{code}", *values))
         elif code in "bB":
             self.chars(bytes(value % 256 for value in values))
         elif len(values):
@@ -92,12 +120,17 @@ class Writer:
         elif isinstance(value, str):
             self.numbers("i", [2])
             self.string(value)
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, (dict, list, Table)):
             self.numbers("i", [3])
             if self.is_new(value):
-                entries = value if isinstance(value, dict) else dict(enumerate(value, 1))
+                if isinstance(value, Table):
+                    entries = value.entries
+                elif isinstance(value, dict):
+                    entries = tuple(value.items())
+                else:
+                    entries = tuple(enumerate(value, 1))
                 self.numbers("i", [len(entries)])
-                for key, entry in entries.items():
+                for key, entry in entries:
                     self.write(key)
                     self.write(entry)
         elif isinstance(value, np.ndarray):
@@ -105,7 +138,7 @@ class Writer:
         else:
             self.numbers("i", [4])
             if self.is_new(value):
-                self.string("V 1")
+                self.string(f"V {value.version}")
                 self.string(value.class_name)
                 self.body(value)
         return self
@@ -120,13 +153,30 @@ class Writer:
             self.numbers("q", value.stride)
             self.numbers("q", [value.offset])
             self.write(value.storage if value.size else None)
+        elif isinstance(value, Tds):
+            self.numbers("q", [len(value.entries)])
+            for entry in value.entries:
+                for part in entry if value.class_name == "tds.Hash" else [entry]:
+                    self.write(part)
         else:
             self.write(value.fields)
 
 
-def save(value, ascii=False):
+def save(value, ascii=False, order="<", long_size=8):
     """The bytes of ``torch.save(file, value)``."""
-    return b"".join(Writer(ascii).write(value).parts)
+    return b"".join(Writer(ascii, order, long_size).write(value).parts)
+
+
+def versioned(value, version):
+    """An object whose class had that version."""
+    value.version = version
+    return value
+
+
+def cuda(values, kind="Cuda"):
+    """A tensor of the GPU: ``torch.CudaTensor``, ``torch.CudaDoubleTensor`` and so on."""
+    values = np.asarray(values)
+    return TensorOf(Storage(values, kind=kind), values.shape)
 
 
 def long_storage(*values):
