@@ -4,8 +4,9 @@
     python examples/predict.py --model model.net --normalization none --images digits.npy
 
 The model is checkpoint.pt or model.pt in a run's folder, or a network that Torch7 saved, which does
-not record how its images were normalised. Predictions are class numbers, digit + 1, as in 2016, or with `--labels digits` the digits themselves. Where the labels are known
-(`--split`) the accuracy is printed, too.
+not record how its images were normalised. Predictions are class numbers, digit + 1, as in 2016, or
+with `--labels digits` the digits themselves. Where the labels are known (`--split`) the accuracy is
+printed, too.
 """
 
 import argparse
