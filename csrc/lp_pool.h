@@ -157,6 +157,29 @@ MNIST_OPS_HD T raised(T r, T p) {
   return p == T(1) ? r : std::pow(r, p);
 }
 
+// A sum that keeps its digits however many terms it has: blocks of terms, in order, whose sums are
+// added in float64. Up to one block it is the plain sum, bit for bit; loops of fixed order may add
+// as many terms themselves.
+constexpr int64_t kBlockTerms = 64;
+
+template <typename A>
+class BlockSum {
+ public:
+  MNIST_OPS_HD void add(A term) {
+    block_ += term;
+    if (++terms_ == kBlockTerms) {
+      total_ += static_cast<double>(block_);
+      block_ = A(0), terms_ = 0;
+    }
+  }
+  MNIST_OPS_HD A value() const { return static_cast<A>(total_ + static_cast<double>(block_)); }
+
+ private:
+  double total_ = 0;
+  A block_ = A(0);
+  int terms_ = 0;
+};
+
 // Largest magnitude of a window; NaN if there is one in it.
 template <typename Plane, typename I, typename A = plane_math_t<Plane>>
 MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
@@ -170,6 +193,20 @@ MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
   return largest;
 }
 
+// The sum over a window of (|x| / largest)^p.
+template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A scaled_power_sum(Plane plane, const PoolGeometryOf<I>& g, A p, A largest, I oh,
+                                I ow) {
+  BlockSum<A> sum;
+  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
+    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
+      const A r = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) / largest;
+      sum.add(norm == Norm::kTwo ? r * r : raised(r, p));
+    }
+  }
+  return sum.value();
+}
+
 // The p-norm of a window, by way of its largest element.
 template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
 MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
@@ -178,17 +215,7 @@ MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, 
   if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
     return largest;
   }
-  A sum = A(0);
-  for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      const A r = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) / largest;
-      if (norm == Norm::kTwo) {
-        sum += r * r;
-      } else {
-        sum += raised(r, p);
-      }
-    }
-  }
+  const A sum = scaled_power_sum<norm>(plane, g, p, largest, oh, ow);
   return largest * (norm == Norm::kTwo ? std::sqrt(sum) : std::pow(sum, A(1) / p));
 }
 
@@ -198,13 +225,14 @@ MNIST_OPS_HD A window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I
   if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
     return scaled_window_norm<norm>(plane, g, p, oh, ow);
   } else {
-    A sum = A(0);
+    BlockSum<A> terms;
     for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
       for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
         const A x = static_cast<A>(plane[ih * g.in_h + iw * g.in_w]);
-        sum += norm == Norm::kTwo ? x * x : magnitude(x);
+        terms.add(norm == Norm::kTwo ? x * x : magnitude(x));
       }
     }
+    const A sum = terms.value();
     if (norm == Norm::kOne) return sum;
     return is_safe_square_sum(sum) ? std::sqrt(sum) : scaled_window_norm<norm>(plane, g, p, oh, ow);
   }
@@ -213,13 +241,13 @@ MNIST_OPS_HD A window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I
 // How many elements of a window have its largest magnitude.
 template <typename Plane, typename I, typename A = plane_math_t<Plane>>
 MNIST_OPS_HD A window_ties(Plane plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
-  A ties = A(0);
+  I ties = 0;  // float32 would stop at 2^24
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      ties += A(magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) == y);
+      ties += I(magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) == y);
     }
   }
-  return ties;
+  return static_cast<A>(ties);
 }
 
 // dy/dx for an element x of a window with norm y. For p = inf the caller divides by the ties.
@@ -233,10 +261,24 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
     if (y != y) return y;
     return magnitude(x) == y ? sign_of(x) : A(0);
   } else {
-    if (y == A(0)) return A(0);
-    const A r = magnitude(x) / y;
-    return r == A(0) ? A(0) : sign_of(x) * raised(r, p - A(1));
+    if (y == A(0) || x == A(0)) return A(0);
+    // Where y overflowed r is 0, and the slope 0 or, for p < 1, infinite.
+    return sign_of(x) * raised(magnitude(x) / y, p - A(1));
   }
+}
+
+// For p beyond this r^(p-1) magnifies the rounding of y too much: the window is looked at again.
+constexpr int kSharpPower = 1024;
+
+// dy/dx for such a p: with m the window's largest element, (|x| / m)^(p-1) S^(1/p-1) where S is the
+// sum of (|x| / m)^p. slope: what norm_gradient gives, which is 0 or NaN for the same elements.
+template <typename Plane, typename I, typename A = plane_math_t<Plane>>
+MNIST_OPS_HD A sharp_gradient(Plane plane, const PoolGeometryOf<I>& g, A x, A p, A slope, I oh,
+                              I ow) {
+  const A largest = window_max(plane, g, oh, ow);
+  if (!(largest <= std::numeric_limits<A>::max())) return slope;
+  const A sum = scaled_power_sum<Norm::kGeneral>(plane, g, p, largest, oh, ow);
+  return norm_gradient<Norm::kGeneral>(x, largest, p) * std::pow(sum, A(1) / p - A(1));
 }
 
 // The gradient of one input element: the sum over the windows that hold it, in a fixed order.
@@ -245,7 +287,7 @@ template <Norm norm, typename GradPlane, typename InPlane, typename OutPlane, ty
 MNIST_OPS_HD A input_gradient(GradPlane grad_plane, InPlane in_plane, OutPlane out_plane,
                               const PoolGeometryOf<I>& g, A p, I ih, I iw) {
   const A x = static_cast<A>(in_plane[ih * g.in_h + iw * g.in_w]);
-  A sum = A(0);
+  BlockSum<A> sum;
   for (I oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
     for (I ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
       const I o = oh * g.out_h + ow * g.out_w;
@@ -254,10 +296,15 @@ MNIST_OPS_HD A input_gradient(GradPlane grad_plane, InPlane in_plane, OutPlane o
       if constexpr (norm == Norm::kInf) {
         if (slope != A(0) && slope == slope) slope /= window_ties(in_plane, g, y, oh, ow);
       }
-      sum += static_cast<A>(grad_plane[o]) * slope;
+      if constexpr (norm == Norm::kGeneral) {
+        if (p > A(kSharpPower) && slope != A(0) && slope == slope) {
+          slope = sharp_gradient(in_plane, g, x, p, slope, oh, ow);
+        }
+      }
+      sum.add(static_cast<A>(grad_plane[o]) * slope);
     }
   }
-  return sum;
+  return sum.value();
 }
 
 // Double backward, first part: D = sum over the window of v * dy/dx, the gradient with respect to
@@ -265,18 +312,17 @@ MNIST_OPS_HD A input_gradient(GradPlane grad_plane, InPlane in_plane, OutPlane o
 template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A directional_derivative(const T* v_plane, const T* in_plane, A y,
                                       const PoolGeometryOf<I>& g, A p, I oh, I ow) {
-  A sum = A(0);
+  BlockSum<A> terms;
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       const I i = ih * g.in_h + iw * g.in_w;
       const A x = static_cast<A>(in_plane[i]);
-      sum += static_cast<A>(v_plane[i]) * norm_gradient<norm>(x, y, p);
+      terms.add(static_cast<A>(v_plane[i]) * norm_gradient<norm>(x, y, p));
     }
   }
-  if constexpr (norm == Norm::kInf) {
-    if (y == y && y != A(0)) sum /= window_ties(in_plane, g, y, oh, ow);
-  }
-  return sum;
+  const A sum = terms.value();
+  if (norm != Norm::kInf || y != y || y == A(0)) return sum;
+  return sum / window_ties(in_plane, g, y, oh, ow);
 }
 
 // Double backward, second part: with r = |x| / y, the gradient with respect to x is
@@ -292,7 +338,7 @@ MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* i
     const I i = ih * g.in_h + iw * g.in_w;
     const A x = static_cast<A>(in_plane[i]);
     const A v = static_cast<A>(v_plane[i]);
-    A sum = A(0);
+    BlockSum<A> sum;
     for (I oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
       for (I ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
         const I o = oh * g.out_h + ow * g.out_w;
@@ -306,10 +352,10 @@ MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* i
           curvature = r == A(0) ? A(0) : raised(r, p - A(2));
         }
         const A change = v * curvature - static_cast<A>(directional[o]) * slope;
-        sum += static_cast<A>(grad_plane[o]) / y * change;
+        sum.add(static_cast<A>(grad_plane[o]) / y * change);
       }
     }
-    return (p - A(1)) * sum;
+    return (p - A(1)) * sum.value();
   }
 }
 
@@ -331,6 +377,22 @@ struct PoolArguments {
   bool ceil_mode;
 };
 
+// p as the kernels take it, in the type that a dtype is computed in. What is beyond that type's
+// largest number is infinity, what is no normal number in it an error. In between there are p whose
+// results are those of another p in every digit, and whose powers could leave the range: above
+// 2^28 (float64: 2^57) (1 - eps)^p is 0 as for p = inf, and for p below 1e-10 (1e-20) every
+// |x|^p is 1.
+inline double usable_norm_type(const char* op, double p, ScalarType dtype) {
+  MNIST_OPS_CHECK(p > 0, op, ": norm_type must be > 0, got ", p);
+  const bool wide = dtype == ScalarType::Double;
+  const double least =
+      wide ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  MNIST_OPS_CHECK(p >= least, op, ": norm_type must be at least ", least,
+                  ", the smallest normal number of ", (wide ? "float64" : "float32"), ", got ", p);
+  if (p > (wide ? 0x1p57 : 0x1p28)) return std::numeric_limits<double>::infinity();
+  return std::max(p, wide ? 1e-20 : 1e-10);
+}
+
 inline void check_pool_arguments(const char* op, const PoolArguments& a) {
   MNIST_OPS_CHECK(a.p > 0, op, ": norm_type must be > 0, got ", a.p);
   MNIST_OPS_CHECK(a.kernel.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2, op,
@@ -347,9 +409,20 @@ inline void check_pool_arguments(const char* op, const PoolArguments& a) {
   }
 }
 
+// Whether a tensor of these sizes has so few elements, empty dimensions aside, that they and their
+// bytes are counted in 64 bits.
+inline bool is_countable(std::initializer_list<int64_t> sizes) {
+  int64_t room = int64_t{1} << 59;
+  for (const int64_t size : sizes) room /= std::max<int64_t>(size, 1);
+  return room > 0;
+}
+
 inline PoolGeometry pool_geometry(const char* op, const Images& input, const PoolArguments& a) {
   check_pool_arguments(op, a);
+  dispatch_floating(op, input.data.scalar_type(), [](auto) {});  // before memory is taken
   PoolGeometry g{};
+  MNIST_OPS_CHECK(is_countable({input.N, input.C, input.H, input.W}), op,
+                  ": input has too large a shape, ", shape_string(input.data));
   g.N = input.N, g.C = input.C, g.H = input.H, g.W = input.W;
   g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
   g.stride_h = a.stride[0], g.stride_w = a.stride[1];
@@ -359,6 +432,9 @@ inline PoolGeometry pool_geometry(const char* op, const Images& input, const Poo
   MNIST_OPS_CHECK(g.OH > 0 && g.OW > 0, op, ": kernel_size (", g.kernel_h, ", ", g.kernel_w,
                   ") does not fit into an image of (", g.H, ", ", g.W, ") with padding (",
                   g.padding_h, ", ", g.padding_w, ")");
+  MNIST_OPS_CHECK(is_countable({g.N, g.C, g.OH, g.OW}), op,
+                  ": the output would have too large a shape, (", g.N, ", ", g.C, ", ", g.OH, ", ",
+                  g.OW, ")");
   g.in_n = input.stride_n(), g.in_c = input.stride_c();
   g.in_h = input.stride_h(), g.in_w = input.stride_w();
   g.out_n = g.C * g.OH * g.OW;

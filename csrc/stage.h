@@ -52,7 +52,8 @@ struct StageArguments {
 inline StageArguments stage_arguments(const char* op, const Images& input, const Tensor& kernel,
                                       const std::string& activation, const PoolArguments& pool) {
   check_norm_kernel(op, kernel, input.data);
-  return {activation_kind(op, activation), pool.p, pool_geometry(op, input, pool)};
+  return {activation_kind(op, activation), usable_norm_type(op, pool.p, input.data.scalar_type()),
+          pool_geometry(op, input, pool)};
 }
 
 // The operators of one backend, given its forward(op, images, kernel, arguments) and

@@ -370,6 +370,63 @@ def test_pool_and_stage_of_images_of_nothing(emulator: Emulator, shape: tuple, d
         emulator.check("stage2d_backward", y, x, kernel, "sigmoid", *windows)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_long_sums_of_pools_and_stages(emulator: Emulator, dtype: torch.dtype, layout: str):
+    """All elements equal: one accumulator in float32 would drift, here by 2e-5."""
+    x = placed(torch.full((1, 16, 40, 50), 0.3).to(dtype), layout)
+    kernel = [40, 50]
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype])
+    for norm in (1.0, 2.0, 3.0, 1.5):
+        options = (norm, kernel, kernel, [0, 0], False)
+        (y,) = emulator("lp_pool2d", x, *options)
+        exact = x[0, 0, 0, 0].double() * 2000 ** (1 / norm)
+        torch.testing.assert_close(y.double(), exact.expand_as(y), rtol=rtol, atol=0)
+        directional, _ = emulator("lp_pool2d_double_backward", x, y, x, y, *options)
+        torch.testing.assert_close(directional.double(), exact.expand_as(y), rtol=10 * rtol, atol=0)
+        pair = torch.stack([x[:, 0], 3 * x[:, 0]], 1)
+        (z,) = emulator("stage2d", pair, torch.ones(1), "identity", *options)
+        torch.testing.assert_close(z[0, 1].double().item(), exact.item(), rtol=3 * rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pool_of_p_at_the_ends_of_its_range(emulator: Emulator, dtype: torch.dtype):
+    x = torch.tensor([[[1.0, -1.0, 0.5, 2.0], [1.0, 1.0, 0.0, -0.25]]]).to(dtype)
+    x = torch.cat([x, x.flip(-1)]).unsqueeze(0)
+    for norm in (1e-30, 1e-3, 2e3, 1e6, 3e7, 1e30, 1e39, 1e300):
+        windows = (norm, [2, 2], [2, 2], [0, 0], False)
+        y = emulator.check("lp_pool2d", x, *windows)
+        emulator.check("lp_pool2d_backward", torch.ones_like(y), x, y, *windows)
+        emulator.check("stage2d", x, torch.ones(1), "tanh", *windows)
+        if norm > 1:
+            emulator.check("stage2d_backward", y, x, torch.ones(1), "identity", *windows, loosen=4)
+    for bad in (math.nan, 0.0, -1.0, 1e-310 if dtype == torch.float64 else 1e-39):
+        for name, rest in (("lp_pool2d", ()), ("stage2d", (torch.ones(1), "tanh"))):
+            with pytest.raises(RuntimeError, match=f"^{name}: norm_type must be"):
+                emulator(name, x, *rest, bad, [2, 2], [2, 2], [0, 0], False)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_gradient_of_a_stage_of_saturated_units(configure, dtype, activation: str, layout: str):
+    """act'(x) to the digits of the type, however small: 1 - tanh^2 has none of them left."""
+    emulator = Emulator(configure, MODES[0])
+    x = torch.linspace(-20, 20, 81, dtype=torch.float64).to(dtype)[:, None, None, None]
+    x = placed(x.expand(81, 4, 2, 4), layout)
+    grad = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=dtype)[None, :, None, None]
+    options = (torch.ones(1), activation, 2.0, [2, 2], [2, 2], [0, 0], False)
+    (ours,) = emulator("stage2d_backward", grad.expand(81, 4, 1, 2).contiguous(), x, *options)
+    e = torch.exp(-(2 if activation == "tanh" else 1) * x.double().abs())
+    slope = (4 if activation == "tanh" else 1) * e / (1 + e) ** 2
+    sign = x.double().sign() if activation == "tanh" else 1.0
+    expected = 0.5 * grad.double() * sign * slope  # y is twice any of its four equal elements
+    subnormal = 6e-8 if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(
+        ours.double(), expected, rtol=4 * TOLERANCE[dtype] / 3, atol=subnormal
+    )
+
+
 @cases(10)
 def test_local_normalization(emulator: Emulator, case: Cases):
     shape = case.image_shape()

@@ -430,3 +430,275 @@ def test_extreme_numbers_among_others_in_either_layout(device, channels):
         same = {"rtol": 1e-6, "atol": 0, "equal_nan": True, "check_dtype": False}
         torch.testing.assert_close(y, expected, **same)
         torch.testing.assert_close(leaf.grad, wide.grad, **same)
+
+
+# -------------------------------------------------------------- borders, and windows of many pixels
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 1.5, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_windows_over_the_border_do_not_see_the_next_row(device, p, dtype, ceil_mode):
+    """Heights and widths that leave a row, a column or half a window over, in both layouts."""
+    for size, stride, height, width in itertools.product((2, 3), (2,), (4, 5), (16, 17, 19)):
+        x = torch.randn(2, 3, height, width, dtype=dtype, device=device)
+        expected = loops.lp_pool2d(x.cpu(), p, size, stride, 0, ceil_mode)
+        slopes = torch.zeros_like(x, dtype=torch.float64, device="cpu")
+        for oh, ow in itertools.product(*map(range, expected.shape[2:])):
+            place = (..., slice(2 * oh, 2 * oh + size), slice(2 * ow, 2 * ow + size))
+            window = x.cpu().double()[place]
+            ratio = window.abs() / expected[:, :, oh, ow, None, None]
+            slopes[place] += window.sign() * ((ratio == 1.0) if p == INF else ratio ** (p - 1))
+        for layout in LAYOUTS:
+            leaf = x.clone(memory_format=layout).requires_grad_()
+            y = lp_pool2d(leaf, p, size, stride, 0, ceil_mode)
+            (grad,) = torch.autograd.grad(y.sum(), leaf)
+            tolerance = 10 * TOLERANCE[dtype]
+            close = {"rtol": tolerance, "atol": tolerance}
+            torch.testing.assert_close(y.detach().cpu().double(), expected, **close)
+            torch.testing.assert_close(grad.cpu().double(), slopes, **close)
+
+
+def reference(x, p, kernel):
+    """Windows with stride 1 as autograd's own operators, in float64."""
+    windows = x.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1).flatten(-2)
+    return windows.abs().amax(-1) if p == INF else windows.abs().pow(p).sum(-1).pow(1 / p)
+
+
+@pytest.mark.parametrize("p", [*NORMS, 2.5])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_windows_too_large_to_gather(device, p, layout):
+    """17000 elements of a window: they are not copied, on the CPU, but looked at in place."""
+    kernel = (130, 131)
+    x = torch.randn(1, 2, 131, 131, dtype=torch.float64, device=device)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 3e-6)):
+        leaf = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        wide = leaf.detach().double().requires_grad_()
+        y, expected = lp_pool2d(leaf, p, kernel, 1), reference(wide, p, kernel)
+        assert y.is_contiguous(memory_format=layout)
+        grad = torch.randn(y.shape, dtype=torch.float64, device=device).to(dtype)
+        direction = torch.randn(x.shape, dtype=torch.float64, device=device).to(dtype)
+        results = []
+        for one, out in ((leaf, y), (wide, expected)):
+            g = grad.to(out.dtype).requires_grad_()
+            (first,) = torch.autograd.grad(out, one, g, create_graph=True)
+            second = torch.autograd.grad(
+                (first * direction.to(out.dtype)).sum(), (g, one), allow_unused=True
+            )
+            results.append([out, first, *second])
+        # |x|^p for p < 2 has no second derivative that is to be compared near 0.
+        for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+            if theirs is None or (i == 3 and p < 2):
+                continue
+            atol = tolerance * theirs.abs().max().item()
+            torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("place", [0, 77, 130 * 65, 130 * 130 - 1])
+def test_nan_and_infinity_in_a_large_window(device, p, place):
+    x = torch.ones(1, 130, 130, device=device)
+    for value in (math.nan, INF, -INF):
+        x.view(-1)[place] = value
+        y = lp_pool2d(x, p, 130)
+        torch.testing.assert_close(y.flatten(), y.new_tensor([abs(value)]), equal_nan=True)
+        grad = torch.ops.mnist_ops.lp_pool2d_backward(
+            torch.ones_like(y), x, y, float(p), [130, 130], [130, 130], [0, 0], False
+        )
+        if p not in (1, INF):  # infinity over infinity
+            assert grad.view(-1)[place].isnan()
+        elif value == value:
+            assert grad.view(-1)[place] == (1 if value > 0 else -1)
+
+
+def exact_norm(x, p):
+    """Of a whole image, each channel, in float64."""
+    return x.double().abs().pow(p).flatten(-2).sum(-1).pow(1 / p)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 1.5])
+@pytest.mark.parametrize("shape", [(1, 2048, 2048), (1, 1, 3_000_000), (8, 260, 250)], ids=str)
+def test_long_sums_keep_their_digits(device, p, shape):
+    """One accumulator in float32 would be off by 1e-3 at 2048 x 2048."""
+    kernel = shape[-2:]
+    options = (float(p), list(kernel), list(kernel), [0, 0], False)
+    for x in (torch.randn(shape), torch.full(shape, 0.3)):
+        for layout in LAYOUTS[: 2 if shape[0] > 1 else 1]:
+            leaf = x.to(device)[None].to(memory_format=layout)
+            y = lp_pool2d(leaf, p, kernel)
+            expected = exact_norm(x, p)
+            torch.testing.assert_close(y.flatten().cpu().double(), expected, rtol=1e-6, atol=0)
+            # The gradient with respect to grad_output in the direction of x is y itself.
+            directional, _ = torch.ops.mnist_ops.lp_pool2d_double_backward(
+                leaf, torch.ones_like(y), leaf, y, *options
+            )
+            # y was rounded, and is in it to the power 1 - p.
+            torch.testing.assert_close(
+                directional.flatten().cpu().double(), expected, rtol=2e-6, atol=0
+            )
+
+
+@pytest.mark.parametrize("size", [9, 20, 100])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 1.5])
+def test_sums_of_a_gathered_window_keep_their_digits(device, p, size):
+    for fill in (0.3, 1.7, None):
+        x = torch.randn(2, 5, size, size) if fill is None else torch.full((2, 5, size, size), fill)
+        for dtype, layout in itertools.product(TOLERANCE, LAYOUTS):
+            given = x.to(dtype).to(device).to(memory_format=layout)
+            y = lp_pool2d(given, p, size).flatten().cpu().double()
+            rtol = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, TOLERANCE[dtype])
+            torch.testing.assert_close(y, exact_norm(given.cpu(), p).flatten(), rtol=rtol, atol=0)
+
+
+def test_ties_are_counted_beyond_the_whole_numbers_of_float32(device):
+    size = 4200  # 17.6 million equal elements; float32 counts to 16.8
+    x = torch.ones(1, 1, size, size, device=device)
+    y = torch.ones(1, 1, 1, 1, device=device)
+    directional, _ = torch.ops.mnist_ops.lp_pool2d_double_backward(
+        x, y, x, y, INF, [size, size], [size, size], [0, 0], False
+    )
+    assert directional.item() == pytest.approx(1.0, rel=1e-6)
+
+
+# ----------------------------------------------------------------------- p at the ends of its range
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("p", [1e4, 1e6, 3e7, 1e12, 1e30, 1e39, 1e300])
+def test_large_p_is_nearly_infinity(device, dtype, p):
+    """Equal maxima share the gradient, whatever y, which is rounded, says to the power p - 1."""
+    x = torch.tensor([[[1.0, -1.0, 0.5, 2.0], [1.0, 1.0, 0.0, -0.25]]], dtype=dtype, device=device)
+    windows = ([2, 2], [2, 2], [0, 0], False)
+    y = torch.ops.mnist_ops.lp_pool2d(x, p, *windows)
+    expected = torch.tensor([[[4.0 ** (1 / p), 2.0]]], dtype=torch.float64)
+    torch.testing.assert_close(y.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=0)
+    grad = torch.ops.mnist_ops.lp_pool2d_backward(torch.ones_like(y), x, y, p, *windows)
+    share = 4.0 ** (1 / p - 1)
+    slopes = [[[share, -share, 0.0, 1.0], [share, share, 0.0, 0.0]]]
+    slopes = torch.tensor(slopes, dtype=torch.float64)
+    torch.testing.assert_close(grad.cpu().double(), slopes, rtol=TOLERANCE[dtype], atol=0)
+
+
+@pytest.mark.parametrize("p", [1e3, 2e3, 1e5, 1e8])
+def test_large_p_in_large_windows(device, p):
+    x = torch.rand(1, 1, 131, 130, device=device)
+    x[0, 0, 3, 7] = x[0, 0, 99, 2] = 1.5
+    kernel = [131, 130]
+    y = torch.ops.mnist_ops.lp_pool2d(x, p, kernel, kernel, [0, 0], False)
+    assert y.item() == pytest.approx(1.5 * 2 ** (1 / p), rel=1e-6)
+    grad = torch.ops.mnist_ops.lp_pool2d_backward(y / y, x, y, p, kernel, kernel, [0, 0], False)
+    share = 2 ** (1 / p - 1)
+    assert grad[0, 0, 3, 7].item() == pytest.approx(share, rel=2e-4)
+    assert grad[0, 0, 99, 2].item() == pytest.approx(share, rel=2e-4)
+    assert grad.sum().item() == pytest.approx(2 * share, rel=2e-4)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("p", [9e-4, 1e-10, 1e-30, 2e-38])
+def test_small_p_overflows_to_infinity_and_not_to_nan(device, dtype, p):
+    """Two elements that are not 0: 2^(1/p). One alone: its magnitude."""
+    x = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0, -3.0, 0.0, -3.0]]], dtype=dtype, device=device)
+    large = torch.zeros(1, 131, 131, dtype=dtype, device=device)
+    large[0, 5, 5], large[0, 7, 7] = 1.0, -2.0
+    ops = torch.ops.mnist_ops
+    for image, size, expected in ((x, 2, [INF, 3.0]), (large, 131, [INF])):
+        windows = ([size, size], [size, size], [0, 0], False)
+        y = ops.lp_pool2d(image, p, *windows)
+        assert y.flatten().tolist() == expected
+        grad = ops.lp_pool2d_backward(torch.ones_like(y), image, y, p, *windows)
+        overflowed = grad[..., :2] if size == 2 else grad
+        inside = image[..., :2] if size == 2 else image
+        # (|x| / y)^(p - 1), which grows as 1 / y falls; 0 by convention at x = 0.
+        expected_grad = torch.where(inside == 0, 0.0, inside.double().sign() * INF)
+        assert torch.equal(overflowed.double(), expected_grad)
+        if size == 2:
+            assert grad[0, :, 2:].flatten().tolist() == [0.0, 0.0, 0.0, -1.0]
+
+
+def test_p_of_a_tenth_in_windows_of_many_elements(device):
+    x = torch.rand(1, 1, 12, 12, device=device) + 0.5
+    y = lp_pool2d(x, 0.1, 12)
+    assert y.item() == pytest.approx(exact_norm(x.cpu(), 0.1).item(), rel=1e-4)
+    assert lp_pool2d(x.repeat(1, 1, 20, 20), 0.1, 240).item() == INF  # 1e47
+
+
+@pytest.mark.parametrize("op", ["lp_pool2d", "lp_pool2d_backward", "lp_pool2d_double_backward"])
+def test_p_beyond_the_type_it_is_computed_in(op):
+    x = torch.rand(1, 1, 4, 4) + 0.5
+    y = lp_pool2d(x, INF, 2)
+    tensors = {"lp_pool2d": [x], "lp_pool2d_backward": [y, x, y]}.get(op, [x, y, x, y])
+    windows = ([2, 2], [2, 2], [0, 0], False)
+    call = getattr(torch.ops.mnist_ops, op)
+    for bad in (math.nan, 0.0, -1.0, -INF):
+        with pytest.raises(RuntimeError, match=f"^{op}: norm_type must be > 0, got "):
+            call(*tensors, bad, *windows)
+    for dtype in TOLERANCE:
+        given = [t.to(dtype) for t in tensors]
+        bad = 1e-310 if dtype == torch.float64 else 1e-39
+        with pytest.raises(RuntimeError, match=f"^{op}: norm_type must be at least .* normal"):
+            call(*given, bad, *windows)
+        for large in (1e39, 1.7e308):
+            pair = [call(*given, p, *windows) for p in (large, INF)]
+            for ours, limit in zip(
+                *(r if isinstance(r, tuple) else (r,) for r in pair), strict=True
+            ):
+                assert torch.equal(ours, limit)
+
+
+# --------------------------------------------------------------- what the raw operators are given
+
+HUGE = [2**31, 2**62, 2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("op", ["lp_pool2d", "lp_pool2d_backward", "lp_pool2d_double_backward"])
+def test_raw_operators_check_their_windows(op):
+    x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2)
+    tensors = {"lp_pool2d": [x], "lp_pool2d_backward": [y, x, y]}.get(op, [x, y, x, y])
+    call = getattr(torch.ops.mnist_ops, op)
+    good = {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0]}
+    for name in good:
+        for bad in ([], [2], [2, 2, 2], [2] * 9):
+            with pytest.raises(RuntimeError, match="must have two elements"):
+                call(*tensors, 2.0, *{**good, name: bad}.values(), False)
+        absurd = [-1, *HUGE] + ([0] if name != "padding" else [2])
+        for value, both in itertools.product(absurd, (False, True)):
+            bad = [value, value] if both else [2 if name != "padding" else 0, value]
+            with pytest.raises(RuntimeError, match=f"^{op}: {name} must be"):
+                call(*tensors, 2.0, *{**good, name: bad}.values(), False)
+    # The largest windows that pass: padding almost reaches 2^30.
+    kernel = [2**31 - 1] * 2
+    for ceil_mode in (False, True):
+        y = torch.ops.mnist_ops.lp_pool2d(x, 2.0, kernel, kernel, [2**30 - 1] * 2, ceil_mode)
+        torch.testing.assert_close(y.flatten(), x.flatten(2).norm(dim=-1).flatten())
+
+
+def test_raw_operators_check_their_tensors():
+    ops = torch.ops.mnist_ops
+    windows = (2.0, [2, 2], [2, 2], [0, 0], False)
+    x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2)
+    for shape in ((), (4,), (4, 4), (1, 1, 1, 4, 4)):
+        bad = torch.rand(shape)
+        with pytest.raises(RuntimeError, match=r"input must be \(N, C, H, W\) or \(C, H, W\)"):
+            ops.lp_pool2d(bad, *windows)
+        with pytest.raises(RuntimeError, match="must have the shape of"):
+            ops.lp_pool2d_backward(bad, x, y, *windows)
+        with pytest.raises(RuntimeError, match="must have the shape of"):
+            ops.lp_pool2d_backward(y, x, bad, *windows)
+        for i in range(4):
+            with pytest.raises(RuntimeError, match=r"must (be|have)"):
+                ops.lp_pool2d_double_backward(
+                    *[bad if i == j else t for j, t in enumerate((x, y, x, y))], *windows
+                )
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8):
+        with pytest.raises(RuntimeError, match="expected float64, float32, float16 or bfloat16"):
+            ops.lp_pool2d(x.to(dtype), *windows)
+        with pytest.raises(RuntimeError, match=r"expected float64|dtype of input"):
+            ops.lp_pool2d_backward(y, x.to(dtype), y, *windows)
+        with pytest.raises(RuntimeError, match="must have the dtype of input"):
+            ops.lp_pool2d_backward(y, x, y.to(dtype), *windows)
+        with pytest.raises(RuntimeError, match="must have the dtype of input"):
+            ops.lp_pool2d_double_backward(x.to(dtype), y, x, y, *windows)
+    # An output of more elements than there are addresses, from an input of none.
+    many = torch.empty(2**30, 2**30, 0, 0)
+    with pytest.raises(RuntimeError, match="too large a shape"):
+        ops.lp_pool2d(many, 2.0, [2, 2], [1, 1], [1, 1], False)

@@ -207,6 +207,77 @@ def test_images_of_nothing(device, shape, window, padding, p, activation):
         assert (second[0] == 0).all() and grad.shape == second[1].shape == shape
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("p", [1, 2, 3, INF])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_windows_over_the_border_do_not_see_the_next_row(device, activation, p, ceil_mode):
+    for size, height, width in itertools.product((2, 3), (4, 5, 7), (16, 17, 18)):
+        x = torch.randn(2, 3, height, width, device=device)
+        kernel = gaussian1d(3)
+        window = {"kernel_size": size, "stride": 2, "ceil_mode": ceil_mode}
+        expected = loops.stage2d(x.cpu(), kernel, activation, p, **window)
+        for layout in LAYOUTS:
+            y = stage2d(x.to(memory_format=layout), kernel.to(device), activation, p, **window)
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", [(9, 9), (40, 300), (600, 700)], ids=str)
+def test_long_sums_keep_their_digits(device, p, layout, size):
+    """Each channel is constant, and so is what is pooled from it: y - (the mean of y)."""
+    scale = torch.tensor([0.3, 1.7, 0.9], dtype=torch.float64)
+    x = scale[:, None, None].expand(1, 3, *size).to(torch.float32)
+    x = x.to(device).contiguous(memory_format=layout).requires_grad_()
+    y = stage2d(x, torch.ones(1, device=device), "identity", p, size)
+    norms = x.detach()[0, :, 0, 0].cpu().double() * (size[0] * size[1]) ** (1 / p)
+    expected = norms - norms.mean()
+    atol = 1e-6 * norms.max().item()  # which is what the difference may have lost
+    torch.testing.assert_close(y.flatten().cpu().double(), expected, rtol=0, atol=atol)
+    (grad,) = torch.autograd.grad(y[0, 0].sum(), x)
+    slope = (size[0] * size[1]) ** (1 / p - 1)
+    expected = torch.tensor([2 / 3, -1 / 3, -1 / 3], dtype=torch.float64) * slope
+    expected = expected[:, None, None].expand(3, *size)
+    torch.testing.assert_close(grad[0].cpu().double(), expected, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_nan_wherever_it_is_in_a_window(device, place):
+    for activation, p, size in itertools.product(ACTIVATIONS, NORMS, (2, 9)):
+        x = torch.ones(1, 1, size, size, device=device)
+        x.view(-1)[place * (size * size - 1) // 3] = float("nan")
+        assert stage2d(x, torch.ones(1, device=device), activation, p, size).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("window", [2, 3])
+def test_gradients_of_saturated_units(device, dtype, activation, window):
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64).to(dtype)[:, None, None, None]
+    x = x.expand(97, 2, 6, 8).contiguous()
+    grad = torch.tensor([1.0, -0.5]).to(dtype)[None, :, None, None]
+    one_tap, options = torch.ones(1), (activation, 2.0, [window] * 2, [2, 2], [0, 0], False)
+    y = torch.ops.mnist_ops.stage2d(x.to(device), one_tap.to(device), *options)
+    ours = torch.ops.mnist_ops.stage2d_backward(
+        grad.expand_as(y).to(device), x.to(device), one_tap.to(device), *options
+    )
+    e = torch.exp(-(2 if activation == "tanh" else 1) * x.double().abs())
+    slope = (4 if activation == "tanh" else 1) * e / (1 + e) ** 2
+    inside = torch.ops.mnist_ops.stage2d_backward(
+        grad.expand_as(y).double(),
+        torch.sigmoid(x.double()) if activation == "sigmoid" else torch.tanh(x.double()),
+        one_tap,
+        "identity",
+        *options[1:],
+    )
+    # On the CPU, and in float32 everywhere, 1 - a^2 as PyTorch has it: 1.2e-7 from the truth. An
+    # element may lie in four windows.
+    atol = 3e-7 if dtype != torch.float64 else 1e-15
+    torch.testing.assert_close(
+        ours.cpu().double(), inside * slope, rtol=10 * TOLERANCE[dtype], atol=atol
+    )
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -253,6 +324,70 @@ def test_errors_of_the_registered_operators():
         ops.stage2d_backward(x, x, kernel, "tanh", *windows)
     with pytest.raises(RuntimeError, match="grad_output must have the dtype of input"):
         ops.stage2d_backward(torch.ones(1, 2, 3).double(), x, kernel, "tanh", *windows)
+
+
+def test_raw_operators_check_what_they_are_given():
+    ops = torch.ops.mnist_ops
+    x, y, kernel = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2), torch.ones(3)
+    good = {
+        "activation": "tanh",
+        "norm_type": 2.0,
+        "kernel_size": [2, 2],
+        "stride": [2, 2],
+        "padding": [0, 0],
+        "ceil_mode": False,
+    }
+
+    def both(match: str, kernel: Tensor = kernel, x: Tensor = x, y: Tensor = y, **change):
+        options = {**good, **change}.values()
+        with pytest.raises(RuntimeError, match=match):
+            ops.stage2d(x, kernel, *options)
+        with pytest.raises(RuntimeError, match=match):
+            ops.stage2d_backward(y, x, kernel, *options)
+
+    for bad in ("", "Tanh", "gelu", "tanh\0", "x" * 100000):
+        both("activation must be 'tanh'", activation=bad)
+    for bad in (0.0, -2.0, -INF, float("nan")):
+        both("norm_type must be > 0", norm_type=bad)
+    both("norm_type must be at least", norm_type=1e-39)
+    for name in ("kernel_size", "stride", "padding"):
+        for bad in ([], [1], [1, 1, 1]):
+            both("must have two elements", **{name: bad})
+        for value in (-1, 2**31, 2**62, 2**63 - 1, -(2**63)):
+            both(f"{name} must be", **{name: [value, 2]})
+            both(f"{name} must be", **{name: [1, value]})
+    for shape in ((), (3, 3, 3), (2,), (3, 0), (0,), (2, 3)):
+        both("kernel", kernel=torch.ones(shape))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        both("kernel must be", kernel=torch.ones(3).to(dtype))
+        both("expected float64, float32", x=x.to(dtype), y=y.to(dtype))
+    both("sum must be finite and not 0", kernel=torch.tensor([1.0, 0.0, -1.0]))
+    both("sum must be finite and not 0", kernel=torch.tensor([1.0, float("nan"), 1.0]))
+    for shape in ((), (4,), (4, 4), (1, 1, 1, 4, 4)):
+        both(r"input must be \(N, C, H, W\)", x=torch.rand(shape))
+        with pytest.raises(RuntimeError, match="grad_output must have the shape"):
+            ops.stage2d_backward(torch.rand(shape), x, kernel, *good.values())
+    # Windows far larger than the image: what lies outside costs nothing.
+    wide = {**good, "activation": "identity", "norm_type": 1.0}
+    wide |= {"kernel_size": [2**31 - 1] * 2, "stride": [1, 1], "padding": [2**30 - 1] * 2}
+    total = ops.stage2d(x, torch.ones(1), *wide.values())
+    expected = x.sum((2, 3)) - x.sum((1, 2, 3))[:, None] / 3
+    assert total.shape == x.shape
+    torch.testing.assert_close(total, expected[:, :, None, None].expand_as(total))
+    grad = ops.stage2d_backward(total, x, torch.ones(1), *wide.values())
+    torch.testing.assert_close(grad, 16 * total)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_p_beyond_the_type_it_is_computed_in(dtype):
+    x, kernel = torch.randn(2, 3, 6, 7).to(dtype), torch.ones(3)
+    ops, windows = torch.ops.mnist_ops, ([2, 2], [2, 2], [0, 0], False)
+    expected = ops.stage2d(x, kernel, "tanh", INF, *windows)
+    for p in (1e30, 1e39, 1e300):
+        y = ops.stage2d(x, kernel, "tanh", p, *windows)
+        assert torch.equal(y, expected)
+        grads = [ops.stage2d_backward(y, x, kernel, "tanh", norm, *windows) for norm in (p, INF)]
+        assert torch.equal(*grads)
 
 
 def test_the_third_derivative_is_an_error():

@@ -411,6 +411,7 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
   const char* op = "lp_pool2d";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   Tensor output = new_pooled(x, g);
   if (x.data.numel() == 0) return output;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
@@ -425,7 +426,7 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
     }
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
-      for_each_element(g, x.channels_last, g.OH, g.OW, all.taps,
+      for_each_element(g, x.channels_last, g.OH, g.OW, std::min(all.taps, kGrain),
                        [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
                          out[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
                              static_cast<T>(window_norm<norm>(in + g.input_offset(n, c), g,
@@ -442,6 +443,7 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   const char* op = "lp_pool2d_backward";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   const Tensor y = pooled_like(op, "output", output, x, g);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
   Tensor grad_input = empty_images(x, g.H, g.W);
@@ -481,6 +483,7 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
   const char* op = "lp_pool2d_double_backward";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   check_like(op, "grad_grad_input", grad_grad_input, "input", input);
   const Tensor direction = dense(grad_grad_input, x.channels_last);
   const Tensor y = pooled_like(op, "output", output, x, g);
@@ -499,7 +502,7 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
     T* gi = grad_input.mutable_data_ptr<T>();
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
-      for_each_element(g, x.channels_last, g.OH, g.OW, 4 * g.kernel_h * g.kernel_w,
+      for_each_element(g, x.channels_last, g.OH, g.OW, std::min(g.kernel_h * g.kernel_w, kGrain),
                        [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
                          const int64_t i = g.input_offset(n, c);
                          const int64_t o = g.output_offset(n, c) + oh * g.out_h + ow * g.out_w;

@@ -77,18 +77,23 @@ void write_region(T* image, const Region& region, const F& value) {
 
 // ------------------------------------------------------------------------------ pooling of a block
 
-// body(input offset, output offset, step, count) for runs of the elements at column offset kw: of
-// the windows of a row (one channel) or of the channels of one window.
+// body(input offset, output offset, step, count) for runs of the elements at the same column of
+// their window: of the windows of a row (one channel) or of the channels of one window.
 template <typename F>
-void over_tap(const PoolGeometry& g, int64_t kw, const F& body) {
-  const Range r = windows_with_tap(g, kw);
-  const int64_t iw = r.first * g.stride_w - g.padding_w + kw;
-  if (g.C == 1) {
-    if (r.last > r.first) body(iw, r.first, g.stride_w, r.last - r.first);
-    return;
-  }
-  for (int64_t ow = r.first, i = iw * g.C; ow < r.last; ++ow, i += g.stride_w * g.C) {
-    body(i, ow * g.C, int64_t{1}, g.C);
+void over_taps(const PoolGeometry& g, const F& body) {
+  // Columns that lie inside the image for some window: a window may be far wider than that.
+  const int64_t first = std::max<int64_t>(0, g.padding_w - (g.OW - 1) * g.stride_w);
+  const int64_t last = std::min(g.kernel_w, g.W + g.padding_w);
+  for (int64_t kw = first; kw < last; ++kw) {
+    const Range r = windows_with_tap(g, kw);
+    const int64_t iw = r.first * g.stride_w - g.padding_w + kw;
+    if (g.C == 1) {
+      if (r.last > r.first) body(iw, r.first, g.stride_w, r.last - r.first);
+      continue;
+    }
+    for (int64_t ow = r.first, i = iw * g.C; ow < r.last; ++ow, i += g.stride_w * g.C) {
+      body(i, ow * g.C, int64_t{1}, g.C);
+    }
   }
 }
 
@@ -135,11 +140,14 @@ void each_element(int64_t H, int64_t W, int64_t lanes, const F& body) {
 
 template <Norm norm, typename A>
 void pool_block(const A* a, A* y, const PoolGeometry& g, A p) {
-  if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
+  // Sums of more terms are added in blocks.
+  if (norm == Norm::kInf || norm == Norm::kGeneral || g.kernel_h * g.kernel_w > kBlockTerms) {
     each_element(g.OH, g.OW, g.C, [&](int64_t l, int64_t oh, int64_t ow, int64_t o) {
       y[o] = window_norm<norm>(a + l, g, p, oh, ow);
     });
-  } else {
+    return;
+  }
+  if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
     const int64_t size = g.OH * g.out_h;
     const bool pairs = is_pairs(g);
     if constexpr (kHasPairs && norm == Norm::kTwo && std::is_same_v<A, float>) {
@@ -165,11 +173,9 @@ void pool_block(const A* a, A* y, const PoolGeometry& g, A p) {
       }
       for (int64_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
         const A* row = a + ih * g.in_h;
-        for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-          over_tap(g, kw, [&](int64_t i, int64_t o, int64_t step, int64_t count) {
-            add_terms<norm>(sums + o, row + i, step, count);
-          });
-        }
+        over_taps(g, [&](int64_t i, int64_t o, int64_t step, int64_t count) {
+          add_terms<norm>(sums + o, row + i, step, count);
+        });
       }
     }
     if constexpr (norm == Norm::kTwo) {
@@ -229,14 +235,11 @@ void unpool_block(A* gp, const A* a, const A* y, A* ga, const PoolGeometry& g, A
       A* to = ga + ih * g.in_h;
       for (int64_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
         const A *grad = gp + oh * g.out_h, *out = y + oh * g.out_h;
-        for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-          over_tap(g, kw, [&](int64_t i, int64_t o, int64_t step, int64_t count) {
-            for (int64_t j = 0; j < count; ++j) {
-              to[i + j * step] +=
-                  grad[o + j] * norm_gradient<norm>(in[i + j * step], out[o + j], p);
-            }
-          });
-        }
+        over_taps(g, [&](int64_t i, int64_t o, int64_t step, int64_t count) {
+          for (int64_t j = 0; j < count; ++j) {
+            to[i + j * step] += grad[o + j] * norm_gradient<norm>(in[i + j * step], out[o + j], p);
+          }
+        });
       }
     }
     return;
@@ -299,7 +302,8 @@ struct Problem {
     const bool tiled = is_tiled(g());
     const int64_t C = g().C;
     const int64_t lanes = !channels_last ? 1 : tiled ? C : std::min(C, kLanes);
-    const int64_t row = g().kernel_h * g().W * lanes;  // elements of a row of windows
+    // Elements of a row of windows.
+    const int64_t row = std::min(g().kernel_h, g().H) * g().W * lanes;
     const int64_t rows = tiled ? std::clamp(kPart / row, int64_t{1}, g().OH) : g().OH;
     const int64_t strips = (g().OH + rows - 1) / rows, blocks = (C + lanes - 1) / lanes;
     parallel_for(blocks * strips, cost * rows * row, [&](int64_t begin, int64_t end) {

@@ -88,6 +88,9 @@ MNIST_OPS_HD A slope(A x, A y, A p) {
   if constexpr (power == Power::kFour) s = ratio * (ratio * ratio);
   if constexpr (power == Power::kGeneral) {
     s = cpu::power(magnitude(ratio), p - A(1));
+    // Where y overflowed.
+    s = ratio == A(0) && p < A(1) ? std::numeric_limits<A>::infinity() : s;
+    s = x == A(0) ? A(0) : s;
     s = ratio != ratio ? ratio : x < A(0) ? -s : s;
   }
   return y == A(0) ? A(0) : s;
@@ -128,6 +131,22 @@ struct Batch {
     }
   }
 
+  // out[j] = the sum over the window of term(x, j), as BlockSum adds it.
+  template <typename F>
+  void sum(A* out, const F& term) const {
+    if (kTaps > 0 || runtime_taps <= kBlockTerms) {
+      return fold(out, A(0), [&](A sum, A x, int64_t j) { return sum + term(x, j); });
+    }
+    std::vector<double> totals(count);
+    for (int64_t first = 0; first < runtime_taps; first += kBlockTerms) {
+      const Batch block{taps + first * pitch, pitch, count,
+                        std::min(kBlockTerms, runtime_taps - first)};
+      block.sum(out, term);
+      for (int64_t j = 0; j < count; ++j) totals[j] += static_cast<double>(out[j]);
+    }
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<A>(totals[j]);
+  }
+
   // Every element in place.
   template <typename F>
   void map(const F& value) const {
@@ -140,12 +159,24 @@ struct Batch {
   }
 };
 
+// Beyond this the rounding of y, in half types, would count too much in r^(p-1).
+constexpr int kSharpBatchPower = 32;
+
+// The largest magnitude of each window; NaN if there is one in it.
+template <int kTaps, typename A>
+void batch_largest(const Batch<kTaps, A>& batch, A* largest) {
+  batch.fold(largest, A(0), [](A m, A x, int64_t) {
+    const A size = magnitude(x);
+    return size > m || size != size ? size : m;
+  });
+}
+
 // The p-norms of a batch of windows. scratch has room for a number each.
 template <Power power, int kTaps, typename A>
 void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A* scratch) {
   const int64_t n = batch.count;
   if constexpr (kSumsPlainly<power>) {
-    batch.fold(y, A(0), [=](A sum, A x, int64_t) { return sum + term<power>(x, p); });
+    batch.sum(y, [=](A x, int64_t) { return term<power>(x, p); });
     if constexpr (power == Power::kOne) return;
     A unsafe = A(0);
 #pragma omp simd reduction(+ : unsafe)
@@ -158,15 +189,11 @@ void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A
   }
   // By way of the largest element, which stands as it is where it is 0, infinite or NaN.
   A* const largest = scratch;
-  batch.fold(largest, A(0), [](A m, A x, int64_t) {
-    const A size = magnitude(x);
-    return size > m || size != size ? size : m;
-  });
+  batch_largest(batch, largest);
   if constexpr (power == Power::kInf) {
     std::copy(largest, largest + n, y);
   } else {
-    batch.fold(y, A(0),
-               [=](A sum, A x, int64_t j) { return sum + term<power>(x / largest[j], p); });
+    batch.sum(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const A m = largest[j];
@@ -176,9 +203,23 @@ void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A
   }
 }
 
-// The gradients of a batch of windows, in place of their elements; grad is overwritten.
+// The gradients of a batch of windows, in place of their elements; grad and y are overwritten.
 template <Power power, int kTaps, typename A>
-void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, const A* y, A* scratch) {
+void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, A* y, A* scratch) {
+  if constexpr (power == Power::kGeneral) {
+    if (p > kSharpBatchPower) {  // sharp_gradient of lp_pool.h
+      A* const largest = scratch;
+      batch_largest(batch, largest);
+      batch.sum(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
+      const int64_t n = batch.count;
+      for (int64_t j = 0; j < n; ++j) {
+        const A m = largest[j];
+        const bool is_number = m > A(0) && m <= std::numeric_limits<A>::max();
+        grad[j] *= is_number ? cpu::power(y[j], A(1) / p - A(1)) : A(1);
+        y[j] = m;
+      }
+    }
+  }
   if constexpr (power == Power::kInf) {
     A* const ties = scratch;
     batch.fold(ties, A(0),

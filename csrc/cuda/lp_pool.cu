@@ -637,6 +637,8 @@ bool dispatch_row_pack(const PoolGeometry& g, bool aligned, F&& body) {
 // returns: whether it launched a kernel. NHWC.
 template <typename T, typename F>
 bool dispatch_channels(const PoolGeometry& g, bool aligned, F&& body) {
+  // Sums of more terms are added in blocks, one thread a result.
+  if (g.kernel_h * g.kernel_w > kBlockTerms) return false;
   if (!aligned || !counts_in_32_bits(g) || g.C % kPackSize<T> != 0) return false;
   bool launched = false;
   dispatch_index(g, [&](const auto& narrow) {
@@ -730,6 +732,7 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
   const char* op = "lp_pool2d";
   const Images x = images_of(op, "input", input);
   const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   const Launcher launcher(input);
   Tensor output = new_pooled(x, geometry);
   if (x.data.numel() == 0) return output;
@@ -759,6 +762,7 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   const char* op = "lp_pool2d_backward";
   const Images x = images_of(op, "input", input);
   const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   const Tensor y = pooled_like(op, "output", output, x, geometry);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, geometry);
   const Launcher launcher(input);
@@ -795,6 +799,7 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
   const char* op = "lp_pool2d_double_backward";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
   check_like(op, "grad_grad_input", grad_grad_input, "input", input);
   const Tensor direction = dense(grad_grad_input, x.channels_last);
   const Tensor y = pooled_like(op, "output", output, x, g);

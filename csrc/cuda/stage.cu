@@ -23,8 +23,6 @@
 
 #include "common.cuh"
 
-#include <cstring>
-
 namespace mnist_ops::cuda {
 namespace {
 
@@ -321,28 +319,6 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
   __syncthreads();
 }
 
-// store_pack to global memory by one instruction, where the compiler would take the pack apart. For
-// what the kernel does not read.
-template <typename T, int n>
-__device__ __forceinline__ void store_whole(T* to, const Pack<T, n>& pack) {
-#if defined(__CUDA_ARCH__)
-  constexpr size_t kBytes = sizeof(Pack<T, n>);
-  if constexpr (kBytes == 8 || kBytes == 16) {
-    uint32_t words[kBytes / 4];
-    std::memcpy(words, &pack, kBytes);
-    const size_t address = __cvta_generic_to_global(to);
-    if constexpr (kBytes == 8) {
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]));
-    } else {
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]),
-                   "r"(words[1]), "r"(words[2]), "r"(words[3]));
-    }
-    return;
-  }
-#endif
-  store_pack(to, pack);
-}
-
 // Calls body(index in the tensor, index in the shared map, pixel) for this thread's elements of a
 // map, the first of n neighbours each.
 template <int n, typename T, typename F>
@@ -369,7 +345,7 @@ __device__ __forceinline__ void write_packs(const Fused<T>& s, const SharedMemor
     for (int j = 0; j < n; ++j) {
       to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
     }
-    store_whole(output + i, to);
+    store_pack(output + i, to);
   });
 }
 
@@ -475,13 +451,23 @@ enum class Precision {
   kCoarse,  // 2^-11: a quarter of bfloat16's
 };
 
-// What a pass computes its activations to. Where bfloat16 has to have 1 - tanh^2, 2^-11 would be
-// much of it.
-template <typename T, bool backward>
-constexpr Precision kPrecision = std::is_same_v<T, double>             ? Precision::kFull
-                                 : std::is_same_v<T, float>            ? Precision::kSingle
-                                 : std::is_same_v<T, Half> || backward ? Precision::kHalf
-                                                                       : Precision::kCoarse;
+// What the forward pass computes its activations to.
+template <typename T>
+constexpr Precision kPrecision = std::is_same_v<T, double>  ? Precision::kFull
+                                 : std::is_same_v<T, float> ? Precision::kSingle
+                                 : std::is_same_v<T, Half>  ? Precision::kHalf
+                                                            : Precision::kCoarse;
+
+// tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial.
+__device__ __forceinline__ float tanh_of_parts(float x, float far) {
+  const float s = x * x;
+  float p = 0.016010596f;
+  p = elementary::fmadd(p, s, -0.0524437247f);
+  p = elementary::fmadd(p, s, 0.133171178f);
+  p = elementary::fmadd(p, s, -0.333327887f);
+  const float near = elementary::fmadd(x * s, p, x);
+  return std::fabs(x) < 0.575f ? near : std::copysign(far, x);
+}
 
 template <Precision precision>
 __device__ __forceinline__ float fast_tanh(float x) {
@@ -500,17 +486,29 @@ __device__ __forceinline__ float fast_tanh(float x) {
     q = elementary::fmadd(q, s, 1.0f);
     return x * p * reciprocal(q);
   } else {
-    // 1 - 2 / (exp(2 |x|) + 1), or, where that would cancel, a polynomial.
+    // 1 - 2 / (exp(2 |x|) + 1).
     const float size = std::fabs(x);
-    const float far =
-        elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f);
-    const float s = x * x;
-    float p = 0.016010596f;
-    p = elementary::fmadd(p, s, -0.0524437247f);
-    p = elementary::fmadd(p, s, 0.133171178f);
-    p = elementary::fmadd(p, s, -0.333327887f);
-    const float near = elementary::fmadd(x * s, p, x);
-    return size < 0.575f ? near : std::copysign(far, x);
+    return tanh_of_parts(
+        x, elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f));
+  }
+}
+
+// act(x) and act'(x) for the gradients of half types, by way of e = exp(-2 |x|), or of exp(-|x|):
+// the slope of a saturated unit keeps its digits, where 1 - tanh^2 would have none.
+struct Activated {
+  float value, slope;
+};
+
+template <ActivationKind kind>
+__device__ __forceinline__ Activated activated(float x) {
+  const float size = std::fabs(x);
+  if constexpr (kind == ActivationKind::kTanh) {
+    const float e = two_to_the(size * -2.88539008f), r = reciprocal(1.0f + e);
+    return {tanh_of_parts(x, elementary::fmadd(-2.0f * e, r, 1.0f)), 4.0f * e * r * r};
+  } else {
+    static_assert(kind == ActivationKind::kSigmoid);
+    const float e = two_to_the(size * -1.44269504f), r = reciprocal(1.0f + e);
+    return {x < 0.0f ? e * r : r, e * r * r};
   }
 }
 
@@ -586,7 +584,7 @@ struct Tile {
 
   __device__ __forceinline__ void store(const Fused<T>& s, T* x) const {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) store_whole(x + offset(s, k), packs[k]);
+    for (int k = 0; k < kPacks; ++k) store_pack(x + offset(s, k), packs[k]);
   }
 };
 
@@ -640,7 +638,7 @@ __device__ __forceinline__ void each_tile(const Fused<T>& s, const T* __restrict
 template <bool channels_last, int n, typename T, typename A>
 __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
                                            const T* __restrict__ x) {
-  constexpr Precision precision = kPrecision<T, false>;
+  constexpr Precision precision = kPrecision<T>;
   dispatch_activation(s.activation, [&](auto tag) {
     each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
       Pack<A, std::remove_reference_t<decltype(tile)>::kWindows> norms;
@@ -661,26 +659,40 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
 template <bool channels_last, int n, typename T, typename A>
 __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
                                              const T* __restrict__ x, T* __restrict__ gx) {
-  constexpr Precision precision = kPrecision<T, true>;
   dispatch_activation(s.activation, [&](auto tag) {
     constexpr ActivationKind kind = decltype(tag)::value;
+    constexpr bool by_slope =
+        sizeof(T) == 2 && (kind == ActivationKind::kTanh || kind == ActivationKind::kSigmoid);
     each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
       constexpr int kWindows = std::remove_reference_t<decltype(tile)>::kWindows;
       const Pack<A, kWindows> grads = load_pack<kWindows>(m.map + place.map);
 #pragma unroll
       for (int j = 0; j < kWindows; ++j) {
         A a[4], scaled[4], sum;
+        [[maybe_unused]] A slopes[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          a[k] = scaled[k] = fast_activation<kind, precision>(static_cast<A>(tile.at(j, k)));
+          const A value = static_cast<A>(tile.at(j, k));
+          if constexpr (by_slope) {
+            const Activated both = activated<kind>(value);
+            a[k] = both.value, slopes[k] = both.slope;
+          } else {
+            a[k] = fast_activation<kind, kPrecision<T>>(value);
+          }
+          scaled[k] = a[k];
         }
-        scaled_square_sum(scaled, sum);
+        const A scale = scaled_square_sum(scaled, sum);
         const A inverse = sum == A(0) ? A(0) : reciprocal_root(sum);
         const A grad = grads.values[j] - m.mean[channels_last ? place.pixel : place.pixel + j];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          tile.at(j, k) =
-              static_cast<T>(activation_gradient<kind>(grad * (scaled[k] * inverse), a[k]));
+          // a[k] * scale once more takes no registers, and is exact.
+          const A grad_a = grad * (a[k] * scale * inverse);
+          if constexpr (by_slope) {
+            tile.at(j, k) = static_cast<T>(grad_a * slopes[k]);
+          } else {
+            tile.at(j, k) = static_cast<T>(activation_gradient<kind>(grad_a, a[k]));
+          }
         }
       }
       tile.store(s, gx + place.in);
@@ -705,15 +717,11 @@ __device__ void unpool_edges(const Fused<T>& s, const T* x, T* gx) {
   }
 }
 
-// Four blocks of 384 threads, or three of 512, or two of 768, on a multiprocessor.
-constexpr int kMostTileThreads = 768, kTileThreads = 1536, kLeastTileThreads = 128;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-template <typename T>
-constexpr int kTileBlocks = 1;  // there are no more threads to one
-#else
+// Two blocks of 512 threads, or four of 256, on a multiprocessor: 64 registers a thread. In 40, of
+// 1536 threads, the kernels do not fit.
+constexpr int kMostTileThreads = 512, kTileThreads = 1024, kLeastTileThreads = 128;
 template <typename T>
 constexpr int kTileBlocks = std::is_same_v<T, double> ? 1 : kTileThreads / kMostTileThreads;
-#endif
 
 template <bool channels_last, int n, typename T>
 __global__ void __launch_bounds__(kMostTileThreads, kTileBlocks<T>)
