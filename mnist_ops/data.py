@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import contrastive_norm2d, gaussian1d
+from .ops._common import check_integer, check_number
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -93,6 +94,9 @@ FILES = (
 )
 
 _PREFIX = {"train": "train", "test": "t10k"}
+# An unpacked file may have so many bytes: 1.3 million digits. gzip makes a thousand of one.
+_MOST_BYTES = 1 << 30
+_PIECE = 1 << 20
 _REINSTALL = "Reinstall mnist_ops, or name a folder of your own that holds the four MNIST files."
 
 
@@ -203,39 +207,62 @@ def _check_idx(path: Path, content: bytes, size: int, images: bool) -> int:
     return shape[0]
 
 
+def _read_idx(path: Path, images: bool) -> Tensor:
+    """The entries of an idx file, packed with gzip or not, uint8: ``(N, 1, 28, 28)`` or ``(N,)``.
+
+    It is unpacked in pieces, and no further than its header announces.
+    """
+    header_size = 16 if images else 8
+    try:
+        with open(path, "rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if packed else raw
+            content = bytearray(file.read(header_size))
+            whole = header_size
+            if len(content) == header_size:
+                whole += math.prod(struct.unpack_from(f">{header_size // 4 - 1}I", content, 4))
+            if whole > _MOST_BYTES and (packed or size == whole):
+                raise DataError(
+                    f"{path} announces {whole} bytes, more than the {_MOST_BYTES} that are read."
+                )
+            # One byte more tells a file that is too long, and the end of one that is not packed
+            # wrong: there its checksum is compared.
+            most = whole + 1 if packed else min(size, whole + 1)
+            while len(content) < most and (piece := file.read(min(_PIECE, most - len(content)))):
+                content += piece
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        state = "truncated" if isinstance(error, EOFError) else "damaged"
+        raise DataError(f"{path} is {state}: {error}. Copy the file again.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except MemoryError:
+        raise DataError(f"{path} needs more memory than there is.") from None
+    count = _check_idx(path, bytes(content[:header_size]), len(content) if packed else size, images)
+    shape = (count, 1, 28, 28) if images else (count,)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=header_size).view(shape)
+
+
 def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
     """Read a folder of the user's own, flat or in torchvision's layout, packed or not."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder.")
+    # All four must be there, though only those of the split are read.
     paths = {file.name: _find(root, file.name) for file in FILES}
-    with tempfile.TemporaryDirectory(prefix="mnist_ops-") as scratch:
-        raw = Path(scratch, "MNIST", "raw")
-        raw.mkdir(parents=True)
-        counts = {}
-        for name, path in paths.items():
-            # torchvision asks for all four files but reads only those of the split.
-            if not name.startswith(_PREFIX[split]):
-                (raw / name).touch()
-                continue
-            try:
-                content = path.read_bytes()
-                if path.suffix == ".gz":
-                    content = gzip.decompress(content)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                state = "truncated" if isinstance(error, EOFError) else "damaged"
-                raise DataError(f"{path} is {state}: {error}. Copy the file again.") from None
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-            counts[name] = _check_idx(path, content, len(content), "images" in name)
-            (raw / name).write_bytes(content)
-        if len(set(counts.values())) > 1:
-            both = ", ".join(f"{paths[name]} has {count}" for name, count in counts.items())
-            raise DataError(f"Images and labels do not match: {both}.")
-        images, labels = _read(Path(scratch), split)
+    images_path, labels_path = (
+        path for name, path in paths.items() if name.startswith(_PREFIX[split])
+    )
+    labels = _read_idx(labels_path, images=False)
+    images = _read_idx(images_path, images=True)
+    if len(images) != len(labels):
+        raise DataError(
+            f"Images and labels do not match: {images_path} has {len(images)}, "
+            f"{labels_path} has {len(labels)}."
+        )
     if int(labels.max()) > 9:
-        path = paths[f"{_PREFIX[split]}-labels-idx1-ubyte"]
-        raise DataError(f"{path}: labels must be 0 to 9, got {int(labels.max())}.")
-    return images, labels
+        raise DataError(f"{labels_path}: labels must be 0 to 9, got {int(labels.max())}.")
+    return images, labels.to(torch.int64)
 
 
 def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -291,19 +318,43 @@ def global_statistics(images: Tensor, padding: int = 2) -> tuple[float, float]:
     Returns:
         Two floats. Sums run in integers, so they are exact to the last division: 25.5094 and
         70.1804 for the training set.
+
+    Raises:
+        TypeError: if the images are not uint8.
+        ValueError: if there is no pixel, or all of them are equal and cannot be normalised.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"global_statistics: images must be uint8, got {images.dtype}")
+    if images.dim() < 2 or images.numel() == 0:
+        raise ValueError(
+            f"global_statistics: images must hold one pixel at least, got {tuple(images.shape)}"
+        )
+    padding = check_integer("global_statistics", "padding", padding, 0)
     height, width = images.shape[-2:]
     count = (images.numel() // (height * width)) * (height + 2 * padding) * (width + 2 * padding)
     total = int(images.sum(dtype=torch.int64))
     squares = int(images.to(torch.int32).square_().sum(dtype=torch.int64))
-    variance = (squares * count - total**2) / (count * (count - 1))
+    spread = squares * count - total**2
+    if spread == 0:
+        raise ValueError(
+            "global_statistics: images must differ in some pixel, got a standard deviation of 0"
+        )
+    variance = spread / (count * (count - 1))
     return total / count, math.sqrt(variance)
 
 
 def global_norm(images: Tensor, mean: float, std: float) -> Tensor:
-    """``(x - mean) / std`` in float32, with mean and std rounded to float32 first."""
+    """``(x - mean) / std`` in float32, with mean and std rounded to float32 first.
+
+    Raises:
+        ValueError: if ``mean`` is not finite or ``std`` not finite and above 0, in float32.
+    """
+    for name, value, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        number = check_number("global_norm", name, value)
+        rounded = float(torch.tensor(number, dtype=torch.float32, device="cpu"))
+        if not (math.isfinite(rounded) and rounded > least):
+            bound = "" if least else " and > 0"
+            raise ValueError(f"global_norm: {name} must be finite{bound} in float32, got {value}")
     return images.to(torch.float32).sub_(mean).div_(std)
 
 
@@ -317,7 +368,8 @@ def local_norm(images: Tensor, kernel_size: int = 7) -> Tensor:
     Returns:
         The same shape and dtype.
     """
-    kernel = gaussian1d(kernel_size)
+    with torch.device(images.device):  # wherever torch.set_default_device points to
+        kernel = gaussian1d(kernel_size)
     # In pieces that stay in the processor's cache.
     pieces = [contrastive_norm2d(piece, kernel, 1.0, 1.0) for piece in images.split(256)]
     return torch.cat(pieces)
@@ -353,17 +405,22 @@ def prepare(
 
     Raises:
         ValueError: for an unknown normalization or a limit below 1.
-        DataError: as for :func:`load`.
+        DataError: as for :func:`load`, and if all training images are black.
     """
     if normalization not in ("contrastive", "global"):
         raise ValueError(
             f"prepare: normalization must be 'contrastive' or 'global', got {normalization!r}"
         )
-    if limit is not None and limit < 1:
-        raise ValueError(f"prepare: limit must be >= 1, got {limit}")
+    if limit is not None:
+        limit = check_integer("prepare", "limit", limit, 1)
     train_images, train_labels = load("train", root)
     test_images, test_labels = load("test", root)
-    mean, std = global_statistics(train_images)
+    try:
+        mean, std = global_statistics(train_images)
+    except ValueError:
+        raise DataError(
+            f"{root}: all pixels of the training images are 0: they cannot be normalised."
+        ) from None
 
     def finish(images: Tensor) -> Tensor:
         images = global_norm(pad32(images[:limit]), mean, std)

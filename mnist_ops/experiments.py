@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -491,9 +492,32 @@ def describe_engine(experiment: Experiment, device: torch.device | str = "cpu") 
     ).description
 
 
-@lru_cache(maxsize=1)
 def digits(kernel: int | None, root: str | None, limit: int | None) -> data.Splits:
-    """The digits with local normalization of ``kernel`` taps, kept for the next run's use."""
+    """The digits with local normalization of ``kernel`` taps: the caller's own copy.
+
+    They are computed once for the runs that follow each other.
+    """
+    kept = _digits(kernel, root, limit, _stamp(root))
+    return replace(
+        kept,
+        train_images=kept.train_images.clone(),
+        train_labels=kept.train_labels.clone(),
+        test_images=kept.test_images.clone(),
+        test_labels=kept.test_labels.clone(),
+    )
+
+
+def _stamp(root: str | None) -> Any:
+    """What changes when the files of a data folder do."""
+    if root is None:
+        return None
+    paths = (path for path in sorted(Path(root).expanduser().rglob("*ubyte*")) if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
+@lru_cache(maxsize=1)
+def _digits(kernel: int | None, root: str | None, limit: int | None, stamp: Any) -> data.Splits:
+    """For those who change nothing: 250 MB that are not copied."""
     if kernel is None:
         return data.prepare("global", root=root, limit=limit)
     return data.prepare("contrastive", kernel, root, limit)
@@ -529,7 +553,8 @@ def train(
         The epochs' results and the trained network.
     """
     parts = build(experiment, seed, device, perturbed_weight)
-    splits = digits(experiment.data_kernel, None if root is None else str(root), limit)
+    folder_of_data = None if root is None else str(root)
+    splits = _digits(experiment.data_kernel, folder_of_data, limit, _stamp(folder_of_data))
     run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
     if root is not None:  # what predictions from a checkpoint must normalise images with
         run |= {"mean": splits.mean, "std": splits.std}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import _libraries, torch7
 from . import nn as ops_nn
-from .ops._common import check_number, pair
+from .ops._common import check_integer, check_number, pair
 from .optim import Torch7SGD
 
 __all__ = ["OnlineSGD", "OptimizerEngine", "SharedLaunches", "UnsupportedError"]
@@ -161,18 +161,13 @@ class OnlineSGD:
             "momentum": momentum,
             "dampening": dampening,
         }
-        for name, value in numbers.items():
-            if not 0.0 <= check_number("OnlineSGD", name, value) < math.inf:
-                raise ValueError(f"OnlineSGD: {name} must be >= 0 and finite, got {value}")
+        _check_finite(numbers)
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
                 f"got momentum {momentum} and dampening {dampening}"
             )
-        if isinstance(threads, bool) or not isinstance(threads, int):
-            raise TypeError(f"OnlineSGD: threads must be an int, got {threads!r}")
-        if threads < 1:
-            raise ValueError(f"OnlineSGD: threads must be >= 1, got {threads}")
+        threads = check_integer("OnlineSGD", "threads", threads, 1)
         self.model = model
         self.loss = loss
         self.lr = float(numbers["lr"])
@@ -204,7 +199,8 @@ class OnlineSGD:
         if not models:
             raise ValueError("OnlineSGD: model must be a module or a list of one at least, got []")
         for name, value in rates.items():
-            if isinstance(value, Sequence) and not isinstance(value, str):
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                value = rates[name] = list(value)
                 if len(value) != len(models):
                     raise ValueError(
                         f"OnlineSGD: {name} must be one number or one for each of {len(models)} "
@@ -243,6 +239,11 @@ class OnlineSGD:
         kernels = [tuple(kernel.shape) for kernel in self._kernels]
         shapes = [tuple(parameter.shape) for parameter in self._parameters]
         return self._network, shapes, kernels, self._parameters[0].dtype, self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's."""
+        return (self.engines or [self])[0]._parameters[0].dtype
 
     @property
     def chunk(self) -> int:
@@ -319,11 +320,9 @@ class OnlineSGD:
 
         Raises:
             TypeError: for an argument that is no tensor.
-            RuntimeError: if shapes, dtypes or values do not fit; nothing has changed then.
+            RuntimeError: if shapes, dtypes, devices or values do not fit; nothing has changed then.
         """
-        for name, tensor in (("images", images), ("labels", labels), ("order", order)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"OnlineSGD.run: {name} must be a Tensor, got {type(tensor)}")
+        self._check_data(images, labels, order)
         engines = self.engines or [self]
         for engine in engines:
             engine.model.train()
@@ -337,7 +336,7 @@ class OnlineSGD:
         if engines[0]._operator is not None:
             images = engines[0]._place("images", images)
             labels = engines[0]._place("labels", labels)
-        nothing = torch.empty(0, dtype=torch.float64)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
         if not engines[0]._dropouts or order.dim() not in (1, 2) or images.dim() < 2:
             return self._run(images, labels, order, nothing)
         # One sample's numbers come together, layer after layer, as the original draws them.
@@ -357,6 +356,46 @@ class OnlineSGD:
                 raise
         losses, predictions = zip(*results, strict=True)
         return torch.cat(losses, dim=-1), torch.cat(predictions, dim=-1)
+
+    def _check_data(self, images: Tensor, labels: Tensor, order: Tensor) -> None:
+        """Refuse what is elsewhere or of another dtype before anything is drawn or moved."""
+        device = (self.engines or [self])[0]._device
+        for name, tensor, dtypes in (
+            ("images", images, (torch.float64, torch.float32)),
+            ("labels", labels, (torch.int64,)),
+            ("order", order, (torch.int64,)),
+        ):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"OnlineSGD.run: {name} must be a Tensor, got {type(tensor)}")
+            if tensor.device != device and tensor.device.type != "cpu":
+                raise RuntimeError(f"online_sgd: {name} must be on {device}, got {tensor.device}")
+            if tensor.dtype not in dtypes or tensor.layout != torch.strided:
+                known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise RuntimeError(
+                    f"online_sgd: {name} must be {known}, got {tensor.dtype} {tuple(tensor.shape)} "
+                    f"({tensor.layout})"
+                )
+
+    def check(self, images: Tensor) -> None:
+        """See whether the network can run on such images, as :meth:`run` would find out.
+
+        A run plans every layer for the images' shape. This plans one of no steps; nothing changes.
+
+        Raises:
+            UnsupportedError: if it cannot; PyTorch may run such a network nevertheless.
+        """
+        sample = images[:1].detach()
+        count = len(sample)
+        labels, order = (torch.zeros(size, dtype=torch.int64, device="cpu") for size in (count, 0))
+        try:
+            self._check_data(sample, labels, order)
+            device = (self.engines or [self])[0]._device
+            if self.engines:
+                order = order.expand(len(self.engines), -1)
+            uniform = torch.empty(0, dtype=torch.float64, device="cpu")
+            self._run_now(sample.to(device), labels.to(device), order, uniform)
+        except RuntimeError as error:
+            raise UnsupportedError(str(error).splitlines()[0]) from None
 
     def _place(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor on the network's device; a copy is kept for the next call."""
@@ -517,7 +556,7 @@ def _run_together(
             orders.to(first._device),
             uniform.to(first._device),
             LOSSES.index(first.loss),
-            torch.tensor(settings, dtype=torch.float64),
+            torch.tensor(settings, dtype=torch.float64, device="cpu"),
             first.nesterov,
             MODES.index(first.mode),
             True,
@@ -594,9 +633,7 @@ class SharedLaunches:
     """
 
     def __init__(self, members: int) -> None:
-        if members < 1:
-            raise ValueError(f"SharedLaunches: members must be >= 1, got {members}")
-        self._members = members
+        self._members = check_integer("SharedLaunches", "members", members, 1)
         self._waiting: list[_SharedCall] = []
         self._condition = threading.Condition()
         self._stopped = False
@@ -702,13 +739,14 @@ class OptimizerEngine(OnlineSGD):
             raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not Torch7SGD")
         if len(optimizer.param_groups) != 1:
             raise UnsupportedError("the optimizer has several parameter groups")
-        if criterion not in _CRITERIA:
+        loss = next((text for known, text in _CRITERIA.items() if known is criterion), None)
+        if loss is None:
             name = getattr(criterion, "__name__", type(criterion).__name__)
             raise UnsupportedError(f"the criterion {name} is not one of the engine's")
         self.optimizer = optimizer
         self.transform = transform
         settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
-        super().__init__(model, _CRITERIA[criterion], threads=threads, mode=mode, **settings)
+        super().__init__(model, loss, threads=threads, mode=mode, **settings)
         if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
             raise UnsupportedError("the optimizer's parameters are not those of the network")
         if transform is not None and self._dropouts:
@@ -720,6 +758,7 @@ class OptimizerEngine(OnlineSGD):
     def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`OnlineSGD.run`; the results are on the CPU."""
         group, state = self.optimizer.param_groups[0], self.optimizer.state
+        _check_finite({name: group[name] for name in _SETTINGS if name != "nesterov"})
         for name in _SETTINGS:
             setattr(self, name, group[name])
         self.steps = group["steps"]
@@ -731,7 +770,7 @@ class OptimizerEngine(OnlineSGD):
             pieces = [samples] if getattr(self.transform, "batched", False) else samples.split(1)
             images = torch.cat([self.transform(piece) for piece in pieces])
             labels = labels.index_select(0, order)
-            order = torch.arange(len(order))
+            order = torch.arange(len(order), device="cpu")
         losses, predictions = super().run(images, labels, order)
         group["steps"] = self.steps
         for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
@@ -766,6 +805,12 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
         yield from _layers(module.unfused(), name)
     elif not isinstance(module, nn.Identity):
         yield name or type(module).__name__, module
+
+
+def _check_finite(numbers: dict[str, Any]) -> None:
+    for name, value in numbers.items():
+        if not 0.0 <= check_number("OnlineSGD", name, value) < math.inf:
+            raise ValueError(f"OnlineSGD: {name} must be >= 0 and finite, got {value}")
 
 
 def _number(value: float) -> str:
@@ -843,11 +888,15 @@ _PLAIN: dict[type[nn.Module], str] = {
 }
 
 
-@torch.library.register_fake("mnist_ops::online_sgd")
-def _(parameters, velocities, network, kernels, images, labels, order, *options):
+def _fake(parameters, velocities, network, kernels, images, labels, order, uniform, *options):
+    tensors = (*parameters, *velocities, *kernels, images, labels, order, uniform)
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"online_sgd: all tensors must be on one device, got {', '.join(devices)}"
+        )
     return parameters[0].new_empty(order.shape), order.new_empty(order.shape)
 
 
-@torch.library.register_fake("mnist_ops::online_sgd_models")
-def _(parameters, velocities, network, kernels, images, labels, order, *options):
-    return parameters[0].new_empty(order.shape), order.new_empty(order.shape)
+for _name in ("online_sgd", "online_sgd_models"):
+    torch.library.register_fake(f"mnist_ops::{_name}", _fake)

@@ -22,16 +22,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._common import check_integer, check_number
+
 __all__ = ["CG", "Torch7ASGD", "Torch7LBFGS", "Torch7SGD"]
 
 
-def _check_finite(name: str, values: dict[str, float]) -> None:
-    for key, value in values.items():
+class _Torch7Optimizer(torch.optim.Optimizer):
+    """Parameter groups whose options are checked, those that a group brings itself as well."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Refuse impossible options."""
+        raise NotImplementedError
+
+
+def _check_finite(name: str, group: dict[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        value = check_number(name, key, group[key])
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name}: {key} must be >= 0 and finite, got {value}")
+        if type(group[key]) is not int:
+            group[key] = value  # not NumPy's scalar, which checkpoints do not take
 
 
-class Torch7SGD(torch.optim.Optimizer):
+class Torch7SGD(_Torch7Optimizer):
     r"""Stochastic gradient descent as in Torch7's ``optim.sgd``.
 
     With t counting steps from 0, weight decay :math:`\lambda`, momentum m and dampening d:
@@ -79,13 +101,17 @@ class Torch7SGD(torch.optim.Optimizer):
             "dampening": dampening,
             "weight_decay": weight_decay,
         }
-        _check_finite("Torch7SGD", numbers)
-        if nesterov and (momentum == 0.0 or dampening != 0.0):
+        super().__init__(params, numbers | {"nesterov": nesterov, "steps": 0})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        numbers = ("lr", "lr_decay", "momentum", "dampening", "weight_decay")
+        _check_finite("Torch7SGD", group, numbers)
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 "Torch7SGD: nesterov needs momentum > 0 and dampening 0, "
                 f"got momentum {momentum} and dampening {dampening}"
             )
-        super().__init__(params, numbers | {"nesterov": nesterov, "steps": 0})
 
     def rate(self, group: dict[str, Any]) -> float:
         """The learning rate of the group's next step."""
@@ -135,7 +161,7 @@ class Torch7SGD(torch.optim.Optimizer):
         return velocities
 
 
-class Torch7ASGD(torch.optim.Optimizer):
+class Torch7ASGD(_Torch7Optimizer):
     r"""Averaged stochastic gradient descent as in Torch7's ``optim.asgd``.
 
     With t counting steps from 0, :math:`\eta_t = lr / (1 + \lambda\, lr\, t)^\alpha` and
@@ -190,8 +216,10 @@ class Torch7ASGD(torch.optim.Optimizer):
             "t0": t0,
             "weight_decay": weight_decay,
         }
-        _check_finite("Torch7ASGD", numbers)
         super().__init__(params, numbers | {"steps": 0})
+
+    def _check(self, group: dict[str, Any]) -> None:
+        _check_finite("Torch7ASGD", group, ("lr", "lambd", "alpha", "t0", "weight_decay"))
 
     def rate(self, group: dict[str, Any]) -> float:
         """The learning rate of the group's next step."""
@@ -261,7 +289,7 @@ def _sqrt(value: float) -> float:
     return math.sqrt(value) if value >= 0.0 else math.nan
 
 
-class _OneVector(torch.optim.Optimizer):
+class _OneVector(_Torch7Optimizer):
     """What CG and L-BFGS share: the parameters as one vector, evaluated by a closure."""
 
     #: ``step`` evaluates its closure, possibly several times.
@@ -273,7 +301,9 @@ class _OneVector(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError(f"{name}: params must be one group, got more")
         super().add_param_group(param_group)
-        params = self.param_groups[0]["params"]
+
+    def _check(self, group: dict[str, Any]) -> None:
+        name, params = type(self).__name__, group["params"]
         kinds = sorted({f"{p.dtype} on {p.device}" for p in params})
         if len(kinds) > 1:
             raise ValueError(
@@ -380,18 +410,8 @@ class CG(_OneVector):
         extrapolation: float = 3.0,
         ratio: float = 100.0,
     ) -> None:
-        max_eval = 1.25 * max_iter if max_eval is None else max_eval
-        for name, value, valid, expected in [
-            ("max_iter", max_iter, 1 <= max_iter < math.inf, ">= 1"),
-            ("max_eval", max_eval, 1 <= max_eval < math.inf, ">= 1"),
-            ("sigma", sigma, 0 < sigma < 1, "in (0, 1)"),
-            ("rho", rho, 0 < rho < sigma, f"in (0, sigma = {sigma})"),
-            ("interpolation", interpolation, 0 < interpolation <= 0.5, "in (0, 0.5]"),
-            ("extrapolation", extrapolation, 1 < extrapolation < math.inf, "> 1"),
-            ("ratio", ratio, 0 < ratio < math.inf, "> 0"),
-        ]:
-            if not valid:
-                raise ValueError(f"CG: {name} must be {expected}, got {value}")
+        if max_eval is None:
+            max_eval = 1.25 * check_number("CG", "max_iter", max_iter)
         defaults = {
             "max_iter": max_iter,
             "max_eval": max_eval,
@@ -402,6 +422,24 @@ class CG(_OneVector):
             "ratio": ratio,
         }
         super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        sigma = check_number("CG", "sigma", group["sigma"])
+        for name, low, low_is_in, high, high_is_in, expected in [
+            ("max_iter", 1, True, math.inf, False, ">= 1"),
+            ("max_eval", 1, True, math.inf, False, ">= 1"),
+            ("sigma", 0, False, 1, False, "in (0, 1)"),
+            ("rho", 0, False, sigma, False, f"in (0, sigma = {sigma})"),
+            ("interpolation", 0, False, 0.5, True, "in (0, 0.5]"),
+            ("extrapolation", 1, False, math.inf, False, "> 1"),
+            ("ratio", 0, False, math.inf, False, "> 0"),
+        ]:
+            value = check_number("CG", name, group[name])
+            above = value >= low if low_is_in else value > low
+            below = value <= high if high_is_in else value < high
+            if not (above and below):
+                raise ValueError(f"CG: {name} must be {expected}, got {group[name]}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
@@ -566,18 +604,23 @@ class Torch7LBFGS(_OneVector):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
     ) -> None:
-        max_eval = 1.25 * max_iter if max_eval is None else max_eval
+        if max_eval is None:
+            max_eval = 1.25 * check_number("Torch7LBFGS", "max_iter", max_iter)
         numbers = {
             "lr": lr,
             "tolerance_grad": tolerance_grad,
             "tolerance_change": tolerance_change,
         }
-        _check_finite("Torch7LBFGS", numbers)
         counts = {"max_iter": max_iter, "max_eval": max_eval, "history_size": history_size}
-        for name, value in counts.items():
-            if not 1 <= value < math.inf:
-                raise ValueError(f"Torch7LBFGS: {name} must be >= 1, got {value}")
         super().__init__(params, numbers | counts)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        _check_finite("Torch7LBFGS", group, ("lr", "tolerance_grad", "tolerance_change"))
+        check_integer("Torch7LBFGS", "max_iter", group["max_iter"], 1)
+        check_integer("Torch7LBFGS", "history_size", group["history_size"], 1)
+        if not 1 <= check_number("Torch7LBFGS", "max_eval", group["max_eval"]) < math.inf:
+            raise ValueError(f"Torch7LBFGS: max_eval must be >= 1, got {group['max_eval']}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]

@@ -16,9 +16,10 @@ Torch7 counts classes and indices from 1; everything here counts from 0.
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsIndex
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from . import nn as ops_nn
 from . import ops
+from .ops._common import check_integer, check_number
 
 __all__ = [
     "Dropout",
@@ -71,10 +73,11 @@ class Generator:
 
     def manual_seed(self, seed: int) -> Generator:
         """Start again from ``seed`` and forget the second half of a pair of normals."""
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
             raise TypeError(f"Generator: seed must be an int, got {seed!r}")
+        seed = operator.index(seed)
         if not 0 <= seed < 2**32:
-            raise ValueError(f"Generator: seed must be in [0, 2**32), got {seed}")
+            raise ValueError(f"Generator: seed must be in [0, 2**32), got {hex(seed)}")
         self.seed = seed
         self._words: Any = np.random.MT19937()
         # MT19937(seed) would hash the seed first; RandomState seeds as Torch7 does.
@@ -89,8 +92,7 @@ class Generator:
 
     def consume(self, count: int) -> None:
         """Skip ``count`` words."""
-        if count < 0:
-            raise ValueError(f"Generator.consume: count must be >= 0, got {count}")
+        count = check_integer("Generator.consume", "count", count, 0)
         self._words.random_raw(count, output=False)
 
     def _unit(self, size: int) -> np.ndarray:
@@ -98,7 +100,7 @@ class Generator:
 
     def uniform(self, low: float = 0.0, high: float = 1.0, size: int | Sequence[int] = 1) -> Tensor:
         """``word * 2**-32 * (high - low) + low``, float64, row-major in shape ``size``."""
-        shape = (size,) if isinstance(size, int) else tuple(size)
+        shape = _shape("Generator.uniform", size)
         values = self._unit(math.prod(shape)) * (high - low) + low
         return torch.from_numpy(values.reshape(shape))
 
@@ -108,7 +110,7 @@ class Generator:
         With two uniforms x, y and rho = sqrt(-2 log(1 - y)) the first is rho cos(2 pi x), the
         second rho sin(2 pi x). A second half that is left over serves the next call.
         """
-        shape = (size,) if isinstance(size, int) else tuple(size)
+        shape = _shape("Generator.normal", size)
         count = math.prod(shape)
         values = np.empty(count)
         start = 0
@@ -134,13 +136,14 @@ class Generator:
 
         Consumes ``n - 1`` words.
         """
+        n = check_integer("Generator.randperm", "n", n, 0)
         order = list(range(n))
         if n > 1:
             offsets = self.random32(n - 1) % np.arange(n, 1, -1, dtype=np.uint64)
             # Each swap depends on those before it, so this loop cannot become array code.
             for i, j in enumerate((offsets.astype(np.int64) + np.arange(n - 1)).tolist()):
                 order[i], order[j] = order[j], order[i]
-        return torch.tensor(order, dtype=torch.int64)
+        return torch.tensor(order, dtype=torch.int64, device="cpu")
 
     def get_state(self) -> dict[str, Any]:
         """The state as ints and tensors, fit for ``torch.load(weights_only=True)``."""
@@ -150,19 +153,37 @@ class Generator:
             "seed": self.seed,
             "key": torch.from_numpy(state["key"].astype(np.int64)),
             "position": int(state["pos"]),
-            "second_normal": torch.tensor(second, dtype=torch.float64),
+            "second_normal": torch.tensor(second, dtype=torch.float64, device="cpu"),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a state that :meth:`get_state` returned."""
-        key = state["key"].numpy().astype(np.uint32)
+        """Continue from a state that :meth:`get_state` returned.
+
+        Raises:
+            ValueError: if it is not one; nothing has changed then.
+        """
+        try:
+            key = state["key"].numpy().astype(np.uint32)
+            position, seed = int(state["position"]), int(state["seed"])
+            second = state["second_normal"].tolist()
+            whole = key.shape == (624,) and 0 <= position <= 624 and len(second) <= 1
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            whole = False
+        if not whole:
+            raise ValueError("Generator.set_state: state must be one that get_state returned")
         self._words.state = {
             "bit_generator": "MT19937",
-            "state": {"key": key, "pos": int(state["position"])},
+            "state": {"key": key, "pos": position},
         }
-        self.seed = int(state["seed"])
-        second = state["second_normal"].tolist()
+        self.seed = seed
         self._second_normal = second[0] if second else None
+
+
+def _shape(name: str, size: int | Sequence[int]) -> tuple[int, ...]:
+    sizes = size if isinstance(size, Sequence) else [size]
+    shape = tuple(check_integer(name, "size", n, 0) for n in sizes)
+    check_integer(name, "size", math.prod(shape), 0)
+    return shape
 
 
 def start(seed: int = 1, data_kernel_size: int | None = 7) -> Generator:
@@ -353,9 +374,9 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, generator: Generator) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
+        self.p = check_number("Dropout", "p", p)
+        if not 0.0 <= self.p < 1.0:
             raise ValueError(f"Dropout: p must be in [0, 1), got {p}")
-        self.p = p
         self.generator = generator
 
     def forward(self, input: Tensor) -> Tensor:
@@ -386,6 +407,18 @@ def _reduce(name: str, losses: Tensor, reduction: str) -> Tensor:
     raise ValueError(f"{name}: reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
 
 
+def _check_target(name: str, input: Tensor, target: Tensor, samples: Sequence[Any]) -> None:
+    """Refuse targets that PyTorch would read only some of, repeat, or take for uninitialised."""
+    if input.device != target.device:
+        raise ValueError(f"{name}: target must be on {input.device}, got {target.device}")
+    whole = target.shape == input.shape if target.is_floating_point() else True
+    if tuple(samples) != tuple(input.shape[:-1]) or not whole:
+        raise ValueError(
+            f"{name}: target must have one class for each of {tuple(input.shape[:-1])} samples, "
+            f"got the shape {tuple(target.shape)} for an input of {tuple(input.shape)}"
+        )
+
+
 def nll_loss(log_probs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """``-log_probs[target]``; Torch7's ``nn.ClassNLLCriterion`` (which averages over a batch).
 
@@ -394,6 +427,7 @@ def nll_loss(log_probs: Tensor, target: Tensor, reduction: str = "mean") -> Tens
         target: class indices from 0, ``(N,)`` or a scalar.
         reduction: over samples: ``"mean"``, ``"sum"`` or ``"none"``.
     """
+    _check_target("nll_loss", log_probs, target, target.shape)
     losses = -log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return _reduce("nll_loss", losses, reduction)
 
@@ -408,6 +442,7 @@ def multi_margin_loss(input: Tensor, target: Tensor, reduction: str = "sum") -> 
         target: class indices from 0, ``(N,)`` or a scalar.
         reduction: over samples: ``"mean"``, ``"sum"`` or ``"none"``.
     """
+    _check_target("multi_margin_loss", input, target, target.shape)
     losses = F.multi_margin_loss(input, target, reduction="none")
     return _reduce("multi_margin_loss", losses, reduction)
 
@@ -421,6 +456,9 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "sum") -> Tensor:
             -1 with +1 at the class (:func:`class_targets`).
         reduction: over samples: ``"mean"``, ``"sum"`` or ``"none"``.
     """
+    _check_target(
+        "mse_loss", input, target, target.shape[: target.dim() - target.is_floating_point()]
+    )
     if not target.is_floating_point():
         target = class_targets(target, input.shape[-1], input.dtype)
     return _reduce("mse_loss", (input - target).square().sum(-1), reduction)

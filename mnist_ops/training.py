@@ -23,12 +23,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
+import math
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -47,6 +50,7 @@ from ._files import (
     write_text,
     write_torch,
 )
+from .ops._common import check_integer
 
 __all__ = [
     "AutogradEngine",
@@ -80,6 +84,7 @@ BACKUP_CHECKPOINT = "checkpoint.backup.pt"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pt"
 LOG = "log.csv"
 _CHECKPOINT_FORMAT = 1
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 #: What every checkpoint holds, beside its optimizers.
 _PARTS = {
     "epoch": int,
@@ -108,25 +113,60 @@ class ConfusionMatrix:
     """
 
     def __init__(self, num_classes: int = 10) -> None:
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        size = check_integer("ConfusionMatrix", "num_classes", num_classes, 1)
+        self.counts = torch.zeros(size, size, dtype=torch.int64, device="cpu")
 
     @classmethod
     def from_counts(cls, counts: Sequence[Sequence[int]]) -> ConfusionMatrix:
-        """The matrix with these counts, as in :attr:`EpochResult.confusion`."""
+        """The matrix with these counts, as in :attr:`EpochResult.confusion`.
+
+        Raises:
+            ValueError: if they are not as many rows as columns of counts.
+        """
         matrix = cls(len(counts))
-        matrix.counts += torch.tensor(counts, dtype=torch.int64)
+        try:
+            given = torch.tensor(counts, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            given = torch.empty(0, device="cpu")
+        if given.shape != matrix.counts.shape or given.dtype != torch.int64 or given.min() < 0:
+            raise ValueError(
+                "ConfusionMatrix.from_counts: counts must be a square of integers >= 0, "
+                f"got {counts!r:.100}"
+            )
+        matrix.counts += given
         return matrix
 
     def add(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count predicted and true classes, both ``(N,)`` integers from 0."""
+        """Count predicted and true classes, both ``(N,)`` integers from 0.
+
+        Raises:
+            TypeError: if one of them is no tensor of integers.
+            ValueError: if their shapes differ or a class is none of the matrix's.
+        """
         classes = len(self.counts)
+        for name, tensor in (("predictions", predictions), ("targets", targets)):
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(
+                    f"ConfusionMatrix.add: {name} must be a Tensor of integers, got {kind}"
+                )
+            if tensor.dim() != 1 or tensor.shape != targets.shape:
+                raise ValueError(
+                    f"ConfusionMatrix.add: predictions and targets must be (N,), "
+                    f"got {tuple(predictions.shape)} and {tuple(targets.shape)}"
+                )
+            wrong = tensor[(tensor < 0) | (tensor >= classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"ConfusionMatrix.add: {name} must be in [0, {classes}), got {int(wrong[0])}"
+                )
         cells = targets.to("cpu", torch.int64) * classes + predictions.to("cpu", torch.int64)
         self.counts += torch.bincount(cells, minlength=classes**2).view(classes, classes)
 
     @property
     def total(self) -> float:
-        """The fraction of all samples that were predicted right: the reports' accuracy."""
-        return int(self.counts.trace()) / int(self.counts.sum())
+        """The fraction of all samples predicted right, the reports' accuracy; NaN of none."""
+        return float(self.counts.trace() / self.counts.sum().double())
 
     @property
     def per_class(self) -> Tensor:
@@ -149,7 +189,7 @@ class ConfusionMatrix:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the counts as CSV, one row per true class."""
         rows = [",".join(map(str, row)) for row in self.counts.tolist()]
-        Path(path).write_text("\n".join(rows) + "\n")
+        write_text(path, "\n".join(rows) + "\n")
 
     def __str__(self) -> str:
         width = max(5, len(str(int(self.counts.max()))) + 1)
@@ -298,20 +338,27 @@ def choose_engine(
     batch_size: int = 1,
     transform: Callable[[Tensor], Tensor] | None = None,
     shared: online.SharedLaunches | None = None,
+    images: Tensor | None = None,
 ) -> Engine:
     """The compiled engine where it can run the steps, else autograd; arguments as for :func:`fit`.
 
     :class:`mnist_ops.online.OnlineSGD` is taken for batch size 1 with ``Torch7SGD``, one of the
     criteria of :mod:`mnist_ops.torch7`, and a network of layers that it knows, on the CPU or on
-    CUDA. The ``description`` says which one it is and, at batch size 1, why not the compiled one.
-    On the CPU it runs on one thread: a second one gains 1.6 to 1.8 times on two idle cores and
-    loses ten times on busy ones; ``fit(engine=online.OptimizerEngine(..., threads=2))`` asks for
-    it.
+    CUDA. ``images``, the training set, tell whether it knows them for images of that shape, too:
+    PyTorch pools where it finds a window outside. The ``description`` says which one it is and, at
+    batch size 1, why not the compiled one. On the CPU it runs on one thread: a second one gains 1.6
+    to 1.8 times on two idle cores and loses ten times on busy ones;
+    ``fit(engine=online.OptimizerEngine(..., threads=2))`` asks for it.
     """
     reason = ""
     if batch_size == 1:
         try:
-            return online.OptimizerEngine(model, optimizer, criterion, transform, shared=shared)
+            compiled = online.OptimizerEngine(model, optimizer, criterion, transform, shared=shared)
+            if images is not None:
+                # A transform is given images of the network's dtype.
+                sample = images[:1]
+                compiled.check(sample if transform is None else sample.to(compiled.dtype))
+            return compiled
         except online.UnsupportedError as error:
             reason = f" (not compiled: {error.reason})"
     engine = AutogradEngine(model, optimizer, criterion, batch_size, transform)
@@ -338,6 +385,18 @@ def _progress_bar(description: str, total: int, unit: str, show: bool) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, in any case, each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def evaluate(
     model: nn.Module,
     images: Tensor,
@@ -349,7 +408,7 @@ def evaluate(
     """Predict every image without training.
 
     Args:
-        model: put into evaluation mode; images are cast to its dtype and moved to its device.
+        model: in evaluation mode meanwhile; images are cast to its dtype and moved to its device.
         images: ``(N, C, H, W)``, N >= 1.
         labels: ``(N,)`` int64.
         criterion: as for :func:`fit`.
@@ -359,14 +418,18 @@ def evaluate(
     Returns:
         The confusion matrix and the mean loss.
     """
-    if len(images) == 0:
-        raise ValueError("evaluate: images must hold one image at least")
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(
+            "evaluate: images must hold one image at least and one for each label, "
+            f"got {len(images)} and {len(labels)}"
+        )
+    batch_size = check_integer("evaluate", "batch_size", batch_size, 1)
     parameter = next(model.parameters())
-    model.eval()
     confusion: ConfusionMatrix | None = None
     total = 0.0
     show = sys.stderr.isatty() if progress is None else progress
-    with torch.no_grad(), _progress_bar("testing", len(images), " digits", show) as bar:
+    bars = _progress_bar("testing", len(images), " digits", show)
+    with _evaluating(model), torch.no_grad(), bars as bar:
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             target = target.to(parameter.device)
             output = model(batch.to(parameter.device, parameter.dtype))
@@ -465,6 +528,7 @@ class _Run:
     optimizers: dict[int, torch.optim.Optimizer]
     generator: torch7.Generator
     settings: dict[str, Any]
+    definition: dict[str, Any]
     history: list[EpochResult]
 
     def save(self, folder: Path, keep: str = BACKUP_CHECKPOINT) -> None:
@@ -473,6 +537,7 @@ class _Run:
             "format": _CHECKPOINT_FORMAT,
             "epoch": len(self.history),
             "settings": self.settings,
+            "definition": self.definition,
             "model": self.model.state_dict(),
             **({"optimizer": states[1]} if len(states) == 1 else {"optimizers": states}),
             "generator": self.generator.get_state(),
@@ -488,12 +553,7 @@ class _Run:
         path, state = load_latest(folder)
         saved = state["settings"]
         for name in sorted(saved.keys() | self.settings.keys()):
-            then, now = saved.get(name), self.settings.get(name)
-            if then != now:
-                raise CheckpointError(
-                    f"{path} was made with {name} = {then}, this run has {now}: "
-                    "resume with the same settings or train in another folder"
-                )
+            _compare(path, name, saved.get(name), self.settings.get(name))
         try:
             states = state["optimizers"] if "optimizers" in state else {1: state["optimizer"]}
             # What has not been in charge yet may still change: one run can go on in many ways.
@@ -506,6 +566,14 @@ class _Run:
                     f"{path} was made with optimizers from epochs {_listed(used)}, "
                     f"this run has them from {_listed(known)}"
                 )
+            then = state.get("definition", {})  # missing where an earlier version saved
+            parts = [(self.definition, then)]
+            known_options, options = (each.get("optimizers", {}) for each in parts[0])
+            parts += [(known_options[first], options.get(first, {})) for first in used]
+            for ours, theirs in parts:
+                for name, now in ours.items():
+                    if name != "optimizers":
+                        _compare(path, name, theirs.get(name, now), now)
             history = [EpochResult(**result) for result in state["history"]]
             self.model.load_state_dict(state["model"])
             for first in used:
@@ -529,6 +597,72 @@ class _Run:
         if path.name != CHECKPOINT:  # the damaged one must not become the backup
             os.replace(path, folder / CHECKPOINT)
         _write_log(folder / LOG, self.history)
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _compare(path: Path, name: str, then: Any, now: Any) -> None:
+    """Refuse to go on with something else than what ``path`` was made with."""
+    if then == now:
+        return
+    if name in ("network", "training data", "test data"):
+        raise CheckpointError(f"{path} was made with another {name}: train in another folder")
+    raise CheckpointError(
+        f"{path} was made with {name} = {then}, this run has {now}: "
+        "resume with the same settings or train in another folder"
+    )
+
+
+def _hash(*tensors: Tensor) -> str:
+    """Of the tensors' values: a quarter of a second for the reports' training set."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def _name(thing: Any) -> str:
+    """What a criterion or a transform is, as far as it tells the same in every process."""
+    if isinstance(thing, nn.Module):
+        return _ADDRESS.sub("", str(thing))
+    name = getattr(thing, "__qualname__", type(thing).__name__)
+    return "a function" if "<" in name else name
+
+
+def _definition(
+    model: nn.Module,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    optimizers: Mapping[int, torch.optim.Optimizer],
+    criterion: Criterion,
+    batch_size: int,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Any]:
+    """What defines a run's results beside its state, as numbers and strings."""
+    changing = ("params", "param_names", "steps")
+    named = {}
+    for first, one in optimizers.items():
+        options: dict[str, Any] = {"optimizer": type(one).__name__}
+        for i, group in enumerate(one.param_groups):
+            for key, value in group.items():
+                plain = value is None or type(value) in (bool, int, float, str)
+                if key not in changing:
+                    label = key if len(one.param_groups) == 1 else f"{key} of group {i}"
+                    options[label] = value if plain else _ADDRESS.sub("", repr(value))
+        named[first] = options
+    return {
+        "network": _ADDRESS.sub("", str(model)),
+        "dtype": str(next(model.parameters()).dtype),
+        "training data": _hash(*train),
+        "test data": _hash(*test),
+        "criterion": _name(criterion),
+        "batch size": batch_size,
+        "transform": _name(transform) if isinstance(transform, nn.Module) else None,
+        "optimizers": named,
+    }
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -622,8 +756,9 @@ def fit(
         resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
             the results are those of an uninterrupted run, bit for bit. Optimizers that were not yet
             in charge may be others than those of the run that made it.
-        settings: what defines the run (numbers, strings), kept in the checkpoint; resuming with
-            other settings is refused.
+        settings: what else defines the run (numbers, strings), kept in the checkpoint; resuming
+            with other settings is refused, as it is with another network, dtype, criterion, batch
+            size, transform module, with other data or other options of an optimizer.
         engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
             each optimizer of a mapping.
         shared: of several calls in threads of one process, whose steps run together on a GPU, see
@@ -639,16 +774,16 @@ def fit(
         One :class:`EpochResult` per epoch, those before a resume included.
 
     Raises:
-        ValueError: for an impossible argument.
+        ValueError: for an impossible argument, images or weights that are not finite.
         CheckpointError: if ``resume`` finds no usable checkpoint.
         FolderInUseError: if another process, or another thread, trains in ``folder``.
         KeyboardInterrupt: on Ctrl-C, with a message; the folder then holds the state after the
             last complete epoch.
     """
-    if epochs < 0:
-        raise ValueError(f"fit: epochs must be >= 0, got {epochs}")
-    if batch_size < 1:
-        raise ValueError(f"fit: batch_size must be >= 1, got {batch_size}")
+    epochs = check_integer("fit", "epochs", epochs, 0)
+    batch_size = check_integer("fit", "batch_size", batch_size, 1)
+    if chunk is not None:
+        chunk = check_integer("fit", "chunk", chunk, 1)
     if resume and folder is None:
         raise ValueError("fit: resume needs a folder")
     for name, (images, labels) in (("train", train), ("test", test)):
@@ -657,6 +792,7 @@ def fit(
                 f"fit: {name} must hold as many images as labels and one at least, "
                 f"got {len(images)} and {len(labels)}"
             )
+        _check_finite(f"{name} images", images)
     optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {1: optimizer}
     if 1 not in optimizers or not all(isinstance(e, int) and e >= 1 for e in optimizers):
         raise ValueError(
@@ -666,15 +802,24 @@ def fit(
     if engine is not None and len(optimizers) > 1:
         raise ValueError("fit: engine must not be given with several optimizers")
     engines = {
-        first: engine or choose_engine(model, one, criterion, batch_size, transform, shared)
+        first: engine
+        or choose_engine(model, one, criterion, batch_size, transform, shared, train[0])
         for first, one in sorted(optimizers.items())
     }
     if chunk is None:
         chunk = max(8 * batch_size, *(getattr(one, "chunk", 200) for one in engines.values()))
-    chunk = batch_size * max(1, chunk // batch_size)
+    chunk = batch_size * max(1, min(chunk, len(train[0]) + batch_size) // batch_size)
     show = sys.stderr.isatty() if progress is None else progress
-    run = _Run(model, optimizers, generator, dict(settings or {}), [])
     folder = None if folder is None else Path(folder)
+    definition = (
+        {}
+        if folder is None
+        else _definition(model, train, test, optimizers, criterion, batch_size, transform)
+    )
+    run = _Run(model, optimizers, generator, dict(settings or {}), definition, [])
+    if not resume:
+        for name, parameter in model.named_parameters():
+            _check_finite(f"the network's {name}", parameter)
 
     with contextlib.ExitStack() as stack:
         if folder is not None:
@@ -713,6 +858,12 @@ def fit(
                         show,
                         on_progress,
                     )
+                    if _diverged(result) and not any(map(_diverged, run.history)):
+                        warnings.warn(
+                            f"the run has diverged in epoch {epoch}: training loss "
+                            f"{result.train_loss}, test loss {result.test_loss}",
+                            stacklevel=2,
+                        )
                     run.history.append(result)
                     if folder is not None:
                         run.save(folder)
@@ -735,8 +886,26 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
     """Of the first group's next step; None where there is none."""
     group = optimizer.param_groups[0]
     if hasattr(optimizer, "rate"):
-        return float(optimizer.rate(group))
-    return float(group["lr"]) if "lr" in group else None
+        rate = float(optimizer.rate(group))
+    elif "lr" in group:
+        rate = float(group["lr"])
+    else:
+        return None
+    if not 0.0 <= rate < math.inf:
+        raise ValueError(f"fit: the learning rate must be >= 0 and finite, got {rate}")
+    return rate
+
+
+def _diverged(result: EpochResult) -> bool:
+    return not (math.isfinite(result.train_loss) and math.isfinite(result.test_loss))
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, which would spread to every weight in a step."""
+    if tensor.is_floating_point() and tensor.numel():
+        lowest, highest = tensor.detach().aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise ValueError(f"fit: {name} must be finite, got NaN or infinity")
 
 
 def _one_epoch(

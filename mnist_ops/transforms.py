@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops._common import check_number
 from .torch7 import Generator
 
 __all__ = ["Compose", "GaussianNoise", "RandomRotation", "rotate"]
@@ -43,12 +44,11 @@ def _check_interpolation(name: str, interpolation: str) -> None:
 
 
 def _check_number(name: str, argument: str, value: float, least: float | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: {argument} must be a number, got {value!r}")
-    if not math.isfinite(value) or (least is not None and value < least):
+    number = check_number(name, argument, value)
+    if not math.isfinite(number) or (least is not None and number < least):
         bound = "" if least is None else f" and >= {least:g}"
         raise ValueError(f"{name}: {argument} must be finite{bound}, got {value!r}")
-    return float(value)
+    return number
 
 
 def rotate(

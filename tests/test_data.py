@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 
@@ -282,6 +283,62 @@ class TestOwnFolder:
             data.load("train", tmp_path)
         assert str(tmp_path) in str(caught.value)
 
+    @pytest.mark.parametrize("announced", ["right", "little", "too much"])
+    def test_bombs(self, tmp_path, announced):
+        """gzip packs zeros a thousandfold: 400 kB of it are 392 MB."""
+        counts = {"right": 500_000, "little": 10, "too much": 2_000_000}
+        files = idx_files()
+        count = counts[announced]
+        files[NAMES[1]] = struct.pack(">2I", 2049, count) + bytes(count)
+        write(tmp_path, files, packed=True)
+        with gzip.open(tmp_path / f"{NAMES[0]}.gz", "wb") as file:
+            file.write(struct.pack(">4I", 2051, count, 28, 28))
+            for _ in range(392):
+                file.write(bytes(1_000_000))
+        assert (tmp_path / f"{NAMES[0]}.gz").stat().st_size < 500_000
+        code = """
+            import sys
+            import torch
+            from mnist_ops import data
+            def peak():
+                lines = open("/proc/self/status").read().splitlines()
+                return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+            before = peak()
+            try:
+                print(len(data.load("train", sys.argv[1])[0]))
+            except data.DataError as error:
+                print(error)
+            print((peak() - before) // 1000)
+        """
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        said, megabytes = result.stdout.splitlines()
+        message, limit = {
+            "right": ("500000", 900),
+            "little": ("is too long", 20),
+            "too much": ("announces 1568000016 bytes, more than the 1073741824", 20),
+        }[announced]
+        assert message in said and int(megabytes) < limit, result
+
+    def test_no_memory(self, tmp_path, monkeypatch):
+        def read(*_):
+            raise MemoryError
+
+        write(tmp_path, idx_files(), packed=True)
+        monkeypatch.setattr(gzip.GzipFile, "read", read)
+        with pytest.raises(data.DataError, match="needs more memory than there is"):
+            data.load("train", tmp_path)
+
+    def test_black_images(self, tmp_path):
+        files = idx_files()
+        files[NAMES[0]] = files[NAMES[0]][:16] + bytes(30 * 784)
+        write(tmp_path, files)
+        for normalization in ("global", "contrastive"):
+            with pytest.raises(data.DataError, match=f"{tmp_path}: all pixels .* are 0"):
+                data.prepare(normalization, root=tmp_path)
+
     def test_split(self, tmp_path):
         with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'validation'"):
             data.load("validation", tmp_path)
@@ -322,6 +379,38 @@ class TestPreprocessing:
     def test_statistics_want_bytes(self):
         with pytest.raises(TypeError, match=r"images must be uint8, got torch.float32"):
             data.global_statistics(torch.zeros(1, 1, 28, 28))
+
+    @pytest.mark.parametrize("value", [0, 7, 255])
+    def test_statistics_of_equal_pixels(self, value):
+        images = torch.full((3, 1, 28, 28), value, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="differ in some pixel, got a standard deviation of 0"):
+            data.global_statistics(images, padding=0)
+        if value:
+            assert data.global_statistics(images)[1] > 0  # they differ from the padding
+
+    def test_statistics_of_nothing(self):
+        for shape in ((0, 1, 28, 28), (2, 1, 0, 4)):
+            with pytest.raises(ValueError, match="images must hold one pixel at least"):
+                data.global_statistics(torch.zeros(shape, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
+            data.global_statistics(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), -1)
+
+    @pytest.mark.parametrize(
+        ("mean", "std", "message"),
+        [
+            (math.nan, 1.0, "mean must be finite in float32, got nan"),
+            (math.inf, 1.0, "mean must be finite in float32, got inf"),
+            (1e39, 1.0, "mean must be finite in float32, got 1e"),
+            (0.0, 0.0, "std must be finite and > 0 in float32, got 0.0"),
+            (0.0, 1e-46, "std must be finite and > 0 in float32, got 1e-46"),
+            (0.0, -1.0, "std must be finite and > 0 in float32, got -1.0"),
+            (0.0, math.nan, "std must be finite and > 0 in float32, got nan"),
+            (0.0, 10**400, "std is too large for a float"),
+        ],
+    )
+    def test_statistics_that_cannot_be(self, mean, std, message):
+        with pytest.raises(ValueError, match=f"global_norm: {message}"):
+            data.global_norm(torch.zeros(1, 1, 2, 2), mean, std)
 
     def test_global(self, cache):
         splits = data.prepare("global", limit=100)
@@ -370,6 +459,7 @@ class TestPreprocessing:
         [
             ({"normalization": "none"}, "normalization must be 'contrastive' or 'global'"),
             ({"limit": 0}, "limit must be >= 1, got 0"),
+            ({"limit": 10**30}, r"limit must be below 2\*\*63"),
         ],
     )
     def test_errors(self, options, message):

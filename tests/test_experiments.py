@@ -1,12 +1,13 @@
 """The registry of experiments: each builds, trains and says what it is."""
 
 import io
+import struct
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mnist_ops import experiments, online, reports, torch7, training
+from mnist_ops import data, experiments, online, reports, torch7, training
 from mnist_ops.experiments import CANDIDATES, EXPERIMENTS, TABLES
 
 GUESSES = [guess for guesses in CANDIDATES.values() for guess in guesses]
@@ -122,3 +123,36 @@ def test_select():
         experiments.select(["original", "realu"])
     with pytest.raises(ValueError, match=r"no experiment 'zzzzz'$"):
         experiments.select(["zzzzz"])
+
+
+def write_tiny(folder, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    for prefix in ("train", "t10k"):
+        pixels = torch.randint(0, 256, (12, 784), dtype=torch.uint8, generator=random)
+        content = struct.pack(">4I", 2051, 12, 28, 28) + pixels.numpy().tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(content)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 2049, 12) + bytes(i % 10 for i in range(12))
+        )
+
+
+def test_digits_are_the_callers_own(tmp_path):
+    write_tiny(tmp_path)
+    first = experiments.digits(7, str(tmp_path), None)
+    expected = first.train_images.clone()
+    for tensor in (first.train_images, first.train_labels, first.test_images, first.test_labels):
+        tensor.zero_()
+    second = experiments.digits(7, str(tmp_path), None)
+    assert torch.equal(second.train_images, expected)
+    assert second.train_labels.any() and second.test_images.any() and second.test_labels.any()
+
+
+def test_digits_of_a_folder_that_has_changed(tmp_path):
+    write_tiny(tmp_path)
+    first = experiments.digits(None, str(tmp_path), None)
+    write_tiny(tmp_path, seed=1)
+    second = experiments.digits(None, str(tmp_path), None)
+    assert not torch.equal(first.train_images, second.train_images)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(data.DataError, match="is missing"):
+        experiments.digits(None, str(tmp_path), None)

@@ -1007,3 +1007,94 @@ def test_when_fit_stays_with_autograd():
         assert isinstance(engine, training.AutogradEngine)
         assert f"(not compiled: {reason}" in engine.description
     assert set(online.LOSSES) == set(CRITERIA)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("which", ["images", "labels", "order"])
+def test_tensors_elsewhere_change_nothing(which, dropout, several):
+    """A meta tensor sends the operator to its fake kernel: no step was made, but counted."""
+    made = [
+        models.convnet((2, 3, 4), dropout=dropout, generator=torch7.start(seed)).double()
+        for seed in (1, 2)
+    ]
+    before = [values(model).clone() for model in made]
+    engine = OnlineSGD(made if several else made[0], momentum=0.5)
+    images, labels = samples(1, 32, 32)
+    call = {"images": images, "labels": labels, "order": torch.arange(3)}
+    state = engine.state_dict()
+    made[0].eval()
+    for wrong, message in (
+        (call[which].to("meta"), f"{which} must be on cpu, got meta"),
+        (call[which].to(torch.int32), f"{which} must be .*got torch.int32"),
+        (call[which].to_sparse(), f"{which} must be .*sparse"),
+    ):
+        with pytest.raises(RuntimeError, match=f"online_sgd: {message}"):
+            engine.run(**call | {which: wrong})
+    assert all(torch.equal(values(m), b) for m, b in zip(made, before, strict=True))
+    assert str(engine.state_dict()) == str(state) and not made[0].training
+
+
+def test_the_raw_operators_fake_compares_devices():
+    model = Linear(3, 2)
+    for where in range(8):
+        tensors = [
+            [p.detach() for p in model.parameters()], [], "linear 2 1 0", [],
+            torch.zeros(4, 3), torch.zeros(4).long(), torch.arange(2),
+            torch.zeros(0, dtype=torch.float64),
+        ]  # fmt: skip
+        if isinstance(tensors[where], str) or tensors[where] == []:
+            continue
+        one = tensors[where]
+        tensors[where] = [one[0].to("meta"), one[1]] if isinstance(one, list) else one.to("meta")
+        with pytest.raises(RuntimeError, match=r"all tensors must be on one device, got cpu, meta"):
+            torch.ops.mnist_ops.online_sgd(*tensors, 0, 0, 0.1, 0.0, 0.0, 0.0, 0.0, False, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": 10**400}, ValueError, "lr is too large for a float"),
+        ({"threads": 10**30}, ValueError, r"threads must be below 2\*\*63"),
+        ({"threads": True}, TypeError, "threads must be an int, got True"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
+    ],
+)
+def test_absurd_settings(settings, error, message):
+    with pytest.raises(error, match=f"OnlineSGD: {message}"):
+        OnlineSGD(Linear(2, 2), **settings)
+
+
+def test_numbers_of_numpy():
+    images, labels = samples(3)
+    plain, numpy = (Sequential(Linear(3, 4)).double() for _ in range(2))
+    numpy.load_state_dict(plain.state_dict())
+    OnlineSGD(plain, lr=0.5, threads=1).run(images, labels, torch.arange(20))
+    OnlineSGD(numpy, lr=np.float32(0.5), threads=np.int64(1)).run(images, labels, torch.arange(20))
+    assert torch.equal(values(plain), values(numpy))
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), -1.0])
+def test_a_rate_set_later(worst):
+    model = Linear(3, 4).double()
+    sgd = Torch7SGD(model.parameters(), lr=0.1)
+    engine, before = OptimizerEngine(model, sgd), values(model).clone()
+    sgd.param_groups[0]["lr"] = worst
+    with pytest.raises(ValueError, match="lr must be >= 0 and finite"):
+        engine.run(*samples(3), torch.arange(3))
+    assert torch.equal(values(model), before)
+
+
+def test_check_changes_nothing():
+    model = network(nn.LPPool2d(2, 2))
+    engine, before = OnlineSGD(model, momentum=0.5), values(model).clone()
+    images, _ = samples(3, 9, 8)
+    engine.check(images)
+    for wrong in (images[:, :2], images[:, :, :3, :3], images.int(), images.to("meta"), images[0]):
+        with pytest.raises(UnsupportedError, match="online_sgd"):
+            engine.check(wrong)
+    assert torch.equal(values(model), before) and engine.steps == 0 and engine.velocities == []
+    several = OnlineSGD([copy.deepcopy(model), model])
+    several.check(images)
+    with pytest.raises(UnsupportedError):
+        several.check(images[:, :2])

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import torch7_cases, torch7_tensor
@@ -420,6 +421,11 @@ def test_bad_values(name, value):
         (CG, {"interpolation": 0.6}, "CG: interpolation must be in"),
         (CG, {"extrapolation": 1.0}, "CG: extrapolation must be > 1, got 1.0"),
         (CG, {"ratio": 0.0}, "CG: ratio must be > 0, got 0.0"),
+        (CG, {"ratio": 10**400}, "CG: ratio is too large for a float"),
+        (CG, {"max_iter": 10**400}, "CG: max_iter is too large for a float"),
+        (Torch7SGD, {"lr": 10**400}, "Torch7SGD: lr is too large for a float"),
+        (Torch7ASGD, {"t0": math.inf}, "Torch7ASGD: t0 must be >= 0 and finite, got inf"),
+        (Torch7LBFGS, {"max_iter": 10**30}, r"max_iter must be below 2\*\*63"),
     ],
 )
 def test_bad_options(cls, options, message):
@@ -433,3 +439,25 @@ def test_bad_options(cls, options, message):
 def test_nesterov_needs_momentum_without_dampening(options):
     with pytest.raises(ValueError, match="nesterov needs momentum > 0 and dampening 0"):
         Torch7SGD([torch.ones(1, requires_grad=True)], nesterov=True, **options)
+
+
+@pytest.mark.parametrize("cls", [Torch7SGD, Torch7ASGD])
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -1.0, 10**400])
+def test_options_of_one_group(cls, lr):
+    """A group's own options are checked as the defaults are."""
+    weights = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"{cls.__name__}: lr (must be|is too large)"):
+        cls([{"params": weights[0]}, {"params": weights[1], "lr": lr}])
+    optimizer = cls([weights[0]])
+    with pytest.raises(ValueError, match=f"{cls.__name__}: lr (must be|is too large)"):
+        optimizer.add_param_group({"params": weights[1], "lr": lr})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path):
+    optimizer = Torch7SGD([torch.zeros(2, requires_grad=True)], lr=np.float32(0.5))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["param_groups"][0]["lr"] == 0.5
+    with pytest.raises(TypeError, match="Torch7SGD: lr must be a number, got str"):
+        Torch7SGD([torch.zeros(2, requires_grad=True)], lr="fast")

@@ -290,3 +290,70 @@ class TestDropout:
     def test_bad_probability(self, p):
         with pytest.raises(ValueError, match="p must be in"):
             torch7.Dropout(p, torch7.Generator(1))
+
+
+class TestArguments:
+    def test_counts(self):
+        generator = torch7.Generator(np.int64(3))
+        for call in (generator.consume, generator.randperm, lambda n: generator.uniform(size=n)):
+            for wrong in (-1, 10**30):
+                with pytest.raises(ValueError, match="must be"):
+                    call(wrong)
+            with pytest.raises(TypeError, match="must be an int"):
+                call(1.5)
+        with pytest.raises(ValueError, match="size must be below"):
+            generator.normal(size=(2**40, 2**40))
+        assert generator.uniform(size=np.int64(2)).shape == (2,)
+
+    @pytest.mark.parametrize("seed", [10**30, -(10**30), 2**32])
+    def test_seeds(self, seed):
+        with pytest.raises(ValueError, match="seed must be in"):
+            torch7.Generator(seed)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"key": torch.zeros(3)},
+            {"key": None},
+            {"position": 625},
+            {"position": -1},
+            {"position": "x"},
+            {"seed": None},
+            {"second_normal": torch.zeros(2)},
+            {"second_normal": None},
+        ],
+        ids=str,
+    )
+    def test_states_that_are_none(self, change):
+        generator = torch7.Generator(1)
+        generator.normal()
+        before = generator.get_state()
+        with pytest.raises(ValueError, match="state must be one that get_state returned"):
+            generator.set_state(before | change)
+        assert str(generator.get_state()) == str(before)
+        with pytest.raises(ValueError, match="state must be one"):
+            generator.set_state({})
+
+    @pytest.mark.parametrize("p", [1.0, -0.1, math.nan, 10**400, math.inf])
+    def test_dropout(self, p):
+        with pytest.raises(ValueError, match=r"Dropout: p (must be|is too large)"):
+            torch7.Dropout(p, torch7.Generator())
+
+    @pytest.mark.parametrize("loss", [torch7.nll_loss, torch7.multi_margin_loss, torch7.mse_loss])
+    def test_targets(self, loss):
+        """PyTorch's gather takes fewer targets than samples, and a meta target for a meta loss."""
+        x = torch.randn(4, 3)
+        for target in (torch.zeros(2), torch.zeros(5), torch.zeros(4, 1), torch.zeros(())):
+            with pytest.raises(ValueError, match="target must have one class for each of"):
+                loss(x, target.long())
+        with pytest.raises(ValueError, match="target must be on cpu, got meta"):
+            loss(x, torch.zeros(4, device="meta").long())
+        assert loss(x, torch.zeros(4).long(), "none").shape == (4,)
+        assert loss(x[0], torch.tensor(1), "none").shape == ()
+
+    def test_targets_of_mse(self):
+        x = torch.randn(4, 3)
+        assert torch7.mse_loss(x, x) == 0
+        for shape in ((3,), (1, 3), (4, 1), (4,)):
+            with pytest.raises(ValueError, match="target must have one class for each of"):
+                torch7.mse_loss(x, torch.zeros(shape))

@@ -153,6 +153,42 @@ class TestConfusionMatrix:
         matrix.save(tmp_path / "confusion.csv")
         assert (tmp_path / "confusion.csv").read_text() == "12345,2\n0,7\n"
 
+    @pytest.mark.parametrize(
+        ("predictions", "targets", "error", "message"),
+        [
+            ([5], [1], ValueError, r"predictions must be in \[0, 3\), got 5"),
+            ([1], [3], ValueError, r"targets must be in \[0, 3\), got 3"),
+            ([-1], [1], ValueError, r"predictions must be in \[0, 3\), got -1"),
+            ([0, 1], [0, -2], ValueError, r"targets must be in \[0, 3\), got -2"),
+            ([0, 1], [0], ValueError, r"must be \(N,\), got \(2,\) and \(1,\)"),
+            ([[0, 1]], [[0, 1]], ValueError, r"must be \(N,\), got \(1, 2\)"),
+            ([0.9], [0], TypeError, "predictions must be a Tensor of integers, got torch.float32"),
+            ([0], [True], TypeError, "targets must be a Tensor of integers, got torch.bool"),
+        ],
+    )
+    def test_what_has_no_cell(self, predictions, targets, error, message):
+        matrix = training.ConfusionMatrix(3)
+        with pytest.raises(error, match=message):
+            matrix.add(torch.tensor(predictions), torch.tensor(targets))
+        assert int(matrix.counts.sum()) == 0
+
+    def test_lists_are_refused(self):
+        with pytest.raises(TypeError, match="predictions must be a Tensor of integers, got list"):
+            training.ConfusionMatrix(3).add([5], [1])
+
+    @pytest.mark.parametrize("size", [0, -1, 10**30])
+    def test_size(self, size):
+        with pytest.raises(ValueError, match="ConfusionMatrix: num_classes must be"):
+            training.ConfusionMatrix(size)
+
+    @pytest.mark.parametrize("counts", [[[1, 2]], [[1], [2, 3]], [[0.5]], [[-1]], [3], [["1"]]])
+    def test_counts_that_are_none(self, counts):
+        with pytest.raises(ValueError, match="counts must be a square of integers >= 0"):
+            training.ConfusionMatrix.from_counts(counts)
+
+    def test_nothing_counted(self):
+        assert math.isnan(training.ConfusionMatrix(3).total)
+
     def test_largest_is_found_in_float32(self):
         # Torch7 compares in float32, where these two are equal: the first one wins.
         output = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
@@ -307,6 +343,9 @@ class TestFit:
         [
             ({"epochs": -1}, "epochs must be >= 0"),
             ({"epochs": 1, "batch_size": 0}, "batch_size must be >= 1"),
+            ({"epochs": 10**30}, r"fit: epochs must be below 2\*\*63"),
+            ({"epochs": 1, "batch_size": 10**30}, r"fit: batch_size must be below 2\*\*63"),
+            ({"epochs": 1, "chunk": 0}, "fit: chunk must be >= 1, got 0"),
             ({"epochs": 1, "resume": True}, "resume needs a folder"),
             ({"epochs": 1, "train": (TRAIN[0], TEST[1])}, "train must hold as many images"),
             ({"epochs": 1, "test": (TEST[0][:0], TEST[1][:0])}, "test must hold as many images"),
@@ -534,19 +573,32 @@ class TestSwitch:
             setup.fit(1, optimizer=mapping, engine=engine)
 
 
+def spoil(setup, value):
+    """A callback that makes one weight NaN or infinite."""
+
+    def on_progress(_):
+        with torch.no_grad():
+            setup.model.linear2.bias[3] = value
+
+    return on_progress
+
+
 class TestDivergence:
     @pytest.mark.parametrize("compiled", [True, False])
     @pytest.mark.parametrize("worst", [math.nan, math.inf])
     def test_goes_on(self, tmp_path, compiled, worst):
-        """From the first step on every output is NaN: the first class, as in torch.argmax."""
+        """From the second step on every output is NaN: the first class, as in torch.argmax."""
         setup = Setup(dropout=0.0)
-        with torch.no_grad():
-            setup.model.linear2.bias[3] = worst
         engine = None if compiled else training.AutogradEngine(setup.model, setup.optimizer)
-        history = setup.fit(2, engine=engine, folder=tmp_path)
+        with pytest.warns(UserWarning, match="the run has diverged in epoch 1: training") as caught:
+            history = setup.fit(
+                2, engine=engine, folder=tmp_path, chunk=1, on_progress=spoil(setup, worst)
+            )
+        assert len(caught) == 1  # once
         for result in history:
             assert not math.isfinite(result.train_loss) and not math.isfinite(result.test_loss)
-            assert 0.0 <= result.train_accuracy <= 10.0 == result.test_accuracy
+            assert 0.0 <= result.train_accuracy < 12.0  # a tenth, and perhaps the first one
+            assert result.test_accuracy == 10.0
             assert [row[0] for row in result.confusion] == [3] * 10
             assert "loss nan" in str(result) or "loss inf" in str(result)
             json.dumps([*result.confusion, result.curve], allow_nan=False)
@@ -554,6 +606,31 @@ class TestDivergence:
         again = Setup(dropout=0.0)
         resumed = again.fit(3, folder=tmp_path, resume=True)
         assert [result.test_accuracy for result in resumed] == [10.0] * 3
+
+    @pytest.mark.parametrize("worst", [math.nan, -math.inf])
+    def test_what_is_not_finite_from_the_start(self, tmp_path, worst):
+        setup = Setup()
+        with torch.no_grad():
+            setup.model.linear2.bias[3] = worst
+        with pytest.raises(ValueError, match=r"fit: the network's linear2.bias must be finite"):
+            setup.fit(1, folder=tmp_path)
+        for name, (images, labels) in (("train", TRAIN), ("test", TEST)):
+            images = images.clone()
+            images[7, 0, 31, 31] = worst
+            with pytest.raises(ValueError, match=f"fit: {name} images must be finite"):
+                Setup().fit(1, folder=tmp_path, **{name: (images, labels)})
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    @pytest.mark.parametrize("worst", [math.nan, math.inf, -1.0])
+    def test_a_rate_that_is_none(self, compiled, worst):
+        setup = Setup()
+        setup.optimizer.param_groups[0]["lr"] = worst
+        before = setup.values()
+        with pytest.raises(ValueError, match="must be >= 0 and finite, got"):
+            engine = None if compiled else training.AutogradEngine(setup.model, setup.optimizer)
+            setup.fit(1, engine=engine)
+        assert torch.equal(setup.values(), before)
 
     @pytest.mark.parametrize("compiled", [True, False])
     def test_a_rate_that_is_too_high(self, compiled):
@@ -567,9 +644,9 @@ class TestDivergence:
     @pytest.mark.parametrize("kind", ["asgd", "cg", "lbfgs", "torch"])
     def test_other_optimizers_go_on(self, kind):
         setup = Setup(dropout=0.0)
-        with torch.no_grad():
-            setup.model.linear2.bias[3] = math.nan
-        (result,) = setup.fit(1, optimizer=optimizers(setup)[kind], batch_size=20)
+        options = {"batch_size": 20, "chunk": 20, "on_progress": spoil(setup, math.nan)}
+        with pytest.warns(UserWarning, match="the run has diverged in epoch 1"):
+            (result,) = setup.fit(1, optimizer=optimizers(setup)[kind], **options)
         assert math.isnan(result.train_loss) and result.test_accuracy == 10.0
 
 
@@ -607,6 +684,27 @@ class TestEvaluate:
     def test_nothing_to_test(self):
         with pytest.raises(ValueError, match="one image at least"):
             training.evaluate(Setup().model, TEST[0][:0], TEST[1][:0])
+        with pytest.raises(ValueError, match="one for each label, got 30 and 29"):
+            training.evaluate(Setup().model, TEST[0], TEST[1][1:])
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 10**30])
+    def test_batch_size(self, batch_size):
+        with pytest.raises(ValueError, match="evaluate: batch_size must be"):
+            training.evaluate(Setup().model, *TEST, batch_size=batch_size)
+
+    def test_every_module_keeps_its_mode(self):
+        model = Setup(dropout=0.5).model
+        model.train()
+        model.conv1.eval()
+        modes = [module.training for module in model.modules()]
+        seen = []
+        handle = model.register_forward_hook(lambda module, *_: seen.append(module.training))
+        training.evaluate(model, *TEST)
+        handle.remove()
+        assert seen == [False] and [module.training for module in model.modules()] == modes
+        with pytest.raises(RuntimeError):
+            training.evaluate(model, TEST[0][:, :, :3], TEST[1])
+        assert [module.training for module in model.modules()] == modes
 
 
 class TestResume:
@@ -712,10 +810,62 @@ class TestResume:
         ):
             Setup().fit(2, folder=tmp_path, settings={"lr": 0.1, "limit": 60}, resume=True)
 
-    def test_other_network_is_refused(self, tmp_path):
+    @pytest.mark.parametrize(
+        "options",
+        [{"kernel_size": 3}, {"activation": "relu"}, {"norm_type": 3}, {"dtype": torch.float32}],
+        ids=str,
+    )
+    def test_other_network_is_refused(self, tmp_path, options):
+        """Also where its state has the same shapes."""
         Setup().fit(1, folder=tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(
+            training.CheckpointError, match=r"another network|dtype = torch\.float64"
+        ):
+            Setup(**options).fit(2, folder=tmp_path, resume=True)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def test_other_network_without_its_description(self, tmp_path):
+        """As earlier versions saved it."""
+        Setup().fit(1, folder=tmp_path)
+        state = training.load_checkpoint(tmp_path / "checkpoint.pt")
+        del state["definition"]
+        torch.save(state, tmp_path / "checkpoint.pt")
         with pytest.raises(training.CheckpointError, match="does not fit this network"):
             Setup(kernel_size=3).fit(2, folder=tmp_path, resume=True)
+        Setup().fit(2, folder=tmp_path, resume=True)
+
+    @pytest.mark.parametrize("kind", ["asgd", "cg", "lbfgs", "torch"])
+    def test_other_optimizer_is_refused(self, tmp_path, kind):
+        Setup().fit(1, folder=tmp_path)
+        setup = Setup()
+        message = "optimizer = Torch7SGD, this run has"
+        with pytest.raises(training.CheckpointError, match=message):
+            setup.fit(2, folder=tmp_path, resume=True, optimizer=optimizers(setup)[kind])
+
+    def test_other_options_are_refused(self, tmp_path):
+        Setup().fit(1, folder=tmp_path, batch_size=2)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+        def resume(message, setup=None, **options):
+            options = {"batch_size": 2, "folder": tmp_path, "resume": True} | options
+            with pytest.raises(training.CheckpointError, match=message):
+                (setup or Setup()).fit(2, **options)
+
+        resume("batch size = 2, this run has 3", batch_size=3)
+        resume("momentum = 0.5, this run has 0.4", Setup(momentum=0.4))
+        setup = Setup()
+        setup.optimizer = Torch7SGD(setup.model.parameters(), 0.02, 1e-4, 0.5)
+        resume("lr_decay = 0.001, this run has 0.0001", setup)
+        resume("criterion = nll_loss, this run has mse_loss", criterion=torch7.mse_loss)
+        resume(r"transform = None, this run has Identity\(\)", transform=nn.Identity())
+        images, labels = TRAIN[0].clone(), TRAIN[1].roll(1)
+        images[3, 0, 5, 5] += 1e-6
+        resume("another training data", train=(images, TRAIN[1]))
+        resume("another training data", train=(TRAIN[0], labels))
+        resume("another training data", train=(TRAIN[0][:50], TRAIN[1][:50]))
+        resume("another test data", test=(TEST[0].neg(), TEST[1]))
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def test_missing(self, tmp_path):
         with pytest.raises(training.CheckpointError, match="there is no checkpoint at"):
@@ -855,3 +1005,113 @@ class TestResume:
             training.save_checkpoint(path, torch.zeros(100_000))
         assert torch.equal(training.read_torch(path), torch.ones(100_000))
         assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_wherever_new_tensors_go(tmp_path):
+    """torch.set_default_device("meta"): what the library makes for itself says where it is."""
+    code = textwrap.dedent(
+        """
+        import sys
+        import torch
+        torch.set_num_threads(1)
+        torch.set_default_device(sys.argv[1])
+        from mnist_ops import data, experiments, models, optim, torch7, training, transforms
+        splits = data.prepare(limit=40)
+        for kind in ("sgd", "asgd", "cg", "lbfgs"):
+            for transform in (None, "rotation"):
+                generator = torch7.start(seed=1)
+                with torch.device("cpu"):
+                    model = models.convnet((3, 4, 8), dropout=0.0 if transform else 0.25,
+                                           dtype=torch.float64, generator=generator)
+                parameters = list(model.parameters())
+                optimizer = {
+                    "sgd": lambda: optim.Torch7SGD(parameters, 0.02, momentum=0.5),
+                    "asgd": lambda: optim.Torch7ASGD(parameters, 0.02, t0=20),
+                    "cg": lambda: optim.CG(parameters),
+                    "lbfgs": lambda: optim.Torch7LBFGS(parameters, 0.1, 2),
+                }[kind]()
+                augment = transforms.Compose(transforms.RandomRotation(0.2, generator),
+                                             transforms.GaussianNoise(0.1, generator))
+                for epochs in (1, 2):
+                    history = training.fit(
+                        model, (splits.train_images, splits.train_labels),
+                        (splits.test_images, splits.test_labels), epochs=epochs,
+                        optimizer=optimizer, generator=generator,
+                        criterion=torch7.mse_loss if kind == "asgd" else torch7.nll_loss,
+                        transform=augment if transform else None, progress=False, verbose=False,
+                        folder=f"{sys.argv[2]}/{kind}{transform}", resume=epochs == 2,
+                    )
+                print([(r.train_loss, r.test_loss, r.confusion) for r in history])
+        print(experiments.digits(7, None, 20).train_images.device)
+        """
+    )
+
+    def run(device):
+        command = [sys.executable, "-c", code, device, str(tmp_path / device)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    expected, found = run("cpu"), run("meta")
+    assert expected.returncode == 0, expected.stderr
+    assert found.stdout == expected.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "compiled"),
+    [
+        (nn.MaxPool2d(3, 2, ceil_mode=True), (1, 2, 2), False),
+        (nn.MaxPool2d(2, 2, ceil_mode=True), (1, 1, 1), False),
+        (nn.MaxPool2d(3, 1, padding=1, ceil_mode=True), (1, 1, 1), True),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), (1, 2, 2), False),
+        (nn.AvgPool2d(2, 2, ceil_mode=True), (1, 1, 3), False),
+        (nn.Conv2d(1, 2, 3, padding=1), (1, 1, 1), True),
+        (nn.Linear(3, 2), (1, 3, 3), False),
+        (nn.LogSoftmax(1), (2, 3, 3), False),
+    ],
+    ids=str,
+)
+def test_networks_that_only_pytorch_runs(layer, shape, compiled):
+    """The engine says so when it is chosen, not in the middle of a run."""
+    images = torch.randn(12, *shape, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            body = nn.Sequential(copy.deepcopy(layer), nn.Flatten())
+            features = body.double()(images[:1]).shape[1]
+            return nn.Sequential(*body, nn.Linear(features, 3), nn.LogSoftmax(1)).double()
+
+    losses = []
+    for engine in (None, "autograd"):
+        model = build()
+        optimizer = Torch7SGD(model.parameters(), lr=0.1)
+        chosen = training.choose_engine(model, optimizer, images=images)
+        history = training.fit(
+            model, (images, labels), (images, labels), epochs=2, optimizer=optimizer,
+            generator=torch7.Generator(1), verbose=False,
+            engine=engine and training.AutogradEngine(model, optimizer),
+        )  # fmt: skip
+        losses.append([result.train_loss for result in history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert chosen.description.startswith("compiled") == compiled
+    if not compiled:
+        assert "not compiled: online_sgd: layer '0' (" in chosen.description
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.int64])
+def test_images_that_only_autograd_reads(dtype, capsys):
+    images = TRAIN[0].mul(20).clamp(0, 255).to(dtype)
+    setup = Setup(dropout=0.0)
+    setup.fit(1, train=(images, TRAIN[1]), verbose=True)
+    assert "not compiled: online_sgd: images must be float64 or float32" in capsys.readouterr().out
+
+
+def test_criterion_that_has_no_hash():
+    class Loss:
+        __hash__ = None
+
+        def __call__(self, output, target, reduction):
+            return torch7.nll_loss(output, target, reduction)
+
+    (result,) = Setup().fit(1, criterion=Loss())
+    assert math.isfinite(result.train_loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,9 +48,24 @@ def check_number(op: str, name: str, value: object) -> float:
     """Return a real number as a float; NaN and infinity are the caller's to judge."""
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{op}: {name} is too large for a float") from error
+
+
+def check_int(op: str, name: str, value: Any, kind: str = "an int") -> int:
+    """Return what is an int for PyTorch: NumPy's integers, too, and all that has __index__."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError as error:  # a tensor of floats or of several elements
+        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}") from error
 
 
 def pair(op: str, name: str, value: Any) -> list[int]:
@@ -228,3 +245,13 @@ def not_offered(name: str, what: str) -> None:
         raise RuntimeError(f"mnist_ops: {what} is not offered")
 
     register_autograd(name, backward)
+
+
+def check_integer(op: str, name: str, value: object, least: int) -> int:
+    """Return an integer of at least ``least`` that an int64 can hold."""
+    number = check_int(op, name, value)
+    if number >= 2**63:
+        raise ValueError(f"{op}: {name} must be below 2**63, got more")
+    if number < least:
+        raise ValueError(f"{op}: {name} must be >= {least}, got {number}")
+    return number
