@@ -8,19 +8,8 @@ from typing import Any
 
 import fuzz_references as references
 import torch
-from fuzz_cases import (
-    PROPER,
-    Args,
-    Case,
-    Draw,
-    Expected,
-    Library,
-    absurd,
-    compare,
-    describe,
-    first_line,
-    same_bits,
-)
+from fuzz_arguments import Args, Draw, absurd, describe
+from fuzz_cases import PROPER, Case, Expected, Library, compare, first_line, same_bits
 from torch import Tensor
 from torch.nn import functional as F
 

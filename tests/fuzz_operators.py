@@ -44,10 +44,11 @@ PLANTS = ("crash", "hang", "memory", "wrong", "input")
 
 def make_case(seed: int, number: int, library: Any, only: str) -> Any:
     """The call with this number."""
+    import fuzz_arguments
     import fuzz_cases
     import fuzz_online
 
-    draw = fuzz_cases.Draw(seed, number)
+    draw = fuzz_arguments.Draw(seed, number)
     kind = only or draw.random.choices(("raw", "public", "online"), (50, 42, 8))[0]
     hostile = draw.chance(0.45)
     if kind == "online":
@@ -61,6 +62,7 @@ def planted(kind: str, case: Any) -> Any:
     """A case that does what the fuzzer must notice: its own test."""
     import ctypes
 
+    import fuzz_arguments
     import fuzz_cases
     import torch
 
@@ -69,7 +71,7 @@ def planted(kind: str, case: Any) -> Any:
             ctypes.string_at(0)
         if kind == "hang":
             time.sleep(3600)
-        draw = fuzz_cases.Draw(0, 0)
+        draw = fuzz_arguments.Draw(0, 0)
         x = draw.tensor((3, 4), torch.float32)
         want = fuzz_cases.Expected(torch.sigmoid(x.double()), 1.0, torch.float32)
 
