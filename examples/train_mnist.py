@@ -8,13 +8,14 @@ Expected of the default run on the CPU: training 96.71 %, test 99.04 %, as in Ta
 """
 
 import argparse
+import contextlib
+import math
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-from mnist_ops import data, figures, models, optim, reports, torch7, training
+from mnist_ops import command_line, data, figures, models, optim, reports, torch7, training
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,8 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, test and write the results."""
+def run() -> int:
+    """Train, test and write the results; the exit code is 1 where the run diverged."""
+    args = parse_arguments()
+    # Of the whole run, the files after training included. A folder that does not exist is made,
+    # but not to say that there is nothing in it to resume.
+    lock = not args.resume or args.out.is_dir()
     if args.threads:
         torch.set_num_threads(args.threads)
     contrastive = args.normalization == "contrastive"
@@ -74,9 +79,23 @@ def run(args: argparse.Namespace) -> None:
     digits = data.prepare(args.normalization, root=args.data, limit=args.limit)
     print(f"{models.count_parameters(model):,} parameters, normalization {args.normalization}")
 
+    with training.locked(args.out) if lock else contextlib.nullcontext():
+        history = train(args, model, sgd, digits, generator)
+        write(args, model, history)
+    return 0 if math.isfinite(history[-1].train_loss + history[-1].test_loss) else 1
+
+
+def train(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    sgd: optim.Torch7SGD,
+    digits: data.Splits,
+    generator: torch7.Generator,
+) -> list[training.EpochResult]:
+    """Train to the last epoch."""
     unchanging = {"epochs", "threads", "data", "out", "resume", "no_progress"}
     settings = {name: value for name, value in vars(args).items() if name not in unchanging}
-    history = training.fit(
+    return training.fit(
         model,
         (digits.train_images, digits.train_labels),
         (digits.test_images, digits.test_labels),
@@ -90,6 +109,11 @@ def run(args: argparse.Namespace) -> None:
         progress=False if args.no_progress else None,
     )
 
+
+def write(
+    args: argparse.Namespace, model: torch.nn.Module, history: list[training.EpochResult]
+) -> None:
+    """Print the table and write what is made from the results."""
     print("\n        this run           Table 3.1\nepoch   training    test   training    test")
     for result in history:
         printed = "".join(f"{x:9.2f}" for x in reports.TABLE_3_1.get(result.epoch, ()))
@@ -108,17 +132,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run, and turn what can go wrong into one line and an exit code."""
-    args = parse_arguments()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        run(args)
-    except (data.DataError, training.CheckpointError, ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return command_line.run(
+        run, [data.DataError, training.CheckpointError, training.FolderInUseError]
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -248,6 +249,83 @@ def test_resuming_another_run(finished, mnist, monkeypatch, capfd):
     assert run_here(monkeypatch, out, *flags) == 2
     assert "made with lr = 0.005, this run has 0.1" in capfd.readouterr().err
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_two_at_once(mnist, tmp_path):
+    """The second one is refused; the first goes on as if nothing had been."""
+    flags = ("--data", mnist, "--lr", 0.005)
+    first = subprocess.Popen(
+        command(tmp_path, *flags, "--epochs", 500), stdout=subprocess.PIPE, text=True
+    )
+    while not first.stdout.readline().startswith("epoch"):
+        pass
+    second = run(tmp_path, *flags)
+    assert second.returncode == 2
+    assert second.stderr == f"train_mnist.py: error: another process is at work in {tmp_path}\n"
+    first.kill()
+    first.communicate()
+    (tmp_path / ".checkpoint.pt.1-1.part").touch()  # as a kill in the middle of writing leaves it
+    third = run(tmp_path, *flags)
+    assert third.returncode == 0, third.stderr
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_resuming_a_damaged_checkpoint(finished, mnist, tmp_path):
+    out, _ = finished
+    flags = ("--data", mnist, "--lr", 0.005)
+    assert run(tmp_path, *flags, "--epochs", 2).returncode == 0
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    result = run(tmp_path, *flags, "--epochs", 3, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1 and "going on from" in result.stderr
+    assert epochs_of(result.stdout) == ["2", "3"]
+    assert rows(tmp_path) == rows(out)
+
+
+def test_full_disk(mnist, tmp_path):
+    """A limit on the size of files stands for it: one line, and the old checkpoint goes on."""
+    flags = ("--data", mnist, "--lr", 0.005)
+    assert run(tmp_path, *flags).returncode == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    code = """
+        import resource, runpy, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    limited = [sys.executable, "-c", textwrap.dedent(code)]
+    arguments = command(tmp_path, *flags, "--epochs", 2, "--resume")[1:]
+    result = subprocess.run([*limited, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "checkpoint.pt" in result.stderr and "File too large" in result.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_ascii_locale(mnist, tmp_path):
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    out = tmp_path / "\xfcbung"
+    result = subprocess.run(
+        command(out, "--data", mnist), capture_output=True, timeout=120, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(out)) == RESULTS
+
+
+def test_a_run_that_diverges_says_so(mnist, tmp_path):
+    result = run(tmp_path, "--data", mnist, "--lr", 1e300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("warning: the run has diverged in epoch 1: training loss")
+    assert sorted(os.listdir(tmp_path)) == RESULTS
 
 
 def test_damaged_data(mnist, tmp_path, monkeypatch, capfd):
