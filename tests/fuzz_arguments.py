@@ -319,7 +319,7 @@ def absurd_tensor(draw: Draw, value: Tensor) -> Any:
         elif change == "huge" and sizes and value.dtype in FLOATING:
             # One number, expanded to more than any memory holds.
             sizes[draw.random.randrange(len(sizes))] = pick((2**31, 2**40, 2**62))
-            if math.prod(sizes) < 2**63:
+            if math.prod(max(1, size) for size in sizes) < 2**62:
                 return torch.ones((), dtype=value.dtype).expand(sizes)
             sizes = list(shape)
         else:

@@ -86,7 +86,7 @@ def batched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(x: Tensor, *args: Any) -> Tensor:
         if x.numel() == 0:
-            return x * 1
+            return x.clone(memory_format=torch.contiguous_format)
         return function(x, *args) if x.dim() == 4 else function(x.unsqueeze(0), *args).squeeze(0)
 
     return call
