@@ -202,6 +202,38 @@ def test_ends_and_losses(loss, last):
     compare(model, images, labels, loss=loss, lr=0.005)
 
 
+def offset_network(beta, dtype):
+    """Scores with a common offset, all of which are numbers of the type: what follows is not off.
+
+    Returns the network, images, labels, the losses and the gradient of the first step's bias.
+    """
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(-8, 9, (6, 5), generator=generator)
+    weight = torch.randint(-8, 9, (40, 5), generator=generator) / 64
+    model = Sequential(Linear(5, 40), nn.LogSoftmax(beta=beta)).to(dtype)
+    model[0].weight.data.copy_(weight)
+    model[0].bias.data.fill_(8192.0)
+    labels = torch.randint(0, 40, (6,), generator=generator)
+    logs = torch.log_softmax(beta * (images.double() @ weight.double().t()), 1)
+    losses = -logs.gather(1, labels[:, None])[:, 0]
+    gradient = beta * (logs[0].exp() - torch.nn.functional.one_hot(labels[0], 40))
+    return model, images.to(dtype), labels, losses, gradient
+
+
+@pytest.mark.parametrize("beta", [1.0, -0.75, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_common_offset_of_the_scores_costs_no_digits(dtype, beta):
+    model, images, labels, losses, gradient = offset_network(beta, dtype)
+    bias = model[0].bias.detach().clone()
+    got, _ = OnlineSGD(model, "nll", lr=0.0).run(images, labels, torch.arange(6))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), losses, rtol=4 * eps, atol=0)
+    OnlineSGD(model, "nll", lr=4096.0).run(images, labels, torch.arange(1))
+    # 4096 times the gradient beside 8192: the change is rounded to 2^-10, or finer in float64.
+    change = (bias - model[0].bias.detach()).double() / 4096
+    torch.testing.assert_close(change, gradient, rtol=0, atol=4 * eps)
+
+
 def test_vectors_and_a_single_layer():
     compare(Linear(5, 3).double(), *samples(5, classes=3), loss="mse", lr=0.01)
     model = Sequential(Linear(130, 66), Tanh(), Tanh(), Linear(66, 1)).double()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from test_cuda_emulator import _memory_filled_with_nan
-from test_online import LAYERS, fit, fit_setup, network, samples, values
+from test_online import LAYERS, fit, fit_setup, network, offset_network, samples, values
 from torch import Tensor
 from torch.nn import Conv2d, Flatten, Linear, MaxPool2d, ReLU, Sequential, Tanh
 
@@ -199,6 +199,18 @@ def test_ends_and_losses(emulated, loss, last):
     model = Sequential(Linear(11, 13), nn.Sigmoid(), Linear(13, 37, bias=False), last).double()
     images, labels = samples(11, classes=37)
     compare(emulated, model, images, labels, loss=loss, steps=5, lr=0.005)
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_a_common_offset_of_the_scores_costs_no_digits(emulated, name):
+    emulated.set()
+    mode, fuse = DRIVERS[name]
+    for beta in (1.0, -0.75, 2.5):
+        model, images, labels, losses, _ = offset_network(beta, torch.float32)
+        engine = emulated.put(OnlineSGD(model, "nll", mode=mode, lr=0.0), fuse)
+        got, _ = engine.run(images, labels, torch.arange(6))
+        eps = torch.finfo(torch.float32).eps
+        torch.testing.assert_close(got.double(), losses, rtol=4 * eps, atol=0)
 
 
 def test_networks_that_are_unlike_the_original(emulated):

@@ -525,6 +525,76 @@ def test_errors_of_the_registered_operators():
                 backward(loss, *call)
 
 
+@pytest.mark.parametrize("beta", [float("nan"), INF, -INF, 1e39, -1e39])
+def test_beta_must_be_a_number_in_the_type_to_compute_in(beta):
+    ops = torch.ops.mnist_ops
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x, target = torch.ones(2, 3, dtype=dtype), torch.zeros(2, dtype=torch.long)
+        saved = (target, torch.ones(2), torch.ones(2))
+        for call in (
+            lambda: ops.softmax(x, 1, beta),
+            lambda: ops.log_softmax(x, 1, beta),
+            lambda: ops.softmax_backward(x, x, 1, beta),
+            lambda: ops.log_softmax_backward(x, x, 1, beta),
+            lambda: ops.softmax_nll(x, target, beta, "none"),
+            lambda: ops.softmax_nll_backward(torch.ones(2, dtype=dtype), x, *saved, beta, "none"),
+        ):
+            with pytest.raises(RuntimeError, match=r"beta must be finite in Float, got"):
+                call()
+    x = torch.tensor([1e-39, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(ops.softmax(x, 0, 1e39), F.softmax(1e39 * x, 0))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 3), (3, 0), (2, 0, 3), (1,) * 20], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_registered_operators_take_any_shape(device, shape, dtype):
+    ops = torch.ops.mnist_ops
+    x = torch.ones(shape, dtype=dtype, device=device)
+    for dim in {0, -1, max(len(shape), 1) - 1}:
+        for name in ("softmax", "log_softmax"):
+            y = getattr(ops, name)(x, dim, -2.0)
+            assert torch.equal(y, getattr(F, name)(-2 * x, dim))
+            grad = getattr(ops, f"{name}_backward")(x, y, dim, -2.0)
+            assert grad.shape == x.shape and (grad == 0).all()  # one element, or none
+    assert ops.sigmoid_backward(x, ops.sigmoid(x)).shape == x.shape
+    for dim in (2**63 - 1, -(2**63), 20, -21):
+        with pytest.raises(RuntimeError, match="dim must be in"):
+            ops.softmax(x, dim, 1.0)
+        with pytest.raises(RuntimeError, match="dim must be in"):
+            ops.log_softmax_backward(x, x, dim, 1.0)
+
+
+def test_memory_that_overlaps_or_has_gaps(device):
+    """Elements that share memory, repeated ones and conjugates that are not resolved."""
+    ops = torch.ops.mnist_ops
+    base = torch.randn(60, dtype=torch.float64, device=device)
+    imaginary = torch.imag(torch.complex(base, 2 * base).conj())
+    assert imaginary.is_neg()
+    for x in (
+        base.as_strided((4, 3), (1, 2)),
+        base[:3].expand(4, 3),
+        base[:4, None].expand(4, 3),
+        base.as_strided((4, 3), (0, 0)),
+        base.as_strided((4, 3), (1, 17), 5),
+        imaginary[:12].view(4, 3),
+    ):
+        torch.testing.assert_close(ops.sigmoid(x), torch.sigmoid(x))
+        torch.testing.assert_close(ops.sigmoid_backward(x, x), x * x * (1 - x))
+        for dim in (0, 1):
+            total = x.sum(dim, keepdim=True)
+            torch.testing.assert_close(ops.softmax(x, dim, 1.0), F.softmax(x, dim))
+            torch.testing.assert_close(ops.log_softmax(x, dim, 1.0), F.log_softmax(x, dim))
+            torch.testing.assert_close(
+                ops.log_softmax_backward(x, x, dim, 1.0), x - x.exp() * total
+            )
+        target = torch.tensor([2], device=device).expand(4)
+        loss, *saved = ops.softmax_nll(x, target, 1.0, "none")
+        torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction="none"))
+        one = torch.tensor(2.0, dtype=torch.float64, device=device).expand(4)
+        grad = ops.softmax_nll_backward(one, x, target, *saved, 1.0, "none")
+        torch.testing.assert_close(grad, 2 * (F.softmax(x, 1) - F.one_hot(target, 3)))
+
+
 # -------------------------------------------------------------------------------------- properties
 
 

@@ -55,6 +55,13 @@ __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
   }
 }
 
+// The logarithm of a sum. In float64 the library's own one is called, and registers are spilled
+// around the call.
+template <typename A>
+__device__ __forceinline__ A log_of(A sum) {
+  return std::is_same_v<A, double> ? elementary::log(sum) : std::log(sum);
+}
+
 // The largest of some scaled values v, and the sum of exp(factor (v - largest)).
 template <typename A, typename Sum = A>
 struct Partial {
@@ -109,7 +116,7 @@ __device__ __forceinline__ A share_of(A power, A sum, A inverse) {
 template <typename T, typename A>
 __device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, int64_t target,
                                            const T* first, A largest, A sum) {
-  const A log_sum = std::log(sum);
+  const A log_sum = log_of(sum);
   A loss = std::numeric_limits<A>::quiet_NaN();
   if (target >= 0 && target < f.g.size) {
     loss = log_sum - f.differences(static_cast<A>(first[target * f.g.inner]), largest);
@@ -278,7 +285,7 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
     if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
   } else {
     if constexpr (kind == Kind::kLogSoftmax) {
-      const A log_sum = std::log(whole.sum);
+      const A log_sum = log_of(whole.sum);
       held.each([&](A& v) { v = difference.of_scaled(v, whole.largest) - log_sum; });
     } else {
       A correction = A(1);
@@ -302,13 +309,15 @@ constexpr int kMostResident = 4;
 #else
 constexpr int kMostResident = 5;
 #endif
-template <typename T, int n>
-constexpr int kResident = sizeof(T) == 8            ? 2
-                          : sizeof(T) == 2 && n > 1 ? kMostResident
-                                                    : 4;
+// A softmax of 32 elements a thread keeps its powers, too.
+template <Kind kind, int kLoads, int n, typename T>
+constexpr int kResident = sizeof(T) == 8                              ? 2
+                          : sizeof(T) == 4 || n == 1                  ? 4
+                          : kind == Kind::kSoftmax && kLoads * n > 16 ? 4
+                                                                      : kMostResident;
 
 template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads, kResident<T, n>)
+__global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, T>)
     forward_warp_kernel(Forward<T> f, int lanes) {
   const int64_t rows = f.g.outer;
   const int64_t per_block = kThreads / lanes;
@@ -329,8 +338,9 @@ __global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f,
   __shared__ Exchange<A> shared;
   const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
   if (parts > 1) cluster_arrive();
-  for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < f.g.outer;
-       row += gridDim.x / static_cast<unsigned>(parts)) {
+  // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
+  const int rows = static_cast<int>(f.g.outer), step = static_cast<int>(gridDim.x) / parts;
+  for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
     forward_row<kind, kLoads, n, true>(f, row, true, part * threads + static_cast<int>(threadIdx.x),
                                        parts * threads, kWarp, [&](const Partial<A>& of_warp) {
                                          return merge_row(of_warp, shared, part, parts,
@@ -495,7 +505,7 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
           if (kind == Kind::kSoftmax) values[i] = power;
         }
         if constexpr (kind != Kind::kNll) {
-          const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+          const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
           const A inverse = A(1) / sum;
 #pragma unroll
           for (int i = 0; i < kSize; i += 2) {
@@ -516,7 +526,7 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
         }
         for (int i = 0; i < size; ++i) sum += exp_for<T>(difference(static_cast<A>(x[i]), largest));
         if constexpr (kind != Kind::kNll) {
-          const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+          const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
           const A inverse = A(1) / sum;
           for (int i = 0; i < size; ++i) {
             const A d = difference(static_cast<A>(x[i]), largest);
@@ -628,7 +638,7 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
     if constexpr (kind == Kind::kNll) {
       if (threadIdx.x == 0) write_loss(f, row, first, largest, sum);
     } else {
-      const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+      const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
       const A inverse = A(1) / sum;
       T* out = f.out + row * size;
       each_turn<true, n>(size, [&](int64_t start) {
@@ -760,7 +770,7 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
     if constexpr (kind == Kind::kNll) {
       if (threadIdx.y == 0 && line < lines) write_loss(f, line, in, largest, sum);
     } else {
-      const A log_sum = kind == Kind::kLogSoftmax ? std::log(sum) : A(0);
+      const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
       const A inverse = A(1) / sum;
       T* out = f.out + offset;
 #pragma unroll 4
@@ -909,7 +919,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
       A terms[n];  // what every element of a line has to do with
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : std::log(sums[j]);
+        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : log_of(sums[j]);
       }
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -1063,9 +1073,10 @@ int whole_warps(int64_t threads) {
 // are the packs of n elements that a thread holds. block() says whether there are such clusters.
 template <typename A, int n, int tensors, typename Warp, typename Block, typename Stream>
 void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stream& stream) {
-  // 64 registers a thread are enough; an element a load takes more of them.
-  constexpr int kLoads =
-      (n == 1 ? 16 : 32) / tensors / static_cast<int>(sizeof(A) / sizeof(float)) / n;
+  // What 64 registers a thread are enough for; an element a load takes more of them, and so does
+  // the exponential in float64.
+  constexpr int kElements = (n == 1 ? 16 : 32) / tensors;
+  constexpr int kLoads = (std::is_same_v<A, double> ? std::min(kElements / 2, 8) : kElements) / n;
   if (size <= 64 || (n == 1 && size <= 256)) return warp(Number<8 / n>{});
   if constexpr (n > 1) {
     if (size <= 512) return warp(Number<16 / n>{});
