@@ -355,6 +355,21 @@ def test_rows_from_end_to_end_of_the_range(device, repeats, dim, beta):
         )
 
 
+@pytest.mark.parametrize("size", [3, 10, 33, 40, 100])
+@pytest.mark.parametrize("beta", [1.0, -1.0])
+def test_the_largest_may_be_anywhere(device, size, beta):
+    """A maximum that is passed over is an exponential that overflows."""
+    x = beta * 1e4 * torch.eye(size, device=device)
+    expected = 1e4 * (torch.eye(size) - 1)
+    targets = torch.arange(size, device=device).roll(1)
+    for dim in (0, 1):
+        assert torch.equal(mnist_ops.softmax(x, dim, beta).cpu(), torch.eye(size))
+        assert torch.equal(mnist_ops.log_softmax(x, dim, beta).cpu(), expected)
+    loss = mnist_ops.softmax_nll(x, targets, beta, "none")
+    assert (loss == 1e4).all()
+    assert (mnist_ops.softmax_nll(x[None], targets[None], beta, "none") == 1e4).all()
+
+
 @pytest.mark.parametrize("repeats, dim", WAYS)
 @pytest.mark.parametrize("beta", [1.0, -1.0, 0.7, -0.7, 0.0])
 def test_rows_that_are_not_finite_are_those_of_pytorch(device, repeats, dim, beta):
