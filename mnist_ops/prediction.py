@@ -242,9 +242,12 @@ def _statistics(path: Path, settings: dict[str, Any]) -> tuple[float, float] | N
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def read_images(path: str | os.PathLike[str]) -> Tensor:
