@@ -1,0 +1,56 @@
+"""The fuzzer's calls, and that it notices what it is there for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz_arguments
+import pytest
+import torch
+
+import mnist_ops
+
+FUZZER = Path(__file__).parent / "fuzz_operators.py"
+
+
+def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FUZZER), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "planted, message",
+    [
+        ("crash", r"CRASH: exit code -11"),
+        ("hang", r"CRASH: no answer for 5.0 s"),
+        ("memory", r"RuntimeError for valid arguments: .*can't allocate memory"),
+        ("wrong", r"result 0: element 0 of 12 is .*, must be"),
+        ("input", r"an input was modified"),
+    ],
+)
+def test_faults_are_found(planted, message):
+    """The fourth call does what must be noticed; the others are made as well."""
+    outcome = fuzz("--calls", "8", "--plant", planted, "--timeout", "5")
+    assert outcome.returncode == 1, outcome.stdout + outcome.stderr
+    assert re.search(message + r"[\s\S]*--seed 0 --call 3\n", outcome.stdout), outcome.stdout
+    assert "8 calls of seed 0" in outcome.stdout
+
+
+def test_a_call_is_made_again_by_its_number():
+    once, again = fuzz("--call", "7"), fuzz("--call", "7")
+    assert once.stdout.splitlines()[0] == again.stdout.splitlines()[0]
+    assert "mnist_ops" in once.stdout and once.returncode == 0
+
+
+def test_every_operator_is_called():
+    schemas = {
+        schema.name.removeprefix("mnist_ops::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("mnist_ops::")
+    }
+    assert schemas == {*fuzz_arguments.RAW, "online_sgd", "online_sgd_models"}
+    public = {name for name in mnist_ops.__all__ if callable(getattr(mnist_ops, name))}
+    assert public == {*fuzz_arguments.FORWARD, "gaussian1d", "gaussian2d", "build_info"}
