@@ -405,11 +405,14 @@ def write_predictions(
             ``"digits"`` the digits themselves.
 
     Raises:
-        ValueError: for other ``labels``.
+        ValueError: for other ``labels``, or a path that is a device, a pipe or a folder: the new
+            file would take its place.
         OSError: if the file cannot be written.
     """
     if labels not in LABELS:
         raise ValueError(f"write_predictions: labels must be 'classes' or 'digits', got {labels!r}")
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"write_predictions: {path} is not a regular file")
     values = predictions + 1 if labels == "classes" else predictions
     lines = ["Id,Prediction", *(f"{i},{value}" for i, value in enumerate(values.tolist(), 1))]
     training.write_text(path, "\n".join(lines) + "\n")

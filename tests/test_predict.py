@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import lzma
+import os
 import pickle
 import struct
 import subprocess
@@ -636,3 +637,8 @@ def test_write_predictions(tmp_path):
     assert path.read_bytes() == b"Id,Prediction\n1,9\n"
     with pytest.raises(ValueError, match="labels must be 'classes' or 'digits', got 'x'"):
         prediction.write_predictions(path, torch.tensor([9]), "x")
+    os.mkfifo(tmp_path / "pipe")  # as a device it must not be replaced by a file
+    for special in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            prediction.write_predictions(special, torch.tensor([9]))
+    assert (tmp_path / "pipe").is_fifo()
