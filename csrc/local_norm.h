@@ -118,25 +118,33 @@ inline void check_norm_kernel(const char* op, const Tensor& kernel, const Tensor
     MNIST_OPS_CHECK(kernel.size(d) % 2 == 1, op, ": kernel sizes must be odd, got ",
                     shape_string(kernel));
   }
+  const ScalarType dtype = kernel.scalar_type();
+  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  op, ": kernel must be a floating-point tensor, got ",
+                  torch::headeronly::toString(dtype));
   MNIST_OPS_CHECK(kernel.device() == input.device(), op,
-                  ": kernel and input are on different devices");
+                  ": kernel must be on the device of input: they are on different devices");
 }
 
-inline void check_norm_thresholds(const char* op, const LocalNormOptions& o) {
+inline void check_norm_thresholds(const char* op, const LocalNormOptions& o, ScalarType dtype) {
   if (o.kind == LocalNorm::kSubtractive) return;
-  MNIST_OPS_CHECK(o.threshold >= 0, op, ": threshold must be >= 0, got ", o.threshold);
-  MNIST_OPS_CHECK(o.value > 0, op, ": threshold_value must be > 0, got ", o.value);
+  MNIST_OPS_CHECK(o.threshold >= 0 && std::isfinite(o.threshold), op,
+                  ": threshold must be >= 0 and finite, got ", o.threshold);
+  MNIST_OPS_CHECK(o.value > 0 && std::isfinite(o.value), op,
+                  ": threshold_value must be > 0 and finite, got ", o.value);
+  // What pixels are divided by, in the type that computes.
+  const double value = dtype == ScalarType::Double ? o.value : static_cast<float>(o.value);
+  MNIST_OPS_CHECK(value > 0 && std::isfinite(value), op, ": threshold_value ", o.value, " is ",
+                  value, " in float32, in which ", torch::headeronly::toString(dtype),
+                  " is computed");
 }
 
 // The kernel as contiguous float64, whatever it came as: it is normalised in float64.
 inline Tensor kernel_in_double(const Tensor& kernel) {
-  const ScalarType dtype = kernel.scalar_type();
-  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "local normalization: kernel must be a floating-point tensor, got ",
-                  torch::headeronly::toString(dtype));
-  return contiguous_of(dtype == ScalarType::Double ? kernel
-                                                   : torch::stable::to(kernel, ScalarType::Double));
+  return contiguous_of(kernel.scalar_type() == ScalarType::Double
+                           ? kernel
+                           : torch::stable::to(kernel, ScalarType::Double));
 }
 
 // ----------------------------------------------------------------------------- operators

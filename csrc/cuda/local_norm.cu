@@ -1395,7 +1395,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
                const LocalNormOptions& options) {
   const Images x = images_of(op, "input", input);
   check_norm_kernel(op, kernel, input);
-  check_norm_thresholds(op, options);
+  check_norm_thresholds(op, options, input.scalar_type());
   const Launcher launcher(input);
   Tensor output = empty_images(x, x.H, x.W);
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
@@ -1413,7 +1413,7 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
                 const Tensor& kernel, const LocalNormOptions& options) {
   const Images x = images_of(op, "input", input);
   check_norm_kernel(op, kernel, input);
-  check_norm_thresholds(op, options);
+  check_norm_thresholds(op, options, input.scalar_type());
   check_like(op, "grad_output", grad_output, "input", input);
   const Tensor grad = dense(grad_output, x.channels_last);
   const Launcher launcher(input);

@@ -70,13 +70,11 @@ class Cooperation {
     return shared_memory_limit() - static_cast<int64_t>(attributes.sharedSizeBytes);
   }
 
-  // To be called before the kernel is launched with so many.
+  // To be called before the kernel is launched with more than 48 KiB. Not only as much as this
+  // call takes: another thread might be about to launch it with more.
   template <typename Kernel>
-  void allow_shared_memory(Kernel* kernel, int64_t bytes) const {
-    check_cuda(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-        "a block cannot have so much shared memory");
+  void allow_shared_memory(Kernel* kernel) const {
+    cuda::allow_shared_memory(address_of(kernel));
   }
 
   // How many blocks of a cooperative kernel the device holds at once; 0: it knows no such kernels.

@@ -247,7 +247,7 @@ class Engine {
     run_.models = static_cast<int32_t>(models);
     run_.loss = call.loss;
     run_.nesterov = call.nesterov;
-    device_.allow_shared_memory(run_phases<T>, shared_bytes());
+    device_.allow_shared_memory(run_phases<T>);
   }
 
   void run() {
@@ -476,6 +476,15 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
       torch::headeronly::toString(settings.scalar_type()), " ", shape_string(settings));
   MNIST_OPS_CHECK(loss >= 0 && loss <= 2 && driver >= 0 && driver <= 2, kOp,
                   ": loss and driver must be 0, 1 or 2, got ", loss, " and ", driver);
+  const Tensor numbers_of_models = contiguous_of(settings);
+  const double* setting = numbers_of_models.const_data_ptr<double>();
+  bool momentum = false;
+  for (int64_t i = 0; i < settings.numel(); ++i) {
+    MNIST_OPS_CHECK(std::isfinite(setting[i]), kOp, ": settings must be finite, got ", setting[i]);
+    momentum = momentum || (i % kSettings == kMomentum && setting[i] != 0);
+  }
+  MNIST_OPS_CHECK(momentum == !velocities.empty(), kOp,
+                  ": velocities go with a momentum, and only with one");
   const auto divides = [&](const std::vector<Tensor>& tensors) {
     return static_cast<int64_t>(tensors.size()) % models == 0;
   };
@@ -516,8 +525,10 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   std::vector<std::array<int64_t, 3>> taps;
   for (std::size_t i = 0; i < kernels.size(); ++i) {
     const Tensor& first = own_kernels[i % own_kernels.size()];
-    MNIST_OPS_CHECK(same_shape(kernels[i], first) && kernels[i].device() == images.device(), kOp,
-                    ": all models must have kernels of the same shapes on the parameters' device");
+    MNIST_OPS_CHECK(same_shape(kernels[i], first), kOp,
+                    ": all models must have kernels of the same shapes, got ",
+                    shape_string(kernels[i]), " and ", shape_string(first));
+    check_norm_kernel(kOp, kernels[i], parameters[0]);
     wide_kernels.push_back(kernel_in_double(kernels[i]));
     taps.push_back({first.size(0), first.size(first.dim() - 1), first.dim() == 1});
   }
@@ -537,13 +548,20 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   const Tensor classes = contiguous_of(labels);
   const Tensor sequence = contiguous_of(order);
   const Tensor numbers = contiguous_of(uniform);
-  const Call call{values,       speeds,
-                  wide_kernels, spec,
-                  pictures,     classes,
-                  sequence,     numbers,
-                  settings,     static_cast<Loss>(loss),
-                  nesterov,     static_cast<Mode>(driver),
-                  fuse,         models};
+  const Call call{values,
+                  speeds,
+                  wide_kernels,
+                  spec,
+                  pictures,
+                  classes,
+                  sequence,
+                  numbers,
+                  numbers_of_models,
+                  static_cast<Loss>(loss),
+                  nesterov,
+                  static_cast<Mode>(driver),
+                  fuse,
+                  models};
   if (order.size(1) > 0) {
     if (wide) {
       Engine<double>(call, program, losses, predictions).run();

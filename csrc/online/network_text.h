@@ -16,6 +16,7 @@
 #include "../local_norm.h"
 #include "../lp_pool.h"
 
+#include <cmath>
 #include <sstream>
 
 namespace mnist_ops::online {
@@ -142,6 +143,7 @@ class NetworkReader {
 
   NetworkSpec read(const std::string& text, const Shape& input) {
     spec_.input = spec_.output = input;
+    check_size(input, std::string(op_) + ": images");
     std::istringstream lines(text);
     bool any = false;
     for (std::string line; std::getline(lines, line); any = true) add(line);
@@ -216,13 +218,15 @@ class NetworkReader {
       layer.kind = exact ? Kind::kLogSoftmax : Kind::kTorch7LogSoftmax;
       if (exact) layer.number = reader.number<double>();
       layer_ = reader.layer();
+      MNIST_OPS_CHECK(std::isfinite(layer.number), layer_, ": beta must be finite, got ",
+                      layer.number);
       expect_vector(in);
     } else if (kind == "subtractive_norm2d") {
       layer.kind = Kind::kSubtractiveNorm2d;
       layer_ = reader.layer();
       expect_map(in);
       MNIST_OPS_CHECK(next_kernel_ < kernels_.size(), layer_, ": its kernel was not given");
-      check_norm_kernel(op_, kernels_[next_kernel_], kernels_[next_kernel_]);
+      check_norm_kernel(op_, kernels_[next_kernel_], parameters_[0]);
       layer.kernel = static_cast<int64_t>(next_kernel_++);
     } else if (kind == "lp_pool2d" || kind == "max_pool2d" || kind == "avg_pool2d") {
       layer.kind = kind[0] == 'l'   ? Kind::kLpPool2d
@@ -234,9 +238,14 @@ class NetworkReader {
       layer_ = reader.layer();
       expect_map(in);
       layer.out = pooled(in, layer.pooling);
+      const int64_t limit = int64_t{1} << 31;  // of what the GPU's program holds
+      MNIST_OPS_CHECK(layer.pooling.kernel[0] * layer.pooling.kernel[1] < limit &&
+                          layer.divisor > -limit && layer.divisor < limit,
+                      layer_, ": impossible arguments in '", line, "'");
     } else {
       MNIST_OPS_CHECK(false, op_, ": there is no layer '", kind, "' in this engine");
     }
+    check_size(layer.out, layer_);
     spec_.output = layer.out;
     spec_.layers.push_back(layer);
   }
@@ -265,6 +274,14 @@ class NetworkReader {
     MNIST_OPS_CHECK(out.H > 0 && out.W > 0, layer_, ": kernel_size (", a.kernel[0], ", ",
                     a.kernel[1], ") does not fit into its input of ", in.text());
     return out;
+  }
+
+  // A map has elements, and so few that no product of sizes overflows.
+  static void check_size(const Shape& map, const std::string& whose) {
+    const int64_t limit = int64_t{1} << 40;
+    MNIST_OPS_CHECK(map.C > 0 && map.H > 0 && map.W > 0 && map.C < limit && map.H < limit &&
+                        map.W < limit && map.H <= limit / map.W && map.C <= limit / map.pixels(),
+                    whose, ": expected between 1 and 2^40 elements, got a map of ", map.text());
   }
 
   void expect_map(const Shape& in) const {

@@ -306,8 +306,16 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
   MNIST_OPS_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
   MNIST_OPS_CHECK((momentum != 0) == !velocities.empty(), kOp,
                   ": velocities go with a momentum, and only with one");
-  MNIST_OPS_CHECK(threads >= 1 && step >= 0, kOp, ": threads must be >= 1 and step >= 0, got ",
-                  threads, " and ", step);
+  MNIST_OPS_CHECK(threads >= 1 && threads <= (1 << 20), kOp, ": threads must be in [1, 2^20], got ",
+                  threads);
+  // A step is counted in float64.
+  MNIST_OPS_CHECK(step >= 0 && step <= (int64_t{1} << 53), kOp, ": step must be in [0, 2^53], got ",
+                  step);
+  for (const double number : {lr, lr_decay, weight_decay, momentum, dampening}) {
+    MNIST_OPS_CHECK(std::isfinite(number), kOp,
+                    ": lr, lr_decay, weight_decay, momentum and dampening must be finite, got ",
+                    number);
+  }
   const Tensor pictures = contiguous_of(images);
   const Tensor classes = contiguous_of(labels);
   const Tensor sequence = contiguous_of(order);

@@ -204,7 +204,7 @@ class Cooperation {
   }
 
   template <typename Kernel>
-  void allow_shared_memory(Kernel*, int64_t) const {}
+  void allow_shared_memory(Kernel*) const {}
 
   template <typename Kernel>
   int resident_blocks(Kernel*, int64_t) const {
