@@ -97,6 +97,7 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         calls += [
             ("lp_pool2d", (x, *windows)),
             ("lp_pool2d_backward", (torch.randn_like(y), x, y, *windows)),
+            ("lp_pool2d_jvp", (torch.randn_like(x), x, y, *windows)),
             (
                 "lp_pool2d_double_backward",
                 (torch.randn_like(x), torch.randn_like(y), x, y, *windows),
@@ -143,7 +144,7 @@ def test_every_schema_is_checked():
     checked = {name for name, _ in registered_calls("cpu", torch.float32)}
     assert {s for s in schemas if "sgd" not in s} == checked
     for schema in schemas:
-        if not schema.endswith("backward") and "sgd" not in schema:
+        if not schema.endswith(("backward", "jvp")) and "sgd" not in schema:
             assert f"{schema}_backward" in schemas
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .._libraries import CUDA_MISSING
 
@@ -123,13 +125,19 @@ def batch_first(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
 _eager_functions: dict[str, Any] = {}
 
 
+def within_dual_level() -> bool:
+    """Whether tensors can have tangents now: within ``forward_ad.dual_level`` or ``func.jvp``."""
+    # Private, but there is no other way to know; without it every tensor may have one.
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def direct(name: str) -> Callable[..., Any]:
     """Return ``torch.ops.mnist_ops.<name>``, on a shorter way where there is one.
 
     The Autograd kernels are Python (see ``register_autograd``), and a call of the operator goes
     from Python through the dispatcher into Python again. For plain tensors in eager PyTorch,
-    outside of ``torch.func`` and autocast, what that kernel would do is done at once. It takes half
-    or less of the time of a small call.
+    outside of ``torch.func``, autocast and forward-mode AD, what that kernel would do is done at
+    once. It takes half or less of the time of a small call.
     """
     op = getattr(torch.ops.mnist_ops, name).default
     dispatch = op._op  # what OpOverload.__call__ calls
@@ -145,6 +153,7 @@ def direct(name: str) -> Callable[..., Any]:
             or is_compiling()
             or autocast()
             or transforms() is not None
+            or within_dual_level()
         ):
             return op(input, *args)
         if is_grad_enabled():
@@ -159,15 +168,21 @@ def direct(name: str) -> Callable[..., Any]:
     return call
 
 
-def register_autograd(name: str, backward: Any, setup_context: Any = None) -> None:
-    """Register the derivative of ``mnist_ops::name``, for autograd and for ``torch.func``.
+def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = None) -> None:
+    """Register the derivatives of ``mnist_ops::name``, for autograd and for ``torch.func``.
 
-    It is called like ``torch.library.register_autograd`` and does the same with the same parts of
-    PyTorch. That one builds on ``autograd.Function``, which handles all levels of nested
-    ``torch.func`` transforms at once and cannot do so in the middle of a dispatch: ``grad`` of a
-    registered operator is an error there (pytorch/pytorch issues 168393 and 179652). An Autograd
-    kernel is called once for each level, as those in C++ are, so it needs the function that handles
-    one; with it per-sample gradients, ``vmap(grad(f))``, work.
+    ``backward`` and ``setup_context`` are what ``torch.library.register_autograd`` takes.
+    ``jvp(ctx, *tangents)`` is forward mode: with ``ctx.saved_tensors`` and ``ctx.options`` as
+    ``backward`` has them, and a tangent for each argument (None where there is none), it returns
+    that of each result. Both are written with differentiable operators, which makes derivatives of
+    derivatives in either mode.
+
+    PyTorch's own registration offers no forward mode. It also builds on ``autograd.Function``,
+    which handles all levels of nested ``torch.func`` transforms at once and cannot do so in the
+    middle of a dispatch: ``grad`` of a registered operator is an error there (pytorch/pytorch
+    issues 168393 and 179652). An Autograd kernel is called once for each level, as those in C++
+    are, so it needs the function that handles one; with it per-sample gradients, ``vmap(grad(f))``,
+    and Hessians work.
     """
     op = getattr(torch.ops.mnist_ops, name).default
     dispatch = op._op
@@ -181,30 +196,62 @@ def register_autograd(name: str, backward: Any, setup_context: Any = None) -> No
         return output
 
     def forward(ctx: Any, *args: Any) -> Any:
-        # autograd.Function turns gradients off in here; an outer level of torch.func.grad, which
-        # this call may be passed on to, has to record them.
-        with torch.enable_grad():
-            return eager(ctx, *args)
+        # autograd.Function turns both modes off in here; an outer level of torch.func, which this
+        # call may be passed on to, has to record them.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            output = eager(ctx, *args)
+        ctx.set_materialize_grads(False)  # a tangent that is not there is None, not zeros
+        ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
+        return output
 
-    def function(forward: Any, suffix: str) -> Any:
-        return type(
-            f"{name}_{suffix}",
-            (torch.autograd.function._SingleLevelFunction,),
-            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-        )
+    def gradients(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
 
-    _eager_functions[name] = function(eager, "eager_autograd")
-    within_dispatch = function(forward, "autograd")
+    def tangents_of(ctx: Any, *tangents: Tensor | None) -> Any:
+        # Again for outer levels. The tensors of this level have tangents, which are here.
+        with forward_ad._set_fwd_grad_enabled(True):
+            primal = SimpleNamespace(
+                saved_tensors=tuple(
+                    forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
+                ),
+                options=getattr(ctx, "options", ()),
+            )
+            return jvp(primal, *tangents)
+
+    def function(suffix: str, **methods: Any) -> Any:
+        methods = {key: staticmethod(method) for key, method in methods.items()}
+        base = torch.autograd.function._SingleLevelFunction
+        return type(f"{name}_{suffix}", (base,), methods)
+
+    _eager_functions[name] = function("eager_autograd", forward=eager, backward=backward)
+    within_dispatch = function("autograd", forward=forward, backward=gradients, jvp=tangents_of)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        tensors = (a for a in args if isinstance(a, Tensor))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            with enable_single_level_autograd_function():
-                return within_dispatch.apply(*args)
-        with below_autograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        # Called in any case: it sees for itself who requires grad and who has a tangent.
+        with enable_single_level_autograd_function():
+            return within_dispatch.apply(*args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def sum_of_tangents(*terms: Tensor | None) -> Tensor | None:
+    """Add up what each argument's tangent gives; None where an argument has no tangent."""
+    given = [term for term in terms if term is not None]
+    total = given[0] if given else None
+    for term in given[1:]:
+        total = total + term
+    return total
+
+
+def refuse_lone_tangent(name: str, result: str, tangent: Tensor | None, of: Tensor | None) -> None:
+    """Refuse a tangent of a saved result without one of the input that it is a function of."""
+    if tangent is not None and of is None:
+        raise RuntimeError(
+            f"mnist_ops: {name} takes {result} as a function of input, and no derivative with "
+            f"respect to {result} alone is offered: give input a tangent, too"
+        )
 
 
 def register_image_vmap(name: str, images: int, other_tensors: int = 0) -> None:
@@ -222,29 +269,21 @@ def register_image_vmap(name: str, images: int, other_tensors: int = 0) -> None:
         tensors = range(images, images + other_tensors)
         if any(in_dims[i] is not None for i in tensors):
             others = [batch_first(args[i], in_dims[i], size) for i in tensors]
+            rest = args[tensors.stop :]
+            if size == 0:  # the shape of what is not there
+                one = op(*(b.new_ones(b.shape[1:]) for b in (*batched, *others)), *rest)
+                return one.new_empty((0, *one.shape)), 0
             return torch.stack(
-                [
-                    op(*(b[j] for b in batched), *(t[j] for t in others), *args[tensors.stop :])
-                    for j in range(size)
-                ]
+                [op(*(b[j] for b in batched), *(t[j] for t in others), *rest) for j in range(size)]
             ), 0
         per_example = batched[0].shape[1:-3]  # () or (N,)
-        merged = [b.reshape(-1, *b.shape[-3:]) for b in batched]
+        merged = [b.flatten(0, 1) if per_example else b for b in batched]
         result = op(*merged, *args[images:])
         outputs = result if isinstance(result, tuple) else (result,)
         split = tuple(r.reshape(size, *per_example, *r.shape[1:]) for r in outputs)
         return (split, (0,) * len(split)) if isinstance(result, tuple) else (split[0], 0)
 
     torch.library.register_vmap(f"mnist_ops::{name}", rule)
-
-
-def not_offered(name: str, what: str) -> None:
-    """Make differentiating ``mnist_ops::name`` an error that says so, not a silent zero."""
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"mnist_ops: {what} is not offered")
-
-    register_autograd(name, backward)
 
 
 def check_integer(op: str, name: str, value: object, least: int) -> int:

@@ -18,6 +18,7 @@ from ._common import (
     empty_images,
     register_autograd,
     register_image_vmap,
+    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -206,10 +207,19 @@ for _name in ("divisive_norm2d_backward", "contrastive_norm2d_backward"):
 # -------------------------------------------------------------------------------------- autograd
 
 
+_NO_KERNEL_DERIVATIVE = "mnist_ops: local normalization offers no derivative for its kernel"
+
+
 def refuse_kernel_gradient(kernel: Tensor) -> None:
     """Refuse a kernel whose gradient would silently be missing, in an operator's autograd."""
     if kernel.requires_grad:
-        raise RuntimeError("mnist_ops: local normalization offers no gradient for its kernel")
+        raise RuntimeError(_NO_KERNEL_DERIVATIVE)
+
+
+def refuse_kernel_tangent(tangent: Tensor | None) -> None:
+    """Refuse a kernel whose tangent would silently be dropped, in an operator's forward mode."""
+    if tangent is not None:
+        raise RuntimeError(_NO_KERNEL_DERIVATIVE)
 
 
 def _save_subtractive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,6 +236,16 @@ def _subtractive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Ten
     # The backward is linear in grad_output; its adjoint is the forward.
     (kernel,) = ctx.saved_tensors
     return _ops.subtractive_norm2d(grad_grad_input, kernel), None
+
+
+def _subtractive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None) -> Tensor:
+    refuse_kernel_tangent(kernel_tangent)
+    return _ops.subtractive_norm2d(tangent, *ctx.saved_tensors)
+
+
+def _subtractive_backward_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None) -> Tensor:
+    refuse_kernel_tangent(kernel_tangent)
+    return _ops.subtractive_norm2d_backward(tangent, *ctx.saved_tensors)
 
 
 def _save_divisive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -264,73 +284,158 @@ def _correlate(plane: Tensor, unit_kernel: Tensor, adjoint: bool = False) -> Ten
     return F.conv2d(rows, unit_kernel[None, None, :, None], padding=(radius, 0))
 
 
-def _divisive_second_order(
+class _Divisive:
+    r"""Derivatives of divisive normalization, in PyTorch's own differentiable operators.
+
+    With E the blurred channel mean, A its adjoint on one plane, r = E(sum_c v_c x_c) and m = 1
+    where s is above the threshold: J v = v / d - x m r / (s^3 coef^2). The images are divided by
+    their largest magnitude before they are squared, as in the kernels.
+    """
+
+    def __init__(self, x: Tensor, kernel: Tensor, threshold: float, value: float) -> None:
+        self.dtype, self.shape = x.dtype, x.shape
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = self._widen(x)
+        kernel = kernel.double()
+        self.unit = (kernel / kernel.sum()).to(self.wide)
+        largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
+        self.scale = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+        self.x = x / self.scale
+        self.coef = _correlate(torch.ones_like(x[:1, :1]), self.unit)
+        energy = self.blur(self.x * self.x)
+        # sqrt's own derivative is infinite at 0, where the convention is 0.
+        positive = energy > 0
+        s = torch.where(positive, energy, 1.0).sqrt() * positive / self.coef
+        unscaled = s * self.scale
+        self.above = (unscaled > threshold) & positive
+        self.s = torch.where(self.above, s, 1.0)
+        self.d = torch.where(unscaled > threshold, unscaled, value)
+        self.cubed = torch.where(self.above, 1 / (self.s**3 * self.coef**2), 0.0)
+
+    def _widen(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.wide).reshape(-1, *self.shape[-3:])
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).reshape(self.shape)
+
+    def blur(self, images: Tensor) -> Tensor:
+        """E: what each pixel's neighbourhood has of the mean over the channels."""
+        return _correlate(images.sum(1, keepdim=True), self.unit) / self.x.shape[1]
+
+    def adjoint(self, plane: Tensor) -> Tensor:
+        """A."""
+        return _correlate(plane, self.unit, adjoint=True) / self.x.shape[1]
+
+    def first_order(self, v: Tensor) -> Tensor:
+        """J v."""
+        v = self._widen(v)
+        return self._narrow(v / self.d - self.x * self.cubed * self.blur(v * self.x) / self.scale)
+
+    def second_order(self, v: Tensor, g: Tensor) -> Tensor:
+        """The gradient of the sum of g * (J v) with respect to x; linear in v."""
+        v, g = self._widen(v), self._widen(g)
+        q = (g * self.x).sum(1, keepdim=True)
+        r = self.blur(v * self.x)
+        # Through s: d/ds of v.g/d is -v.g/s^2, d/ds of the other term +3 q r / (s^4 coef^2); ds/dx
+        # is x A(. / (s coef^2)).
+        through_s = 3 * q * r * self.cubed / self.s - (v * g).sum(1, keepdim=True) / self.s**2
+        through_s = torch.where(self.above, through_s / (self.s * self.coef**2), 0.0)
+        grad = self.x * self.adjoint(through_s)
+        grad = grad - v * self.adjoint(q * self.cubed) - g * self.cubed * r
+        return self._narrow(grad / self.scale / self.scale)
+
+
+def _directional(v: Tensor, x: Tensor, kernel: Tensor, threshold: float, value: float) -> Tensor:
+    """What the derivative of divisive normalization makes of v."""
+    if x.numel() == 0:
+        return v * x
+    return _Divisive(x, kernel, threshold, value).first_order(v)
+
+
+def _second_order(
     v: Tensor, g: Tensor, x: Tensor, kernel: Tensor, threshold: float, value: float
 ) -> tuple[Tensor, Tensor]:
-    r"""Gradients of :math:`\sum v \cdot \mathrm{backward}(g, x)` with respect to g and x.
-
-    With E the blurred channel mean, A its adjoint on one plane, q = sum_c g_c x_c, r = sum_c v_c
-    x_c, and m = 1 where s is above the threshold: backward = g / d - x A(m q / (s^3 coef^2)) / C.
-    Written with PyTorch's own differentiable operators, so that it can be differentiated again.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dtype, batched = x.dtype, x.dim() == 4
-    v, g, x = (t.to(wide) if batched else t.to(wide).unsqueeze(0) for t in (v, g, x))
-    kernel = kernel.double()
-    unit = (kernel / kernel.sum()).to(wide)
-    channels = x.shape[1]
-    coef = _correlate(torch.ones_like(x[:1, :1]), unit)
-    energy = _correlate((x * x).sum(1, keepdim=True), unit) / channels
-    positive = energy > 0
-    # sqrt's own derivative is infinite at 0, where the convention is 0.
-    s = torch.where(positive, energy, 1.0).sqrt() * positive / coef
-    above = (s > threshold) & positive
-    safe_s = torch.where(above, s, 1.0)
-    d = torch.where(s > threshold, s, torch.full_like(s, value))
-    cubed = torch.where(above, 1 / (safe_s**3 * coef**2), 0.0)
-    q = (g * x).sum(1, keepdim=True)
-    r = (v * x).sum(1, keepdim=True)
-    blurred_r = _correlate(r, unit) / channels
-    adjoint_h = _correlate(q * cubed, unit, adjoint=True) / channels
-    grad_g = v / d - x * cubed * blurred_r
-    # Through s: d/ds of v.g/d is -v.g/s^2, d/ds of the other term +3 q E(r) / (s^4 coef^2); ds/dx
-    # is x A(. / (s coef^2)) / C.
-    through_s = torch.where(
-        above, -(v * g).sum(1, keepdim=True) / safe_s**2 + 3 * q * blurred_r * cubed / safe_s, 0.0
-    )
-    adjoint_s = _correlate(
-        torch.where(above, through_s / (safe_s * coef**2), 0.0), unit, adjoint=True
-    )
-    grad_x = x * adjoint_s / channels - v * adjoint_h - g * cubed * blurred_r
-    results = grad_g.to(dtype), grad_x.to(dtype)
-    return results if batched else (results[0].squeeze(0), results[1].squeeze(0))
+    """Gradients of the sum of ``v * divisive_norm2d_backward(g, x)`` with respect to g and x."""
+    if x.numel() == 0:
+        return v * x, v * g * x
+    divisive = _Divisive(x, kernel, threshold, value)
+    return divisive.first_order(v), divisive.second_order(v, g)
 
 
 def _divisive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
-    grad_g, grad_x = _divisive_second_order(grad_grad_input, *ctx.saved_tensors, *ctx.options)
+    grad_g, grad_x = _second_order(grad_grad_input, *ctx.saved_tensors, *ctx.options)
     return grad_g, grad_x, None, None, None
+
+
+def _contrastive_second_order(
+    v: Tensor, g: Tensor, x: Tensor, kernel: Tensor, threshold: float, value: float
+) -> tuple[Tensor, Tensor]:
+    # backward(g, x) = S^T D(g, S x), with S the subtractive normalization and D the divisive
+    # gradient: the chain rule over the pieces.
+    centred, v = (_ops.subtractive_norm2d(t, kernel) for t in (x, v))
+    grad_g, grad_centred = _second_order(v, g, centred, kernel, threshold, value)
+    return grad_g, _ops.subtractive_norm2d_backward(grad_centred, kernel)
 
 
 def _contrastive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
-    # backward(g, x) = S^T D(g, S x), with S the subtractive normalization and D the divisive
-    # gradient: the chain rule over the pieces.
-    g, x, kernel = ctx.saved_tensors
-    centred = _ops.subtractive_norm2d(x, kernel)
-    v = _ops.subtractive_norm2d(grad_grad_input, kernel)
-    grad_g, grad_centred = _divisive_second_order(v, g, centred, kernel, *ctx.options)
-    grad_x = _ops.subtractive_norm2d_backward(grad_centred, kernel)
+    grad_g, grad_x = _contrastive_second_order(grad_grad_input, *ctx.saved_tensors, *ctx.options)
     return grad_g, grad_x, None, None, None
 
 
-for _name, _backward, _setup in (
-    ("subtractive_norm2d", _subtractive_backward, _save_subtractive),
-    ("subtractive_norm2d_backward", _subtractive_double_backward, _save_subtractive),
-    ("divisive_norm2d", _divisive_backward, _save_divisive),
-    ("divisive_norm2d_backward", _divisive_double_backward, _save_backward),
-    ("contrastive_norm2d", _contrastive_backward, _save_divisive),
-    ("contrastive_norm2d_backward", _contrastive_double_backward, _save_backward),
+def _divisive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+    refuse_kernel_tangent(kernel_tangent)
+    return _directional(tangent, *ctx.saved_tensors, *ctx.options)
+
+
+def _contrastive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+    refuse_kernel_tangent(kernel_tangent)
+    input, kernel = ctx.saved_tensors
+    tangent, centred = (_ops.subtractive_norm2d(t, kernel) for t in (tangent, input))
+    return _directional(tangent, centred, kernel, *ctx.options)
+
+
+def _backward_jvp(name: str, second_order: Any) -> Any:
+    """Forward mode of ``name``; its second derivative is symmetric in the two directions."""
+    op = getattr(_ops, name)
+
+    def jvp(
+        ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *_: None
+    ) -> Tensor | None:
+        refuse_kernel_tangent(kernel_tangent)
+        by_grad = by_input = None
+        if grad_tangent is not None:
+            by_grad = op(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
+        if tangent is not None:
+            _, by_input = second_order(tangent, *ctx.saved_tensors, *ctx.options)
+        return sum_of_tangents(by_grad, by_input)
+
+    return jvp
+
+
+for _name, _backward, _jvp, _setup in (
+    ("subtractive_norm2d", _subtractive_backward, _subtractive_jvp, _save_subtractive),
+    (
+        "subtractive_norm2d_backward",
+        _subtractive_double_backward,
+        _subtractive_backward_jvp,
+        _save_subtractive,
+    ),
+    ("divisive_norm2d", _divisive_backward, _divisive_jvp, _save_divisive),
+    ("contrastive_norm2d", _contrastive_backward, _contrastive_jvp, _save_divisive),
+    (
+        "divisive_norm2d_backward",
+        _divisive_double_backward,
+        _backward_jvp("divisive_norm2d_backward", _second_order),
+        _save_backward,
+    ),
+    (
+        "contrastive_norm2d_backward",
+        _contrastive_double_backward,
+        _backward_jvp("contrastive_norm2d_backward", _contrastive_second_order),
+        _save_backward,
+    ),
 ):
-    register_autograd(_name, _backward, setup_context=_setup)
+    register_autograd(_name, _backward, _jvp, setup_context=_setup)
 
 # -------------------------------------------------------------------------------- vmap, autocast
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._common import (
+    _library,
     check_images,
     check_number,
     direct,
     empty_images,
-    not_offered,
     pair,
+    refuse_lone_tangent,
     register_autograd,
     register_image_vmap,
+    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -130,6 +133,25 @@ def output_size(
     return [_pooled(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
 
 
+# ---------------------------------------------------------------------------- forward-mode kernel
+#
+# What lp_pool2d's derivative makes of a tangent is the first result of the double backward. It is
+# an operator of its own because it has derivatives that the second result has not.
+
+_library.define(
+    "lp_pool2d_jvp(Tensor tangent, Tensor input, Tensor output, float norm_type, "
+    "int[] kernel_size, int[] stride, int[] padding, bool ceil_mode) -> Tensor"
+)
+
+
+def _directional(tangent: Tensor, input: Tensor, output: Tensor, *windows: Any) -> Tensor:
+    # The second argument has a part in the second result alone.
+    return _ops.lp_pool2d_double_backward(tangent, output, input, output, *windows)[0]
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("lp_pool2d_jvp", _directional, _key)
+
 # ------------------------------------------------------------------------------------------ fake
 
 
@@ -142,6 +164,11 @@ def _(input, norm_type, kernel_size, stride, padding, ceil_mode):
 @torch.library.register_fake("mnist_ops::lp_pool2d_backward")
 def _(grad_output, input, output, norm_type, kernel_size, stride, padding, ceil_mode):
     return empty_images(input, *input.shape[-2:])
+
+
+@torch.library.register_fake("mnist_ops::lp_pool2d_jvp")
+def _(tangent, input, output, norm_type, kernel_size, stride, padding, ceil_mode):
+    return empty_images(input, *output.shape[-2:])
 
 
 @torch.library.register_fake("mnist_ops::lp_pool2d_double_backward")
@@ -170,19 +197,123 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
     # The saved output is a function of the input; what flows through it is part of the second
-    # result, so it gets no gradient of its own.
+    # result, so it gets no gradient of its own. Tangents do the same below.
     grad_grad_output, grad_input = _ops.lp_pool2d_double_backward(
         grad_grad_input, *ctx.saved_tensors, *ctx.options
     )
     return grad_grad_output, grad_input, None, None, None, None, None, None
 
 
-register_autograd("lp_pool2d", _backward, setup_context=_save)
-register_autograd("lp_pool2d_backward", _double_backward, setup_context=_save_backward)
-not_offered("lp_pool2d_double_backward", "the third derivative of lp_pool2d")
+def _jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    return _ops.lp_pool2d_jvp(tangent, *ctx.saved_tensors, *ctx.options)
+
+
+def _backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, output_tangent: Any, *_: None
+) -> Tensor | None:
+    refuse_lone_tangent("lp_pool2d_backward", "output", output_tangent, tangent)
+    by_grad = by_input = None
+    if grad_tangent is not None:
+        by_grad = _ops.lp_pool2d_backward(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
+    if tangent is not None:
+        # The second derivative of the sum of grad_output * output is symmetric.
+        _, by_input = _ops.lp_pool2d_double_backward(tangent, *ctx.saved_tensors, *ctx.options)
+    return sum_of_tangents(by_grad, by_input)
+
+
+def _save_jvp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _jvp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tangent, input, output = ctx.saved_tensors
+    by_tangent = _ops.lp_pool2d_backward(grad, input, output, *ctx.options)
+    by_input = None
+    if ctx.needs_input_grad[1]:
+        _, by_input = _ops.lp_pool2d_double_backward(tangent, grad, input, output, *ctx.options)
+    return by_tangent, by_input, *(None,) * (1 + len(ctx.options))
+
+
+def _jvp_jvp(
+    ctx: Any, tangent_tangent: Tensor | None, input_tangent: Tensor | None, output_tangent: Any, *_
+) -> Tensor | None:
+    refuse_lone_tangent("lp_pool2d_jvp", "output", output_tangent, input_tangent)
+    tangent, input, output = ctx.saved_tensors
+    by_tangent = by_input = None
+    if tangent_tangent is not None:
+        by_tangent = _ops.lp_pool2d_jvp(tangent_tangent, input, output, *ctx.options)
+    if input_tangent is not None:
+        by_input = _curvature(tangent, input_tangent, input, output, *ctx.options)
+    return sum_of_tangents(by_tangent, by_input)
+
+
+def _curvature(v: Tensor, w: Tensor, x: Tensor, y: Tensor, p: float, *windows: Any) -> Tensor:
+    r"""Second derivative of the pooling in the directions v and w, a value for each window.
+
+    With r = \|x\| / y and J the first derivative, it is (p - 1) / y (sum of r^(p - 2) v w -
+    J v J w). At x = 0 the power is taken as 0 where p is not 2, as in the kernels.
+    """
+    if p == 1 or p == math.inf:
+        return torch.zeros_like(y)
+    dtype = x.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    v, w, x, y = (t.to(wide) for t in (v, w, x, y))
+    pooled = y != 0
+    divisor = torch.where(pooled, y, 1.0)
+    if p == 2:
+        # The derivative of the 1-norm of positive numbers sums up windows.
+        ones = torch.ones_like(x)
+        power_sum = _ops.lp_pool2d_jvp(v * w, ones, torch.ones_like(y), 1.0, *windows)
+    else:
+        inside = x != 0
+        ratio = torch.where(inside, v * w / torch.where(inside, x, 1.0), 0.0)
+        power_sum = y * _ops.lp_pool2d_jvp(ratio, x, y, p, *windows)
+    both = (_ops.lp_pool2d_jvp(t, x, y, p, *windows) for t in (v, w))
+    product = next(both) * next(both)
+    return torch.where(pooled, (p - 1) * (power_sum - product) / divisor, 0.0).to(dtype)
+
+
+def _save_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _no_third_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("mnist_ops: the third derivative of lp_pool2d is not offered")
+
+
+def _double_backward_jvp(
+    ctx: Any, v_tangent: Tensor | None, grad_tangent: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if any(tangent is not None for tangent in others):
+        _no_third_derivative(ctx)
+    v, grad_output, input, output = ctx.saved_tensors
+    directional, by_v, by_grad = torch.zeros_like(output), None, None
+    if v_tangent is not None:
+        directional, by_v = _ops.lp_pool2d_double_backward(
+            v_tangent, grad_output, input, output, *ctx.options
+        )
+    if grad_tangent is not None:
+        _, by_grad = _ops.lp_pool2d_double_backward(v, grad_tangent, input, output, *ctx.options)
+    return directional, sum_of_tangents(by_v, by_grad)
+
+
+register_autograd("lp_pool2d", _backward, _jvp, setup_context=_save)
+register_autograd(
+    "lp_pool2d_backward", _double_backward, _backward_jvp, setup_context=_save_backward
+)
+register_autograd("lp_pool2d_jvp", _jvp_backward, _jvp_jvp, setup_context=_save_jvp)
+register_autograd(
+    "lp_pool2d_double_backward",
+    _no_third_derivative,
+    _double_backward_jvp,
+    setup_context=_save_double_backward,
+)
 
 # ------------------------------------------------------------------------------------------ vmap
 
 register_image_vmap("lp_pool2d", images=1)
 register_image_vmap("lp_pool2d_backward", images=3)
+register_image_vmap("lp_pool2d_jvp", images=3)
 register_image_vmap("lp_pool2d_double_backward", images=4)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import batch_first, check_floating, direct, register_autograd
+from ._common import batch_first, check_floating, direct, register_autograd, sum_of_tangents
 
 _ops = torch.ops.mnist_ops
 _sigmoid = direct("sigmoid")
@@ -62,6 +62,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
     return _sigmoid_grad(grad_output, output)
 
 
+def _jvp(ctx: Any, tangent: Tensor) -> Tensor:
+    (output,) = ctx.saved_tensors
+    return _ops.sigmoid_backward(tangent, output)
+
+
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -74,8 +79,20 @@ def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, Tensor]
     )
 
 
-register_autograd("sigmoid", _backward, setup_context=_save)
-register_autograd("sigmoid_backward", _double_backward, setup_context=_save_backward)
+def _backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None
+) -> Tensor | None:
+    grad_output, output = ctx.saved_tensors
+    by_grad = by_output = None
+    if grad_tangent is not None:
+        by_grad = _ops.sigmoid_backward(grad_tangent, output)
+    if output_tangent is not None:
+        by_output = output_tangent * grad_output * (1 - 2 * output)
+    return sum_of_tangents(by_grad, by_output)
+
+
+register_autograd("sigmoid", _backward, _jvp, setup_context=_save)
+register_autograd("sigmoid_backward", _double_backward, _backward_jvp, setup_context=_save_backward)
 
 
 def _sigmoid_vmap(info, in_dims, input):

@@ -15,7 +15,9 @@ from ._common import (
     check_number,
     direct,
     is_channels_last,
+    refuse_lone_tangent,
     register_autograd,
+    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -213,6 +215,21 @@ def _log_softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, 
     return _log_softmax_grad(grad_output, *ctx.saved_tensors, *ctx.options), None, None
 
 
+def _softmax_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    # The derivative is symmetric.
+    return _ops.softmax_backward(tangent, *ctx.saved_tensors, *ctx.options)
+
+
+def _log_softmax_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    (log_y,) = ctx.saved_tensors
+    dim, beta = ctx.options
+    return _log_softmax_directional(tangent, log_y, dim, beta)
+
+
+def _log_softmax_directional(v: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
+    return beta * (v - (v * log_y.exp()).sum(dim, keepdim=True))
+
+
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.options = inputs[2:]
@@ -228,10 +245,37 @@ def _softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     g, log_y = ctx.saved_tensors
     dim, beta = ctx.options
-    y = log_y.exp()
-    grad_g = beta * (v - (v * y).sum(dim, keepdim=True))
-    grad_log_y = -beta * v * y * g.sum(dim, keepdim=True)
-    return grad_g, grad_log_y, None, None
+    grad_log_y = -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
+    return _log_softmax_directional(v, log_y, dim, beta), grad_log_y, None, None
+
+
+def _softmax_backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, *_: None
+) -> Tensor | None:
+    g, y = ctx.saved_tensors
+    dim, beta = ctx.options
+    by_grad = by_output = None
+    if grad_tangent is not None:
+        by_grad = _ops.softmax_backward(grad_tangent, y, dim, beta)
+    if output_tangent is not None:
+        t = output_tangent
+        by_output = beta * (
+            t * (g - (g * y).sum(dim, keepdim=True)) - y * (g * t).sum(dim, keepdim=True)
+        )
+    return sum_of_tangents(by_grad, by_output)
+
+
+def _log_softmax_backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, *_: None
+) -> Tensor | None:
+    g, log_y = ctx.saved_tensors
+    dim, beta = ctx.options
+    by_grad = by_output = None
+    if grad_tangent is not None:
+        by_grad = _ops.log_softmax_backward(grad_tangent, log_y, dim, beta)
+    if output_tangent is not None:
+        by_output = -beta * log_y.exp() * output_tangent * g.sum(dim, keepdim=True)
+    return sum_of_tangents(by_grad, by_output)
 
 
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -251,24 +295,62 @@ def _nll_backward(
     return grad, None, None, None
 
 
-def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[5:]
-
-
-def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    # largest and log_sum are functions of the input; what flows through them is in its gradient.
-    g, input, target = ctx.saved_tensors
+def _nll_jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    input, target, *saved = ctx.saved_tensors
     beta, reduction = ctx.options
     dim = 0 if input.dim() == 1 else 1
     y = _ops.softmax(input, dim, beta)
+    return _nll_directional(tangent, y, target, beta, reduction), *(None,) * len(saved)
+
+
+def _nll_directional(v: Tensor, y: Tensor, target: Tensor, beta: float, reduction: str) -> Tensor:
+    """What the derivative of the loss makes of v, with y the softmax."""
+    dim = 0 if y.dim() == 1 else 1
     chosen = v.gather(dim, target.unsqueeze(dim)).squeeze(dim)
-    grad_g = beta * ((v * y).sum(dim) - chosen)
+    change = beta * ((v * y).sum(dim) - chosen)
+    if reduction == "none":
+        return change
+    return change.mean() if reduction == "mean" else change.sum()
+
+
+def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, beta, reduction = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = beta, reduction
+
+
+def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    # What was saved beside input and target is a function of the input; what flows through it is in
+    # the input's gradient.
+    g, input, target, *saved = ctx.saved_tensors
+    beta, reduction = ctx.options
+    dim = 0 if input.dim() == 1 else 1
+    y = _ops.softmax(input, dim, beta)
+    grad_g = _nll_directional(v, y, target, beta, reduction)
     if reduction != "none":
-        grad_g = grad_g.mean() if reduction == "mean" else grad_g.sum()
         g = _spread(g, target, reduction)
     grad_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
-    return grad_g, grad_input, None, None, None, None, None
+    return grad_g, grad_input, *(None,) * (3 + len(saved))
+
+
+def _nll_backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, *others: Tensor | None
+) -> Tensor | None:
+    for other in others:
+        refuse_lone_tangent("softmax_nll_backward", "what softmax_nll saved", other, tangent)
+    g, input, target, *saved = ctx.saved_tensors
+    beta, reduction = ctx.options
+    by_grad = by_input = None
+    if grad_tangent is not None:
+        by_grad = _ops.softmax_nll_backward(grad_tangent, input, target, *saved, beta, reduction)
+    if tangent is not None:
+        dim = 0 if input.dim() == 1 else 1
+        y = _ops.softmax(input, dim, beta)
+        if reduction != "none":
+            g = _spread(g, target, reduction)
+        # The second derivative is symmetric: the double backward's second gradient.
+        by_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(tangent, y, dim, beta)
+    return sum_of_tangents(by_grad, by_input)
 
 
 def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -282,15 +364,20 @@ def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
     return grad_loss.reshape((*grad_loss.shape, *(1,) * len(reduced))).expand_as(target)
 
 
-for _name, _backward, _setup in (
-    ("softmax", _softmax_backward, _save),
-    ("log_softmax", _log_softmax_backward, _save),
-    ("softmax_backward", _softmax_double_backward, _save_backward),
-    ("log_softmax_backward", _log_softmax_double_backward, _save_backward),
-    ("softmax_nll", _nll_backward, _save_nll),
-    ("softmax_nll_backward", _nll_double_backward, _save_nll_backward),
+for _name, _backward, _jvp, _setup in (
+    ("softmax", _softmax_backward, _softmax_jvp, _save),
+    ("log_softmax", _log_softmax_backward, _log_softmax_jvp, _save),
+    ("softmax_backward", _softmax_double_backward, _softmax_backward_jvp, _save_backward),
+    (
+        "log_softmax_backward",
+        _log_softmax_double_backward,
+        _log_softmax_backward_jvp,
+        _save_backward,
+    ),
+    ("softmax_nll", _nll_backward, _nll_jvp, _save_nll),
+    ("softmax_nll_backward", _nll_double_backward, _nll_backward_jvp, _save_nll_backward),
 ):
-    register_autograd(_name, _backward, setup_context=_setup)
+    register_autograd(_name, _backward, _jvp, setup_context=_setup)
 
 # -------------------------------------------------------------------------------- vmap, autocast
 
@@ -321,7 +408,7 @@ def _softmax_nll_vmap(info, in_dims, input, target, beta, reduction):
     loss, *saved = (r.reshape(target.shape) for r in _ops.softmax_nll(*merged, beta, "none"))
     if reduction != "none":
         # Of an example that is a vector there is one loss: nothing is left to add up.
-        rows = loss.reshape(info.batch_size, -1)
+        rows = loss.flatten(1) if loss.dim() > 1 else loss.unsqueeze(1)
         loss = rows.mean(1) if reduction == "mean" else rows.sum(1)
     return (loss, *saved), (0, 0, 0)
 

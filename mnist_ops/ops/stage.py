@@ -14,8 +14,9 @@ from ._common import (
     empty_images,
     register_autograd,
     register_image_vmap,
+    sum_of_tangents,
 )
-from .local_norm import check_kernel, refuse_kernel_gradient
+from .local_norm import check_kernel, refuse_kernel_gradient, refuse_kernel_tangent
 from .lp_pool import check_fit, check_windows, output_size
 
 _ops = torch.ops.mnist_ops
@@ -145,17 +146,17 @@ def _activated(activation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, one, zero
 
 
-def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``sum(v * stage2d_backward(g, x))`` with respect to g and x.
+def _second_order(
+    v: Tensor, g: Tensor, x: Tensor, kernel: Tensor, activation: str, *windows: Any
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum of ``v * stage2d_backward(g, x)`` with respect to g and x.
 
     With S the normalization, y = P(a) the pooling and h = P'(a)^T S^T g, the backward is act'(x) h:
     the chain rule over the operators that a stage is made of, each of which has a derivative.
     """
-    g, x, kernel = ctx.saved_tensors
-    activation, *windows = ctx.options
     dtype = x.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    v, g, x = grad_grad_input.to(wide), g.to(wide), x.to(wide)
+    v, g, x = v.to(wide), g.to(wide), x.to(wide)
     a, slope, bend = _activated(activation, x)
     y = _ops.lp_pool2d(a, *windows)
     grad_y = _ops.subtractive_norm2d_backward(g, kernel)
@@ -163,12 +164,42 @@ def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, 
     grad_grad_y, grad_a = _ops.lp_pool2d_double_backward(v * slope, grad_y, a, y, *windows)
     grad_g = _ops.subtractive_norm2d(grad_grad_y, kernel)
     grad_x = slope * (grad_a + v * h * bend)
-    rest = (None,) * (1 + len(ctx.options))
-    return grad_g.to(dtype), grad_x.to(dtype), *rest
+    return grad_g.to(dtype), grad_x.to(dtype)
 
 
-register_autograd("stage2d", _backward, setup_context=_save)
-register_autograd("stage2d_backward", _double_backward, setup_context=_save_backward)
+def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
+    grad_g, grad_x = _second_order(grad_grad_input, *ctx.saved_tensors, *ctx.options)
+    return grad_g, grad_x, *(None,) * (1 + len(ctx.options))
+
+
+def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+    """The chain rule once more; the operators of a stage are differentiable in either mode."""
+    refuse_kernel_tangent(kernel_tangent)
+    x, kernel = ctx.saved_tensors
+    activation, *windows = ctx.options
+    dtype = x.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    a, slope, _ = _activated(activation, x.to(wide))
+    y = _ops.lp_pool2d(a, *windows)
+    pooled = _ops.lp_pool2d_jvp(slope * tangent.to(wide), a, y, *windows)
+    return _ops.subtractive_norm2d(pooled, kernel).to(dtype)
+
+
+def _backward_jvp(
+    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *_: None
+) -> Tensor | None:
+    refuse_kernel_tangent(kernel_tangent)
+    by_grad = by_input = None
+    if grad_tangent is not None:
+        by_grad = _ops.stage2d_backward(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
+    if tangent is not None:
+        # The second derivative of the sum of grad_output * output is symmetric.
+        _, by_input = _second_order(tangent, *ctx.saved_tensors, *ctx.options)
+    return sum_of_tangents(by_grad, by_input)
+
+
+register_autograd("stage2d", _backward, _jvp, setup_context=_save)
+register_autograd("stage2d_backward", _double_backward, _backward_jvp, setup_context=_save_backward)
 
 # -------------------------------------------------------------------------------- vmap, autocast
 
