@@ -227,10 +227,27 @@ def convnet(
     elif log_softmax == "exact":
         layers["log_softmax"] = ops_nn.LogSoftmax(dim=-1)
 
-    model = nn.Sequential(layers).to(device=device, dtype=dtype or torch.get_default_dtype())
+    model = nn.Sequential(layers).to(
+        device=device or torch.get_default_device(), dtype=dtype or torch.get_default_dtype()
+    )
+    model.register_load_state_dict_pre_hook(_rename_kernels)
     if generator is not None:
         torch7.initialize(model, generator, in_channels)
     return model
+
+
+def _rename_kernels(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any, **__: Any
+) -> None:
+    """Let a fused network load an unfused one's kernels, and the other way round."""
+    layers = dict(model.named_children())
+    for old, new in (("norm", "stage"), ("stage", "norm")):
+        for name in layers:
+            stage = name.removeprefix(new)
+            if stage != name and f"{old}{stage}" not in layers:
+                key = f"{prefix}{old}{stage}.kernel"
+                if key in state_dict:
+                    state_dict[f"{prefix}{name}.kernel"] = state_dict.pop(key)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops._common import check_int
 from .ops.local_norm import check_kernel, check_thresholds
 from .ops.lp_pool import check_windows
+from .ops.softmax import check_beta, check_reduction
 from .ops.stage import check_activation
 
 __all__ = [
@@ -63,35 +66,131 @@ class LPPool2d(torch.nn.Module):
 class SubtractiveNorm2d(torch.nn.Module):
     """Subtractive local normalization. See :func:`mnist_ops.subtractive_norm2d`.
 
-    ``kernel`` is a constant of the module: it moves between devices with it, but is not in the
-    ``state_dict`` and stays float64 when the module is cast.
+    ``kernel`` is a buffer, float64 whatever the module is cast to, and part of what the module is:
+    it is in the ``state_dict``, and a state with another kernel is refused (states from before it
+    was saved load). Another may be assigned to it. Where a buffer loses its values, on the meta
+    device and by ``to_empty``, the kernel is restored.
     """
 
+    # 2: the kernel is in the state.
+    _version = 2
     kernel: Tensor
 
     def __init__(self, kernel: Tensor) -> None:
         super().__init__()
+        self.register_buffer("kernel", None)
+        self.kernel = kernel
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel" and isinstance(value, Tensor):
+            self._exact = self._checked(value)
+            self._has_values = not value.is_meta
+            value = self._exact.to(value.device, copy=True)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._non_persistent_buffers_set.discard("kernel")  # of pickles of version 1
+
+    def _checked(self, kernel: Tensor) -> Tensor:
+        """Refuse what is no kernel; return a float64 copy, on the CPU where it has values."""
         name = type(self).__name__
-        self._exact = check_kernel(name, kernel).to("cpu", torch.float64, copy=True)
-        total = self._exact.sum().item()
-        if total == 0 or total != total or abs(total) == float("inf"):
-            raise ValueError(f"{name}: the kernel's sum must be finite and not 0, got {total}")
-        self.register_buffer("kernel", self._exact.to(kernel.device, copy=True), persistent=False)
+        device = "meta" if check_kernel(name, kernel).is_meta else "cpu"
+        exact = kernel.detach().to(device, torch.float64, copy=True)
+        if not exact.is_meta:
+            total = exact.sum().item()
+            if total == 0 or not math.isfinite(total):
+                raise ValueError(f"{name}: the kernel's sum must be finite and not 0, got {total}")
+        return exact
+
+    def reset_parameters(self) -> None:
+        """Restore the kernel's values, as PyTorch's wrappers ask of a module after ``to_empty``."""
+        if self._has_values:
+            self._buffers["kernel"] = self._exact.to(self.kernel.device, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # .half() and .float() would round the weights, which are normalised in float64.
+        before = self._buffers["kernel"]
+        if self._has_values and not before.is_meta:
+            self._exact = before.to("cpu", torch.float64, copy=True)  # it may have been written to
         result = super()._apply(fn, recurse)
-        if self.kernel.dtype != torch.float64:
-            self.kernel = self._exact.to(self.kernel.device)
+        after = self._buffers["kernel"]
+        # .half() and .float() round the weights, which are normalised in float64; to_empty loses
+        # them.
+        if self._has_values and after is not before and not after.is_meta:
+            self._buffers["kernel"] = self._exact.to(after.device, copy=True)
         return result
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}kernel"
+        # States of version 1 have no kernel.
+        complete = key in state_dict or (local_metadata.get("version") or 1) < 2
+        if key in state_dict:
+            try:
+                self._load_kernel(
+                    state_dict[key], local_metadata.get("assign_to_params_buffers", False)
+                )
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{key}: {error}")
+        others = {k: v for k, v in state_dict.items() if k != key}  # nothing is left to copy
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if complete and key in missing_keys:
+            missing_keys.remove(key)
+
+    def _load_kernel(self, saved: Tensor, assign: bool) -> None:
+        """Refuse a kernel that is not this module's; take it where this module has no values."""
+        name, mine = type(self).__name__, self._buffers["kernel"]
+        check_kernel(name, saved)
+        if saved.shape != mine.shape:
+            raise ValueError(
+                f"the state was saved with a kernel of the shape {tuple(saved.shape)}, this {name} "
+                f"has one of {tuple(mine.shape)}"
+            )
+        if saved.is_meta:
+            return
+        if not self._has_values:
+            self.kernel = saved.to(saved.device if assign or mine.is_meta else mine.device)
+            return
+        exact = self._exact.to(saved.dtype)  # rounded to another dtype it is the same kernel
+        if not torch.equal(saved.detach().cpu(), exact):
+            raise ValueError(
+                f"the state was saved with another kernel, {_brief(saved)}, than this {name} has, "
+                f"{_brief(exact)}"
+            )
+        if mine.is_meta and assign:
+            self._buffers["kernel"] = self._exact.to(saved.device, copy=True)
+
+    def _kernel(self) -> Tensor:
+        if not self._has_values and not self.kernel.is_meta:
+            raise RuntimeError(
+                f"{type(self).__name__}: the kernel was given on the meta device and has no values "
+                "yet: load a state or assign kernel"
+            )
+        return self.kernel
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) or (C, H, W)."""
-        return ops.subtractive_norm2d(input, self.kernel)
+        return ops.subtractive_norm2d(input, self._kernel())
 
     def extra_repr(self) -> str:
         """Return the kernel's shape."""
         return f"kernel_size={tuple(self._exact.shape)}"
+
+
+def _brief(kernel: Tensor) -> str:
+    """A kernel's shape and first values, to be told from another in a message."""
+    values = ", ".join(f"{v:.6g}" for v in kernel.flatten()[:4].tolist())
+    return f"{tuple(kernel.shape)} [{values}{', ...' if kernel.numel() > 4 else ''}]"
 
 
 class DivisiveNorm2d(SubtractiveNorm2d):
@@ -110,7 +209,7 @@ class DivisiveNorm2d(SubtractiveNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) or (C, H, W)."""
-        return ops.divisive_norm2d(input, self.kernel, self.threshold, self.threshold_value)
+        return ops.divisive_norm2d(input, self._kernel(), self.threshold, self.threshold_value)
 
     def extra_repr(self) -> str:
         """Return the kernel's shape and the thresholds."""
@@ -128,7 +227,7 @@ class ContrastiveNorm2d(DivisiveNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) or (C, H, W)."""
-        return ops.contrastive_norm2d(input, self.kernel, self.threshold, self.threshold_value)
+        return ops.contrastive_norm2d(input, self._kernel(), self.threshold, self.threshold_value)
 
 
 class Stage2d(SubtractiveNorm2d):
@@ -159,7 +258,7 @@ class Stage2d(SubtractiveNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Take (N, C, H, W) or (C, H, W) through the stage."""
-        return ops.stage2d(input, self.kernel, self.activation, *self._windows())
+        return ops.stage2d(input, self._kernel(), self.activation, *self._windows())
 
     def unfused(self) -> torch.nn.Sequential:
         """Return three modules, ``activation``, ``pool`` and ``norm``, that compute the same."""
@@ -196,8 +295,8 @@ class Softmax(torch.nn.Module):
 
     def __init__(self, dim: int = -1, beta: float = 1.0) -> None:
         super().__init__()
-        self.dim = dim
-        self.beta = beta
+        self.dim = check_int(type(self).__name__, "dim", dim)
+        self.beta = check_beta(type(self).__name__, beta)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply along ``dim``."""
@@ -221,7 +320,8 @@ class SoftmaxNLLLoss(torch.nn.Module):
 
     def __init__(self, beta: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        self.beta = beta
+        self.beta = check_beta("SoftmaxNLLLoss", beta)
+        check_reduction("SoftmaxNLLLoss", reduction)
         self.reduction = reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -71,13 +71,50 @@ def check_int(op: str, name: str, value: Any, kind: str = "an int") -> int:
 
 
 def pair(op: str, name: str, value: Any) -> list[int]:
-    """Return [height, width] from one int or two."""
+    """Return [height, width] from one int or two; a sequence of one counts as one, as in torch."""
     if type(value) is int:
         return [value, value]
-    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
-    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise TypeError(f"{op}: {name} must be an int or two ints, got {value!r}")
-    return values
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    kind = "an int or two ints"
+    if not 1 <= len(values) <= 2:
+        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
+    values = [check_int(op, name, v, kind) for v in values]
+    return values * 2 if len(values) == 1 else values
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """The type that kernels compute in: float32 for half types."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorate the fake kernel of ``mnist_ops::name``, which also compares the tensors' devices.
+
+    A call with tensors on the CPU and on the meta device comes here, too, and would be given memory
+    without values.
+    """
+    names = [a.name for a in getattr(torch.ops.mnist_ops, name).default._schema.arguments]
+
+    def register(fake: Callable[..., Any]) -> None:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            values = [*args, *(kwargs[key] for key in names[len(args) :])]
+            tensors = [(n, v) for n, v in zip(names, values, strict=True) if isinstance(v, Tensor)]
+            for other, tensor in tensors[1:]:
+                check_same_device(name, other, tensor, *tensors[0])
+            return fake(*values)
+
+        torch.library.register_fake(f"mnist_ops::{name}", checked)
+
+    return register
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse two arguments on different devices."""
+    if tensor.device != other.device:
+        raise RuntimeError(
+            f"{op}: {name} is on {tensor.device} and {other_name} on {other.device}; they must be "
+            "on the same device"
+        )
 
 
 def is_channels_last(tensor: Tensor) -> bool:

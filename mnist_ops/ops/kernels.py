@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import check_number, pair
+from ._common import FLOATING, check_int, check_number, pair
 
 
 def gaussian1d(
@@ -14,6 +14,9 @@ def gaussian1d(
     amplitude: float = 1.0,
     center: float = 0.5,
     normalize: bool = False,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | int = "cpu",
 ) -> Tensor:
     r"""Sample a Gaussian at ``size`` points.
 
@@ -27,9 +30,12 @@ def gaussian1d(
         amplitude: the largest value, a.
         center: position of the maximum in units of ``size``; 0.5 is the middle.
         normalize: divide by the sum (``amplitude`` then cancels).
+        dtype: of the result; it is computed in float64.
+        device: of the result. The default is the CPU, whatever PyTorch's default device is: the
+            operators move a kernel to the device of their input.
 
     Returns:
-        A float64 tensor (size,) on the CPU.
+        A tensor (size,).
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -44,17 +50,23 @@ def gaussian1d(
         tensor([0.4111, 1.0000, 0.4111], dtype=torch.float64)
     """
     op = "gaussian1d"
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{op}: size must be an int, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{op}: size must be positive, got {size}")
+    size = check_int(op, "size", size)
+    if not 1 <= size < 2**31:
+        raise ValueError(f"{op}: size must be positive and below 2^31, got {size:.6g}")
     sigma, amplitude = check_number(op, "sigma", sigma), check_number(op, "amplitude", amplitude)
     center = check_number(op, "center", center)
     if not sigma > 0:
         raise ValueError(f"{op}: sigma must be > 0, got {sigma}")
-    i = torch.arange(1, size + 1, dtype=torch.float64)
+    check_dtype(op, dtype)
+    i = torch.arange(1, size + 1, dtype=torch.float64, device="cpu")
     kernel = amplitude * torch.exp(-(((i - (center * size + 0.5)) / (sigma * size)) ** 2) / 2)
-    return kernel / kernel.sum() if normalize else kernel
+    return (kernel / kernel.sum() if normalize else kernel).to(device, dtype)
+
+
+def check_dtype(op: str, dtype: object) -> None:
+    """Refuse a type that no kernel can have."""
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+        raise TypeError(f"{op}: dtype must be float64, float32, float16 or bfloat16, got {dtype!r}")
 
 
 def gaussian2d(
@@ -63,6 +75,9 @@ def gaussian2d(
     amplitude: float = 1.0,
     center: float = 0.5,
     normalize: bool = False,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | int = "cpu",
 ) -> Tensor:
     """Sample a Gaussian on a grid: ``amplitude`` times the outer product of two :func:`gaussian1d`.
 
@@ -72,9 +87,11 @@ def gaussian2d(
         amplitude: the largest value.
         center: as in :func:`gaussian1d`, in units of each side.
         normalize: divide by the sum.
+        dtype: as in :func:`gaussian1d`.
+        device: as in :func:`gaussian1d`.
 
     Returns:
-        A float64 tensor (height, width) on the CPU.
+        A tensor (height, width).
 
     Raises:
         TypeError, ValueError: as in :func:`gaussian1d`.
@@ -87,8 +104,10 @@ def gaussian2d(
         >>> mnist_ops.gaussian2d(3)[1]
         tensor([0.4111, 1.0000, 0.4111], dtype=torch.float64)
     """
-    height, width = pair("gaussian2d", "size", size)
+    op = "gaussian2d"
+    height, width = pair(op, "size", size)
+    check_dtype(op, dtype)
     rows = gaussian1d(height, sigma, 1.0, center)
     columns = gaussian1d(width, sigma, 1.0, center)
-    kernel = check_number("gaussian2d", "amplitude", amplitude) * torch.outer(rows, columns)
-    return kernel / kernel.sum() if normalize else kernel
+    kernel = check_number(op, "amplitude", amplitude) * torch.outer(rows, columns)
+    return (kernel / kernel.sum() if normalize else kernel).to(device, dtype)

@@ -14,9 +14,12 @@ from ._common import (
     check_floating,
     check_images,
     check_number,
+    check_same_device,
+    compute_type,
     direct,
     empty_images,
     register_autograd,
+    register_fake,
     register_image_vmap,
     sum_of_tangents,
 )
@@ -55,7 +58,8 @@ def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
         TypeError: an argument is no floating-point tensor.
         ValueError: a shape is wrong, ``kernel`` has an even size or requires grad.
         RuntimeError: the kernel's sum is 0 (on the CPU; on CUDA, where checking would have to wait
-            for the device, the result is then infinite or NaN).
+            for the device, the result is then infinite or NaN), or the kernel is on the meta device
+            and the input is not.
 
     Source:
         Torch7's ``nn.SpatialSubtractiveNormalization``. Differentiable any number of times. Under
@@ -89,7 +93,8 @@ def divisive_norm2d(
         input: as in :func:`subtractive_norm2d`. The mean is taken as 0.
         kernel: as in :func:`subtractive_norm2d`.
         threshold: deviations up to here are replaced; >= 0.
-        threshold_value: by this, > 0; default ``threshold``.
+        threshold_value: by this, > 0 and finite in the type that is computed in; default
+            ``threshold``.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``input``.
@@ -111,7 +116,8 @@ def divisive_norm2d(
     """
     op = "divisive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _divisive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
+    thresholds = check_thresholds(op, threshold, threshold_value, input.dtype)
+    return _divisive_norm2d(input, kernel, *thresholds)
 
 
 def contrastive_norm2d(
@@ -144,7 +150,8 @@ def contrastive_norm2d(
     """
     op = "contrastive_norm2d"
     kernel = _checked(op, input, kernel)
-    return _contrastive_norm2d(input, kernel, *check_thresholds(op, threshold, threshold_value))
+    thresholds = check_thresholds(op, threshold, threshold_value, input.dtype)
+    return _contrastive_norm2d(input, kernel, *thresholds)
 
 
 def check_kernel(op: str, kernel: object) -> Tensor:
@@ -168,12 +175,23 @@ def check_kernel(op: str, kernel: object) -> Tensor:
 
 def _checked(op: str, input: Tensor, kernel: Tensor) -> Tensor:
     check_images(op, input)
-    # A kernel made on the CPU serves input on any device; nothing is copied where it is there.
-    return check_kernel(op, kernel).to(input.device)
+    return kernel_beside(op, input, kernel)
 
 
-def check_thresholds(op: str, threshold: Any, value: Any) -> tuple[float, float]:
-    """Refuse thresholds that divide by 0 or make no sense; return both."""
+def kernel_beside(op: str, input: Tensor, kernel: Tensor) -> Tensor:
+    """Return a kernel on the device of input: one made on the CPU serves input on any device."""
+    device = input.device
+    if check_kernel(op, kernel).device == device:
+        return kernel
+    if kernel.is_meta:
+        check_same_device(op, "kernel", kernel, "input", input)
+    return kernel.to(device)
+
+
+def check_thresholds(
+    op: str, threshold: Any, value: Any, dtype: torch.dtype = torch.float64
+) -> tuple[float, float]:
+    """Refuse thresholds that divide by 0 or make no sense, computed with in dtype; return both."""
     threshold = check_number(op, "threshold", threshold)
     value = threshold if value is None else check_number(op, "threshold_value", value)
     if not 0 <= threshold < math.inf:
@@ -183,6 +201,13 @@ def check_thresholds(op: str, threshold: Any, value: Any) -> tuple[float, float]
             f"{op}: threshold_value must be > 0 and finite, got {value} (it is what pixels are "
             "divided by where the deviation is not above the threshold)"
         )
+    if not 1e-30 < value < 1e30 and dtype is not torch.float64:
+        info = torch.finfo(torch.float32)
+        if not info.smallest_normal * info.eps <= value <= info.max:
+            raise ValueError(
+                f"{op}: threshold_value must be > 0 and finite in float32, which {dtype} is "
+                f"computed in, got {value}"
+            )
     return threshold, value
 
 
@@ -198,10 +223,10 @@ def _fake_backward_with_input(grad_output, input, *rest):
 
 
 for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
-    torch.library.register_fake(f"mnist_ops::{_name}", _fake_like_input)
-torch.library.register_fake("mnist_ops::subtractive_norm2d_backward", _fake_like_input)
+    register_fake(_name)(_fake_like_input)
+register_fake("subtractive_norm2d_backward")(_fake_like_input)
 for _name in ("divisive_norm2d_backward", "contrastive_norm2d_backward"):
-    torch.library.register_fake(f"mnist_ops::{_name}", _fake_backward_with_input)
+    register_fake(_name)(_fake_backward_with_input)
 
 
 # -------------------------------------------------------------------------------------- autograd
@@ -294,7 +319,7 @@ class _Divisive:
 
     def __init__(self, x: Tensor, kernel: Tensor, threshold: float, value: float) -> None:
         self.dtype, self.shape = x.dtype, x.shape
-        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.wide = compute_type(x.dtype)
         x = self._widen(x)
         kernel = kernel.double()
         self.unit = (kernel / kernel.sum()).to(self.wide)

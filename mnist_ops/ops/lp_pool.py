@@ -12,11 +12,13 @@ from ._common import (
     _library,
     check_images,
     check_number,
+    compute_type,
     direct,
     empty_images,
     pair,
     refuse_lone_tangent,
     register_autograd,
+    register_fake,
     register_image_vmap,
     sum_of_tangents,
 )
@@ -51,8 +53,11 @@ def lp_pool2d(
 
     Args:
         input: images (N, C, H, W) or one image (C, H, W); float64, float32, float16 or bfloat16
-            (the half types are computed in float32).
+            (the half types are computed in float32). Three dimensions are always one image: a batch
+            of sequences (N, C, L) would be taken for one of N channels; give it as (N, C, 1, L).
         norm_type: p, any number > 0, or ``float("inf")``. 1, 2 and inf have kernels of their own.
+            In the type that is computed in (float32 unless the input is float64), p above its range
+            is taken as inf, and p below its smallest normal number (1.2e-38 in float32) is refused.
         kernel_size: height and width of a window, in pixels; one int or two.
         stride: distance between windows, in pixels; default ``kernel_size``.
         padding: how far windows reach over each border, in pixels, at most half of ``kernel_size``.
@@ -79,24 +84,42 @@ def lp_pool2d(
     """
     op = "lp_pool2d"
     check_images(op, input)
-    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
+    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
     check_fit(op, input, windows[1], windows[3])
     return _lp_pool2d(input, *windows)
 
 
 def check_windows(
-    op: str, norm_type: Any, kernel_size: Any, stride: Any, padding: Any, ceil_mode: Any
+    op: str,
+    norm_type: Any,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: Any,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[float, list[int], list[int], list[int], bool]:
-    """Refuse windows that no image could have; return them as the operators take them."""
+    """Refuse windows that no image of dtype could have; return them as the operators take them."""
     p = check_number(op, "norm_type", norm_type)
     if not p > 0:
         raise ValueError(f"{op}: norm_type must be > 0, got {norm_type}")
+    if not 1e-30 < p < 1e30:
+        wide = compute_type(dtype)
+        info = torch.finfo(wide)
+        if p < info.smallest_normal:
+            raise ValueError(
+                f"{op}: norm_type must be at least {info.smallest_normal:.3g}, the smallest normal "
+                f"number of {wide}, which {dtype} is computed in, got {norm_type}"
+            )
+        if p > info.max:
+            p = math.inf
     kernel = pair(op, "kernel_size", kernel_size)
     steps = kernel if stride is None else pair(op, "stride", stride)
     pads = pair(op, "padding", padding)
     for name, values in (("kernel_size", kernel), ("stride", steps)):
         if values[0] < 1 or values[1] < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(values)}")
+        if max(values) >= 2**31:  # no image's size, and clear of overflow, as in lp_pool.h
+            raise ValueError(f"{op}: {name} must be below 2^31, got {max(values):.6g}")
     if not (0 <= pads[0] <= kernel[0] // 2 and 0 <= pads[1] <= kernel[1] // 2):
         raise ValueError(
             f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
@@ -155,23 +178,23 @@ for _key in ("CPU", "CUDA"):
 # ------------------------------------------------------------------------------------------ fake
 
 
-@torch.library.register_fake("mnist_ops::lp_pool2d")
+@register_fake("lp_pool2d")
 def _(input, norm_type, kernel_size, stride, padding, ceil_mode):
     size = output_size("lp_pool2d", input, kernel_size, stride, padding, ceil_mode)
     return empty_images(input, *size)
 
 
-@torch.library.register_fake("mnist_ops::lp_pool2d_backward")
+@register_fake("lp_pool2d_backward")
 def _(grad_output, input, output, norm_type, kernel_size, stride, padding, ceil_mode):
     return empty_images(input, *input.shape[-2:])
 
 
-@torch.library.register_fake("mnist_ops::lp_pool2d_jvp")
+@register_fake("lp_pool2d_jvp")
 def _(tangent, input, output, norm_type, kernel_size, stride, padding, ceil_mode):
     return empty_images(input, *output.shape[-2:])
 
 
-@torch.library.register_fake("mnist_ops::lp_pool2d_double_backward")
+@register_fake("lp_pool2d_double_backward")
 def _(grad_grad_input, grad_output, input, output, norm_type, kernel_size, stride, padding, ceil):
     return empty_images(input, *output.shape[-2:]), empty_images(input, *input.shape[-2:])
 
@@ -257,7 +280,7 @@ def _curvature(v: Tensor, w: Tensor, x: Tensor, y: Tensor, p: float, *windows: A
     if p == 1 or p == math.inf:
         return torch.zeros_like(y)
     dtype = x.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_type(dtype)
     v, w, x, y = (t.to(wide) for t in (v, w, x, y))
     pooled = y != 0
     divisor = torch.where(pooled, y, 1.0)

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import batch_first, check_floating, direct, register_autograd, sum_of_tangents
+from ._common import (
+    batch_first,
+    check_floating,
+    direct,
+    register_autograd,
+    register_fake,
+    sum_of_tangents,
+)
 
 _ops = torch.ops.mnist_ops
 _sigmoid = direct("sigmoid")
@@ -43,12 +50,12 @@ def sigmoid(input: Tensor) -> Tensor:
     return _sigmoid(input)
 
 
-@torch.library.register_fake("mnist_ops::sigmoid")
+@register_fake("sigmoid")
 def _(input):
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("mnist_ops::sigmoid_backward")
+@register_fake("sigmoid_backward")
 def _(grad_output, output):
     return torch.empty_like(output)
 

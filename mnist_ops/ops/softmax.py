@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,11 +11,15 @@ from ._common import (
     autocast_to_float32,
     batch_first,
     check_floating,
+    check_int,
     check_number,
+    check_same_device,
+    compute_type,
     direct,
     is_channels_last,
     refuse_lone_tangent,
     register_autograd,
+    register_fake,
     sum_of_tangents,
 )
 
@@ -41,7 +44,8 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         input: a tensor of any shape; float64, float32, float16 or bfloat16 (the half types are
             computed in float32).
         dim: the dimension that sums to 1.
-        beta: what the input is multiplied by, any finite number; an inverse temperature.
+        beta: what the input is multiplied by, an inverse temperature; any number that is finite in
+            the type that is computed in.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``input``.
@@ -62,7 +66,7 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     op = "softmax"
-    return _softmax(input, _dim(op, input, dim), _beta(op, beta))
+    return _softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
 
 
 def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
@@ -94,7 +98,7 @@ def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([-0.6931, -0.6931])
     """
     op = "log_softmax"
-    return _log_softmax(input, _dim(op, input, dim), _beta(op, beta))
+    return _log_softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
 
 
 def softmax_nll(
@@ -120,7 +124,7 @@ def softmax_nll(
         TypeError: ``input`` is not floating-point, ``target`` not integer.
         ValueError: the shapes do not fit, ``beta`` is not finite, no such reduction.
         RuntimeError: a target is out of range (on the CPU; on CUDA, where checking would have to
-            wait for the device, loss and gradient of that row are NaN).
+            wait for the device, loss and gradient of that row are NaN), or on another device.
 
     Source:
         Torch7's ``nn.LogSoftMax`` followed by ``nn.ClassNLLCriterion``. Differentiable any number
@@ -145,28 +149,38 @@ def softmax_nll(
             f"{op}: target must have the shape {tuple(expected)} for an input of "
             f"{tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(op, reduction)
+    check_same_device(op, "target", target, "input", input)
     if target.dtype is not torch.int64:
         target = target.long()
-    return _softmax_nll(input, target, _beta(op, beta), reduction)[0]
+    return _softmax_nll(input, target, check_beta(op, beta, input.dtype), reduction)[0]
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:
     check_floating(op, "input", input)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
+    dim = check_int(op, "dim", dim)
     dims = max(input.dim(), 1)
     if not -dims <= dim < dims:
         raise IndexError(f"{op}: dim must be in [{-dims}, {dims - 1}], got {dim}")
     return dim
 
 
-def _beta(op: str, beta: float) -> float:
+def check_beta(op: str, beta: Any, dtype: torch.dtype = torch.float64) -> float:
+    """Refuse a factor that is not finite where it is computed with."""
     beta = check_number(op, "beta", beta)
-    if not -math.inf < beta < math.inf:
-        raise ValueError(f"{op}: beta must be finite, got {beta}")
+    if not -1e30 < beta < 1e30:
+        wide = compute_type(dtype)
+        if not abs(beta) <= torch.finfo(wide).max:
+            raise ValueError(
+                f"{op}: beta must be finite in {wide}, which {dtype} is computed in, got {beta}"
+            )
     return beta
+
+
+def check_reduction(op: str, reduction: object) -> None:
+    """Refuse what is not the name of a reduction."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 # ------------------------------------------------------------------------------------------ fake
@@ -181,19 +195,19 @@ def _fake_backward(grad_output, output, dim, beta):
 
 
 for _name in ("softmax", "log_softmax"):
-    torch.library.register_fake(f"mnist_ops::{_name}", _fake_forward)
-    torch.library.register_fake(f"mnist_ops::{_name}_backward", _fake_backward)
+    register_fake(_name)(_fake_forward)
+    register_fake(f"{_name}_backward")(_fake_backward)
 
 
-@torch.library.register_fake("mnist_ops::softmax_nll")
+@register_fake("softmax_nll")
 def _(input, target, beta, reduction):
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wide = compute_type(input.dtype)
     loss = input.new_empty(target.shape if reduction == "none" else ())
     largest, log_sum = (input.new_empty(target.shape, dtype=wide) for _ in range(2))
     return loss, largest, log_sum
 
 
-@torch.library.register_fake("mnist_ops::softmax_nll_backward")
+@register_fake("softmax_nll_backward")
 def _(grad_loss, input, target, largest, log_sum, beta, reduction):
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)

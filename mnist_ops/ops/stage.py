@@ -10,13 +10,15 @@ from torch import Tensor
 from ._common import (
     autocast_to_float32,
     check_images,
+    compute_type,
     direct,
     empty_images,
     register_autograd,
+    register_fake,
     register_image_vmap,
     sum_of_tangents,
 )
-from .local_norm import check_kernel, refuse_kernel_gradient, refuse_kernel_tangent
+from .local_norm import kernel_beside, refuse_kernel_gradient, refuse_kernel_tangent
 from .lp_pool import check_fit, check_windows, output_size
 
 _ops = torch.ops.mnist_ops
@@ -85,10 +87,9 @@ def stage2d(
     op = "stage2d"
     check_images(op, input)
     check_activation(op, activation)
-    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode)
+    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
     check_fit(op, input, windows[1], windows[3])
-    # A kernel made on the CPU serves input on any device; nothing is copied where it is there.
-    return _stage2d(input, check_kernel(op, kernel).to(input.device), activation, *windows)
+    return _stage2d(input, kernel_beside(op, input, kernel), activation, *windows)
 
 
 def check_activation(op: str, activation: object) -> None:
@@ -101,13 +102,13 @@ def check_activation(op: str, activation: object) -> None:
 # ------------------------------------------------------------------------------------------ fake
 
 
-@torch.library.register_fake("mnist_ops::stage2d")
+@register_fake("stage2d")
 def _(input, kernel, activation, norm_type, kernel_size, stride, padding, ceil_mode):
     size = output_size("stage2d", input, kernel_size, stride, padding, ceil_mode)
     return empty_images(input, *size)
 
 
-@torch.library.register_fake("mnist_ops::stage2d_backward")
+@register_fake("stage2d_backward")
 def _(grad_output, input, kernel, activation, norm_type, kernel_size, stride, padding, ceil_mode):
     return empty_images(input, *input.shape[-2:])
 
@@ -155,7 +156,7 @@ def _second_order(
     the chain rule over the operators that a stage is made of, each of which has a derivative.
     """
     dtype = x.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_type(dtype)
     v, g, x = v.to(wide), g.to(wide), x.to(wide)
     a, slope, bend = _activated(activation, x)
     y = _ops.lp_pool2d(a, *windows)
@@ -178,7 +179,7 @@ def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> 
     x, kernel = ctx.saved_tensors
     activation, *windows = ctx.options
     dtype = x.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = compute_type(dtype)
     a, slope, _ = _activated(activation, x.to(wide))
     y = _ops.lp_pool2d(a, *windows)
     pooled = _ops.lp_pool2d_jvp(slope * tangent.to(wide), a, y, *windows)
