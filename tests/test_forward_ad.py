@@ -203,7 +203,7 @@ def test_compositions(device, operator, layout):
 
 @every_operator
 def test_jacobians_and_hessians(device, operator):
-    x = torch.randn(1, 4, 3, 2, dtype=torch.float64, device=device)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, device=device)
     ours, theirs = both(operator, x)
     for matrix in (
         jacfwd,

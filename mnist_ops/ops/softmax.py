@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -169,6 +170,8 @@ def check_beta(op: str, beta: Any, dtype: torch.dtype = torch.float64) -> float:
     """Refuse a factor that is not finite where it is computed with."""
     beta = check_number(op, "beta", beta)
     if not -1e30 < beta < 1e30:
+        if not math.isfinite(beta):
+            raise ValueError(f"{op}: beta must be finite, got {beta}")
         wide = compute_type(dtype)
         if not abs(beta) <= torch.finfo(wide).max:
             raise ValueError(
