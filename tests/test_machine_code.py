@@ -73,6 +73,18 @@ PACKED = (
 )
 
 
+# What is left of local memory in them, in instructions of nvcc 13.0. To be mended; more is a fault.
+SPILLS = {
+    "backward_threes_kernel<1, 8, BFloat16>": 4,
+    "backward_threes_kernel<1, 8, Half>": 2,
+    "backward_channels_kernel<1, 4, float>": 4,
+    "backward_channels_kernel<1, 2, double>": 8,
+    "backward_blocks_kernel<3, 3, 4, Half>": 4,
+    "tile_backward_kernel<true, 4, float>": 2,
+    "tile_forward_kernel<true, 2, double>": 4,
+}
+
+
 def tool(name: str) -> Path | None:
     """Return a program of the CUDA toolkit that Triton brings."""
     spec = importlib.util.find_spec("triton")
@@ -153,7 +165,7 @@ def faults(name: str, found: Counter[tuple[str, int]]) -> list[str]:
             wrong.append(f"no store of {store} bytes")
         if narrow and not packed.rest:
             wrong.append(f"{narrow} stores of less than {store} bytes")
-        if local := in_local_memory(found):
+        if (local := in_local_memory(found)) > SPILLS.get(name, 0):
             wrong.append(f"{local} accesses to local memory")
         return wrong
     return []
