@@ -347,6 +347,17 @@ def backward_arguments(
     return result, (x, y, *rest.values())
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether two elements may lie at one address."""
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
+
+
 def wrong_layout(op: Any, positional: list[Any]) -> str | None:
     """Hold a result's shape, dtype and strides against what the fake kernel says."""
     if not any(isinstance(a, Tensor) and a.is_floating_point() for a in positional):
@@ -478,7 +489,8 @@ def derived(
         if how == "vmap":
             return batch_call(draw, name, args, function)
         if how == "jvp":
-            return torch.func.jvp(on, (x,), (v,))
+            # PyTorch lays the tangent out like x, which cannot be where elements share memory.
+            return torch.func.jvp(on, (x.clone() if overlaps(x) else x,), (v,))
         leaf = x.detach().requires_grad_()
         y = on(leaf)
         if how == "grad":

@@ -150,7 +150,8 @@ def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> 
 def output_size(
     op: str, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool
 ) -> list[Any]:
-    """Return [height, width] of the pooled map; refuse windows that do not fit."""
+    """Return [height, width] of the pooled map; refuse windows that no kernel takes."""
+    check_windows(op, 1.0, kernel, stride, padding, ceil)
     check_fit(op, input, kernel, padding)
     sizes = input.shape[-2:]
     return [_pooled(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
