@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import threading
 from pathlib import Path
 
@@ -1130,3 +1131,64 @@ def test_check_changes_nothing():
     several.check(images)
     with pytest.raises(UnsupportedError):
         several.check(images[:, :2])
+
+
+def raw_arguments():
+    """Arguments of the raw operator for a convolution with a normalization and a linear layer."""
+    model = Sequential(
+        Conv2d(1, 3, 3), nn.SubtractiveNorm2d(gaussian1d(3)), Flatten(), Linear(27, 4)
+    ).double()
+    images, labels = samples(1, 5, 5)
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "velocities": [],
+        "network": OnlineSGD(model)._network,
+        "kernels": [model[1].kernel],
+        "images": images,
+        "labels": labels,
+        "order": torch.arange(5),
+        "uniform": torch.empty(0, dtype=torch.float64),
+        "loss": 0,
+        "step": 0,
+        "lr": 0.1,
+        "lr_decay": 0.0,
+        "weight_decay": 0.0,
+        "momentum": 0.0,
+        "dampening": 0.0,
+        "nesterov": False,
+        "started": False,
+        "threads": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"momentum": 0.5}, "velocities go with a momentum, and only with one"),
+        ({"lr": math.nan}, "must be finite, got nan"),
+        ({"weight_decay": math.inf}, "must be finite, got inf"),
+        ({"threads": 2**63 - 1}, r"threads must be in \[1, 2\^20\], got 9223372036854775807"),
+        ({"threads": 0}, r"threads must be in \[1, 2\^20\], got 0"),
+        ({"step": -1}, r"step must be in \[0, 2\^53\], got -1"),
+        ({"step": 2**62}, r"step must be in \[0, 2\^53\]"),
+        ({"loss": 3}, "loss must be 0, 1 or 2, got 3"),
+        ({"images": torch.zeros(20, 1, 0, 5)}, "expected between 1 and 2\\^40 elements"),
+        ({"kernels": [torch.ones(3, dtype=torch.int64)]}, "kernel must be a floating-point tensor"),
+        ({"kernels": [torch.ones(4)]}, "kernel sizes must be odd"),
+        ({"kernels": []}, "its kernel was not given"),
+        ({"network": "linear 99999999999 1 0"}, ""),
+        ({"network": "max_pool2d 4611686018427387904"}, ""),
+        ({"network": "conv2d"}, ""),
+        ({"network": ""}, ""),
+        ({"parameters": []}, "the network has no parameters"),
+    ],
+    ids=str,
+)
+def test_the_raw_operator_refuses(wrong, message):
+    right = raw_arguments()
+    before = [p.clone() for p in right["parameters"]]
+    with pytest.raises(RuntimeError, match=message) as refused:
+        torch.ops.mnist_ops.online_sgd(*(right | wrong).values())
+    assert "online_sgd" in str(refused.value)
+    assert all(torch.equal(a, b) for a, b in zip(right["parameters"], before, strict=True))
+    torch.ops.mnist_ops.online_sgd(*right.values())

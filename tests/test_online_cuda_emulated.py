@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -501,3 +502,34 @@ def test_every_mode_is_a_mode_of_the_operator():
     assert online.MODES == ("auto", "graph", "persistent")
     with pytest.raises(ValueError, match="mode must be 'auto', 'graph', 'persistent', got 'fast'"):
         OnlineSGD(Linear(2, 2), mode="fast")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({3: 0.5}, "velocities go with a momentum, and only with one"),
+        ({0: math.nan}, "settings must be finite, got nan"),
+    ],
+)
+def test_the_raw_operator_refuses_settings(emulated, wrong, message):
+    """The first read through a null pointer."""
+    emulated.set()
+    model = torch.nn.Linear(3, 2).double()
+    settings = torch.zeros(1, 7, dtype=torch.float64)
+    for i, number in wrong.items():
+        settings[0, i] = number
+    arguments = [
+        [p.detach().clone() for p in model.parameters()],
+        [],
+        OnlineSGD(model)._network,
+        [],
+        torch.randn(4, 3, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.int64),
+        torch.arange(3).unsqueeze(0),
+        torch.empty(0, dtype=torch.float64),
+        *(0, settings, False, 0, True),
+    ]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mnist_ops_emulated.online_sgd_models(*arguments)
+    arguments[9] = torch.zeros(1, 7, dtype=torch.float64)
+    torch.ops.mnist_ops_emulated.online_sgd_models(*arguments)
