@@ -109,11 +109,11 @@ class SubtractiveNorm2d(torch.nn.Module):
             self._buffers["kernel"] = self._exact.to(self.kernel.device, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self._buffers["kernel"]
+        before = self.kernel
         if self._has_values and not before.is_meta:
             self._exact = before.to("cpu", torch.float64, copy=True)  # it may have been written to
         result = super()._apply(fn, recurse)
-        after = self._buffers["kernel"]
+        after = self.kernel
         # .half() and .float() round the weights, which are normalised in float64; to_empty loses
         # them.
         if self._has_values and after is not before and not after.is_meta:
@@ -149,7 +149,7 @@ class SubtractiveNorm2d(torch.nn.Module):
 
     def _load_kernel(self, saved: Tensor, assign: bool) -> None:
         """Refuse a kernel that is not this module's; take it where this module has no values."""
-        name, mine = type(self).__name__, self._buffers["kernel"]
+        name, mine = type(self).__name__, self.kernel
         check_kernel(name, saved)
         if saved.shape != mine.shape:
             raise ValueError(

@@ -150,6 +150,49 @@ inline bool has_clusters(const void* kernel) {
   return device_attribute(cudaDevAttrClusterLaunch) != 0 && attributes_of(kernel).ptxVersion >= 90;
 }
 
+// A launch of so many blocks in clusters of so many neighbours.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(int64_t blocks, int cluster, dim3 threads, int64_t shared_bytes,
+                cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = threads;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+
+  // Whether the device can hold one such cluster: a part of a device (MIG) may have too few
+  // multiprocessors next to each other.
+  bool fits(const void* kernel) const {
+    int resident = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
+    return resident > 0;
+  }
+};
+
+// Blocks of the largest cluster, up to kMaxCluster, that the device can hold of this kernel with as
+// many threads and as much shared memory as it may take. 1 where there are no clusters.
+inline int largest_cluster(const void* kernel) {
+  if (!has_clusters(kernel)) return 1;
+  allow_shared_memory(kernel);
+  const cudaFuncAttributes attributes = attributes_of(kernel);
+  const dim3 threads(static_cast<unsigned>(attributes.maxThreadsPerBlock));
+  const int64_t shared = shared_memory_limit() - static_cast<int64_t>(attributes.sharedSizeBytes);
+  int cluster = kMaxCluster;
+  while (cluster > 1 && !ClusterLaunch(cluster, cluster, threads, shared, nullptr).fits(kernel)) {
+    cluster /= 2;
+  }
+  return cluster;
+}
+
 // For launches of this kernel.
 template <typename Kernel>
 Multiprocessors multiprocessors(Kernel* kernel) {
@@ -158,7 +201,7 @@ Multiprocessors multiprocessors(Kernel* kernel) {
       [address] {
         return Multiprocessors{multiprocessor_count(),
                                device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                               shared_memory_limit(), has_clusters(address) ? kMaxCluster : 1, 256};
+                               shared_memory_limit(), largest_cluster(address), 256};
       },
       address);
 }
@@ -240,26 +283,11 @@ class CurrentStream {
   template <typename Kernel, typename... Arguments>
   bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
                        const Arguments&... arguments) const {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = threads;
-    config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    const ClusterLaunch launch(blocks, cluster, threads, 0, stream_);
     const void* const address = address_of(kernel);
-    const bool fits = remembered(
-        [&] {
-          if (!has_clusters(address)) return false;
-          int resident = 0;
-          STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &config));
-          return resident > 0;
-        },
-        address, cluster, threads.x);
-    if (fits) STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    const bool fits = remembered([&] { return has_clusters(address) && launch.fits(address); },
+                                 address, cluster, threads.x);
+    if (fits) STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
     return fits;
   }
 
@@ -283,18 +311,9 @@ class CurrentStream {
         address, threads, shared_bytes);
     const int64_t room = std::max<int64_t>(1, blocks / cluster);
     const int64_t clusters = cluster > 1 && items <= 4 * room ? items : std::min(items, room);
-    cudaLaunchAttribute size = {};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = static_cast<unsigned>(cluster);
-    size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    cudaLaunchConfig_t launch = {};
-    launch.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
-    launch.blockDim = dim3(static_cast<unsigned>(threads));
-    launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    launch.stream = stream_;
-    launch.attrs = &size;
-    launch.numAttrs = cluster > 1 ? 1 : 0;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, arguments...));
+    const ClusterLaunch launch(clusters * cluster, cluster, dim3(static_cast<unsigned>(threads)),
+                               shared_bytes, stream_);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
   }
 
  private:

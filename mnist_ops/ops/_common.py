@@ -275,10 +275,10 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
 
 def sum_of_tangents(*terms: Tensor | None) -> Tensor | None:
     """Add up what each argument's tangent gives; None where an argument has no tangent."""
-    given = [term for term in terms if term is not None]
-    total = given[0] if given else None
-    for term in given[1:]:
-        total = total + term
+    total: Tensor | None = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
     return total
 
 

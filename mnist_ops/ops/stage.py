@@ -173,7 +173,7 @@ def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, 
     return grad_g, grad_x, *(None,) * (1 + len(ctx.options))
 
 
-def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *rest: None) -> Tensor:
     """The chain rule once more; the operators of a stage are differentiable in either mode."""
     refuse_kernel_tangent(kernel_tangent)
     x, kernel = ctx.saved_tensors
@@ -187,7 +187,7 @@ def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> 
 
 
 def _backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *_: None
+    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *rest: None
 ) -> Tensor | None:
     refuse_kernel_tangent(kernel_tangent)
     by_grad = by_input = None
