@@ -686,3 +686,13 @@ def test_softmax_nll(emulator: Emulator, case: Cases):
     )
     assert rows[0].isnan().all()
     close(rows[1:], expected_rows[1:], grad, 4)
+
+
+def test_local_normalization_divides_by_subnormal_values(emulator: Emulator):
+    """A threshold_value whose reciprocal float32 does not hold."""
+    x = torch.linspace(-2, 2, 3 * 8 * 8).reshape(1, 3, 8, 8) * 1e-37
+    kernel = torch.tensor([1.0, 2.0, 1.0])
+    for value in (1e-39, 2.9387358770557188e-39, 3e-39, 1e-38):
+        (y,) = emulator("divisive_norm2d", x, kernel, 1.0, value)
+        expected = x.double() / torch.tensor(value).double()
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=0)

@@ -315,3 +315,109 @@ def test_gaussian_arguments():
     ):
         with pytest.raises(error, match="gaussian1d: "):
             gaussian1d(**bad)
+
+
+# ------------------------------------------------------------------------------------------- range
+
+
+def _wide_reference(name, x, kernel, threshold, value, grad):
+    """Forward and gradient in NumPy's long double, whose range holds every dtype's squares."""
+    wide = np.longdouble
+    unit = kernel.numpy().astype(wide)
+    unit /= unit.sum()
+    radius, (height, width) = len(unit) // 2, x.shape[-2:]
+
+    def band(size):
+        matrix = np.zeros((size, size), dtype=wide)
+        for i in range(size):
+            for k in range(len(unit)):
+                if 0 <= i + k - radius < size:
+                    matrix[i, i + k - radius] = unit[k]
+        return matrix
+
+    rows, columns = band(height), band(width)
+
+    def blur(plane):
+        return np.einsum("ih,nhw,jw->nij", rows, plane, columns)[:, None]
+
+    def adjoint(plane):
+        return np.einsum("hi,nhw,wj->nij", rows, plane[:, 0], columns)[:, None]
+
+    channels = wide(x.shape[1])
+    z, g = (t.double().numpy().astype(wide) for t in (x, grad))
+    coef = blur(np.ones((1, height, width), dtype=wide))
+    if name == "contrastive_norm2d":
+        z = z - blur(z.sum(1)) / channels / coef
+    s = np.sqrt(blur((z * z).sum(1)) / channels) / coef
+    above = s > threshold
+    d = np.where(above, s, wide(value))
+    safe = np.where(above, s, wide(1))
+    h = np.where(above, (g * z).sum(1, keepdims=True) / (safe**3 * coef**2), wide(0))
+    gz = g / d - z * adjoint(h) / channels
+    if name == "contrastive_norm2d":
+        gz = gz - adjoint(gz.sum(1, keepdims=True) / coef) / channels
+    return z / d, gz
+
+
+def _assert_close_at_any_scale(ours, expected, dtype):
+    """Like assert_close, relative to the largest number of each pixel's neighbourhood: an image."""
+    ours = ours.detach().cpu().double().numpy().astype(np.longdouble)
+    largest = np.longdouble(torch.finfo(dtype).max)
+    tiny = np.longdouble(torch.finfo(dtype).smallest_normal)
+    for image, reference in zip(ours, expected, strict=True):
+        scale = np.abs(reference).max()
+        if scale > largest:  # not to be held by the dtype
+            continue
+        error = np.abs(image - reference).max()
+        assert error <= 8 * TOLERANCE[dtype] * scale + tiny, (error, scale)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_images_of_any_magnitude(device, name, channels, layout, dtype):
+    generator = torch.Generator().manual_seed(5)
+    kernel = torch.tensor([0.2, 0.7, 1.0, 0.6, 0.3], dtype=torch.float64)
+    image = torch.randn(3, channels, 9, 8, generator=generator, dtype=torch.float64)
+    image[1, :, :, :3] = 0
+    grad = torch.randn(3, channels, 9, 8, generator=generator, dtype=torch.float64)
+    factors = [1e-30, 1e-22, 1e-16, 1e-10, 1.0, 1e10, 1e16, 1e20, 1e30]
+    if dtype == torch.float64:
+        factors += [1e-250, 1e-200, 1e-120, 1e120, 1e200, 1e250, 1e300]
+    for factor in factors:
+        for threshold, value in ((0.0, 1.0), (1e-4, 1e-4), (1e20, 1e20)):
+            x = (image * factor).to(dtype)
+            x[2, 0, 4, 4] *= 1e6  # one huge pixel
+            x = x.to(memory_format=layout)
+            g = grad.to(dtype)
+            leaf = x.to(device).requires_grad_()
+            y = getattr(mnist_ops, name)(leaf, kernel.to(device), threshold, value)
+            (gx,) = torch.autograd.grad(y, leaf, g.to(device))
+            expected = _wide_reference(name, x, kernel, threshold, value, g)
+            _assert_close_at_any_scale(y, expected[0], dtype)
+            _assert_close_at_any_scale(gx, expected[1], dtype)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sums_of_channels_near_the_end_of_the_range(name):
+    for dtype, largest in ((torch.float32, 3e38), (torch.float64, 1.5e308)):
+        x = torch.full((1, 5, 4, 4), largest, dtype=dtype)
+        x[0, 1] /= 2
+        y = getattr(mnist_ops, name)(x, gaussian1d(3))
+        small = getattr(mnist_ops, name)(x / largest, gaussian1d(3))
+        if name == "subtractive_norm2d":
+            small = small * largest
+        torch.testing.assert_close(y, small, rtol=1e-5, atol=0)
+
+
+def test_a_gradient_of_any_magnitude():
+    x = torch.randn(1, 2, 6, 6)
+    for name in FUNCTIONS:
+        for scale in (1e-36, 1e-30, 1e30, 1e36):
+            leaf = x.clone().requires_grad_()
+            y = getattr(mnist_ops, name)(leaf, gaussian1d(3))
+            (unit,) = torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
+            (grad,) = torch.autograd.grad(y, leaf, torch.full_like(y, scale))
+            difference = (grad.double() / scale - unit.double()).abs().max()
+            assert difference < 1e-5 * unit.abs().max() + 1e-6

@@ -10,6 +10,10 @@
 
 namespace mnist_ops::cpu {
 
+inline long double fused_fmadd(long double a, long double b, long double c) {
+  return a * b + c;
+}
+
 // Correlation of a plane with the normalised kernel, and its adjoint.
 template <typename A>
 struct Blur {

@@ -7,15 +7,56 @@
 //
 // With at least as many images as threads each thread takes whole images; with fewer, the rows of
 // each image are shared out, step by step. Results do not depend on the number of threads.
+//
+// Squares leave the range of the type that computes long before their roots do. An image for which
+// that happens (trusted() and what follows) is computed again in a wider type: whatever the type
+// holds has its right result, and the digits of other images do not change.
 
 #include "../local_norm.h"
 
 #include "blur.h"
 
+#include <atomic>
+#include <optional>
+
 namespace mnist_ops::cpu {
 namespace {
 
 constexpr int64_t kChunk = 1024;  // pixels handled at a time: the planes' parts stay in L1
+
+// The type in which the squares and third powers of A are far from the ends of the range. Where
+// long double is no wider than double (not on x86 nor AArch64 with Linux), nothing is won.
+template <typename A>
+using Wider = std::conditional_t<std::is_same_v<A, float>, double, long double>;
+
+// load(), stage() and store() of common.h for any type A that computes.
+template <typename A, typename T>
+const A* load_as(const T* from, A* scratch, int64_t n) {
+  if constexpr (std::is_same_v<A, opmath_t<T>>) {
+    return load(from, scratch, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<opmath_t<T>>(from[i]);
+    return scratch;
+  }
+}
+
+template <typename A, typename T>
+A* stage_as(T* to, A* scratch) {
+  if constexpr (std::is_same_v<A, opmath_t<T>>) {
+    return stage(to, scratch);
+  } else {
+    return scratch;
+  }
+}
+
+template <typename A, typename T>
+void store_as(const A* staged, T* to, int64_t n) {
+  if constexpr (std::is_same_v<A, opmath_t<T>>) {
+    store(staged, to, n);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<opmath_t<T>>(staged[i]));
+  }
+}
 
 // ------------------------------------------------------------------- sums over channels, and back
 
@@ -26,8 +67,8 @@ void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begi
   if constexpr (kChannelsLast) {
     std::vector<A> from_a(C), from_b(C);
     for (int64_t p = begin; p < end; ++p) {
-      const A* as = load(a + p * C, from_a.data(), C);
-      const A* bs = b == a ? as : load(b + p * C, from_b.data(), C);
+      const A* as = load_as<A>(a + p * C, from_a.data(), C);
+      const A* bs = b == a ? as : load_as<A>(b + p * C, from_b.data(), C);
       int k = 0;
       const auto add_up = [&](const auto& term) {
         A sum = A(0);
@@ -42,8 +83,8 @@ void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begi
     for (int64_t p0 = begin; p0 < end; p0 += kChunk) {
       const int64_t n = std::min(kChunk, end - p0);
       for (int64_t c = 0; c < C; ++c) {
-        const A* as = load(a + c * HW + p0, from_a, n);
-        const A* bs = b == a ? as : load(b + c * HW + p0, from_b, n);
+        const A* as = load_as<A>(a + c * HW + p0, from_a, n);
+        const A* bs = b == a ? as : load_as<A>(b + c * HW + p0, from_b, n);
         int k = 0;
         const auto add_up = [&](const auto& term) {
           A* sum = sums[k++] + p0;
@@ -62,17 +103,16 @@ void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begi
 }
 
 // out = value(a, b, p) in every channel, for the pixels [begin, end).
-template <bool kChannelsLast, typename T, typename F>
+template <bool kChannelsLast, typename A, typename T, typename F>
 void map_channels(const T* a, const T* b, T* out, int64_t C, int64_t HW, int64_t begin, int64_t end,
                   const F& value) {
-  using A = opmath_t<T>;
   const auto run = [&](int64_t offset, int64_t n, A* from_a, A* from_b, A* to, auto&& pixel) {
-    const A* as = load(a + offset, from_a, n);
-    const A* bs = b == a ? as : load(b + offset, from_b, n);
-    A* ys = stage(out + offset, to);
+    const A* as = load_as<A>(a + offset, from_a, n);
+    const A* bs = b == a ? as : load_as<A>(b + offset, from_b, n);
+    A* ys = stage_as<A>(out + offset, to);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) ys[j] = value(as[j], bs[j], pixel(j));
-    store(ys, out + offset, n);
+    store_as<A>(ys, out + offset, n);
   };
   if constexpr (kChannelsLast) {
     std::vector<A> scratch(3 * C);
@@ -93,12 +133,12 @@ void map_channels(const T* a, const T* b, T* out, int64_t C, int64_t HW, int64_t
 
 // -------------------------------------------------------------------------------------- one image
 
-template <typename T>
+template <typename A>
 struct Problem {
-  using A = opmath_t<T>;
   int64_t C, HW;
   const Blur<A>& blur;
   LocalNormOptions options;
+  bool last = false;  // no wider type is left: what came is the result
 
   // The pixels of one image, shared out over the threads where they are free.
   template <typename F>
@@ -110,11 +150,44 @@ struct Problem {
   void over_plane(const F& body) const {
     parallel_for(HW, 2, body);
   }
+
+  // What a plane of squares must reach for none of its digits to be lost. Below it, the type that
+  // computes has lost some of the squares that count, or will.
+  static constexpr A kSmallest = std::numeric_limits<A>::min() / std::numeric_limits<A>::epsilon();
+
+  // Whether bad(p) is false for every pixel.
+  template <typename F>
+  bool none(const F& bad) const {
+    if (last) return true;
+    std::atomic<bool> found{false};
+    over_plane([&](int64_t begin, int64_t end) {
+      bool any = false;
+      for (int64_t p = begin; p < end; ++p) any |= bad(p);
+      if (any) found.store(true, std::memory_order_relaxed);
+    });
+    return !found;
+  }
+
+  // Whether a plane holds finite numbers alone.
+  bool finite(const A* plane) const {
+    return none([=](int64_t p) { return !(std::abs(plane[p]) <= std::numeric_limits<A>::max()); });
+  }
+
+  // Whether the deviations that follow from a blurred sum of squares are right: a small sum may be
+  // wrong if its deviation is below the threshold anyway.
+  bool trusted(const A* blurred) const {
+    const A channels = static_cast<A>(C), threshold = static_cast<A>(options.threshold);
+    const A* coef = blur.coef.data();
+    return finite(blurred) && none([=](int64_t p) {
+             return blurred[p] < kSmallest &&
+                    !(std::abs(local_deviation(kSmallest, channels, coef[p])) < threshold);
+           });
+  }
 };
 
 // mean[p] = est(x) / coef from sum[p], the sum over channels; scratch is a plane.
-template <typename T, typename A>
-void mean_from_sum(const Problem<T>& problem, const A* sum, A* mean, A* scratch) {
+template <typename A>
+void mean_from_sum(const Problem<A>& problem, const A* sum, A* mean, A* scratch) {
   problem.blur.apply(sum, mean, scratch, false);
   const A channels = static_cast<A>(problem.C);
   const A* coef = problem.blur.coef.data();
@@ -124,8 +197,8 @@ void mean_from_sum(const Problem<T>& problem, const A* sum, A* mean, A* scratch)
 }
 
 // The subtractive gradient's plane (*)^T(sum / coef) / C, in place of sum.
-template <typename T, typename A>
-void adjoint_mean(const Problem<T>& problem, A* sum, A* out, A* scratch) {
+template <typename A>
+void adjoint_mean(const Problem<A>& problem, A* sum, A* out, A* scratch) {
   const A channels = static_cast<A>(problem.C);
   const A* coef = problem.blur.coef.data();
   problem.over_plane([=](int64_t begin, int64_t end) {
@@ -137,8 +210,9 @@ void adjoint_mean(const Problem<T>& problem, A* sum, A* out, A* scratch) {
   });
 }
 
-template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
-void forward_image(const Problem<T>& problem, const T* x, T* y, A* planes) {
+// These return false where A's range was not enough: then they are called again with a wider A.
+template <bool kChannelsLast, typename T, typename A>
+bool forward_image(const Problem<A>& problem, const T* x, T* y, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW;
   const bool divides = problem.options.kind != LocalNorm::kSubtractive;
@@ -150,6 +224,7 @@ void forward_image(const Problem<T>& problem, const T* x, T* y, A* planes) {
                                      [](A value, A, int64_t) { return value; });
     });
     mean_from_sum(problem, sum, mean, scratch);
+    if (!problem.finite(mean)) return false;
   } else {
     std::fill(mean, mean + HW, A(0));
   }
@@ -161,6 +236,7 @@ void forward_image(const Problem<T>& problem, const T* x, T* y, A* planes) {
       });
     });
     problem.blur.apply(sum, d, scratch, false);
+    if (!problem.trusted(d)) return false;
     const A channels = static_cast<A>(C);
     const A threshold = static_cast<A>(problem.options.threshold);
     const A value = static_cast<A>(problem.options.value);
@@ -173,17 +249,19 @@ void forward_image(const Problem<T>& problem, const T* x, T* y, A* planes) {
   }
   problem.over_pixels([=](int64_t begin, int64_t end) {
     if (divides) {
-      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
-                                  [=](A value, A, int64_t p) { return (value - mean[p]) / d[p]; });
+      map_channels<kChannelsLast, A>(x, x, y, C, HW, begin, end, [=](A value, A, int64_t p) {
+        return (value - mean[p]) / d[p];
+      });
     } else {
-      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
-                                  [=](A value, A, int64_t p) { return value - mean[p]; });
+      map_channels<kChannelsLast, A>(x, x, y, C, HW, begin, end,
+                                     [=](A value, A, int64_t p) { return value - mean[p]; });
     }
   });
+  return true;
 }
 
-template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
-void subtractive_backward_image(const Problem<T>& problem, const T* g, T* gx, A* planes) {
+template <bool kChannelsLast, typename T, typename A>
+bool subtractive_backward_image(const Problem<A>& problem, const T* g, T* gx, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *t = planes + 2 * HW;
   problem.over_pixels([=](int64_t begin, int64_t end) {
@@ -191,16 +269,18 @@ void subtractive_backward_image(const Problem<T>& problem, const T* g, T* gx, A*
                                    [](A grad, A, int64_t) { return grad; });
   });
   adjoint_mean(problem, sum, t, scratch);
+  if (!problem.finite(t)) return false;
   problem.over_pixels([=](int64_t begin, int64_t end) {
-    map_channels<kChannelsLast>(g, g, gx, C, HW, begin, end,
-                                [=](A grad, A, int64_t p) { return grad - t[p]; });
+    map_channels<kChannelsLast, A>(g, g, gx, C, HW, begin, end,
+                                   [=](A grad, A, int64_t p) { return grad - t[p]; });
   });
+  return true;
 }
 
 // Divisive and contrastive: z = x - mean, with mean = 0 for the former. s is computed again from
 // the input, in the pass over it that q needs anyway; nothing was saved by the forward.
-template <bool kChannelsLast, typename T, typename A = opmath_t<T>>
-void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, T* gx, A* planes) {
+template <bool kChannelsLast, typename T, typename A>
+bool divisive_backward_image(const Problem<A>& problem, const T* g, const T* x, T* gx, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW,
     *q = planes + 4 * HW, *squares = planes + 5 * HW, *grads = planes + 6 * HW,
@@ -213,6 +293,7 @@ void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, 
                                      [](A value, A, int64_t) { return value; });
     });
     mean_from_sum(problem, sum, mean, scratch);
+    if (!problem.finite(mean)) return false;
   }
   problem.over_pixels([=](int64_t begin, int64_t end) {
     A* const sums[3] = {q, squares, grads};
@@ -223,6 +304,7 @@ void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, 
         [](A grad, A, int64_t) { return grad; });
   });
   problem.blur.apply(squares, d, scratch, false);
+  if (!problem.trusted(d)) return false;
   const A channels = static_cast<A>(C);
   const A threshold = static_cast<A>(problem.options.threshold);
   const A value = static_cast<A>(problem.options.value);
@@ -234,6 +316,12 @@ void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, 
       d[p] = divisor(s, threshold, value);
     }
   });
+  // Gradients have a range of their own.
+  const bool in_range = problem.none([=](int64_t p) {
+    const A h = std::abs(q[p]);
+    return !(h <= 1 / Problem<A>::kSmallest) || (h > A(0) && h < Problem<A>::kSmallest);
+  });
+  if (!in_range) return false;
   problem.blur.apply(q, b, scratch, true);
   problem.over_plane([=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -248,15 +336,17 @@ void divisive_backward_image(const Problem<T>& problem, const T* g, const T* x, 
     std::fill(t, t + HW, A(0));
   }
   problem.over_pixels([=](int64_t begin, int64_t end) {
-    map_channels<kChannelsLast>(g, x, gx, C, HW, begin, end, [=](A grad, A in, int64_t p) {
+    map_channels<kChannelsLast, A>(g, x, gx, C, HW, begin, end, [=](A grad, A in, int64_t p) {
       return grad / d[p] - (in - mean[p]) * b[p] - t[p];
     });
   });
+  return true;
 }
 
 // ------------------------------------------------------------------------------------- operators
 
-// Runs body(problem, offset of the image, planes) for every image.
+// Runs body(problem, offset of the image, planes) for every image, and where it returns false again
+// with a problem in the wider type.
 template <typename T, typename F>
 void for_each_image(const char* op, const Images& images, const Tensor& kernel,
                     const LocalNormOptions& options, int64_t planes, const F& body) {
@@ -264,10 +354,20 @@ void for_each_image(const char* op, const Images& images, const Tensor& kernel,
   using A = opmath_t<T>;
   const int64_t HW = images.H * images.W;
   const Blur<A> blur(op, kernel, images.H, images.W);
-  const Problem<T> problem{images.C, HW, blur, options};
+  const Problem<A> problem{images.C, HW, blur, options};
   const auto run = [&](int64_t begin, int64_t end) {
     std::vector<A> workspace(planes * HW);
-    for (int64_t n = begin; n < end; ++n) body(problem, n * images.stride_n(), workspace.data());
+    std::vector<Wider<A>> wide_workspace;
+    std::optional<Blur<Wider<A>>> wide_blur;  // few calls need it
+    for (int64_t n = begin; n < end; ++n) {
+      if (body(problem, n * images.stride_n(), workspace.data())) continue;
+      if (!wide_blur) {
+        wide_blur.emplace(op, kernel, images.H, images.W);
+        wide_workspace.resize(planes * HW);
+      }
+      const Problem<Wider<A>> wide{images.C, HW, *wide_blur, options, true};
+      body(wide, n * images.stride_n(), wide_workspace.data());
+    }
   };
   if (images.N >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_for(images.N, 4 * images.stride_n(), run);
@@ -288,10 +388,9 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
     T* out = output.mutable_data_ptr<T>();
     for_each_image<T>(op, x, kernel, options, 4, [&](const auto& problem, int64_t i, auto* planes) {
       if (x.channels_last) {
-        forward_image<true>(problem, in + i, out + i, planes);
-      } else {
-        forward_image<false>(problem, in + i, out + i, planes);
+        return forward_image<true>(problem, in + i, out + i, planes);
       }
+      return forward_image<false>(problem, in + i, out + i, planes);
     });
   });
   return output;
@@ -313,14 +412,13 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
     for_each_image<T>(op, x, kernel, options, 9, [&](const auto& problem, int64_t i, auto* planes) {
       const bool subtractive = options.kind == LocalNorm::kSubtractive;
       if (subtractive && x.channels_last) {
-        subtractive_backward_image<true>(problem, go + i, gi + i, planes);
-      } else if (subtractive) {
-        subtractive_backward_image<false>(problem, go + i, gi + i, planes);
-      } else if (x.channels_last) {
-        divisive_backward_image<true>(problem, go + i, in + i, gi + i, planes);
-      } else {
-        divisive_backward_image<false>(problem, go + i, in + i, gi + i, planes);
+        return subtractive_backward_image<true>(problem, go + i, gi + i, planes);
       }
+      if (subtractive) return subtractive_backward_image<false>(problem, go + i, gi + i, planes);
+      if (x.channels_last) {
+        return divisive_backward_image<true>(problem, go + i, in + i, gi + i, planes);
+      }
+      return divisive_backward_image<false>(problem, go + i, in + i, gi + i, planes);
     });
   });
   return grad_input;

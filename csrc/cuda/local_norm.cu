@@ -1161,6 +1161,13 @@ bool run_images(const Launcher& launcher, const Images& images, const Tensor& ke
                 T* out) {
   const BlurGeometry g{images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1),
                        kernel.dim() == 1};
+  if constexpr (sizeof(opmath_t<T>) == 4) {
+    // as_divisor() has no reciprocal of a value so small; the steps divide.
+    constexpr float kLeast = 2.9387358770557188e-39F;  // 2^-128: 1 / kLeast is infinite
+    if (options.kind != LocalNorm::kSubtractive && static_cast<float>(options.value) <= kLeast) {
+      return false;
+    }
+  }
   const int64_t HW = images.H * images.W;
   const bool packed = (images.channels_last ? images.C : HW) % kImagePack<T> == 0 &&
                       images.C * HW % kPackSize<T> == 0 && are_aligned(grad, input, out);
