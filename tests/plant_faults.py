@@ -11,8 +11,8 @@ and the tests of their family run until the first failure: the CPU library for c
 online/, the emulated CUDA library for cuda/. A fault that does not compile is replaced by another.
 
 Every outcome is a line of ``--out`` as soon as it is known; a run that is killed goes on where it
-was. It takes about a minute a fault. Survivors are to be looked at: either a test is missing, or
-the fault changes no result (tests/planted_faults.md has those that are known, and why).
+was. It takes about a minute a fault. Survivors are to be looked at: either a
+test is missing, or the fault changes no result.
 """
 
 from __future__ import annotations
