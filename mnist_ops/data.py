@@ -368,8 +368,7 @@ def local_norm(images: Tensor, kernel_size: int = 7) -> Tensor:
     Returns:
         The same shape and dtype.
     """
-    with torch.device(images.device):  # wherever torch.set_default_device points to
-        kernel = gaussian1d(kernel_size)
+    kernel = gaussian1d(kernel_size)
     # In pieces that stay in the processor's cache.
     pieces = [contrastive_norm2d(piece, kernel, 1.0, 1.0) for piece in images.split(256)]
     return torch.cat(pieces)

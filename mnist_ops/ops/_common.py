@@ -282,6 +282,35 @@ def sum_of_tangents(*terms: Tensor | None) -> Tensor | None:
     return total
 
 
+def backward_jvp(
+    name: str,
+    second_order: Callable[..., Tensor],
+    refuse: Callable[..., None] = lambda tangent, *others: None,
+) -> Callable[..., Tensor | None]:
+    """Return the forward mode of an operator that is linear in its first argument.
+
+    Args:
+        name: the operator, which takes the tensors that are saved, and then ``ctx.options``.
+        second_order: what a tangent of the second argument adds, given that tangent, the saved
+            tensors and the options.
+        refuse: raises where tangents of the second and later arguments go unused.
+    """
+    op = getattr(torch.ops.mnist_ops, name)
+
+    def jvp(
+        ctx: Any, first: Tensor | None, tangent: Tensor | None, *others: Tensor | None
+    ) -> Tensor | None:
+        refuse(tangent, *others)
+        by_first = by_second = None
+        if first is not None:
+            by_first = op(first, *ctx.saved_tensors[1:], *ctx.options)
+        if tangent is not None:
+            by_second = second_order(tangent, *ctx.saved_tensors, *ctx.options)
+        return sum_of_tangents(by_first, by_second)
+
+    return jvp
+
+
 def refuse_lone_tangent(name: str, result: str, tangent: Tensor | None, of: Tensor | None) -> None:
     """Refuse a tangent of a saved result without one of the input that it is a function of."""
     if tangent is not None and of is None:

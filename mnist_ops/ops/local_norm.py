@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ._common import (
     autocast_to_float32,
+    backward_jvp,
     check_floating,
     check_images,
     check_number,
@@ -21,7 +22,6 @@ from ._common import (
     register_autograd,
     register_fake,
     register_image_vmap,
-    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -419,22 +419,16 @@ def _contrastive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *
     return _directional(tangent, centred, kernel, *ctx.options)
 
 
-def _backward_jvp(name: str, second_order: Any) -> Any:
-    """Forward mode of ``name``; its second derivative is symmetric in the two directions."""
-    op = getattr(_ops, name)
+def normalization_backward_jvp(name: str, second_order: Any) -> Any:
+    """Return the forward mode of ``name``, whose kernel has no tangent.
 
-    def jvp(
-        ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *_: None
-    ) -> Tensor | None:
-        refuse_kernel_tangent(kernel_tangent)
-        by_grad = by_input = None
-        if grad_tangent is not None:
-            by_grad = op(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
-        if tangent is not None:
-            _, by_input = second_order(tangent, *ctx.saved_tensors, *ctx.options)
-        return sum_of_tangents(by_grad, by_input)
-
-    return jvp
+    ``second_order`` is symmetric: its second result is what the input's tangent adds.
+    """
+    return backward_jvp(
+        name,
+        lambda *args: second_order(*args)[1],
+        lambda tangent, kernel_tangent, *_: refuse_kernel_tangent(kernel_tangent),
+    )
 
 
 for _name, _backward, _jvp, _setup in (
@@ -450,13 +444,13 @@ for _name, _backward, _jvp, _setup in (
     (
         "divisive_norm2d_backward",
         _divisive_double_backward,
-        _backward_jvp("divisive_norm2d_backward", _second_order),
+        normalization_backward_jvp("divisive_norm2d_backward", _second_order),
         _save_backward,
     ),
     (
         "contrastive_norm2d_backward",
         _contrastive_double_backward,
-        _backward_jvp("contrastive_norm2d_backward", _contrastive_second_order),
+        normalization_backward_jvp("contrastive_norm2d_backward", _contrastive_second_order),
         _save_backward,
     ),
 ):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._common import (
     _library,
+    backward_jvp,
     check_images,
     check_number,
     compute_type,
@@ -232,17 +233,16 @@ def _jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
     return _ops.lp_pool2d_jvp(tangent, *ctx.saved_tensors, *ctx.options)
 
 
-def _backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, output_tangent: Any, *_: None
-) -> Tensor | None:
-    refuse_lone_tangent("lp_pool2d_backward", "output", output_tangent, tangent)
-    by_grad = by_input = None
-    if grad_tangent is not None:
-        by_grad = _ops.lp_pool2d_backward(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
-    if tangent is not None:
-        # The second derivative of the sum of grad_output * output is symmetric.
-        _, by_input = _ops.lp_pool2d_double_backward(tangent, *ctx.saved_tensors, *ctx.options)
-    return sum_of_tangents(by_grad, by_input)
+def _second_order(*args: Any) -> Tensor:
+    # The second derivative of the sum of grad_output * output is symmetric.
+    return _ops.lp_pool2d_double_backward(*args)[1]
+
+
+def _refuse(name: str) -> Any:
+    """Refuse a tangent of the output, the third argument of ``name``, without the input's."""
+    return lambda tangent, output_tangent, *_: refuse_lone_tangent(
+        name, "output", output_tangent, tangent
+    )
 
 
 def _save_jvp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,19 +257,6 @@ def _jvp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         _, by_input = _ops.lp_pool2d_double_backward(tangent, grad, input, output, *ctx.options)
     return by_tangent, by_input, *(None,) * (1 + len(ctx.options))
-
-
-def _jvp_jvp(
-    ctx: Any, tangent_tangent: Tensor | None, input_tangent: Tensor | None, output_tangent: Any, *_
-) -> Tensor | None:
-    refuse_lone_tangent("lp_pool2d_jvp", "output", output_tangent, input_tangent)
-    tangent, input, output = ctx.saved_tensors
-    by_tangent = by_input = None
-    if tangent_tangent is not None:
-        by_tangent = _ops.lp_pool2d_jvp(tangent_tangent, input, output, *ctx.options)
-    if input_tangent is not None:
-        by_input = _curvature(tangent, input_tangent, input, output, *ctx.options)
-    return sum_of_tangents(by_tangent, by_input)
 
 
 def _curvature(v: Tensor, w: Tensor, x: Tensor, y: Tensor, p: float, *windows: Any) -> Tensor:
@@ -325,9 +312,17 @@ def _double_backward_jvp(
 
 register_autograd("lp_pool2d", _backward, _jvp, setup_context=_save)
 register_autograd(
-    "lp_pool2d_backward", _double_backward, _backward_jvp, setup_context=_save_backward
+    "lp_pool2d_backward",
+    _double_backward,
+    backward_jvp("lp_pool2d_backward", _second_order, _refuse("lp_pool2d_backward")),
+    setup_context=_save_backward,
 )
-register_autograd("lp_pool2d_jvp", _jvp_backward, _jvp_jvp, setup_context=_save_jvp)
+register_autograd(
+    "lp_pool2d_jvp",
+    _jvp_backward,
+    backward_jvp("lp_pool2d_jvp", _curvature, _refuse("lp_pool2d_jvp")),
+    setup_context=_save_jvp,
+)
 register_autograd(
     "lp_pool2d_double_backward",
     _no_third_derivative,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    backward_jvp,
     batch_first,
     check_floating,
     direct,
     register_autograd,
     register_fake,
-    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -78,28 +78,25 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _second_order(v: Tensor, grad_output: Tensor, output: Tensor) -> Tensor:
+    return v * grad_output * (1 - 2 * output)
+
+
 def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, Tensor]:
     grad_output, output = ctx.saved_tensors
     return (
         _ops.sigmoid_backward(grad_grad_input, output),
-        grad_grad_input * grad_output * (1 - 2 * output),
+        _second_order(grad_grad_input, grad_output, output),
     )
 
 
-def _backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None
-) -> Tensor | None:
-    grad_output, output = ctx.saved_tensors
-    by_grad = by_output = None
-    if grad_tangent is not None:
-        by_grad = _ops.sigmoid_backward(grad_tangent, output)
-    if output_tangent is not None:
-        by_output = output_tangent * grad_output * (1 - 2 * output)
-    return sum_of_tangents(by_grad, by_output)
-
-
 register_autograd("sigmoid", _backward, _jvp, setup_context=_save)
-register_autograd("sigmoid_backward", _double_backward, _backward_jvp, setup_context=_save_backward)
+register_autograd(
+    "sigmoid_backward",
+    _double_backward,
+    backward_jvp("sigmoid_backward", _second_order),
+    setup_context=_save_backward,
+)
 
 
 def _sigmoid_vmap(info, in_dims, input):

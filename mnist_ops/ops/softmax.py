@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._common import (
     autocast_to_float32,
+    backward_jvp,
     batch_first,
     check_floating,
     check_int,
@@ -21,7 +22,6 @@ from ._common import (
     refuse_lone_tangent,
     register_autograd,
     register_fake,
-    sum_of_tangents,
 )
 
 _ops = torch.ops.mnist_ops
@@ -262,39 +262,18 @@ def _softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    g, log_y = ctx.saved_tensors
-    dim, beta = ctx.options
-    grad_log_y = -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
-    return _log_softmax_directional(v, log_y, dim, beta), grad_log_y, None, None
+    log_y = ctx.saved_tensors[1]
+    grad_log_y = _log_softmax_second_order(v, *ctx.saved_tensors, *ctx.options)
+    return _log_softmax_directional(v, log_y, *ctx.options), grad_log_y, None, None
 
 
-def _softmax_backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, *_: None
-) -> Tensor | None:
-    g, y = ctx.saved_tensors
-    dim, beta = ctx.options
-    by_grad = by_output = None
-    if grad_tangent is not None:
-        by_grad = _ops.softmax_backward(grad_tangent, y, dim, beta)
-    if output_tangent is not None:
-        t = output_tangent
-        by_output = beta * (
-            t * (g - (g * y).sum(dim, keepdim=True)) - y * (g * t).sum(dim, keepdim=True)
-        )
-    return sum_of_tangents(by_grad, by_output)
+def _softmax_second_order(t: Tensor, g: Tensor, y: Tensor, dim: int, beta: float) -> Tensor:
+    return beta * (t * (g - (g * y).sum(dim, keepdim=True)) - y * (g * t).sum(dim, keepdim=True))
 
 
-def _log_softmax_backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, *_: None
-) -> Tensor | None:
-    g, log_y = ctx.saved_tensors
-    dim, beta = ctx.options
-    by_grad = by_output = None
-    if grad_tangent is not None:
-        by_grad = _ops.log_softmax_backward(grad_tangent, log_y, dim, beta)
-    if output_tangent is not None:
-        by_output = -beta * log_y.exp() * output_tangent * g.sum(dim, keepdim=True)
-    return sum_of_tangents(by_grad, by_output)
+def _log_softmax_second_order(v: Tensor, g: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
+    # The same in both modes: it is diagonal.
+    return -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
 
 
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -343,33 +322,35 @@ def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     # the input's gradient.
     g, input, target, *saved = ctx.saved_tensors
     beta, reduction = ctx.options
-    dim = 0 if input.dim() == 1 else 1
-    y = _ops.softmax(input, dim, beta)
+    y = _ops.softmax(input, _class_dim(input), beta)
     grad_g = _nll_directional(v, y, target, beta, reduction)
-    if reduction != "none":
-        g = _spread(g, target, reduction)
-    grad_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
+    grad_input = _nll_curvature(v, g, y, target, beta, reduction)
     return grad_g, grad_input, *(None,) * (3 + len(saved))
 
 
-def _nll_backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, *others: Tensor | None
-) -> Tensor | None:
+def _nll_curvature(
+    v: Tensor, g: Tensor, y: Tensor, target: Tensor, beta: float, reduction: str
+) -> Tensor:
+    """Second derivative of the loss times g in the direction v, a symmetric matrix, given y."""
+    dim = _class_dim(y)
+    if reduction != "none":
+        g = _spread(g, target, reduction)
+    return beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
+
+
+def _nll_second_order(v: Tensor, g: Tensor, input: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    *_, beta, reduction = rest
+    y = _ops.softmax(input, _class_dim(input), beta)
+    return _nll_curvature(v, g, y, target, beta, reduction)
+
+
+def _refuse_saved(tangent: Tensor | None, *others: Tensor | None) -> None:
     for other in others:
         refuse_lone_tangent("softmax_nll_backward", "what softmax_nll saved", other, tangent)
-    g, input, target, *saved = ctx.saved_tensors
-    beta, reduction = ctx.options
-    by_grad = by_input = None
-    if grad_tangent is not None:
-        by_grad = _ops.softmax_nll_backward(grad_tangent, input, target, *saved, beta, reduction)
-    if tangent is not None:
-        dim = 0 if input.dim() == 1 else 1
-        y = _ops.softmax(input, dim, beta)
-        if reduction != "none":
-            g = _spread(g, target, reduction)
-        # The second derivative is symmetric: the double backward's second gradient.
-        by_input = beta * g.unsqueeze(dim) * _ops.softmax_backward(tangent, y, dim, beta)
-    return sum_of_tangents(by_grad, by_input)
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
 
 
 def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -386,17 +367,21 @@ def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
 for _name, _backward, _jvp, _setup in (
     ("softmax", _softmax_backward, _softmax_jvp, _save),
     ("log_softmax", _log_softmax_backward, _log_softmax_jvp, _save),
-    ("softmax_backward", _softmax_double_backward, _softmax_backward_jvp, _save_backward),
-    (
-        "log_softmax_backward",
-        _log_softmax_double_backward,
-        _log_softmax_backward_jvp,
-        _save_backward,
-    ),
     ("softmax_nll", _nll_backward, _nll_jvp, _save_nll),
-    ("softmax_nll_backward", _nll_double_backward, _nll_backward_jvp, _save_nll_backward),
 ):
     register_autograd(_name, _backward, _jvp, setup_context=_setup)
+for _name, _double_backward, _second_order in (
+    ("softmax_backward", _softmax_double_backward, _softmax_second_order),
+    ("log_softmax_backward", _log_softmax_double_backward, _log_softmax_second_order),
+):
+    _forward_mode = backward_jvp(_name, _second_order)
+    register_autograd(_name, _double_backward, _forward_mode, setup_context=_save_backward)
+register_autograd(
+    "softmax_nll_backward",
+    _nll_double_backward,
+    backward_jvp("softmax_nll_backward", _nll_second_order, _refuse_saved),
+    setup_context=_save_nll_backward,
+)
 
 # -------------------------------------------------------------------------------- vmap, autocast
 

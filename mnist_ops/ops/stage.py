@@ -16,9 +16,13 @@ from ._common import (
     register_autograd,
     register_fake,
     register_image_vmap,
-    sum_of_tangents,
 )
-from .local_norm import kernel_beside, refuse_kernel_gradient, refuse_kernel_tangent
+from .local_norm import (
+    kernel_beside,
+    normalization_backward_jvp,
+    refuse_kernel_gradient,
+    refuse_kernel_tangent,
+)
 from .lp_pool import check_fit, check_windows, output_size
 
 _ops = torch.ops.mnist_ops
@@ -186,21 +190,13 @@ def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *rest: None) 
     return _ops.subtractive_norm2d(pooled, kernel).to(dtype)
 
 
-def _backward_jvp(
-    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, kernel_tangent: Any, *rest: None
-) -> Tensor | None:
-    refuse_kernel_tangent(kernel_tangent)
-    by_grad = by_input = None
-    if grad_tangent is not None:
-        by_grad = _ops.stage2d_backward(grad_tangent, *ctx.saved_tensors[1:], *ctx.options)
-    if tangent is not None:
-        # The second derivative of the sum of grad_output * output is symmetric.
-        _, by_input = _second_order(tangent, *ctx.saved_tensors, *ctx.options)
-    return sum_of_tangents(by_grad, by_input)
-
-
 register_autograd("stage2d", _backward, _jvp, setup_context=_save)
-register_autograd("stage2d_backward", _double_backward, _backward_jvp, setup_context=_save_backward)
+register_autograd(
+    "stage2d_backward",
+    _double_backward,
+    normalization_backward_jvp("stage2d_backward", _second_order),
+    setup_context=_save_backward,
+)
 
 # -------------------------------------------------------------------------------- vmap, autocast
 
