@@ -23,7 +23,6 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pybind11
 import torch
 from setuptools import setup
 from torch.utils import cpp_extension
@@ -195,6 +194,10 @@ def main() -> None:
         # Both are read by torch.utils.cpp_extension: one at import, one when it compiles.
         os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = cuda.home
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit("setup.py: pybind11 is missing: pip install pybind11") from None
 
     major, minor = TARGET_TORCH.split(".")
     define = [
