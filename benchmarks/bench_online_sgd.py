@@ -69,9 +69,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_ops import build_info, command_line, gaussian1d, models, torch7
-from mnist_ops.online import OnlineSGD
-from mnist_ops.runner import processor
+from mnist_ops import build_info, gaussian1d, torch7
+from mnist_ops.lab import command_line
+from mnist_ops.lab.runner import processor
+from mnist_ops.mnist import models
+from mnist_ops.training.online import OnlineSGD
 
 #: The exit status of a benchmark that has no meaning here.
 SKIPPED = 77

@@ -60,8 +60,8 @@ from op_timing import Call, Clock, Prepare
 from torch import Tensor
 
 import mnist_ops
-from mnist_ops import command_line, records
-from mnist_ops.runner import processor
+from mnist_ops.lab import command_line, records
+from mnist_ops.lab.runner import processor
 
 CONTENDERS = ("mnist_ops", "eager", "compile", "copy")
 _BY_NAME = records.Kind(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import mnist_ops
-from mnist_ops import command_line
+from mnist_ops.lab import command_line
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -16,8 +16,8 @@ from typing import Any
 
 from bench_ops import RECORD, table
 
-from mnist_ops import command_line, records
-from mnist_ops.figures import STYLE
+from mnist_ops.lab import command_line, records
+from mnist_ops.lab.figures import STYLE
 
 #: Okabe and Ito's colours, which people with any colour vision tell apart, and markers.
 STYLES = {

@@ -49,7 +49,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mnist_ops import command_line, records
+from mnist_ops.lab import command_line, records
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The exit status of a process that finds that it has nothing to do here.
@@ -59,10 +59,10 @@ FOUND = 86
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Tests of many shapes and options, few enough for a sanitizer, which is slow.
 SANITIZED = [
-    "tests/test_lp_pool.py",
-    "tests/test_local_norm.py",
-    "tests/test_softmax.py",
-    "tests/test_online.py",
+    "tests/ops/test_lp_pool.py",
+    "tests/ops/test_local_norm.py",
+    "tests/ops/test_softmax.py",
+    "tests/training/test_online.py",
     "-k",
     "cuda and (equals_torch7 or sizes_of_the_dimension or nll_of_images or large_windows "
     "or shares_the_gradient or (equals_the_loops and bfloat16) "
@@ -192,7 +192,7 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         return [Command(write, "environment.txt")]
 
     def tests(out: Path, machine: dict[str, Any], limit: float) -> list[Command]:
-        chosen = ["tests/test_softmax.py", "tests/test_lp_pool.py"] if quick else []
+        chosen = ["tests/ops/test_softmax.py", "tests/ops/test_lp_pool.py"] if quick else []
         if quick:
             chosen += ["-k", "torch7 or extreme or zero"]
         command = pytest("-q", f"--junit-xml={out / 'junit.xml'}", *chosen, *pytest_arguments)
@@ -228,7 +228,7 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         if missing:
             (out / "large.txt").write_text(f"skipped: {missing}\n")
             return missing
-        command = pytest("-q", "tests/test_operators.py", "-k", "two_to_the_31 and cuda")
+        command = pytest("-q", "tests/ops/test_operators.py", "-k", "two_to_the_31 and cuda")
         return [Command(command, "large.txt", {"MNIST_OPS_TEST_LARGE": "1"})]
 
     def ops(out: Path, machine: dict[str, Any], limit: float) -> list[Command]:

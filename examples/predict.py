@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import command_line, data, prediction, training
+from mnist_ops import training
+from mnist_ops.lab import command_line, prediction
+from mnist_ops.mnist import data
 
 
 def parse_arguments() -> argparse.Namespace:

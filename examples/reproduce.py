@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import (
+from mnist_ops import training
+from mnist_ops.lab import (
     command_line,
-    data,
     derivations,
     experiments,
     figures,
@@ -31,8 +31,8 @@ from mnist_ops import (
     reports,
     runner,
     tables,
-    training,
 )
+from mnist_ops.mnist import data
 
 # What needs no training: every run of this script makes the two of them.
 EXTRAS = {

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import command_line, data, figures, models, optim, reports, torch7, training
+from mnist_ops import torch7, training
+from mnist_ops.lab import command_line, figures, reports
+from mnist_ops.mnist import data, models
+from mnist_ops.torch7 import optim
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +70,7 @@ def run() -> int:
     generator = torch7.start(args.seed, data_kernel_size=7 if contrastive else None)
     dtype = getattr(torch, args.dtype)
     model = models.convnet(dtype=dtype, device=args.device, generator=generator)
-    sgd = optim.Torch7SGD(
+    sgd = optim.SGD(
         model.parameters(),
         lr=args.lr,
         lr_decay=args.lr_decay,
@@ -88,7 +91,7 @@ def run() -> int:
 def train(
     args: argparse.Namespace,
     model: torch.nn.Module,
-    sgd: optim.Torch7SGD,
+    sgd: optim.SGD,
     digits: data.Splits,
     generator: torch7.Generator,
 ) -> list[training.EpochResult]:

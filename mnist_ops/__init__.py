@@ -1,8 +1,9 @@
 """Torch7's classic vision layers as PyTorch operators with C++ and CUDA kernels.
 
-The operators are here and, as modules, in :mod:`mnist_ops.nn`; the networks, data and training of
-two reports of 2016 that used them are in :mod:`mnist_ops.models`, :mod:`mnist_ops.data`,
-:mod:`mnist_ops.training` and :mod:`mnist_ops.torch7`, which load when they are first used.
+The operators are here and, as modules, in :mod:`mnist_ops.nn`. On them stand, each on those before
+it, :mod:`mnist_ops.torch7` (what else Torch7 computes), :mod:`mnist_ops.mnist` (the digits and
+networks), :mod:`mnist_ops.training` (the loop) and :mod:`mnist_ops.lab` (every experiment of two
+reports of 2016). They load when they are first used.
 """
 
 from __future__ import annotations
@@ -29,25 +30,7 @@ from .ops import (
 
 build_info = _libraries.build_info
 
-_LAZY = (
-    "data",
-    "derivations",
-    "experiments",
-    "figures",
-    "html_report",
-    "models",
-    "online",
-    "optim",
-    "prediction",
-    "reports",
-    "runner",
-    "statistics",
-    "tables",
-    "torch7",
-    "torch7_files",
-    "training",
-    "transforms",
-)
+_LAZY = ("lab", "mnist", "torch7", "training")
 
 __all__ = [
     "__version__",

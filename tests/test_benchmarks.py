@@ -572,7 +572,7 @@ def test_selected_tests_exist(run_all):
         if word not in ("cuda", "and", "or", "bfloat16"):
             of_a_case = re.search(rf'^    "[^"]*\b{word}\b[^"]*": ', sources, re.MULTILINE)
             assert f"def test_{word}" in sources or f"_{word}" in sources or of_a_case, word
-    assert "def test_more_than_two_to_the_31" in (ROOT / "tests/test_operators.py").read_text()
+    assert "def test_more_than_two_to_the_31" in (ROOT / "tests/ops/test_operators.py").read_text()
 
 
 # ------------------------------------------------------------------------------------ how they end
@@ -581,7 +581,7 @@ def test_selected_tests_exist(run_all):
 @pytest.fixture
 def called(modules, monkeypatch, capsys):
     """A script's main function as its last lines call it: exit code, output and errors."""
-    from mnist_ops import command_line, records
+    from mnist_ops.lab import command_line, records
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr("warnings.formatwarning", lambda *_: "")

@@ -170,7 +170,7 @@ def test_a_device_without_kernels_is_a_clear_error():
     "module",
     [
         *("ops.lp_pool", "ops.local_norm", "ops.softmax", "ops.sigmoid", "ops.kernels"),
-        *("_libraries", "derivations", "reports", "statistics", "tables"),
+        *("_libraries", "lab.derivations", "lab.reports", "lab.statistics", "lab.tables"),
     ],
 )
 def test_examples_of_the_docstrings(module):

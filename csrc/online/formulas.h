@@ -15,7 +15,7 @@ MNIST_OPS_HD T dropout_factor(double uniform, double keep) {
 
 // ------------------------------------------------------------------------------------- update
 //
-// Plain SGD as in Torch7's optim.sgd, the arithmetic of mnist_ops.optim.Torch7SGD:
+// Plain SGD as in Torch7's optim.sgd, the arithmetic of mnist_ops.torch7.optim.SGD:
 //   g += decay w;  v = momentum v + (1 - dampening) g, v = g in the first step;
 //   w -= rate (g + momentum v | v | g)     Nesterov, momentum, neither
 

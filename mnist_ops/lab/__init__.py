@@ -1,0 +1,4 @@
+"""Experiments of the two reports: their definitions, runs, statistics, figures and pages.
+
+What it needs beside torch comes with ``pip install 'mnist_ops[lab]'``.
+"""

@@ -1,0 +1,579 @@
+"""Every experiment of the two reports, by name: what was tried, exactly enough to run it again.
+
+::
+
+    >>> from mnist_ops.lab import experiments
+    >>> experiments.EXPERIMENTS["relu"].network
+    {'activation': 'relu'}
+    >>> history = experiments.train(experiments.EXPERIMENTS["original"], limit=100)
+
+``examples/reproduce.py`` runs them side by side, with figures and statistics; the numbers that the
+reports printed are in :mod:`mnist_ops.lab.reports`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import torch7, training
+from ..mnist import data, models
+from ..torch7 import optim
+from . import reports
+
+__all__ = [
+    "CANDIDATES",
+    "EXPERIMENTS",
+    "TABLES",
+    "Experiment",
+    "Parts",
+    "Table",
+    "build",
+    "describe_engine",
+    "digits",
+    "select",
+    "train",
+]
+
+#: The scripts' default: ``optim.sgd`` with these options.
+SGD: dict[str, Any] = {"name": "sgd", "lr": 1e-3, "lr_decay": 1e-7}
+
+_CRITERIA: dict[str, training.Criterion] = {
+    "nll": torch7.nll_loss,
+    "multi_margin": torch7.multi_margin_loss,
+    "mse": torch7.mse_loss,
+}
+_OPTIMIZERS = {"sgd": "SGD", "asgd": "ASGD", "cg": "CG", "lbfgs": "LBFGS"}
+# Without the log-softmax that only the NLL wants; the original adds a tanh for MSE.
+_MARGIN_OUTPUT = {"log_softmax": None}
+_MSE_OUTPUT = {"log_softmax": None, "output_activation": "tanh"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One configuration of data, network and training.
+
+    Attributes:
+        name: as on the command line and in folder names.
+        title: one line for tables and figures.
+        section: where it is reported.
+        group: experiments of one group share a figure.
+        epochs: how far to train unless told otherwise: as far as the report shows.
+        data_kernel: taps of the digits' local normalization; ``None``: global normalization only.
+        network: keyword arguments of :func:`mnist_ops.mnist.models.convnet`.
+        loss: ``"nll"``, ``"multi_margin"`` or ``"mse"``.
+        optimizers: from the first epoch that uses it to an optimizer's ``name`` (``"sgd"``,
+            ``"asgd"``, ``"cg"``, ``"lbfgs"``) and options.
+        batch_size: samples per step.
+        rotation: standard deviation in radians of the training digits' random angles.
+        noise: standard deviation of the normal noise on the training digits' pixels, which have
+            mean 0 and standard deviation 1.
+        stream_kernel: taps of the data's normalization as far as the random numbers go that its
+            construction consumes (``"data"``: those of ``data_kernel``); other values are guesses
+            of :data:`CANDIDATES`.
+        extra_words: random words skipped before the network is built; 0 but for guesses.
+        dtype: ``"float64"`` as the original, or ``"float32"``.
+        reported: the report's accuracies in %: for each epoch training and test, either may be
+            ``None``.
+        note: what is uncertain about it.
+        details: whether a run keeps its filters and worst mistakes.
+    """
+
+    name: str
+    title: str
+    section: str
+    group: str
+    epochs: int
+    data_kernel: int | None = 7
+    network: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = "nll"
+    optimizers: Mapping[int, Mapping[str, Any]] = field(default_factory=lambda: {1: SGD})
+    batch_size: int = 1
+    rotation: float = 0.0
+    noise: float = 0.0
+    stream_kernel: int | str | None = "data"
+    extra_words: int = 0
+    dtype: str = "float64"
+    reported: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)
+    note: str = ""
+    details: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What defines the numbers of a run, as plain values: a checkpoint's ``settings``."""
+        return {
+            "experiment": self.name,
+            "normalization": "global" if self.data_kernel is None else "contrastive",
+            "data_kernel": self.data_kernel,
+            "network": dict(self.network),
+            "loss": self.loss,
+            "optimizers": {epoch: dict(options) for epoch, options in self.optimizers.items()},
+            "batch_size": self.batch_size,
+            "rotation": self.rotation,
+            "noise": self.noise,
+            "stream_kernel": self.stream_kernel,
+            "extra_words": self.extra_words,
+            "dtype": self.dtype,
+        }
+
+
+def _sgd(**options: Any) -> dict[int, dict[str, Any]]:
+    return {1: SGD | options}
+
+
+def _table(number: str, column: str) -> dict[int, tuple[float | None, float | None]]:
+    """The printed numbers by the epochs that they belong to."""
+    shift = reports.EPOCH_SHIFT.get(number, 0)
+    return {epoch - shift: pair for epoch, pair in reports.TABLES[number][column].items()}
+
+
+def _report_1() -> list[Experiment]:
+    """Report 1. Its default for the digits is contrastive normalization with 7 taps."""
+    original = _table("3.5", "two_layer") | _table("3.1", "original")
+    return [
+        Experiment(
+            "original", "original network", "report 1, section 3.1", "original", 31,
+            reported=dict(sorted(original.items())), details=True,
+        ),
+        Experiment(
+            "normalization-15", "digits normalised with Gaussian1D(15)",
+            "report 1, section 3.2", "normalization", 3, data_kernel=15,
+            reported=_table("3.2", "gaussian1d_15"),
+            note="the report's run differs in something unknown from this one",
+        ),
+        Experiment(
+            "normalization-none", "digits without local normalization",
+            "report 1, section 3.2", "normalization", 3, data_kernel=None,
+            reported=_table("3.2", "none"),
+        ),
+        Experiment(
+            "relu", "ReLU for all three tanh", "report 1, section 3.3", "activation", 3,
+            network={"activation": "relu"}, reported=_table("3.3", "relu"),
+            note="which of the three tanh were replaced is not reported",
+        ),
+        Experiment(
+            "multi-margin", "multi-margin loss", "report 1, section 3.4", "loss", 3,
+            network=_MARGIN_OUTPUT, loss="multi_margin", reported=_table("3.4", "multi_margin"),
+            note="the printed column repeats the NLL column: that run was none with this loss",
+        ),
+        Experiment(
+            "mse", "MSE loss", "report 1, section 3.4", "loss", 3,
+            network=_MSE_OUTPUT, loss="mse", reported=_table("3.4", "mse"),
+            note="the printed column is not what the original scripts give for MSE",
+        ),
+        Experiment(
+            "three-layer", "three stages, 32-64-128-256", "report 1, section 3.5", "depth", 31,
+            network={"widths": (32, 64, 128, 256), "kernel_size": 3},
+            reported=_table("3.5", "three_layer"),
+            note="filter sizes are not reported; 5x5 throughout leaves nothing to pool: here 3x3",
+        ),
+    ]  # fmt: skip
+
+
+def _report_2() -> list[Experiment]:
+    """Report 2. Its digits are normalised globally only."""
+
+    def make(name: str, title: str, group: str, epochs: int, **options: Any) -> Experiment:
+        return Experiment(
+            name, title, "report 2, section 2.0.4", group, epochs, **{"data_kernel": None} | options
+        )
+
+    plain = make("plain", "baseline of report 2", "baseline", 20, details=True)
+    rows = [plain]
+    for size in (32, 64, 128):
+        rows.append(make(f"batch-{size}", f"batch size {size}", "batch size", 10, batch_size=size))
+        rows.append(
+            make(
+                f"batch-{size}-scaled", f"batch size {size}, learning rate times {size}",
+                "batch size", 10, batch_size=size, optimizers=_sgd(lr=1e-3 * size),
+            )
+        )  # fmt: skip
+    for name, options in {
+        "momentum-0.5": {"momentum": 0.5},
+        "momentum-0.9": {"momentum": 0.9},
+        "momentum-0.9-lr-1e-2": {"momentum": 0.9, "lr": 1e-2},
+        "momentum-0.9-lr-1e-4": {"momentum": 0.9, "lr": 1e-4},
+        "momentum-0.9-undamped": {"momentum": 0.9, "dampening": 0.0},
+        "lr-1e-2": {"lr": 1e-2},
+        "lr-1e-4": {"lr": 1e-4},
+    }.items():
+        title = ", ".join(
+            f"{key.replace('lr', 'learning rate')} {value:g}" for key, value in options.items()
+        )
+        rows.append(make(name, title, "momentum", 5, optimizers=_sgd(**options)))
+    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
+    rows += [
+        make(
+            f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS", "optimizer switch", k + 3,
+            optimizers={1: SGD, k + 1: lbfgs},
+        )
+        for k in (5, 7, 15, 30)
+    ]  # fmt: skip
+    rows += [
+        make(
+            "asgd", "averaged SGD", "optimizers", 5,
+            optimizers={1: {"name": "asgd", "lr": 1e-3, "t0": 60000}},
+            note="the report's run stopped with exceptions",
+        ),
+        make(
+            "cg", "conjugate gradient", "optimizers", 5,
+            optimizers={1: {"name": "cg", "max_iter": 2}},
+            note="the report's run stopped with exceptions",
+        ),
+    ]  # fmt: skip
+    rows += [
+        make(
+            f"rotation-{std}", f"digits rotated by N(0, {std} rad)", "rotation",
+            44 if std == 0.2 else 20, rotation=std,
+            reported=reports.FIGURES["best_theta0.2"] if std == 0.2 else {},
+        )
+        for std in (0.131, 0.174, 0.2, 0.349)
+    ]  # fmt: skip
+    extra = {"widths": (64, 64, 64, 128), "pool_size": (2, 2, 1), "kernel_size": (5, 5, 3)}
+    unknown = "its settings are not reported"
+    rows += [
+        make(
+            f"noise-{std}", f"noise N(0, {std}) on the digits", "noise", 10, noise=std, note=unknown
+        )
+        for std in (0.1, 0.3)
+    ]
+    rows += [
+        make("extra-convolution", "one more convolution, 3x3", "architecture", 20,
+             network=extra, note=unknown, reported=reports.LOGS["extra_convolution"]),
+        make("dropout", "dropout 0.5 before the classifier", "architecture", 34,
+             network={"dropout": 0.5}, note=unknown, reported=reports.LOGS["dropout"]),
+        make("rotation-noise-dropout-convolution",
+             "rotation, noise, dropout, one more convolution",
+             "architecture", 108, rotation=0.2, noise=0.1, network=extra | {"dropout": 0.5},
+             note=unknown, reported=reports.FIGURES["top_noise_dropout_conv_rot"]),
+    ]  # fmt: skip
+    return rows
+
+
+#: Every experiment of the reports by name, in their order.
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in [*_report_1(), *_report_2()]}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A printed table.
+
+    Attributes:
+        number: in report 1.
+        title: as printed.
+        columns: the report's headings and the experiments behind them.
+        epochs: those that are printed.
+        printed: for each column the accuracies as printed.
+        shift: how much too high the table numbers its epochs; here they are counted right.
+    """
+
+    number: str
+    title: str
+    columns: Mapping[str, str]
+    epochs: Sequence[int]
+    printed: Mapping[str, Mapping[int, tuple[float | None, float | None]]]
+    shift: int = 0
+
+
+def _tables() -> dict[str, Table]:
+    def make(number: str, title: str, columns: dict[str, tuple[str, str]]) -> Table:
+        printed = {heading: _table(number, key) for heading, (key, _) in columns.items()}
+        epochs = sorted(next(iter(printed.values())))
+        names = {heading: name for heading, (_, name) in columns.items()}
+        shift = reports.EPOCH_SHIFT.get(number, 0)
+        return Table(number, title, names, epochs, printed, shift)
+
+    title = "The training and test accuracy of "
+    tables = [
+        make("3.1", title + "the original model", {"original": ("original", "original")}),
+        make(
+            "3.2",
+            title + "different normalization methods",
+            {
+                "Gaussian1D(7)": ("gaussian1d_7", "original"),
+                "Gaussian1D(15)": ("gaussian1d_15", "normalization-15"),
+                "no normalization": ("none", "normalization-none"),
+            },
+        ),
+        make(
+            "3.3",
+            title + "different activation function",
+            {"Tanh": ("tanh", "original"), "reLU": ("relu", "relu")},
+        ),
+        make(
+            "3.4",
+            title + "different loss function",
+            {
+                "NLL": ("nll", "original"),
+                "Multi-margin": ("multi_margin", "multi-margin"),
+                "MSE": ("mse", "mse"),
+            },
+        ),
+        make(
+            "3.5",
+            title + "3-layer versus 2-layer model",
+            {
+                "2-layer": ("two_layer", "original"),
+                "3-layer": ("three_layer", "three-layer"),
+            },
+        ),
+    ]
+    return {table.number: table for table in tables}
+
+
+#: Report 1's tables by number.
+TABLES: dict[str, Table] = _tables()
+
+
+def _candidates() -> dict[str, list[Experiment]]:
+    """Guesses at what was behind the columns that the described configuration does not give."""
+
+    def guess(column: str, name: str, title: str, **changes: Any) -> Experiment:
+        base = EXPERIMENTS[column]
+        return replace(
+            base, name=f"{column}--{name}", title=title, epochs=1, note="a guess", **changes
+        )
+
+    tanh, relu = "tanh", "relu"
+    mixed = {
+        "conv1": (relu, tanh, tanh),
+        "conv2": (tanh, relu, tanh),
+        "linear": (tanh, tanh, relu),
+        "conv1-conv2": (relu, relu, tanh),
+        "conv1-linear": (relu, tanh, relu),
+        "conv2-linear": (tanh, relu, relu),
+        "all": (relu, relu, relu),
+    }
+    relus = [
+        guess("relu", f"{name}-{digits}", f"ReLU in {name}, {digits} digits",
+              network={"activation": activation}, data_kernel=kernel)
+        for digits, kernel in (("local", 7), ("plain", None))
+        for name, activation in mixed.items()
+    ]  # fmt: skip
+    net15 = {"norm_kernel": 15}
+    fifteens = [
+        guess("normalization-15", "data", "digits 15, network 7"),
+        guess("normalization-15", "network", "digits 7, network 15", data_kernel=7, network=net15),
+        guess("normalization-15", "both", "both 15", network=net15),
+        guess("normalization-15", "plain-network", "plain digits, network 15",
+              data_kernel=None, network=net15),
+        guess("normalization-15", "stream-of-7", "digits 15, random numbers as for 7",
+              stream_kernel=7),
+        guess("normalization-15", "stream-of-none", "digits 15, random numbers as for plain digits",
+              stream_kernel=None),
+        guess("normalization-15", "after-7", "digits 15, a normalization of 7 taps built before",
+              extra_words=48),
+        guess("normalization-15", "twice", "digits 15, its normalization built twice",
+              extra_words=96),
+        guess("normalization-15", "first", "digits 7, network 15 in its first stage", data_kernel=7,
+              network={"norm_kernel": (15, 7)}),
+        guess("normalization-15", "second", "digits 7, network 15 in its second stage",
+              data_kernel=7, network={"norm_kernel": (7, 15)}),
+        guess("normalization-15", "data-first", "digits 15, network 15 in its first stage",
+              network={"norm_kernel": (15, 7)}),
+        guess("normalization-15", "data-second", "digits 15, network 15 in its second stage",
+              network={"norm_kernel": (7, 15)}),
+        *(guess("normalization-15", f"taps-{n}", f"digits {n}", data_kernel=n)
+          for n in (3, 5, 9, 11, 13, 17)),
+    ]  # fmt: skip
+    losses = [
+        guess("mse", "sum", "MSE, summed, behind a tanh"),
+        guess("mse", "mean", "MSE, averaged over classes, behind a tanh",
+              optimizers=_sgd(lr=1e-4)),
+        guess("mse", "no-tanh", "MSE, summed, no tanh", network={"log_softmax": None}),
+        guess("mse", "no-tanh-mean", "MSE, averaged, no tanh", network={"log_softmax": None},
+              optimizers=_sgd(lr=1e-4)),
+        guess("mse", "plain", "MSE, summed, behind a tanh, plain digits", data_kernel=None),
+        guess("mse", "log-softmax", "MSE, summed, of the log-softmax", network={}),
+        guess("mse", "nll-exact", "NLL of the exact log-softmax", loss="nll",
+              network={"log_softmax": "exact"}),
+        guess("mse", "nll-exact-mean", "NLL of the exact log-softmax, averaged over the classes",
+              loss="nll", network={"log_softmax": "exact"}, optimizers=_sgd(lr=1e-4)),
+        guess("mse", "nll-tanh", "NLL behind a tanh and the log-softmax", loss="nll",
+              network={"output_activation": "tanh"}),
+    ]  # fmt: skip
+    return {"normalization-15": fifteens, "relu": relus, "mse": losses}
+
+
+#: For each experiment whose printed numbers are not met, the configurations that were tried.
+CANDIDATES: dict[str, list[Experiment]] = _candidates()
+
+
+def select(names: Sequence[str]) -> list[Experiment]:
+    """The experiments of these names, :data:`CANDIDATES` included, in this order.
+
+    Raises:
+        ValueError: for an unknown name; the message suggests close ones.
+    """
+    import difflib
+
+    known = EXPERIMENTS | {e.name: e for group in CANDIDATES.values() for e in group}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"there is no experiment {name!r}{hint}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+@dataclass
+class Parts:
+    """What :func:`mnist_ops.training.fit` needs for one run of an experiment."""
+
+    model: nn.Sequential
+    optimizers: dict[int, torch.optim.Optimizer]
+    generator: torch7.Generator
+    criterion: training.Criterion
+    transform: Any
+
+
+def _optimizer(parameters: Sequence[Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    options = dict(options)
+    name = _OPTIMIZERS[options.pop("name")]
+    return getattr(optim, name)(parameters, **options)
+
+
+def _transform(experiment: Experiment, generator: torch7.Generator) -> Any:
+    if not experiment.rotation and not experiment.noise:
+        return None
+    from ..mnist import transforms
+
+    steps: list[Any] = []
+    if experiment.rotation:
+        steps.append(transforms.RandomRotation(experiment.rotation, generator))
+    if experiment.noise:
+        steps.append(transforms.GaussianNoise(experiment.noise, generator))
+    return steps[0] if len(steps) == 1 else transforms.Compose(*steps)
+
+
+def build(
+    experiment: Experiment,
+    seed: int = 1,
+    device: torch.device | str = "cpu",
+    perturbed_weight: int | None = None,
+) -> Parts:
+    """Network, optimizers, generator, loss and augmentation, as before the first epoch.
+
+    Args:
+        experiment: what to build.
+        seed: of the run's only stream of random numbers.
+        device: where the network lives.
+        perturbed_weight: add 1e-15 to the first convolution's weight with this index, to see how
+            far rounding alone carries.
+    """
+    kernel = experiment.stream_kernel
+    if isinstance(kernel, str):
+        kernel = experiment.data_kernel
+    generator = torch7.start(seed, kernel)
+    generator.consume(experiment.extra_words)
+    dtype = getattr(torch, experiment.dtype)
+    model = models.convnet(dtype=dtype, device=device, generator=generator, **experiment.network)
+    parameters = list(model.parameters())
+    if perturbed_weight is not None:
+        with torch.no_grad():
+            parameters[0].view(-1)[perturbed_weight] += 1e-15
+    return Parts(
+        model,
+        {epoch: _optimizer(parameters, o) for epoch, o in experiment.optimizers.items()},
+        generator,
+        _CRITERIA[experiment.loss],
+        _transform(experiment, generator),
+    )
+
+
+def describe_engine(experiment: Experiment, device: torch.device | str = "cpu") -> str:
+    """What will run the training steps, from the first epoch on: a line."""
+    parts = build(experiment, device=device)
+    return training.choose_engine(
+        parts.model, parts.optimizers[1], parts.criterion, experiment.batch_size, parts.transform
+    ).description
+
+
+def digits(kernel: int | None, root: str | None, limit: int | None) -> data.Splits:
+    """The digits with local normalization of ``kernel`` taps: the caller's own copy.
+
+    They are computed once for the runs that follow each other.
+    """
+    kept = _digits(kernel, root, limit, _stamp(root))
+    return replace(
+        kept,
+        train_images=kept.train_images.clone(),
+        train_labels=kept.train_labels.clone(),
+        test_images=kept.test_images.clone(),
+        test_labels=kept.test_labels.clone(),
+    )
+
+
+def _stamp(root: str | None) -> Any:
+    """What changes when the files of a data folder do."""
+    if root is None:
+        return None
+    paths = (path for path in sorted(Path(root).expanduser().rglob("*ubyte*")) if path.is_file())
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
+@lru_cache(maxsize=1)
+def _digits(kernel: int | None, root: str | None, limit: int | None, stamp: Any) -> data.Splits:
+    """For those who change nothing: 250 MB that are not copied."""
+    if kernel is None:
+        return data.prepare("global", root=root, limit=limit)
+    return data.prepare("contrastive", kernel, root, limit)
+
+
+def train(
+    experiment: Experiment,
+    seed: int = 1,
+    epochs: int | None = None,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    perturbed_weight: int | None = None,
+    root: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> tuple[list[training.EpochResult], nn.Sequential]:
+    """Run one experiment.
+
+    Args:
+        experiment: which one.
+        seed: as for :func:`build`, as are ``device`` and ``perturbed_weight``.
+        epochs: instead of the experiment's own number.
+        limit: use the first ``limit`` digits of each split.
+        device: cpu, cuda or cuda:N.
+        folder: for checkpoints, see :func:`mnist_ops.training.fit`.
+        resume: continue from the checkpoint in ``folder``.
+        perturbed_weight: see :func:`build`.
+        root: a folder with other data, see :func:`mnist_ops.mnist.data.load`.
+        options: further arguments of :func:`mnist_ops.training.fit`.
+
+    Returns:
+        The epochs' results and the trained network.
+    """
+    parts = build(experiment, seed, device, perturbed_weight)
+    folder_of_data = None if root is None else str(root)
+    splits = _digits(experiment.data_kernel, folder_of_data, limit, _stamp(folder_of_data))
+    run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
+    if root is not None:  # what predictions from a checkpoint must normalise images with
+        run |= {"mean": splits.mean, "std": splits.std}
+    history = training.fit(
+        parts.model,
+        (splits.train_images, splits.train_labels),
+        (splits.test_images, splits.test_labels),
+        epochs=experiment.epochs if epochs is None else epochs,
+        optimizer=parts.optimizers,
+        generator=parts.generator,
+        criterion=parts.criterion,
+        batch_size=experiment.batch_size,
+        transform=parts.transform,
+        folder=folder,
+        resume=resume,
+        settings=experiment.settings() | run,
+        **options,
+    )
+    return history, parts.model

@@ -1,0 +1,776 @@
+"""Run many experiments: side by side, safe to kill, every result in plain files.
+
+Each run (:class:`Task`) has a folder of its own under ``OUT/runs`` with a checkpoint, a log and
+``run.json``; :func:`collect` puts all of them together in ``OUT/results.json``. Whatever is killed
+whenever: :func:`run_all` with ``resume=True`` continues every run after its last complete epoch and
+ends with the same ``results.json``.
+
+A folder that kept only ``results.json`` (one under version control, say) is as good as one
+with all its runs, but for their checkpoints: :func:`run_all` writes their ``run.json`` again.
+
+What is there is taken for what is asked for only where all that defines a run is the same: the
+experiment with its settings, seed, dtype, limit, perturbed weight, kind of device, and the data,
+by their content. Epochs do not define it: a run that has fewer than are asked for goes on, one that
+has more stays as it is, as its first epochs are those of a shorter one.
+
+Runs are spread with joblib. On this machine each worker takes its share of the cores; with a
+cluster's backend (``joblib.parallel_config(backend="dask")``, say) around :func:`run_all` the same
+runs go there, as long as the folder is on a file system that all machines see. Workers end with the
+process that hands out the work, however that one ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import __version__, training
+from ..mnist import data
+from ..training import online
+from . import command_line, experiments, records
+from .experiments import Experiment
+from .records import RunError
+
+__all__ = ["RunError", "Task", "collect", "environment", "processor", "run_all", "tasks"]
+
+_TRAINING_DIGITS = 60_000
+_WORST_MISTAKES = 24
+# How often a worker says how far it is and the bars are drawn.
+_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: an experiment with everything that may differ from run to run.
+
+    Attributes:
+        experiment: what is trained.
+        seed: of its random numbers.
+        epochs: how far.
+        limit: digits used of each split, ``None``: all.
+        device: cpu, cuda or cuda:N.
+        perturbed_weight: see :func:`mnist_ops.lab.experiments.build`.
+        root: a folder with other data.
+    """
+
+    experiment: Experiment
+    seed: int = 1
+    epochs: int = 1
+    limit: int | None = None
+    device: str = "cpu"
+    perturbed_weight: int | None = None
+    root: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: experiment, seed and what else is out of the ordinary."""
+        weight = self.perturbed_weight
+        perturbed = "" if weight is None else f", weight {weight} perturbed"
+        return f"{self.experiment.name}, {self.experiment.dtype}, seed {self.seed}{perturbed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where under ``out`` the run lives."""
+        name, dtype = self.experiment.name, self.experiment.dtype
+        keys = {"experiment": name, "dtype": dtype, "seed": self.seed}
+        return records.folder(out, keys | {"perturbed_weight": self.perturbed_weight})
+
+    @property
+    def digits_per_epoch(self) -> int:
+        """Training digits in one epoch."""
+        return self.limit or _TRAINING_DIGITS
+
+    @property
+    def digits(self) -> int:
+        """Training digits in all epochs."""
+        return self.epochs * self.digits_per_epoch
+
+
+def tasks(
+    chosen: Sequence[Experiment],
+    seeds: int = 1,
+    epochs: int | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    perturbations: int = 0,
+    root: str | None = None,
+) -> list[Task]:
+    """Every run of these experiments.
+
+    Args:
+        chosen: the experiments.
+        seeds: each runs with seeds 1 to ``seeds``.
+        epochs: instead of each experiment's own number.
+        limit: digits used of each split.
+        device: cpu, cuda or cuda:N.
+        dtype: instead of the experiments' own.
+        perturbations: so many runs more of each seed, each with another weight perturbed.
+        root: a folder with other data.
+    """
+    made = []
+    for experiment in chosen:
+        if dtype is not None:
+            experiment = replace(experiment, dtype=dtype)
+        far = experiment.epochs if epochs is None else epochs
+        for seed in range(1, seeds + 1):
+            for weight in [None, *range(perturbations)]:
+                made.append(Task(experiment, seed, far, limit, device, weight, root))
+    return made
+
+
+def environment(repository: Path | None = None) -> dict[str, Any]:
+    """What a result depends on: versions, the processor and, in a git checkout, the commit."""
+    commit = None
+    if repository is not None:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            git = ["git", "-C", str(repository)]
+            options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": True}
+            commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+            changed = subprocess.run(
+                [*git, "status", "--porcelain", "--untracked-files=no"], **options
+            )
+            if changed.stdout.strip():
+                commit += " with changes"
+    return {
+        "commit": commit,
+        "mnist_ops": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    training.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity: the loss of a run that diverged becomes null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _machine(device: str, where: dict[str, Any]) -> str:
+    """The processor, and the GPU if that does the work."""
+    machine = str(where["machine"])
+    if torch.device(device).type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
+    return machine
+
+
+def _definition(task: Task, identity: str) -> dict[str, Any]:
+    """What a run is; the data by their :func:`mnist_ops.lab.records.data_identity`."""
+    return {
+        "experiment": task.experiment.name,
+        "seed": task.seed,
+        "dtype": task.experiment.dtype,
+        "device": task.device,
+        "limit": task.limit,
+        "perturbed_weight": task.perturbed_weight,
+        "data": identity,
+        "settings": task.experiment.settings(),
+    }
+
+
+def _describe(task: Task, identity: str, where: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run before it starts. Nothing that differs when it is made again."""
+    return _definition(task, identity) | {
+        "engine": experiments.describe_engine(task.experiment, task.device),
+        "epochs_wanted": task.epochs,
+        "commit": where["commit"],
+        "machine": _machine(task.device, where),
+        "torch": where["torch"],
+    }
+
+
+def _epochs(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": result["epoch"],
+            "train_accuracy": result["train_accuracy"],
+            "test_accuracy": result["test_accuracy"],
+            "train_loss": _number(result["train_loss"]),
+            "test_loss": _number(result["test_loss"]),
+            "learning_rate": _number(result["learning_rate"]),
+            "curve": [round(value, 4) for value in result["curve"]],
+            "confusion": result["confusion"],
+        }
+        for result in history
+    ]
+
+
+def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
+    """The first layer's filters and the test digits that were most confidently wrong."""
+    digits = experiments.digits(task.experiment.data_kernel, task.root, task.limit)
+    parameter = next(model.parameters())
+    outputs: list[Tensor] = []
+    model.eval()
+    with torch.no_grad():
+        for batch in digits.test_images.split(100):
+            outputs.append(model(batch.to(parameter.device, parameter.dtype)).double().cpu())
+    # Log-probabilities are their own log-softmax; scores become probabilities.
+    confidence, predicted = torch.cat(outputs).softmax(-1).max(-1)
+    wrong = (predicted != digits.test_labels).nonzero().squeeze(1)
+    order = wrong[confidence[wrong].argsort(descending=True, stable=True)][:_WORST_MISTAKES]
+    mistakes = [
+        {
+            "index": i,
+            "true": int(digits.test_labels[i]),
+            "predicted": int(predicted[i]),
+            "confidence": round(float(confidence[i]), 6),
+        }
+        for i in order.tolist()
+    ]
+    weights = parameter.detach().double().cpu()
+    rounded = [float(f"{weight:.4g}") for weight in weights.flatten().tolist()]
+    return {
+        "filters": np.reshape(rounded, weights.shape).tolist(),
+        "mistakes": mistakes,
+    }
+
+
+class _Progress:
+    """Says in a small file how far a run is, for the process that draws the bars."""
+
+    def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
+        self.path = path
+        self.name = task.name
+        self.per_epoch = task.digits_per_epoch
+        self.digits = epochs_done * self.per_epoch
+        self.lines: list[str] = []
+        self.write()
+
+    def write(self) -> None:
+        state = json.dumps({"digits": self.digits, "lines": self.lines}).encode()
+        with contextlib.suppress(OSError):  # a full disk stops the run where it loses something
+            training.write_atomically(self.path, lambda file: file.write(state), sync=False)
+        self.written = time.monotonic()
+
+    def on_progress(self, digits: int) -> None:
+        self.digits += digits
+        if time.monotonic() - self.written > _SECONDS:
+            self.write()
+
+    def on_epoch(self, result: training.EpochResult) -> None:
+        self.digits = result.epoch * self.per_epoch
+        self.lines.append(f"{self.name}: {result}")
+        self.write()
+
+
+_PROGRESS: dict[str, Any] = {"digits": records.COUNT, "lines": [records.TEXT]}
+
+
+def _progress_path(task: Task, out: Path) -> Path:
+    return task.folder(out) / "progress.json"
+
+
+def _epochs_done(folder: Path) -> int:
+    """Complete epochs, from the log that the training loop keeps."""
+    try:
+        return max(0, (folder / training.LOG).read_bytes().count(b"\n") - 1)
+    except OSError:
+        return 0
+
+
+def _known(out: Path) -> dict[Path, dict[str, Any]]:
+    """The record of every run in a folder: its ``run.json``, or else what ``results.json`` says.
+
+    Raises:
+        RunError: if one is damaged, or leads out of the folder.
+    """
+    known = {}
+    if (out / "results.json").exists():
+        for run in records.read_results(out / "results.json")["runs"]:
+            known[records.folder(out, run)] = run
+    for path in sorted(out.glob("runs/*/*/run.json")):
+        known[path.parent] = records.read_run(path)
+    for folder in known:
+        _check_inside(folder, out)
+    return known
+
+
+def _check_inside(folder: Path, out: Path) -> None:
+    """Refuse a folder that a link leads out of ``out``."""
+    if not folder.resolve().is_relative_to(out):
+        raise RunError(f"{folder} is a link that leads out of {out}, to {folder.resolve()}")
+
+
+def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:
+    return record is not None and len(record["epochs"]) >= task.epochs
+
+
+def _check_same(task: Task, identity: str, out: Path, record: Mapping[str, Any] | None) -> None:
+    """Refuse what is there of a run, record or checkpoint, if it is that of another one.
+
+    Raises:
+        RunError: as said; the message names the first difference.
+    """
+    folder = task.folder(out)
+    definition = _definition(task, identity)
+    found = None if record is None else records.difference(record, definition)
+    if found is None and not _is_complete(task, record):
+        # One that is damaged is a matter for the training loop, which may know an older one.
+        with warnings.catch_warnings(), contextlib.suppress(training.CheckpointError):
+            warnings.simplefilter("ignore")
+            saved = training.load_latest(folder)[1]["settings"]
+            found = _difference_of_settings(saved, definition)
+    if found is not None:
+        raise RunError(
+            f"{task.name}: what {folder} holds was made with {found}: "
+            "ask for the same again, or choose another folder"
+        )
+
+
+def _difference_of_settings(saved: Mapping[str, Any], definition: Mapping[str, Any]) -> str | None:
+    """The same for a checkpoint, which knows no device and of the data no more than their mean."""
+    keys = ("seed", "limit", "perturbed_weight")
+    rest = {name: saved.get(name) for name in definition["settings"]}
+    then = {**definition, **{key: saved.get(key) for key in keys}, "settings": rest}
+    return records.difference(then, definition)
+
+
+def _start_worker(parent: int) -> None:
+    """What a process of joblib's does first.
+
+    Ctrl-C is for the process that hands out the work; it stops the others. However that one ends,
+    this one does not stay behind: half a second later it has ended, and its locks with it.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.formatwarning = command_line.one_line
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+#: A run and what its data are.
+_Job = tuple[Task, str]
+
+
+def _run_group(
+    group: Sequence[_Job], out: Path, resume: bool, threads: int, where: dict[str, Any]
+) -> list[str]:
+    """Runs that belong together, in whatever process joblib chose; what went wrong, as text."""
+    torch.set_num_threads(threads)
+    failures: list[str] = []
+    if len(group) == 1:
+        _run(group[0], out, resume, where, None, failures)
+        return failures
+    with contextlib.suppress(Exception):  # where there are no digits each run says so
+        task, _ = group[0]
+        experiments.digits(task.experiment.data_kernel, task.root, task.limit)  # kept for all
+    shared = online.SharedLaunches(len(group))
+    workers = [
+        threading.Thread(target=_run, args=(job, out, resume, where, shared, failures), daemon=True)
+        for job in group
+    ]
+    # Each run sets these flags and puts back what it found: let it be the same for all.
+    with training.repeatable():
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        except BaseException:
+            shared.stop()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            raise
+    return failures
+
+
+def _run(
+    job: _Job,
+    out: Path,
+    resume: bool,
+    where: dict[str, Any],
+    shared: online.SharedLaunches | None,
+    failures: list[str],
+) -> None:
+    """One run. What went wrong is added to the failures, as text."""
+    task, identity = job
+    folder = task.folder(out)
+    path = folder / "run.json"
+    try:
+        with training.locked(folder):
+            known = records.read_run(path) if path.exists() else None
+            # Another process may have been here since everything was compared.
+            _check_same(task, identity, out, known)
+            if _is_complete(task, known):
+                return
+            resume = resume and _has_checkpoint(folder)
+            progress = _Progress(_progress_path(task, out), task, _epochs_done(folder) * resume)
+            record = _describe(task, identity, where)
+            # What is there stays until there is more: a run that begins anew may fail at once.
+            written = known is None and not resume
+            if written:
+                _write_json(path, record | {"epochs": []})
+
+            def on_epoch(result: training.EpochResult) -> None:
+                nonlocal written
+                progress.on_epoch(result)
+                if not written:
+                    before = known["epochs"] if resume and known is not None else []
+                    _write_json(path, record | {"epochs": before})
+                    written = True
+
+            history, model = experiments.train(
+                task.experiment,
+                task.seed,
+                task.epochs,
+                task.limit,
+                task.device,
+                folder,
+                resume,
+                task.perturbed_weight,
+                task.root,
+                verbose=False,
+                progress=False,
+                shared=shared,
+                on_progress=progress.on_progress,
+                on_epoch=on_epoch,
+            )
+            record["epochs"] = _epochs([asdict(result) for result in history])
+            if task.experiment.details:
+                record |= _details(task, model)
+            training.save_checkpoint(folder / "model.pt", model.state_dict())
+            _write_json(path, record)
+    except Exception as error:  # one run that fails must not take the others with it
+        failures.append(_failure(task, error))
+    finally:
+        if shared is not None:
+            shared.leave()
+
+
+def _failure(task: Task, error: Exception) -> str:
+    return f"{task.name}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    names = (training.CHECKPOINT, training.BACKUP_CHECKPOINT)
+    return any((folder / name).exists() for name in names)
+
+
+def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
+    """The runs that share their launches: up to ``together`` of one network, loss and digits."""
+    groups: dict[Any, list[list[_Job]]] = {}
+    for i, job in enumerate(left):
+        task, e = job[0], job[0].experiment
+        key: Any = i
+        if together > 1 and "online" in experiments.describe_engine(e, task.device):
+            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, task.limit, task.root)
+            key += (task.device,)
+        found = groups.setdefault(key, [[]])
+        if len(found[-1]) == together:
+            found.append([])
+        found[-1].append(job)
+    return [group for found in groups.values() for group in found]
+
+
+@dataclass
+class _Row:
+    """What the display knows of one run."""
+
+    task: Task
+    path: Path
+    digits: int
+    lines: int = 0
+    bar: Any = None
+    place: int = 0
+
+
+class _Display:
+    """A bar for all runs, one for each that is running, and a line for each epoch."""
+
+    def __init__(self, todo: Sequence[Task], out: Path, show: bool, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self.tqdm, self.quiet = tqdm, quiet
+        self.options: dict[str, Any] = {
+            "unit": " digits",
+            "unit_scale": True,
+            "dynamic_ncols": True,
+            "leave": False,
+            "disable": not show,
+            "file": sys.stderr,
+        }
+        self.rows = []
+        for task in todo:
+            done = min(task.epochs, _epochs_done(task.folder(out))) * task.digits_per_epoch
+            self.rows.append(_Row(task, _progress_path(task, out), done))
+        self.total = tqdm(
+            total=sum(task.digits for task in todo),
+            initial=sum(row.digits for row in self.rows),
+            desc=f"{len(todo)} runs",
+            position=0,
+            **self.options,
+        )
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Display:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopping.set()
+        self.thread.join()
+        self._look()
+        for row in self.rows:
+            if row.bar is not None:
+                row.bar.close()
+        self.total.close()
+
+    def _watch(self) -> None:
+        while not self.stopping.wait(_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        for row in self.rows:
+            with contextlib.suppress(RunError):  # none yet, or not any more
+                self._draw(row, records.read_json(row.path, _PROGRESS))
+
+    def _draw(self, row: _Row, state: dict[str, Any]) -> None:
+        finished = state["digits"] >= row.task.digits
+        if row.bar is None and not finished:
+            taken = {other.place for other in self.rows if other.bar is not None}
+            row.place = next(i for i in range(1, len(self.rows) + 2) if i not in taken)
+            row.bar = self.tqdm(
+                total=row.task.digits,
+                initial=row.digits,
+                desc=row.task.name,
+                position=row.place,
+                **self.options,
+            )
+        if row.bar is not None:
+            row.bar.update(state["digits"] - row.digits)
+        self.total.update(state["digits"] - row.digits)
+        row.digits = state["digits"]
+        for line in state["lines"][row.lines :]:
+            if not self.quiet:
+                try:
+                    self.tqdm.write(line, file=sys.stdout)
+                    sys.stdout.flush()
+                except (OSError, ValueError):  # nobody reads any more: the results count
+                    self.quiet = True
+        row.lines = len(state["lines"])
+        if finished and row.bar is not None:
+            row.bar.close()
+            row.bar = None
+
+
+def run_all(
+    todo: Sequence[Task],
+    out: str | os.PathLike[str],
+    jobs: int = 1,
+    resume: bool = False,
+    progress: bool | None = None,
+    quiet: bool = False,
+    repository: Path | None = None,
+    together: int = 1,
+) -> list[str]:
+    """Make all runs and write ``out/results.json``.
+
+    Args:
+        todo: the runs.
+        out: the folder of all results; other runs in it stay.
+        jobs: how many at once, each with its share of the cores.
+        resume: continue what is there; without it, a run that is there already is refused.
+        progress: bars on standard error; ``None``: on a terminal only.
+        quiet: no line per epoch on standard output.
+        repository: the git checkout whose commit is recorded.
+        together: so many runs of one network (seeds, say, or learning rates) at most are one of the
+            ``jobs`` and share their launches on a GPU, which one network cannot fill, see
+            :class:`mnist_ops.training.online.SharedLaunches`. On the CPU it gains nothing.
+
+    Returns:
+        A line for each run that failed; the others are complete.
+
+    Raises:
+        RunError: if a run is there and ``resume`` is not asked for, or what is there is that of
+            another run, or a record is damaged. Nothing has been written then.
+        OSError: if the folder cannot be written.
+        KeyboardInterrupt: on Ctrl-C; what was complete is in ``results.json``.
+    """
+    from joblib import Parallel, cpu_count, delayed
+
+    for name, value in (("jobs", jobs), ("together", together)):
+        if value < 1:
+            raise ValueError(f"run_all: {name} must be >= 1, got {value}")
+    out = Path(out).resolve()
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file, not a folder for results")
+    known = _known(out)
+    there = [t.name for t in todo if t.folder(out) in known or _has_checkpoint(t.folder(out))]
+    if there and not resume:
+        raise RunError(
+            f"{out} holds {len(there)} of these {len(todo)} runs already ({there[0]}): "
+            "continue them with resume, or choose another folder"
+        )
+    identities: dict[str | None, str | data.DataError] = {}
+    for root in dict.fromkeys(task.root for task in todo):
+        try:
+            identities[root] = records.data_identity(root)
+        except data.DataError as error:
+            identities[root] = error
+    failures: list[str] = []
+    left: list[_Job] = []
+    for task in todo:
+        identity = identities[task.root]
+        if isinstance(identity, data.DataError):
+            failures.append(_failure(task, identity))
+            continue
+        record = known.get(task.folder(out))
+        _check_inside(task.folder(out), out)
+        _check_same(task, identity, out, record)
+        if not _is_complete(task, record):
+            left.append((task, identity))
+
+    out.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    _restore(known)
+    where = environment(repository)
+    groups = _groups(left, together)
+    threads = max(1, cpu_count() // jobs)
+    before = torch.get_num_threads()
+    show = sys.stderr.isatty() if progress is None else progress
+    try:
+        if left:
+            with _Display([task for task, _ in left], out, show, quiet):
+                calls = (
+                    delayed(_run_group)(group, out, resume, threads, where) for group in groups
+                )
+                pool = Parallel(
+                    n_jobs=min(jobs, len(groups)),
+                    return_as="generator_unordered",
+                    initializer=_start_worker,
+                    initargs=(os.getpid(),),
+                )
+                for failed in pool(calls):
+                    failures += failed
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker was killed, perhaps for want of memory: resume with fewer jobs"
+        ) from None
+    finally:
+        torch.set_num_threads(before)
+        for task, _ in left:
+            _progress_path(task, out).unlink(missing_ok=True)
+        _write_json(out / "results.json", collect(out, where))
+    return failures
+
+
+_PART = re.compile(r"\.(\d+)(-\d+)?\.part")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs left: files that were not finished, and how far they were."""
+    for path in [*out.glob(".*.part"), *out.glob("figures/.*.part")]:
+        found = _PART.search(path.name)
+        # A process that lives may be about to finish it. This one is not.
+        if found and not (found[1] != str(os.getpid()) and _lives(int(found[1]))):
+            path.unlink(missing_ok=True)
+    for path in [*out.glob("runs/*/*/progress.json"), *out.glob("runs/*/*/*.part")]:
+        with contextlib.suppress(training.FolderInUseError), training.locked(path.parent):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of this number on this machine; yes where nobody can tell."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _restore(known: Mapping[Path, dict[str, Any]]) -> None:
+    """Give each run that only ``results.json`` knows a ``run.json`` again, lest it be forgotten."""
+    for folder, record in known.items():
+        if not (folder / "run.json").exists():
+            # Whoever is at work there writes it.
+            with contextlib.suppress(training.FolderInUseError), training.locked(folder):
+                _write_json(folder / "run.json", record)
+
+
+def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All runs in a folder, in a fixed order, those under way up to their last complete epoch.
+
+    Args:
+        out: a folder that :func:`run_all` wrote.
+        where: the environment to record, :func:`environment` unless given.
+
+    Raises:
+        RunError: if a ``run.json`` is damaged.
+    """
+    runs = []
+    for path in sorted(Path(out).glob("runs/*/*/run.json")):
+        record = records.read_run(path)
+        if _epochs_done(path.parent) > len(record["epochs"]):
+            _add_epochs(record, path.parent)
+        runs.append(record)
+    order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
+    runs.sort(
+        key=lambda run: (
+            order.get(run["experiment"], len(order)),
+            run["experiment"],
+            run["dtype"],
+            run["seed"],
+            -1 if run["perturbed_weight"] is None else run["perturbed_weight"],
+        )
+    )
+    return {"format": 1, "environment": where or environment(), "runs": runs}
+
+
+def _add_epochs(record: dict[str, Any], folder: Path) -> None:
+    """The epochs of a run under way, from its checkpoint; a warning where it cannot be used."""
+    lost = "its last epochs are missing in the results"
+    try:
+        path, state = training.load_latest(folder)
+        if found := _difference_of_settings(state["settings"], record):
+            raise RunError(f"{path} was made with {found}")
+        epochs = _epochs(state["history"])
+        records.check({**record, "epochs": epochs}, records.RUN, str(folder))
+    except (training.CheckpointError, RunError) as error:
+        warnings.warn(f"{error}: {lost}", stacklevel=3)
+    except (KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"{path} is not a checkpoint ({error!r}): {lost}", stacklevel=3)
+    else:
+        if len(epochs) > len(record["epochs"]):
+            record["epochs"] = epochs

@@ -1,0 +1,435 @@
+"""MNIST: the shipped files, a folder of the user's own, and the reports' preprocessing.
+
+The four official files are package data. On first use they are checked against their published
+MD5 sums and unpacked into a cache folder, in the layout that :class:`torchvision.datasets.MNIST`
+reads: ``$MNIST_OPS_CACHE`` if set, else the platform's cache folder for the user. The package
+itself is never written to. ::
+
+    >>> from mnist_ops.mnist import data
+    >>> images, labels = data.load("train")
+    >>> images.shape, images.dtype
+    (torch.Size([60000, 1, 28, 28]), torch.uint8)
+    >>> data.prepare("contrastive").train_images.shape       # what report 1 trains on
+    torch.Size([60000, 1, 32, 32])
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import contrastive_norm2d, gaussian1d
+from ..ops._common import check_integer, check_number
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+__all__ = [
+    "DataError",
+    "Splits",
+    "cache_folder",
+    "global_norm",
+    "global_statistics",
+    "load",
+    "local_norm",
+    "pad32",
+    "prepare",
+]
+
+
+@dataclass(frozen=True)
+class _File:
+    """An official file: its name without ``.gz``, sizes in bytes and MD5 sums."""
+
+    name: str
+    gz_size: int
+    gz_md5: str
+    raw_size: int
+    raw_md5: str
+
+
+FILES = (
+    _File(
+        "train-images-idx3-ubyte",
+        9_912_422,
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        47_040_016,
+        "6bbc9ace898e44ae57da46a324031adb",
+    ),
+    _File(
+        "train-labels-idx1-ubyte",
+        28_881,
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        60_008,
+        "a25bea736e30d166cdddb491f175f624",
+    ),
+    _File(
+        "t10k-images-idx3-ubyte",
+        1_648_877,
+        "9fb629c4189551a2d022fa330f9573f3",
+        7_840_016,
+        "2646ac647ad5339dbf082846283269ea",
+    ),
+    _File(
+        "t10k-labels-idx1-ubyte",
+        4_542,
+        "ec29112dd5afa0611ce80d1b7f02629c",
+        10_008,
+        "27ae3e4e09519cfbb04c329615203637",
+    ),
+)
+
+_PREFIX = {"train": "train", "test": "t10k"}
+# An unpacked file may have so many bytes: 1.3 million digits. gzip makes a thousand of one.
+_MOST_BYTES = 1 << 30
+_PIECE = 1 << 20
+_REINSTALL = "Reinstall mnist_ops, or name a folder of your own that holds the four MNIST files."
+
+
+class DataError(RuntimeError):
+    """A data file or folder is missing, damaged or cannot be written; the message says which."""
+
+
+def cache_folder() -> Path:
+    """Where the shipped files are unpacked: ``$MNIST_OPS_CACHE``, else the user's cache folder."""
+    if folder := os.environ.get("MNIST_OPS_CACHE"):
+        return Path(folder).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("mnist_ops", appauthor=False)
+
+
+def _shipped() -> Traversable:
+    return resources.files(__package__)
+
+
+def _is_intact(path: Path, file: _File) -> bool:
+    """Whether ``path`` holds exactly the official uncompressed file."""
+    try:
+        if path.stat().st_size != file.raw_size:
+            return False
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == file.raw_md5
+    except OSError:
+        return False
+
+
+def _read_shipped(source: Traversable, file: _File) -> bytes:
+    """The uncompressed bytes of a shipped file, checked against its published MD5 sum."""
+    path = source / f"{file.name}.gz"
+    try:
+        packed = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing. {_REINSTALL}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. {_REINSTALL}") from None
+    if len(packed) < file.gz_size:
+        raise DataError(f"{path} is truncated: {len(packed)} of {file.gz_size} bytes. {_REINSTALL}")
+    digest = hashlib.md5(packed, usedforsecurity=False).hexdigest()
+    if digest != file.gz_md5:
+        raise DataError(
+            f"{path} was altered: expected MD5 {file.gz_md5}, got {digest}. {_REINSTALL}"
+        )
+    return gzip.decompress(packed)
+
+
+def _unpack(source: Traversable, root: Path) -> None:
+    """Put the official files into ``root/MNIST/raw``, those that are not already there intact.
+
+    Every file is written under a name of its own and then renamed, so another process sees the
+    whole file or none, and two processes that do this at once do the same thing twice.
+    """
+    raw = root / "MNIST" / "raw"
+    missing = [file for file in FILES if not _is_intact(raw / file.name, file)]
+    if not missing:
+        return
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw) as scratch:
+        for file in missing:
+            part = Path(scratch, file.name)
+            part.write_bytes(_read_shipped(source, file))
+            os.replace(part, raw / file.name)
+
+
+def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Read ``root/MNIST/raw`` through torchvision."""
+    from torchvision.datasets import MNIST
+
+    dataset = MNIST(root, train=split == "train", download=False)
+    return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
+
+
+def _find(root: Path, name: str) -> Path:
+    for folder in (root, root / "MNIST" / "raw", root / "raw"):
+        for candidate in (folder / name, folder / f"{name}.gz"):
+            if candidate.is_file():
+                return candidate
+    wanted = ", ".join(file.name for file in FILES)
+    raise DataError(
+        f"{name} is missing: {root} holds neither it nor {name}.gz. A data folder holds {wanted}, "
+        "each as it is or with .gz, directly or in MNIST/raw."
+    )
+
+
+def _check_idx(path: Path, content: bytes, size: int, images: bool) -> int:
+    """Check an idx file's header against its length; return the number of entries."""
+    dims = 3 if images else 1
+    if size < 4 * (dims + 1):
+        raise DataError(f"{path} is truncated: {size} bytes, not even a whole idx header.")
+    magic, *shape = struct.unpack(f">{dims + 1}I", content[: 4 * (dims + 1)])
+    expected = 0x0803 if images else 0x0801
+    if magic != expected:
+        kind = "images" if images else "labels"
+        raise DataError(
+            f"{path} is not an idx file of {kind}: expected magic number {expected}, got {magic}."
+        )
+    if images and shape[1:] != [28, 28]:
+        raise DataError(f"{path}: expected images of 28x28 pixels, got {shape[1]}x{shape[2]}.")
+    whole = 4 * (dims + 1) + math.prod(shape)
+    if size != whole:
+        state = "is truncated" if size < whole else "is too long"
+        raise DataError(f"{path} {state}: {size} bytes where its header announces {whole}.")
+    if shape[0] == 0:
+        raise DataError(f"{path} holds no entries.")
+    return shape[0]
+
+
+def _read_idx(path: Path, images: bool) -> Tensor:
+    """The entries of an idx file, packed with gzip or not, uint8: ``(N, 1, 28, 28)`` or ``(N,)``.
+
+    It is unpacked in pieces, and no further than its header announces.
+    """
+    header_size = 16 if images else 8
+    try:
+        with open(path, "rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if packed else raw
+            content = bytearray(file.read(header_size))
+            whole = header_size
+            if len(content) == header_size:
+                whole += math.prod(struct.unpack_from(f">{header_size // 4 - 1}I", content, 4))
+            if whole > _MOST_BYTES and (packed or size == whole):
+                raise DataError(
+                    f"{path} announces {whole} bytes, more than the {_MOST_BYTES} that are read."
+                )
+            # One byte more tells a file that is too long, and the end of one that is not packed
+            # wrong: there its checksum is compared.
+            most = whole + 1 if packed else min(size, whole + 1)
+            while len(content) < most and (piece := file.read(min(_PIECE, most - len(content)))):
+                content += piece
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        state = "truncated" if isinstance(error, EOFError) else "damaged"
+        raise DataError(f"{path} is {state}: {error}. Copy the file again.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except MemoryError:
+        raise DataError(f"{path} needs more memory than there is.") from None
+    count = _check_idx(path, bytes(content[:header_size]), len(content) if packed else size, images)
+    shape = (count, 1, 28, 28) if images else (count,)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=header_size).view(shape)
+
+
+def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Read a folder of the user's own, flat or in torchvision's layout, packed or not."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder.")
+    # All four must be there, though only those of the split are read.
+    paths = {file.name: _find(root, file.name) for file in FILES}
+    images_path, labels_path = (
+        path for name, path in paths.items() if name.startswith(_PREFIX[split])
+    )
+    labels = _read_idx(labels_path, images=False)
+    images = _read_idx(images_path, images=True)
+    if len(images) != len(labels):
+        raise DataError(
+            f"Images and labels do not match: {images_path} has {len(images)}, "
+            f"{labels_path} has {len(labels)}."
+        )
+    if int(labels.max()) > 9:
+        raise DataError(f"{labels_path}: labels must be 0 to 9, got {int(labels.max())}.")
+    return images, labels.to(torch.int64)
+
+
+def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
+    """The digits as they are: images ``(N, 1, 28, 28)`` uint8 and labels ``(N,)`` int64.
+
+    Args:
+        split: ``"train"`` (60,000 digits) or ``"test"`` (10,000).
+        root: a folder of your own with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
+            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is or with
+            ``.gz``, directly in the folder or in its ``MNIST/raw``. It may hold any data in this
+            format; only its integrity is checked. Without it, the files that came with the
+            package, checked against their MD5 sums.
+
+    Raises:
+        DataError: if a file is missing, truncated or altered, or the cache cannot be written.
+    """
+    if split not in _PREFIX:
+        raise ValueError(f"load: split must be 'train' or 'test', got {split!r}")
+    if root is not None:
+        return _read_folder(Path(root).expanduser(), split)
+    cache = cache_folder()
+    try:
+        _unpack(_shipped(), cache)
+    except OSError as error:
+        reason = f"{cache} cannot be used as cache: {error.strerror}"
+        if os.environ.get("MNIST_OPS_CACHE"):
+            raise DataError(f"{reason}. MNIST_OPS_CACHE must name a writable folder.") from None
+        warnings.warn(
+            f"{reason}; unpacking to a temporary folder. Set MNIST_OPS_CACHE to a writable one.",
+            stacklevel=2,
+        )
+        with tempfile.TemporaryDirectory(prefix="mnist_ops-") as scratch:
+            try:
+                _unpack(_shipped(), Path(scratch))
+            except OSError as second:
+                raise DataError(f"{scratch} cannot be written: {second.strerror}.") from None
+            return _read(Path(scratch), split)
+    return _read(cache, split)
+
+
+def pad32(images: Tensor) -> Tensor:
+    """Zero-pad ``(..., 28, 28)`` to the reports' ``(..., 32, 32)``, two pixels on every side."""
+    return F.pad(images, (2, 2, 2, 2))
+
+
+def global_statistics(images: Tensor, padding: int = 2) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) over all pixels of the zero-padded images.
+
+    Args:
+        images: uint8, ``(N, C, H, W)``, not yet padded.
+        padding: pixels added on every side; 2 makes 28x28 into 32x32.
+
+    Returns:
+        Two floats. Sums run in integers, so they are exact to the last division: 25.5094 and
+        70.1804 for the training set.
+
+    Raises:
+        TypeError: if the images are not uint8.
+        ValueError: if there is no pixel, or all of them are equal and cannot be normalised.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"global_statistics: images must be uint8, got {images.dtype}")
+    if images.dim() < 2 or images.numel() == 0:
+        raise ValueError(
+            f"global_statistics: images must hold one pixel at least, got {tuple(images.shape)}"
+        )
+    padding = check_integer("global_statistics", "padding", padding, 0)
+    height, width = images.shape[-2:]
+    count = (images.numel() // (height * width)) * (height + 2 * padding) * (width + 2 * padding)
+    total = int(images.sum(dtype=torch.int64))
+    squares = int(images.to(torch.int32).square_().sum(dtype=torch.int64))
+    spread = squares * count - total**2
+    if spread == 0:
+        raise ValueError(
+            "global_statistics: images must differ in some pixel, got a standard deviation of 0"
+        )
+    variance = spread / (count * (count - 1))
+    return total / count, math.sqrt(variance)
+
+
+def global_norm(images: Tensor, mean: float, std: float) -> Tensor:
+    """``(x - mean) / std`` in float32, with mean and std rounded to float32 first.
+
+    Raises:
+        ValueError: if ``mean`` is not finite or ``std`` not finite and above 0, in float32.
+    """
+    for name, value, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
+        number = check_number("global_norm", name, value)
+        rounded = float(torch.tensor(number, dtype=torch.float32, device="cpu"))
+        if not (math.isfinite(rounded) and rounded > least):
+            bound = "" if least else " and > 0"
+            raise ValueError(f"global_norm: {name} must be finite{bound} in float32, got {value}")
+    return images.to(torch.float32).sub_(mean).div_(std)
+
+
+def local_norm(images: Tensor, kernel_size: int = 7) -> Tensor:
+    """Report 1's local normalization: contrastive, a 1-D Gaussian kernel, threshold 1.
+
+    Args:
+        images: float32, ``(N, 1, H, W)``, after :func:`global_norm`.
+        kernel_size: taps of the Gaussian (Table 3.2 compares 7, 15 and none).
+
+    Returns:
+        The same shape and dtype.
+    """
+    kernel = gaussian1d(kernel_size)
+    # In pieces that stay in the processor's cache.
+    pieces = [contrastive_norm2d(piece, kernel, 1.0, 1.0) for piece in images.split(256)]
+    return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images ``(N, 1, 32, 32)`` float32 and labels ``(N,)`` int64, ready for training."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: float
+    std: float
+
+
+def prepare(
+    normalization: str = "contrastive",
+    kernel_size: int = 7,
+    root: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+) -> Splits:
+    """The reports' data: zero-padded to 32x32 and normalised in float32.
+
+    Args:
+        normalization: ``"contrastive"``: global, then local (report 1); ``"global"``: global only
+            (report 2, and report 1's "no normalization").
+        kernel_size: taps of the local normalization's Gaussian.
+        root: as for :func:`load`.
+        limit: keep the first ``limit`` digits of each split. Mean and standard deviation always
+            come from the whole training set, as both splits are normalised with them.
+
+    Raises:
+        ValueError: for an unknown normalization or a limit below 1.
+        DataError: as for :func:`load`, and if all training images are black.
+    """
+    if normalization not in ("contrastive", "global"):
+        raise ValueError(
+            f"prepare: normalization must be 'contrastive' or 'global', got {normalization!r}"
+        )
+    if limit is not None:
+        limit = check_integer("prepare", "limit", limit, 1)
+    train_images, train_labels = load("train", root)
+    test_images, test_labels = load("test", root)
+    try:
+        mean, std = global_statistics(train_images)
+    except ValueError:
+        raise DataError(
+            f"{root}: all pixels of the training images are 0: they cannot be normalised."
+        ) from None
+
+    def finish(images: Tensor) -> Tensor:
+        images = global_norm(pad32(images[:limit]), mean, std)
+        return local_norm(images, kernel_size) if normalization == "contrastive" else images
+
+    return Splits(
+        finish(train_images),
+        train_labels[:limit].clone(),
+        finish(test_images),
+        test_labels[:limit].clone(),
+        mean,
+        std,
+    )

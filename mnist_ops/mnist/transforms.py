@@ -1,0 +1,315 @@
+"""Augmentation as in report 2: rotation by random angles, Gaussian noise.
+
+The transforms draw from a :class:`mnist_ops.torch7.Generator`, sample by sample in order, so that a
+run with augmentation has its digits too. They go into ``transform=`` of
+:func:`mnist_ops.training.fit`, whose checkpoints hold the generator's state::
+
+    >>> generator = torch7.start(seed=1, data_kernel_size=None)
+    >>> model = models.convnet(dtype=torch.float64, generator=generator)
+    >>> turn = transforms.RandomRotation(0.2, generator)          # report 2's best: 11.46 degrees
+    >>> history = training.fit(model, ..., generator=generator, transform=turn)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._common import check_number
+from ..torch7 import Generator
+
+__all__ = ["Compose", "GaussianNoise", "RandomRotation", "rotate"]
+
+INTERPOLATIONS = ("nearest", "bilinear")
+
+
+def _check_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: images must be a Tensor, got {type(images)}")
+    if images.dim() != 4:
+        raise ValueError(f"{name}: images must be (N, C, H, W), got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: images must be floating point, got {images.dtype}")
+
+
+def _check_interpolation(name: str, interpolation: str) -> None:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"{name}: interpolation must be 'nearest' or 'bilinear', got {interpolation!r}"
+        )
+
+
+def _check_number(name: str, argument: str, value: float, least: float | None = None) -> float:
+    number = check_number(name, argument, value)
+    if not math.isfinite(number) or (least is not None and number < least):
+        bound = "" if least is None else f" and >= {least:g}"
+        raise ValueError(f"{name}: {argument} must be finite{bound}, got {value!r}")
+    return number
+
+
+def rotate(
+    images: Tensor, angles: Tensor, interpolation: str = "nearest", fill: float = 0.0
+) -> Tensor:
+    r"""Rotate every image about its centre by an angle of its own, anticlockwise where > 0.
+
+    With the centre :math:`c_x = (W - 1)/2,\ c_y = (H - 1)/2`, the output's pixel in column i and
+    row j comes from column u and row v of the input,
+
+    .. math::
+        u = \cos\theta\,(i - c_x) - \sin\theta\,(j - c_y) + c_x, \qquad
+        v = \cos\theta\,(j - c_y) + \sin\theta\,(i - c_x) + c_y.
+
+    ``"nearest"`` takes the pixel at u and v rounded, halves away from zero, and ``fill`` where that
+    is outside. Angles, sines, cosines and coordinates are float32 in every dtype, one rounding per
+    operation: this is Torch7's ``image.rotate(image, theta, 'simple')``, pixel by pixel. (Torch7
+    also rounds the pixels to float32; here they are copied.)
+
+    ``"bilinear"`` interpolates between four pixels, those outside being ``fill``, as torchvision's
+    ``rotate(image, degrees, BILINEAR)`` does with ``fill=None``, in the images' dtype (half types
+    in float32). Torch7's own ``'bilinear'``, in float32, agrees where all four are inside; at the
+    border it repeats the outermost pixels for half a pixel more and is 0 beyond.
+
+    Args:
+        images: floating point, ``(N, C, H, W)``.
+        angles: floating point, ``(N,)``, in radians. Moved to the images' device.
+        interpolation: ``"nearest"`` or ``"bilinear"``.
+        fill: the value outside. The reports' is 0, which is brighter than the normalised digits'
+            background.
+
+    Returns:
+        The same shape, dtype and device. An image's result does not depend on the others. Gradients
+        flow to ``images``, not to ``angles``.
+
+    Raises:
+        TypeError, ValueError: for a tensor of another kind or shape, an unknown interpolation, a
+            ``fill`` that is no finite number.
+
+    Source: report 2, "Data Augmentation"; Torch7's ``image.rotate``.
+
+    Example::
+
+        >>> rotate(torch.arange(9.0).view(1, 1, 3, 3), torch.tensor([math.pi / 2])).view(3, 3)
+        tensor([[2., 5., 8.],
+                [1., 4., 7.],
+                [0., 3., 6.]])
+    """
+    _check_images("rotate", images)
+    if not isinstance(angles, Tensor) or not angles.is_floating_point():
+        kind = angles.dtype if isinstance(angles, Tensor) else type(angles)
+        raise TypeError(f"rotate: angles must be a floating point Tensor, got {kind}")
+    if angles.shape != images.shape[:1]:
+        raise ValueError(
+            f"rotate: angles must be ({len(images)},), one per image, "
+            f"got shape {tuple(angles.shape)}"
+        )
+    _check_interpolation("rotate", interpolation)
+    fill = _check_number("rotate", "fill", fill)
+    if images.numel() == 0:
+        return images.clone()
+    angles = angles.detach().to(images.device)
+    return (_rotate_nearest if interpolation == "nearest" else _rotate_bilinear)(
+        images, angles, fill
+    )
+
+
+def _rotate_nearest(images: Tensor, angles: Tensor, fill: float) -> Tensor:
+    count, channels, height, width = images.shape
+    # Torch7 takes theta as float and its sine and cosine by sinf and cosf, which round right.
+    theta = angles.float().double().view(-1, 1, 1)
+    cos, sin = theta.cos().float(), theta.sin().float()
+    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+    x = torch.arange(width, dtype=torch.float32, device=images.device) - centre_x
+    y = (torch.arange(height, dtype=torch.float32, device=images.device) - centre_y).unsqueeze(1)
+    column = _round(cos * x - sin * y + centre_x)
+    row = _round(cos * y + sin * x + centre_y)
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    # An angle that is not a number lands outside, as in Torch7, since its comparisons are false.
+    index = torch.where(inside, row * width + column, 0).long().view(count, 1, height * width)
+    turned = images.reshape(count, channels, -1).gather(2, index.expand(-1, channels, -1))
+    return turned.view(images.shape).where(inside.unsqueeze(1), fill)
+
+
+def _round(x: Tensor) -> Tensor:
+    """C's round: halves away from zero. torch.round would take them to the even neighbour."""
+    whole = x.trunc()
+    return whole + x.sign() * ((x - whole).abs() >= 0.5)
+
+
+def _rotate_bilinear(images: Tensor, angles: Tensor, fill: float) -> Tensor:
+    height, width = images.shape[-2:]
+    dtype = images.dtype if images.dtype == torch.float64 else torch.float32
+    theta = angles.double()
+    cos, sin, zero = theta.cos(), theta.sin(), torch.zeros_like(theta)
+    # grid_sample wants coordinates in which the image reaches from -1 to 1.
+    matrix = torch.stack(
+        [
+            torch.stack([cos, -sin * height / width, zero], 1),
+            torch.stack([sin * width / height, cos, zero], 1),
+        ],
+        1,
+    ).to(dtype)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    # Outside, grid_sample has zeros.
+    shifted = images.to(dtype) - fill
+    return F.grid_sample(shifted, grid, align_corners=False).add(fill).to(images.dtype)
+
+
+class _RandomTransform(nn.Module):
+    """A transform that uses a fixed number of normal numbers per sample.
+
+    Attributes:
+        batched: a batch gives the same bits, and leaves the generator in the same state, as its
+            samples one at a time in order. :class:`mnist_ops.training.online.OptimizerEngine`
+            therefore hands over many samples at once.
+    """
+
+    batched = True
+
+    def __init__(self, std: float, generator: Generator) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.std = _check_number(name, "std", std, 0)
+        if not isinstance(generator, Generator):
+            raise TypeError(f"{name}: generator must be a torch7.Generator, got {type(generator)}")
+        self.generator = generator
+
+    def count(self, images: Tensor) -> int:
+        """How many numbers a sample of ``images`` uses."""
+        raise NotImplementedError
+
+    def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Transform ``images`` with the standard normal ``numbers``, float64 ``(N, count)``."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Transform ``(N, C, H, W)`` to the same shape."""
+        _check_images(type(self).__name__, images)
+        numbers = self.generator.normal(size=(len(images), self.count(images)))
+        return self.apply_numbers(images, numbers)
+
+
+class RandomRotation(_RandomTransform):
+    """Rotate each image by an angle drawn from a normal distribution. See :func:`rotate`.
+
+    For each sample in turn the angle is ``generator.normal(0, std)``, in radians.
+
+    Args:
+        std: standard deviation of the angles, >= 0. Report 2's best is 0.2.
+        generator: shared with the rest of the run. It is not part of the ``state_dict``.
+        interpolation: ``"nearest"``, the reports', or ``"bilinear"``.
+
+    Attributes:
+        batched: a batch gives the same bits as its samples one at a time in order.
+
+    Raises:
+        TypeError, ValueError: for an impossible argument.
+    """
+
+    def __init__(self, std: float, generator: Generator, interpolation: str = "nearest") -> None:
+        super().__init__(std, generator)
+        _check_interpolation("RandomRotation", interpolation)
+        self.interpolation = interpolation
+
+    def count(self, images: Tensor) -> int:
+        """One angle."""
+        return 1
+
+    def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Rotate by ``std * numbers``."""
+        return rotate(images, numbers.squeeze(1) * self.std, self.interpolation)
+
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor."""
+        return f"std={self.std}, interpolation={self.interpolation!r}"
+
+
+class GaussianNoise(_RandomTransform):
+    """Add ``generator.normal(0, std)`` to every pixel, sample by sample, row-major.
+
+    Report 2 tried "a random gaussian noise" without giving its strength.
+
+    Args:
+        std: standard deviation of the noise, >= 0; the normalised digits' own is 1.
+        generator: shared with the rest of the run. It is not part of the ``state_dict``.
+
+    Attributes:
+        batched: a batch gives the same bits as its samples one at a time in order.
+
+    Raises:
+        TypeError, ValueError: for an impossible argument.
+    """
+
+    def count(self, images: Tensor) -> int:
+        """One number per pixel."""
+        return images[0].numel() if len(images) else 0
+
+    def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Add ``std * numbers``."""
+        return images + (numbers * self.std).view(images.shape).to(images)
+
+    def extra_repr(self) -> str:
+        """Return ``std``, as in the constructor."""
+        return f"std={self.std}"
+
+
+class Compose(nn.Module):
+    """Apply transforms one after the other, each sample's random numbers drawn together.
+
+    For a batch the order is: all transforms' numbers for the first sample, then all of the second
+    sample's, and so on, as if the samples came one at a time. The batch size therefore changes
+    neither the numbers nor the result.
+
+    Args:
+        transforms: :class:`RandomRotation`, :class:`GaussianNoise`, :class:`Compose`, or any
+            function of ``(N, C, H, W)``; with one of the latter the samples are transformed one at
+            a time.
+
+    Attributes:
+        batched: whether a batch is transformed as a whole, to the same bits.
+
+    Example::
+
+        >>> both = Compose(RandomRotation(0.2, generator), GaussianNoise(0.1, generator))
+    """
+
+    def __init__(self, *transforms: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.transforms: list[Callable[[Tensor], Tensor]] = []
+        for i, transform in enumerate(transforms):
+            if not callable(transform):
+                raise TypeError(f"Compose: transform {i} must be callable, got {transform!r}")
+            parts = transform.transforms if isinstance(transform, Compose) else [transform]
+            self.transforms.extend(parts)
+        self.batched = all(isinstance(part, _RandomTransform) for part in self.transforms)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Transform ``(N, C, H, W)``."""
+        _check_images("Compose", images)
+        if not self.batched:
+            if len(images) > 1:
+                return torch.cat([self(image) for image in images.split(1)])
+            for transform in self.transforms:
+                images = transform(images)
+            return images
+        parts = [part for part in self.transforms if isinstance(part, _RandomTransform)]
+        # A row of numbers per sample from each generator; every transform takes its columns.
+        generators = {id(part.generator): part.generator for part in parts}
+        columns = {
+            key: [part.count(images) if id(part.generator) == key else 0 for part in parts]
+            for key in generators
+        }
+        numbers = {
+            key: generator.normal(size=(len(images), sum(columns[key]))).split(columns[key], 1)
+            for key, generator in generators.items()
+        }
+        for i, part in enumerate(parts):
+            images = part.apply_numbers(images, numbers[id(part.generator)][i])
+        return images
+
+    def extra_repr(self) -> str:
+        """Return the transforms, one per line."""
+        return "\n".join(map(str, self.transforms))

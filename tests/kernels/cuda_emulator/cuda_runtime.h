@@ -1,0 +1,276 @@
+// CUDA's language, on the CPU: csrc/cuda/*.cu includes this in place of CUDA's own header when the
+// tests compile it as C++. Only what those files use is here.
+//
+// A block's threads are fibers: each has a stack of its own and runs until it comes to a barrier or
+// a warp shuffle, where another one is resumed. All of it happens in one thread of the CPU, blocks
+// one after the other, threads in an order that is shuffled (from a fixed seed) whenever all of
+// them have had a turn. So a kernel that lacks a barrier reads values that are not there yet, or
+// not there any more, and a barrier that not every thread comes to is reported.
+//
+// In a cooperative launch the threads of all blocks are there at once. A block runs until all of
+// its threads wait for other blocks or have finished, then another one does, in random order:
+// between two such waits a block's __shared__ memory is its own, but none of it lives any longer,
+// as another block may have used it meanwhile (except for what all blocks write alike).
+//
+// So are the threads of a cluster's blocks, in any order among each other; these have no __shared__
+// memory but the dynamic one, of which each block has its own.
+//
+// tests/kernels/test_cuda_emulator.py says what this proves and what it does not.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+// The tests register these kernels beside the CPU's own, as the library mnist_ops_emulated (named
+// by -Dmnist_ops=mnist_ops_emulated, which also keeps the C++ namespaces apart) for tensors on the
+// CPU. After the headers above, whose DeviceType has a CUDA that must stay one.
+#define CUDA CPU
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+// One block runs at a time, so one copy is enough (see above for cooperative launches). It begins
+// as zeros, as it does not on a GPU, and then holds what the block before left: only that shows a
+// kernel which counts on the zeros.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_size = 1, unsigned y_size = 1, unsigned z_size = 1)
+      : x(x_size), y(y_size), z(z_size) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_emulator {
+
+// What the tests change between calls (emulator.cpp has the functions they do it with).
+struct Settings {
+  int64_t max_blocks = INT64_MAX;            // of a grid: few of them, and kernels must loop
+  int64_t largest_narrow_index = INT32_MAX;  // 0, and every kernel is the one for large tensors
+  int64_t image_bytes = int64_t{48} << 10;   // of shared memory, for kernels launched as clusters
+};
+inline Settings settings;
+
+inline int64_t largest_narrow_index() {
+  return settings.largest_narrow_index;
+}
+
+// Runs thread once as every thread of every block; throws where they wait for each other forever,
+// and where one writes just behind the shared_bytes of dynamic shared memory.
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t shared_bytes = 0);
+
+// Dynamic shared memory of the block that runs: NaN when it begins. The limit is what any GPU has.
+unsigned char* dynamic_shared_memory();
+inline int64_t shared_memory_limit() {
+  return int64_t{48} << 10;
+}
+
+// What kernels that keep much in shared memory are planned for.
+struct Multiprocessors {
+  int count;
+  int64_t shared_bytes, shared_per_block;
+  int largest_cluster, block_threads;
+};
+template <typename Kernel>
+Multiprocessors multiprocessors(Kernel*) {
+  return {3, 2 * settings.image_bytes, settings.image_bytes, 8, 64};
+}
+
+// The same for clusters of blocks, which are alive at once.
+void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
+                  const std::function<void()>& thread, size_t shared_bytes);
+
+// To be called by all threads of a cluster.
+void sync_cluster();
+
+// The address in the dynamic shared memory of a block of the cluster.
+const unsigned char* address_of_block(const unsigned char* mine, int rank);
+template <typename V>
+const V* of_block(const V* mine, int rank) {
+  return reinterpret_cast<const V*>(
+      address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
+}
+
+// The same with all blocks alive at once.
+void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
+                       size_t shared_bytes = 0);
+
+// To be called by all threads of a block, which go on when `blocks` blocks have come here, for the
+// round-th time, with the same counter; it is not counted in.
+void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round);
+
+// Some blocks of a launch, alive at once: those from first_block on of a grid of so many.
+void run_cluster(dim3 grid, unsigned first_block, unsigned blocks, dim3 block,
+                 const std::function<void()>& thread, size_t shared_bytes = 0);
+
+// The blocks of a cluster have one copy of __shared__ memory, in which they must therefore write
+// alike what others of them read. A wait is for all of them to wait; none is without clusters.
+inline unsigned cluster_blocks;
+inline void cluster_arrive() {}
+inline void cluster_wait() {
+  wait_for_blocks(&cluster_blocks, cluster_blocks, 0);
+}
+template <typename A>
+A* cluster_peer(A* variable, int) {
+  return variable;
+}
+
+// To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
+// have come here.
+void wait_for_block();
+void wait_for_warp();
+
+// One slot for each thread of the block, to hand a value to another one.
+constexpr size_t kExchangeBytes = 8;
+unsigned char* exchange_slot(unsigned thread);
+unsigned this_thread();
+
+class CurrentStream {
+ public:
+  explicit CurrentStream(const torch::stable::Tensor&) {}
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
+    const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
+    run_grid(dim3(grid), threads, [&] { kernel(arguments...); });
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
+    run_grid(dim3(grid), threads, [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+
+  // The device has clusters unless indices are the wide ones, so that both are tried.
+  template <typename Kernel, typename... Arguments>
+  bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
+                       const Arguments&... arguments) const {
+    if (settings.largest_narrow_index == 0) return false;
+    const int64_t most = std::max(int64_t{1}, settings.max_blocks / cluster) * cluster;
+    const auto grid = static_cast<unsigned>(std::min(blocks, most));
+    cluster_blocks = static_cast<unsigned>(cluster);
+    for (unsigned first = 0; first < grid; first += cluster_blocks) {
+      run_cluster(dim3(grid), first, cluster_blocks, threads, [&] { kernel(arguments...); });
+    }
+    return true;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
+                                   int64_t shared_bytes, const Arguments&... arguments) const {
+    const auto clusters = static_cast<unsigned>(std::min(items, settings.max_blocks));
+    run_clusters(
+        clusters, static_cast<unsigned>(cluster), static_cast<unsigned>(threads),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+};
+
+// A device of so many multiprocessors, each of which holds one block of online SGD at a time, with
+// so many bytes of dynamic shared memory.
+struct Device {
+  int multiprocessors = 3, block_threads = 64;
+  int64_t shared_bytes = int64_t{200} << 10;
+};
+inline Device device;
+
+inline int block_threads() {
+  return device.block_threads;
+}
+inline int multiprocessor_count() {
+  return device.multiprocessors;
+}
+
+class Cooperation {
+ public:
+  explicit Cooperation(const torch::stable::Tensor&) {}
+
+  int multiprocessors() const { return device.multiprocessors; }
+
+  template <typename Kernel>
+  int64_t free_shared_memory(Kernel*) const {
+    return device.shared_bytes;
+  }
+
+  template <typename Kernel>
+  void allow_shared_memory(Kernel*) const {}
+
+  template <typename Kernel>
+  int resident_blocks(Kernel*, int64_t) const {
+    return device.multiprocessors;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    launch_with_shared(kernel, blocks, 0, arguments...);
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                          const Arguments&... arguments) const {
+    run_grid(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+
+  template <typename Kernel, typename... Arguments>
+  void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+                       const Arguments&... arguments) const {
+    run_grid_together(
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+  }
+};
+
+// The kernels of a graph with copies of their arguments, run one after the other.
+class KernelGraph {
+ public:
+  explicit KernelGraph(const Cooperation& device) : device_(device) {}
+
+  template <typename Kernel, typename... Arguments>
+  void add(Kernel* kernel, int64_t blocks, int64_t shared_bytes, const Arguments&... arguments) {
+    nodes_.push_back(
+        [=, this] { device_.launch_with_shared(kernel, blocks, shared_bytes, arguments...); });
+  }
+
+  void launch() const {
+    for (const auto& node : nodes_) node();
+  }
+
+ private:
+  const Cooperation& device_;
+  std::vector<std::function<void()>> nodes_;
+};
+
+}  // namespace cuda_emulator
+
+inline void __syncthreads() {
+  cuda_emulator::wait_for_block();
+}
+inline void __syncwarp() {
+  cuda_emulator::wait_for_warp();
+}
+
+// The mask is not looked at: kernels here shuffle with whole warps.
+template <typename V>
+V __shfl_xor_sync(unsigned, V value, int lane_mask) {
+  using namespace cuda_emulator;
+  static_assert(sizeof(V) <= kExchangeBytes);
+  const unsigned self = this_thread();
+  std::memcpy(exchange_slot(self), &value, sizeof(V));
+  wait_for_warp();
+  std::memcpy(&value, exchange_slot(self ^ static_cast<unsigned>(lane_mask)), sizeof(V));
+  wait_for_warp();  // before the next shuffle overwrites what others have yet to read
+  return value;
+}
