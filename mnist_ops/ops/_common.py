@@ -60,20 +60,22 @@ def check_number(op: str, name: str, value: object) -> float:
 
 def check_int(op: str, name: str, value: Any, kind: str = "an int") -> int:
     """Return what is an int for PyTorch: NumPy's integers, too, and all that has __index__."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError as error:  # a tensor of floats or of several elements
-        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}") from error
+    if type(value) is not int:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
+        try:
+            value = operator.index(value)
+        except TypeError as error:  # a tensor of floats or of several elements
+            raise TypeError(f"{op}: {name} must be {kind}, got {value!r}") from error
+    if not -(2**63) <= value < 2**63:  # Python refuses to print one of thousands of digits
+        raise ValueError(f"{op}: {name} must fit 64 bits, got an int of {value.bit_length()}")
+    return value
 
 
 def pair(op: str, name: str, value: Any) -> list[int]:
     """Return [height, width] from one int or two; a sequence of one counts as one, as in torch."""
     if type(value) is int:
-        return [value, value]
+        return [check_int(op, name, value)] * 2
     values = list(value) if isinstance(value, (tuple, list)) else [value]
     kind = "an int or two ints"
     if not 1 <= len(values) <= 2:
@@ -353,10 +355,8 @@ def register_image_vmap(name: str, images: int, other_tensors: int = 0) -> None:
 
 
 def check_integer(op: str, name: str, value: object, least: int) -> int:
-    """Return an integer of at least ``least`` that an int64 can hold."""
+    """Return an integer of at least ``least``."""
     number = check_int(op, name, value)
-    if number >= 2**63:
-        raise ValueError(f"{op}: {name} must be below 2**63, got more")
     if number < least:
         raise ValueError(f"{op}: {name} must be >= {least}, got {number}")
     return number

@@ -52,7 +52,7 @@ def gaussian1d(
     op = "gaussian1d"
     size = check_int(op, "size", size)
     if not 1 <= size < 2**31:
-        raise ValueError(f"{op}: size must be positive and below 2^31, got {size:.6g}")
+        raise ValueError(f"{op}: size must be positive and below 2^31, got {size}")
     sigma, amplitude = check_number(op, "sigma", sigma), check_number(op, "amplitude", amplitude)
     center = check_number(op, "center", center)
     if not sigma > 0:

@@ -109,7 +109,7 @@ def check_windows(
         if p < info.smallest_normal:
             raise ValueError(
                 f"{op}: norm_type must be at least {info.smallest_normal:.3g}, the smallest normal "
-                f"number of {wide}, which {dtype} is computed in, got {norm_type}"
+                f"number of the type that is computed in, {wide}, got {norm_type}"
             )
         if p > info.max:
             p = math.inf
@@ -120,7 +120,7 @@ def check_windows(
         if values[0] < 1 or values[1] < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(values)}")
         if max(values) >= 2**31:  # no image's size, and clear of overflow, as in lp_pool.h
-            raise ValueError(f"{op}: {name} must be below 2^31, got {max(values):.6g}")
+            raise ValueError(f"{op}: {name} must be below 2^31, got {max(values)}")
     if not (0 <= pads[0] <= kernel[0] // 2 and 0 <= pads[1] <= kernel[1] // 2):
         raise ValueError(
             f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "

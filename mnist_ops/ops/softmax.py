@@ -175,7 +175,7 @@ def check_beta(op: str, beta: Any, dtype: torch.dtype = torch.float64) -> float:
         wide = compute_type(dtype)
         if not abs(beta) <= torch.finfo(wide).max:
             raise ValueError(
-                f"{op}: beta must be finite in {wide}, which {dtype} is computed in, got {beta}"
+                f"{op}: beta must be finite in the type that is computed in, {wide}, got {beta}"
             )
     return beta
 

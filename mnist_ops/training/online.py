@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from .. import _libraries, torch7
 from .. import nn as ops_nn
 from ..ops._common import check_integer, check_number, pair
+from ..ops.lp_pool import check_windows
+from ..ops.softmax import check_beta
 from ..torch7.optim import SGD
 
 __all__ = ["OnlineSGD", "OptimizerEngine", "SharedLaunches", "UnsupportedError"]
@@ -259,8 +261,9 @@ class OnlineSGD:
         self._kernels: list[Tensor] = []
         self._dropouts: list[torch7.Dropout] = []
         seen: set[int] = set()
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float64)
         for name, module in _layers(self.model):
-            lines.append(f"{_line(name, module)} {' '.join(name.split())}")
+            lines.append(f"{_line(name, module, dtype)} {' '.join(name.split())}")
             for parameter_name, parameter in module.named_parameters():
                 where = f"layer {name!r} ({type(module).__name__})"
                 if id(parameter) in seen:
@@ -819,7 +822,7 @@ def _number(value: float) -> str:
     return "inf" if math.isinf(value) else repr(float(value))
 
 
-def _line(name: str, module: nn.Module) -> str:
+def _line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
     """One layer in the engine's words; csrc/online/network_text.h lists them."""
     kind = type(module)
     where = f"layer {name!r} ({kind.__name__})"
@@ -854,7 +857,9 @@ def _line(name: str, module: nn.Module) -> str:
     if kind in _PLAIN:
         return _PLAIN[kind]
     if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
-        return f"lp_pool2d {_number(module.norm_type)} {pool(module)}"
+        options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+        p, *_ = check_windows(where, module.norm_type, *options, dtype)
+        return f"lp_pool2d {_number(p)} {pool(module)}"
     if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
         need(not module.return_indices, "has return_indices")
@@ -875,7 +880,7 @@ def _line(name: str, module: nn.Module) -> str:
         ops_nn.LogSoftmax,
     ):
         need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
-        return f"log_softmax {_number(getattr(module, 'beta', 1.0))}"
+        return f"log_softmax {_number(check_beta(where, getattr(module, 'beta', 1.0), dtype))}"
     raise UnsupportedError(f"{where} is not one of the engine's layers")
 
 

@@ -879,6 +879,22 @@ def test_what_the_engine_does_not_know(layer, message):
         OnlineSGD(model)
 
 
+def test_numbers_in_the_type_that_is_computed_in():
+    """Powers and factors that float32 does not have: refused before anything is trained."""
+
+    def last(layer):
+        return Sequential(Conv2d(1, 2, 3), layer, Flatten(), Linear(18, 3))
+
+    largest = OnlineSGD(last(nn.LPPool2d(1e39, 2)))
+    assert largest._network == OnlineSGD(last(nn.LPPool2d(math.inf, 2)))._network
+    with pytest.raises(ValueError, match=r"norm_type must be at least 1\.18e-38"):
+        OnlineSGD(last(nn.LPPool2d(1e-39, 2)))
+    classes = Sequential(Flatten(), Linear(4, 3), nn.LogSoftmax(1, beta=1e39))
+    with pytest.raises(ValueError, match="beta must be finite in the type that is computed in"):
+        OnlineSGD(classes)
+    OnlineSGD(classes.double())
+
+
 def test_shared_layers_are_refused():
     layer = Linear(3, 3)
     with pytest.raises(UnsupportedError, match="shares its weight with another layer"):
@@ -1090,7 +1106,7 @@ def test_the_raw_operators_fake_compares_devices():
     ("settings", "error", "message"),
     [
         ({"lr": 10**400}, ValueError, "lr is too large for a float"),
-        ({"threads": 10**30}, ValueError, r"threads must be below 2\*\*63"),
+        ({"threads": 10**30}, ValueError, r"threads must fit 64 bits"),
         ({"threads": True}, TypeError, "threads must be an int, got True"),
         ({"weight_decay": None}, TypeError, "weight_decay must be a number, got NoneType"),
     ],
@@ -1178,10 +1194,10 @@ def raw_arguments():
         ({"kernels": [torch.ones(3, dtype=torch.int64)]}, "kernel must be a floating-point tensor"),
         ({"kernels": [torch.ones(4)]}, "kernel sizes must be odd"),
         ({"kernels": []}, "its kernel was not given"),
-        ({"network": "linear 99999999999 1 0"}, ""),
-        ({"network": "max_pool2d 4611686018427387904"}, ""),
-        ({"network": "conv2d"}, ""),
-        ({"network": ""}, ""),
+        ({"network": "linear 99999999999 1 0"}, "expected a vector, got a map"),
+        ({"network": "max_pool2d 4611686018427387904"}, "has no number where one must be"),
+        ({"network": "conv2d"}, "has no number where one must be"),
+        ({"network": ""}, "the network has no layers"),
         ({"parameters": []}, "the network has no parameters"),
     ],
     ids=str,
