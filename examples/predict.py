@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import training
-from mnist_ops.lab import command_line, prediction
-from mnist_ops.mnist import data
+try:
+    from mnist_ops import training
+    from mnist_ops.lab import command_line, prediction
+    from mnist_ops.mnist import data
+except ImportError as error:  # the extra is not installed, or no library compiled
+    sys.exit(f"error: {error}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,19 +20,22 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import training
-from mnist_ops.lab import (
-    command_line,
-    derivations,
-    experiments,
-    figures,
-    html_report,
-    records,
-    reports,
-    runner,
-    tables,
-)
-from mnist_ops.mnist import data
+try:
+    from mnist_ops import training
+    from mnist_ops.lab import (
+        command_line,
+        derivations,
+        experiments,
+        figures,
+        html_report,
+        records,
+        reports,
+        runner,
+        tables,
+    )
+    from mnist_ops.mnist import data
+except ImportError as error:  # the extra is not installed, or no library compiled
+    sys.exit(f"error: {error}")
 
 # What needs no training: every run of this script makes the two of them.
 EXTRAS = {

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
-from mnist_ops import torch7, training
-from mnist_ops.lab import command_line, figures, reports
-from mnist_ops.mnist import data, models
-from mnist_ops.torch7 import optim
+try:
+    from mnist_ops import torch7, training
+    from mnist_ops.lab import command_line, figures, reports
+    from mnist_ops.mnist import data, models
+    from mnist_ops.torch7 import optim
+except ImportError as error:  # the extra is not installed, or no library compiled
+    sys.exit(f"error: {error}")
 
 
 def parse_arguments() -> argparse.Namespace:

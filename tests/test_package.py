@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,33 @@ def test_every_public_function_documents_itself():
         if callable(thing):
             for section in ("Returns:", "Example:"):
                 assert section in thing.__doc__, (name, section)
+
+
+def test_the_operators_need_torch_alone():
+    """Without what the extra brings: the operators work, the rest says in one line what to do."""
+    code = """
+        import importlib.util, sys
+        find_spec = importlib.util.find_spec
+        extra = "filelock jinja2 joblib matplotlib numpy platformdirs scipy torchvision tqdm"
+        extra = extra.split()
+        class Missing:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in extra:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, Missing())
+        importlib.util.find_spec = lambda name: None if name in extra else find_spec(name)
+        import torch, mnist_ops
+        layer = mnist_ops.nn.LPPool2d(2, 2)
+        print(float(layer(torch.ones(1, 2, 2))))
+        for room in ("torch7", "mnist", "training", "lab"):
+            try:
+                importlib.import_module(f"mnist_ops.{room}")
+            except ImportError as error:
+                print(error)
+    """
+    result = run(textwrap.dedent(code))
+    lines = result.stdout.splitlines()
+    assert lines[0] == "2.0", result.stderr
+    assert len(lines) == 5, result.stdout
+    assert all(line.endswith(": pip install 'mnist_ops[lab]'") for line in lines[1:])
+    assert lines[1].startswith("mnist_ops.torch7 needs numpy: ")

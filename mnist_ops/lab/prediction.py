@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _unpack, training
+from .. import _unpack, torch7, training
 from ..mnist import data, models
 from ..torch7 import files as torch7_files
 
@@ -121,7 +121,7 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
     except OSError as error:
         raise training.CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if torch7_files.is_torch7(head):
-        model: nn.Module = torch7_files.load_net(path)
+        model: nn.Module = torch7.load_net(path)
         if reason := _not_finite(model):
             raise torch7_files.Torch7FileError(f"{path}: {reason}")
         return SavedModel(model, path, None)

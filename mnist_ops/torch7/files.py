@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _unpack
 
@@ -34,7 +34,6 @@ __all__ = [
     "Torch7Object",
     "is_torch7",
     "load",
-    "load_net",
 ]
 
 #: No file is read that is larger than this when unpacked, unless the caller says so.
@@ -419,7 +418,7 @@ def is_torch7(content: bytes) -> bool:
     return _unpack.is_packed(content) or _byte_order(content) is not None or _is_ascii(content)
 
 
-def _read(
+def read(
     file: str | os.PathLike[str] | BinaryIO, max_bytes: int | None
 ) -> tuple[str, bytes | bytearray]:
     """The file's name and its unpacked content."""
@@ -458,7 +457,7 @@ def _read(
     return name, content
 
 
-def _parse(content: bytes | bytearray) -> tuple[Any, Reader]:
+def parse(content: bytes | bytearray) -> tuple[Any, Reader]:
     """The file's object, and the reader that knows what else was met."""
     if not content:
         raise BadFileError("is empty")
@@ -483,7 +482,7 @@ def _parse(content: bytes | bytearray) -> tuple[Any, Reader]:
     raise failures[furthest] from None
 
 
-def _guarded(name: str, work: Callable[[], Any]) -> Any:
+def guarded(name: str, work: Callable[[], Any]) -> Any:
     """What ``work`` returns; whatever a hostile file makes it stumble over is a Torch7FileError."""
     try:
         return work()
@@ -534,66 +533,5 @@ def load(file: str | os.PathLike[str] | BinaryIO, max_bytes: int | None = None) 
         >>> load(io.BytesIO(b"3\n1\n1\n2\n1\nx\n1\n0.5\n"))
         {'x': 0.5}
     """
-    name, content = _read(file, max_bytes)
-    return _guarded(name, lambda: _parse(content)[0])
-
-
-def load_net(
-    file: str | os.PathLike[str] | BinaryIO,
-    max_bytes: int | None = None,
-    log_softmax: str = "auto",
-) -> nn.Sequential:
-    """The network in a file of Torch7, as a module in evaluation mode, for batches.
-
-    Supported are ``nn.Sequential``, nested or not, ``SpatialConvolution`` and
-    ``SpatialConvolutionMM``, ``Linear``, ``Tanh``, ``HardTanh``, ``ReLU``, ``Threshold``,
-    ``Sigmoid``, ``Square``, ``Sqrt``, ``Power``, ``MulConstant``, ``SpatialLPPooling``,
-    ``SpatialMaxPooling``, ``SpatialAveragePooling``, ``SpatialZeroPadding``,
-    ``SpatialSubtractiveNormalization``, ``SpatialDivisiveNormalization``,
-    ``SpatialContrastiveNormalization``, ``BatchNormalization`` and ``SpatialBatchNormalization``,
-    ``Reshape`` and ``View``, ``Dropout`` (its second version), ``LogSoftMax``, ``SoftMax``,
-    ``SpatialLogSoftMax``, ``SpatialSoftMax`` and ``Identity``, and their counterparts in ``cudnn``.
-    Every layer computes what torch/nn's code makes of the fields in the file, those of older
-    versions included. The parameters keep their dtype: float64 for a ``torch.DoubleTensor``,
-    float32 for a ``torch.FloatTensor`` or ``torch.CudaTensor``; a network of half and single
-    precision becomes float32. Gradients and outputs that the file may hold are left out.
-
-    Until 27 April 2016 torch/nn computed ``LogSoftMax``, until 2 May 2016 ``SoftMax``, with an
-    approximate exponential on the CPU (:func:`mnist_ops.torch7.log_softmax`; log-probabilities
-    differ by up to 2e-4); on CUDA never. A file does not record its date. ``"auto"`` takes
-
-    - the exact functions where the file holds tensors of CUDA, layers of ``cudnn``, or fields that
-      torch/nn had only later (``Dropout``'s ``stochastic_inference``, ``HardTanh``'s ``inplace``);
-    - whichever agrees with the output of a ``LogSoftMax`` that the file holds, if one does and the
-      two differ there;
-    - else the approximate ones, as this package is about networks of February 2016.
-
-    Args:
-        file: as for :func:`load`.
-        max_bytes: as for :func:`load`.
-        log_softmax: ``"auto"``, or ``"approximate"`` or ``"exact"`` for what is known otherwise.
-
-    Raises:
-        Torch7FileError: as for :func:`load`; if the object is no network; if a layer is of another
-            class or its fields do not fit together. The message names the file and the layer,
-            counted from 1 as in Torch7.
-        ValueError: for another ``log_softmax``.
-
-    Source: torch/nn's Lua code from 2012 to 2017, and cudnn.torch's.
-
-    Example::
-
-        >>> model = load_net("model.net")
-        >>> training.evaluate(model, digits.test_images, digits.test_labels)
-    """
-    from . import network as torch7_network  # it needs this module's classes
-
-    if log_softmax not in ("auto", "approximate", "exact"):
-        raise ValueError(
-            f"load_net: log_softmax must be 'auto', 'approximate' or 'exact', got {log_softmax!r}"
-        )
-    name, content = _read(file, max_bytes)
-    root, reader = _guarded(name, lambda: _parse(content))
-    size = len(content)
-    content = reader.content = b""  # its numbers have been copied
-    return _guarded(f"{name}:", lambda: torch7_network.build(root, reader, size, log_softmax))
+    name, content = read(file, max_bytes)
+    return guarded(name, lambda: parse(content)[0])

@@ -1,4 +1,4 @@
-"""Layers in a file of Torch7 as modules: what :func:`mnist_ops.torch7.files.load_net` builds.
+"""Layers in a file of Torch7 as modules: what :func:`load_net` builds.
 
 Every function here says what torch/nn's own code makes of a layer's fields, those that older
 versions wrote or left out included.
@@ -7,17 +7,18 @@ versions wrote or left out included.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .. import nn as ops_nn
-from .. import torch7
-from .files import BadFileError, Reader, Torch7Object
+from . import losses
+from .files import BadFileError, Reader, Torch7Object, guarded, parse, read
 
 __all__ = ["build"]
 
@@ -464,7 +465,7 @@ def _softmax(layer: _Layer, log: bool) -> nn.Module:
     """Over a batch's second dimension, also of maps."""
     if not layer.network.approximate:
         return ops_nn.LogSoftmax(dim=1) if log else ops_nn.Softmax(dim=1)
-    return torch7.LogSoftmax() if log else torch7.Softmax()
+    return losses.LogSoftmax() if log else losses.Softmax()
 
 
 def _cudnn_softmax(layer: _Layer, log: bool, spatial: bool) -> nn.Module:
@@ -565,7 +566,7 @@ def _agrees_with_approximation(output: Tensor) -> bool | None:
     if output.numel() == 0 or not output.isfinite().all():
         return None
     exact = torch.log_softmax(output.double(), -1)
-    approximate = torch7.log_softmax(output.double())
+    approximate = losses.log_softmax(output.double())
     difference = float((exact - approximate).abs().max())
     errors = [float((output - each).abs().max()) for each in (exact, approximate)]
     if min(errors) >= 0.1 * difference:
@@ -598,3 +599,62 @@ def _statistics(module: nn.Module) -> list[Tensor]:
         for each in module.modules()
         if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.running_mean is not None
     ]
+
+
+def load_net(
+    file: str | os.PathLike[str] | BinaryIO,
+    max_bytes: int | None = None,
+    log_softmax: str = "auto",
+) -> nn.Sequential:
+    """The network in a file of Torch7, as a module in evaluation mode, for batches.
+
+    Supported are ``nn.Sequential``, nested or not, ``SpatialConvolution`` and
+    ``SpatialConvolutionMM``, ``Linear``, ``Tanh``, ``HardTanh``, ``ReLU``, ``Threshold``,
+    ``Sigmoid``, ``Square``, ``Sqrt``, ``Power``, ``MulConstant``, ``SpatialLPPooling``,
+    ``SpatialMaxPooling``, ``SpatialAveragePooling``, ``SpatialZeroPadding``,
+    ``SpatialSubtractiveNormalization``, ``SpatialDivisiveNormalization``,
+    ``SpatialContrastiveNormalization``, ``BatchNormalization`` and ``SpatialBatchNormalization``,
+    ``Reshape`` and ``View``, ``Dropout`` (its second version), ``LogSoftMax``, ``SoftMax``,
+    ``SpatialLogSoftMax``, ``SpatialSoftMax`` and ``Identity``, and their counterparts in ``cudnn``.
+    Every layer computes what torch/nn's code makes of the fields in the file, those of older
+    versions included. The parameters keep their dtype: float64 for a ``torch.DoubleTensor``,
+    float32 for a ``torch.FloatTensor`` or ``torch.CudaTensor``; a network of half and single
+    precision becomes float32. Gradients and outputs that the file may hold are left out.
+
+    Until 27 April 2016 torch/nn computed ``LogSoftMax``, until 2 May 2016 ``SoftMax``, with an
+    approximate exponential on the CPU (:func:`mnist_ops.torch7.log_softmax`; log-probabilities
+    differ by up to 2e-4); on CUDA never. A file does not record its date. ``"auto"`` takes
+
+    - the exact functions where the file holds tensors of CUDA, layers of ``cudnn``, or fields that
+      torch/nn had only later (``Dropout``'s ``stochastic_inference``, ``HardTanh``'s ``inplace``);
+    - whichever agrees with the output of a ``LogSoftMax`` that the file holds, if one does and the
+      two differ there;
+    - else the approximate ones, as this package is about networks of February 2016.
+
+    Args:
+        file: as for :func:`mnist_ops.torch7.files.load`.
+        max_bytes: as for :func:`mnist_ops.torch7.files.load`.
+        log_softmax: ``"auto"``, or ``"approximate"`` or ``"exact"`` for what is known otherwise.
+
+    Raises:
+        Torch7FileError: as for :func:`mnist_ops.torch7.files.load`; if the object is no network; if
+            a layer is of another class or its fields do not fit together. The message names the
+            file and the layer, counted from 1 as in Torch7.
+        ValueError: for another ``log_softmax``.
+
+    Source: torch/nn's Lua code from 2012 to 2017, and cudnn.torch's.
+
+    Example::
+
+        >>> model = load_net("model.net")
+        >>> training.evaluate(model, digits.test_images, digits.test_labels)
+    """
+    if log_softmax not in ("auto", "approximate", "exact"):
+        raise ValueError(
+            f"load_net: log_softmax must be 'auto', 'approximate' or 'exact', got {log_softmax!r}"
+        )
+    name, content = read(file, max_bytes)
+    root, reader = guarded(name, lambda: parse(content))
+    size = len(content)
+    content = reader.content = b""  # its numbers have been copied
+    return guarded(f"{name}:", lambda: build(root, reader, size, log_softmax))

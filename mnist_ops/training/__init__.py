@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch7
+from .._extra import need
 from ..ops._common import check_integer
 from . import online
 from ._files import (
@@ -54,6 +55,8 @@ from ._files import (
     write_text,
     write_torch,
 )
+
+need(__name__, "filelock", "tqdm")
 
 __all__ = [
     "AutogradEngine",

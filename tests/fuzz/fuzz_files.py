@@ -43,7 +43,7 @@ from torch7_writer import (
     versioned,
 )
 
-from mnist_ops import training
+from mnist_ops import torch7, training
 from mnist_ops.lab import prediction
 from mnist_ops.mnist import data, models
 from mnist_ops.torch7 import files as torch7_files
@@ -139,7 +139,7 @@ def worker(count: int, seed: int) -> None:
     """Read damaged files until one of them does harm; print what came of them."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    readers = [torch7_files.load, torch7_files.load_net, prediction.load_model]
+    readers = [torch7_files.load, torch7.load_net, prediction.load_model]
     kinds = [(networks(), readers), (archives(), [prediction.load_model, prediction.read_images])]
     own = torch7_files.Torch7FileError, training.CheckpointError, data.DataError
     with open("/proc/self/statm") as file:

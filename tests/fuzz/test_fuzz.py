@@ -39,6 +39,13 @@ def test_faults_are_found(planted, message):
     assert "8 calls of seed 0" in outcome.stdout
 
 
+@pytest.mark.slow
+def test_twenty_thousand_calls():
+    outcome = fuzz("--calls", "20000", "--seed", "1")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "20000 calls of seed 1" in outcome.stdout
+
+
 def test_a_call_is_made_again_by_its_number():
     once, again = fuzz("--call", "7"), fuzz("--call", "7")
     assert once.stdout.splitlines()[0] == again.stdout.splitlines()[0]

@@ -229,7 +229,7 @@ def outcome_of(fault: Fault | None, cpu: CpuLibrary, arguments: list[str]) -> st
         file = None if fault is None else fault.file
         if not on_cuda and not cpu.build(file, copy / "csrc", copy / "mnist_ops"):
             return "not built"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "", "-p", "no:cacheprovider"]
         environment = {
             **os.environ,
             "PYTHONPATH": str(copy),

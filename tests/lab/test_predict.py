@@ -530,6 +530,7 @@ BOMBS = """
 import sys, torch
 from mnist_ops.mnist import models
 from mnist_ops.lab import prediction
+from mnist_ops import torch7
 from mnist_ops.torch7 import files as torch7_files
 from mnist_ops import training
 def memory(name):
@@ -540,7 +541,7 @@ models.convnet()(torch.zeros(1, 1, 32, 32))
 before = memory("VmRSS")
 for line in sys.stdin.read().splitlines():
     reader, path = line.split(" ", 1)
-    read = getattr(torch7_files if reader == "load_net" else prediction, reader)
+    read = getattr(torch7 if reader == "load_net" else prediction, reader)
     try:
         read(path)
         print("read", path)

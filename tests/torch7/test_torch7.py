@@ -298,11 +298,11 @@ class TestArguments:
         generator = torch7.Generator(np.int64(3))
         for call in (generator.consume, generator.randperm, lambda n: generator.uniform(size=n)):
             for wrong in (-1, 10**30):
-                with pytest.raises(ValueError, match="must be"):
+                with pytest.raises(ValueError, match="must "):
                     call(wrong)
             with pytest.raises(TypeError, match="must be an int"):
                 call(1.5)
-        with pytest.raises(ValueError, match="size must be below"):
+        with pytest.raises(ValueError, match="size must fit"):
             generator.normal(size=(2**40, 2**40))
         assert generator.uniform(size=np.int64(2)).shape == (2,)
 

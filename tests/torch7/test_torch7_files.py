@@ -36,8 +36,9 @@ from mnist_ops import nn as ops_nn
 from mnist_ops import torch7, training
 from mnist_ops.mnist import data, models
 from mnist_ops.torch7 import files as torch7_files
+from mnist_ops.torch7 import load_net
 from mnist_ops.torch7 import network as torch7_network
-from mnist_ops.torch7.files import TableKey, Torch7FileError, Torch7Object, load, load_net
+from mnist_ops.torch7.files import TableKey, Torch7FileError, Torch7Object, load
 
 FLOAT32_NET = REFERENCE / "torch7" / "model_nonorm_epoch1.float32.net.xz"
 ORIGINAL_NET = os.environ.get("MNIST_OPS_TORCH7_NET")
