@@ -5,16 +5,23 @@
     python examples/reproduce.py --experiment relu mse --seeds 3 --dtype float32
     python examples/reproduce.py --report all --limit 2000 --epochs 1 --seeds 2 --jobs 2
     python examples/reproduce.py --candidates relu               # guesses at an unknown column
+    python examples/reproduce.py --plan full --minutes 150 --jobs 2   # all that they need
 
 Results are in --out: results.json, a CSV and a PNG for each table, summary.md and report.html.
 Kill it at any moment; --resume goes on after the last complete epoch of each run. What --out holds
 must have been made with the same settings, limit, data and kind of device; of epochs it may hold
 more than are asked for, or fewer.
+
+--plan works through mnist_ops/lab/plan.json in the order of what its steps decide and starts no
+epoch that would not end in time. It goes on where the last call ended, however that one ended, and
+puts all that --out holds into --results, the committed ones unless given: a run that is there with
+more epochs stays. With --dry-run it says how many hours are left, with --no-run it only merges.
 """
 
 import argparse
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +35,7 @@ try:
         experiments,
         figures,
         html_report,
+        plan,
         records,
         reports,
         runner,
@@ -36,6 +44,8 @@ try:
     from mnist_ops.mnist import data
 except ImportError as error:  # the extra is not installed, or no library compiled
     sys.exit(f"error: {error}")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What needs no training: every run of this script makes the two of them.
 EXTRAS = {
@@ -65,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=list(experiments.CANDIDATES),
         help="guesses at the configuration behind a printed column",
     )
+    what.add_argument("--plan", choices=plan.NAMES, help="all that the reports need, in order")
     how = p.add_argument_group("how")
     many = command_line.whole_number(1, 10_000)
     how.add_argument("--seeds", type=many, default=1, help="run with seeds 1 to SEEDS")
@@ -73,6 +84,17 @@ def parse_arguments() -> argparse.Namespace:
         "--limit",
         type=command_line.whole_number(1, 10**9),
         help="use the first LIMIT digits of each split",
+    )
+    how.add_argument(
+        "--minutes",
+        type=command_line.whole_number(1, 10**6),
+        help="of a plan: start no epoch that would end later",
+    )
+    how.add_argument(
+        "--results",
+        type=Path,
+        default=REPOSITORY / "benchmarks" / "results" / "reproduction" / "results.json",
+        help="of a plan: where its runs are merged into",
     )
     how.add_argument("--dtype", choices=["float64", "float32"], help="default: float64")
     how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -98,8 +120,13 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
     how.add_argument("--no-progress", action="store_true", help="no progress bars")
     args = p.parse_args()
-    if not (args.list or args.experiment or args.table or args.report or args.candidates):
+    others = args.experiment or args.table or args.report or args.candidates
+    if not (args.list or others or args.plan):
         p.error("nothing to run: --list shows the names for --experiment; or --table, --report")
+    if args.plan and others:
+        p.error("--plan has runs of its own: give it without --experiment, --table, --report")
+    if args.minutes is not None and not args.plan:
+        p.error("--minutes needs --plan")
     try:
         if torch.empty(0, device=args.device).device.type not in ("cpu", "cuda"):
             raise RuntimeError("it is neither a CPU nor a GPU with CUDA")
@@ -203,12 +230,48 @@ def extras(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def work_through(args: argparse.Namespace) -> int:
+    """Make the runs of a plan that there is time for, and merge all that --out holds."""
+    steps = plan.read(args.plan)
+    options = {
+        "device": args.device,
+        "limit": args.limit,
+        "root": None if args.data is None else str(args.data),
+    }
+    deadline = None if args.minutes is None else time.time() + 60.0 * args.minutes
+    # What is committed need not be made again.
+    runner.merge(args.out, args.results)
+    pace = plan.pace(plan.tasks(steps, **options), args.out)
+    failures = []
+    if not (args.dry_run or args.no_run):
+        try:
+            failures = runner.run_all(
+                plan.tasks(steps, pace=pace, **options),
+                args.out,
+                args.jobs,
+                resume=True,
+                progress=False if args.no_progress else None,
+                repository=REPOSITORY,
+                together=args.together,
+                deadline=deadline,
+            )
+        finally:
+            runner.merge(args.out, args.results)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    for step, epochs, seconds in plan.left(steps, args.out, pace=pace, **options):
+        print(f"{epochs:5d} epochs, {seconds / 3600:6.1f} core hours left: {step.title}")
+    return 1 if failures else 0
+
+
 def run() -> int:
     """Run what was asked for, then report on everything that --out holds."""
     args = parse_arguments()
     if args.list:
         show_list()
         return 0
+    if args.plan:
+        return work_through(args)
     todo = choose(args)
     if args.dry_run:
         for task in todo:
@@ -225,7 +288,7 @@ def run() -> int:
             args.jobs,
             args.resume,
             progress=False if args.no_progress else None,
-            repository=Path(__file__).resolve().parents[1],
+            repository=REPOSITORY,
             together=args.together,
         )
     except KeyboardInterrupt:

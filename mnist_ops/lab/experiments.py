@@ -30,7 +30,9 @@ from . import reports
 
 __all__ = [
     "CANDIDATES",
+    "EVERY",
     "EXPERIMENTS",
+    "SMALL_SET",
     "TABLES",
     "Experiment",
     "Parts",
@@ -44,6 +46,9 @@ __all__ = [
 
 #: The scripts' default: ``optim.sgd`` with these options.
 SGD: dict[str, Any] = {"name": "sgd", "lr": 1e-3, "lr_decay": 1e-7}
+
+#: Training and test digits of the scripts' small set.
+SMALL_SET = (6000, 1000)
 
 _CRITERIA: dict[str, training.Criterion] = {
     "nll": torch7.nll_loss,
@@ -79,6 +84,12 @@ class Experiment:
             construction consumes (``"data"``: those of ``data_kernel``); other values are guesses
             of :data:`CANDIDATES`.
         extra_words: random words skipped before the network is built; 0 but for guesses.
+        startup_words: as for :func:`mnist_ops.torch7.start`; other than its own for guesses.
+        small: train on the first 6,000 digits and test on the first 1,000, normalised by the mean
+            and deviation of the former: the scripts' default until two days before the deadline of
+            report 2.
+        continues: another experiment, which this one is until its second optimizer takes over: a
+            run may begin with a checkpoint of that one.
         dtype: ``"float64"`` as the original, or ``"float32"``.
         reported: the report's accuracies in %: for each epoch training and test, either may be
             ``None``.
@@ -100,6 +111,9 @@ class Experiment:
     noise: float = 0.0
     stream_kernel: int | str | None = "data"
     extra_words: int = 0
+    startup_words: int = torch7.STARTUP_WORDS
+    small: bool = False
+    continues: str = ""
     dtype: str = "float64"
     reported: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)
     note: str = ""
@@ -120,7 +134,23 @@ class Experiment:
             "stream_kernel": self.stream_kernel,
             "extra_words": self.extra_words,
             "dtype": self.dtype,
+            # What came later: runs from before it are those with the defaults.
+            **{
+                name: getattr(self, name)
+                for name, default in (("startup_words", torch7.STARTUP_WORDS), ("small", False))
+                if getattr(self, name) != default
+            },
         }
+
+    @property
+    def training_digits(self) -> int:
+        """How many digits an epoch has."""
+        return SMALL_SET[0] if self.small else 60_000
+
+    @property
+    def switch(self) -> int | None:
+        """The first epoch of the second optimizer."""
+        return min((epoch for epoch in self.optimizers if epoch > 1), default=None)
 
 
 def _sgd(**options: Any) -> dict[int, dict[str, Any]]:
@@ -138,7 +168,7 @@ def _report_1() -> list[Experiment]:
     original = _table("3.5", "two_layer") | _table("3.1", "original")
     return [
         Experiment(
-            "original", "original network", "report 1, section 3.1", "original", 31,
+            "original", "original network", "report 1, section 3.1", "original", 47,
             reported=dict(sorted(original.items())), details=True,
         ),
         Experiment(
@@ -146,6 +176,11 @@ def _report_1() -> list[Experiment]:
             "report 1, section 3.2", "normalization", 3, data_kernel=15,
             reported=_table("3.2", "gaussian1d_15"),
             note="the report's run differs in something unknown from this one",
+        ),
+        Experiment(
+            "normalization-21", "digits normalised with Gaussian1D(21)",
+            "report 1, section 3.2", "normalization", 3, data_kernel=21,
+            note="the kernel that the report's picture of 'Gaussian1D(15)' shows",
         ),
         Experiment(
             "normalization-none", "digits without local normalization",
@@ -168,10 +203,15 @@ def _report_1() -> list[Experiment]:
             note="the printed column is not what the original scripts give for MSE",
         ),
         Experiment(
-            "three-layer", "three stages, 32-64-128-256", "report 1, section 3.5", "depth", 31,
-            network={"widths": (32, 64, 128, 256), "kernel_size": 3},
+            "three-layer", "three stages, 32-64-128-256", "report 1, section 3.5", "depth", 43,
+            network={"widths": (32, 64, 128, 256), "pool_size": (2, 2, 1)},
             reported=_table("3.5", "three_layer"),
-            note="filter sizes are not reported; 5x5 throughout leaves nothing to pool: here 3x3",
+        ),
+        Experiment(
+            "three-layer-3x3", "the same with 3x3 filters, pooled three times",
+            "report 1, section 3.5", "depth", 31,
+            network={"widths": (32, 64, 128, 256), "kernel_size": 3},
+            note="a guess at the filters, from before the authors' model file was found",
         ),
     ]  # fmt: skip
 
@@ -184,7 +224,7 @@ def _report_2() -> list[Experiment]:
             name, title, "report 2, section 2.0.4", group, epochs, **{"data_kernel": None} | options
         )
 
-    plain = make("plain", "baseline of report 2", "baseline", 20, details=True)
+    plain = make("plain", "baseline of report 2", "baseline", 44, details=True)
     rows = [plain]
     for size in (32, 64, 128):
         rows.append(make(f"batch-{size}", f"batch size {size}", "batch size", 10, batch_size=size))
@@ -207,11 +247,12 @@ def _report_2() -> list[Experiment]:
             f"{key.replace('lr', 'learning rate')} {value:g}" for key, value in options.items()
         )
         rows.append(make(name, title, "momentum", 5, optimizers=_sgd(**options)))
+    # The authors' script makes the optimizer's state anew every epoch.
     lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
     rows += [
         make(
             f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS", "optimizer switch", k + 3,
-            optimizers={1: SGD, k + 1: lbfgs},
+            optimizers={1: SGD, k + 1: lbfgs, k + 2: lbfgs, k + 3: lbfgs}, continues="plain",
         )
         for k in (5, 7, 15, 30)
     ]  # fmt: skip
@@ -233,9 +274,14 @@ def _report_2() -> list[Experiment]:
             44 if std == 0.2 else 20, rotation=std,
             reported=reports.FIGURES["best_theta0.2"] if std == 0.2 else {},
         )
-        for std in (0.131, 0.174, 0.2, 0.349)
+        for std in (0.131, 0.174, 0.2, 0.3, 0.349)
     ]  # fmt: skip
-    extra = {"widths": (64, 64, 64, 128), "pool_size": (2, 2, 1), "kernel_size": (5, 5, 3)}
+    extra = {
+        "widths": (64, 64, 64, 128),
+        "pool_size": (2, 2, 1),
+        "kernel_size": (5, 5, 3),
+        "pooling": ("lp", "lp", None),
+    }
     unknown = "its settings are not reported"
     rows += [
         make(
@@ -245,13 +291,57 @@ def _report_2() -> list[Experiment]:
     ]
     rows += [
         make("extra-convolution", "one more convolution, 3x3", "architecture", 20,
-             network=extra, note=unknown, reported=reports.LOGS["extra_convolution"]),
-        make("dropout", "dropout 0.5 before the classifier", "architecture", 34,
-             network={"dropout": 0.5}, note=unknown, reported=reports.LOGS["dropout"]),
+             network=extra, note=unknown),
+        make("dropout", "dropout 0.5 before the classifier", "architecture", 20,
+             network={"dropout": 0.5}, note=unknown),
+        make("rotation-dropout", "rotation and dropout 0.5", "architecture", 34, rotation=0.2,
+             network={"dropout": 0.5}, reported=reports.LOGS["dropout"],
+             note="the log that the authors call dropout includes rotation; " + unknown),
         make("rotation-noise-dropout-convolution",
              "rotation, noise, dropout, one more convolution",
              "architecture", 108, rotation=0.2, noise=0.1, network=extra | {"dropout": 0.5},
-             note=unknown, reported=reports.FIGURES["top_noise_dropout_conv_rot"]),
+             note="the authors' log called convolution is its first 20 epochs; " + unknown,
+             reported=reports.FIGURES["top_noise_dropout_conv_rot"]),
+    ]  # fmt: skip
+    return rows + _small_set()
+
+
+def _small_set() -> list[Experiment]:
+    """What report 2 may have tried on the scripts' small set, their default at the time."""
+
+    def make(name: str, title: str, group: str, epochs: int, **options: Any) -> Experiment:
+        return Experiment(
+            f"small-{name}", f"small set: {title}", "report 2, section 2.0.4", group, epochs,
+            **{"data_kernel": None, "small": True} | options,
+        )  # fmt: skip
+
+    rows = [
+        make(f"batch-{size}{suffix}", f"batch size {size}{words}", "small set: batch size", 8,
+             batch_size=size, data_kernel=kernel)
+        for suffix, words, kernel in (("", "", None), ("-local", ", local normalization", 7))
+        for size in (32, 64, 128)
+    ]  # fmt: skip
+    # Without damping momentum takes steps 1 / (1 - momentum) times as large.
+    for momentum, dampening in ((0.0, None), (0.5, None), (0.9, None), (0.99, None), (0.9, 0.0)):
+        for lr in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5"):
+            options = {"lr": float(lr)} | ({"momentum": momentum} if momentum else {})
+            undamped = dampening is not None
+            options |= {"dampening": 0.0} if undamped else {}
+            rows.append(
+                make(
+                    f"momentum-{momentum:g}{'-undamped' * undamped}-lr-{lr}",
+                    f"momentum {momentum:g}{', undamped' * undamped}, learning rate {lr}",
+                    "small set: momentum", 5, optimizers=_sgd(**options),
+                )
+            )  # fmt: skip
+    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
+    rows += [
+        make(
+            f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS",
+            "small set: optimizer switch", k + 3,
+            optimizers={1: SGD, k + 1: lbfgs, k + 2: lbfgs, k + 3: lbfgs},
+        )
+        for k in (5, 7, 15, 30)
     ]  # fmt: skip
     return rows
 
@@ -331,14 +421,34 @@ def _tables() -> dict[str, Table]:
 TABLES: dict[str, Table] = _tables()
 
 
+#: Random words of the original run's digits and network after the start-up, and of one shuffle.
+_WORDS_OF_A_RUN = 48 + 312_268
+_WORDS_OF_A_SHUFFLE = 59_999
+
+
 def _candidates() -> dict[str, list[Experiment]]:
-    """Guesses at what was behind the columns that the described configuration does not give."""
+    """Guesses at what was behind the columns that the described configuration does not give.
+
+    Three kinds: another configuration; the same without the start-up words, as in a second run
+    within one process; and a run that goes on with the random numbers after an original run of
+    some epochs, its digits normalised anew or still there.
+    """
 
     def guess(column: str, name: str, title: str, **changes: Any) -> Experiment:
         base = EXPERIMENTS[column]
         return replace(
             base, name=f"{column}--{name}", title=title, epochs=1, note="a guess", **changes
         )
+
+    def after(column: str, epochs: int, name: str, title: str, **changes: Any) -> list[Experiment]:
+        words = _WORDS_OF_A_RUN + epochs * _WORDS_OF_A_SHUFFLE
+        told = f"{title}, after {epochs} epochs of another run"
+        changed = {"extra_words": words} | changes
+        return [
+            guess(column, f"{name}after-{epochs}-epochs", told, **changed),
+            guess(column, f"{name}after-{epochs}-epochs-same-digits",
+                  f"{told}, the digits still there", stream_kernel=None, **changed),
+        ]  # fmt: skip
 
     tanh, relu = "tanh", "relu"
     mixed = {
@@ -355,6 +465,26 @@ def _candidates() -> dict[str, list[Experiment]]:
               network={"activation": activation}, data_kernel=kernel)
         for digits, kernel in (("local", 7), ("plain", None))
         for name, activation in mixed.items()
+    ]  # fmt: skip
+    no_words = {"startup_words": 0}
+    cuda = {"pooling": "max", "norm_kernel": None}
+    relus += [
+        guess("relu", f"cuda-{digits}", f"ReLU, max pooling, no normalization, {digits} digits",
+              network=cuda | {"activation": relu}, data_kernel=kernel)
+        for digits, kernel in (("local", 7), ("plain", None), ("21", 21))
+    ]  # fmt: skip
+    relus += [
+        *after("relu", 3, "", "ReLU for all three tanh"),
+        guess("relu", "all-21", "ReLU in all, digits 21", data_kernel=21),
+        guess("relu", "all-21-second-run", "ReLU in all, digits 21, no start-up words",
+              data_kernel=21, **no_words),
+        guess("relu", "conv1-conv2-21", "ReLU in conv1-conv2, digits 21", data_kernel=21,
+              network={"activation": mixed["conv1-conv2"]}),
+        guess("relu", "conv1-linear-21", "ReLU in conv1-linear, digits 21", data_kernel=21,
+              network={"activation": mixed["conv1-linear"]}),
+        guess("relu", "all-local-second-run", "ReLU in all, no start-up words", **no_words),
+        guess("relu", "all-plain-second-run", "ReLU in all, plain digits, no start-up words",
+              data_kernel=None, **no_words),
     ]  # fmt: skip
     net15 = {"norm_kernel": 15}
     fifteens = [
@@ -379,9 +509,28 @@ def _candidates() -> dict[str, list[Experiment]]:
               network={"norm_kernel": (15, 7)}),
         guess("normalization-15", "data-second", "digits 15, network 15 in its second stage",
               network={"norm_kernel": (7, 15)}),
+        guess("normalization-15", "second-run", "digits 15, no start-up words", **no_words),
         *(guess("normalization-15", f"taps-{n}", f"digits {n}", data_kernel=n)
-          for n in (3, 5, 9, 11, 13, 17)),
+          for n in (3, 5, 9, 11, 13, 17, 19, 21)),
+        # 21 taps are what the report's picture of these digits shows.
+        guess("normalization-15", "21-network-15", "digits 21, network 15", data_kernel=21,
+              network=net15),
+        guess("normalization-15", "21-after-7", "digits 21, a normalization of 7 taps built before",
+              data_kernel=21, extra_words=48),
+        guess("normalization-15", "21-after-15",
+              "digits 21, a normalization of 15 taps built before", data_kernel=21, extra_words=96),
+        guess("normalization-15", "21-second-run", "digits 21, no start-up words", data_kernel=21,
+              **no_words),
+        guess("normalization-15", "21-both", "both 21", data_kernel=21,
+              network={"norm_kernel": 21}),
+        guess("normalization-15", "21-both-second-run", "both 21, no start-up words",
+              data_kernel=21, network={"norm_kernel": 21}, **no_words),
+        *(guess("normalization-15", f"21-stream-of-{n or 'none'}",
+                f"digits 21, random numbers as for {n or 'plain digits'}", data_kernel=21,
+                stream_kernel=n) for n in (7, None, 15)),
+        *after("normalization-15", 3, "21-", "digits 21", data_kernel=21),
     ]  # fmt: skip
+    nll: dict[str, Any] = {"loss": "nll", "network": {}}
     losses = [
         guess("mse", "sum", "MSE, summed, behind a tanh"),
         guess("mse", "mean", "MSE, averaged over classes, behind a tanh",
@@ -391,18 +540,31 @@ def _candidates() -> dict[str, list[Experiment]]:
               optimizers=_sgd(lr=1e-4)),
         guess("mse", "plain", "MSE, summed, behind a tanh, plain digits", data_kernel=None),
         guess("mse", "log-softmax", "MSE, summed, of the log-softmax", network={}),
+        guess("mse", "relu", "MSE, summed, behind a tanh, ReLU in all three",
+              network=_MSE_OUTPUT | {"activation": relu}),
+        guess("mse", "second-run", "MSE, summed, behind a tanh, no start-up words", **no_words),
         guess("mse", "nll-exact", "NLL of the exact log-softmax", loss="nll",
               network={"log_softmax": "exact"}),
         guess("mse", "nll-exact-mean", "NLL of the exact log-softmax, averaged over the classes",
               loss="nll", network={"log_softmax": "exact"}, optimizers=_sgd(lr=1e-4)),
         guess("mse", "nll-tanh", "NLL behind a tanh and the log-softmax", loss="nll",
               network={"output_activation": "tanh"}),
+        guess("mse", "nll-second-run", "NLL, no start-up words", **nll, **no_words),
+        *(guess("mse", f"nll-taps-{n}", f"NLL, digits {n}", data_kernel=n, **nll)
+          for n in (9, 11)),
+        *(one for k in (1, 2, 3) for one in after("mse", k, "nll-", "NLL", **nll)),
     ]  # fmt: skip
     return {"normalization-15": fifteens, "relu": relus, "mse": losses}
 
 
 #: For each experiment whose printed numbers are not met, the configurations that were tried.
 CANDIDATES: dict[str, list[Experiment]] = _candidates()
+
+
+#: All of both, by name.
+EVERY: dict[str, Experiment] = EXPERIMENTS | {
+    guess.name: guess for guesses in CANDIDATES.values() for guess in guesses
+}
 
 
 def select(names: Sequence[str]) -> list[Experiment]:
@@ -413,7 +575,7 @@ def select(names: Sequence[str]) -> list[Experiment]:
     """
     import difflib
 
-    known = EXPERIMENTS | {e.name: e for group in CANDIDATES.values() for e in group}
+    known = EVERY
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known)
@@ -470,7 +632,7 @@ def build(
     kernel = experiment.stream_kernel
     if isinstance(kernel, str):
         kernel = experiment.data_kernel
-    generator = torch7.start(seed, kernel)
+    generator = torch7.start(seed, kernel, experiment.startup_words)
     generator.consume(experiment.extra_words)
     dtype = getattr(torch, experiment.dtype)
     model = models.convnet(dtype=dtype, device=device, generator=generator, **experiment.network)
@@ -495,12 +657,14 @@ def describe_engine(experiment: Experiment, device: torch.device | str = "cpu") 
     ).description
 
 
-def digits(kernel: int | None, root: str | None, limit: int | None) -> data.Splits:
+def digits(
+    kernel: int | None, root: str | None, limit: int | None, small: bool = False
+) -> data.Splits:
     """The digits with local normalization of ``kernel`` taps: the caller's own copy.
 
-    They are computed once for the runs that follow each other.
+    They are computed once for the runs that follow each other. ``small``: see :class:`Experiment`.
     """
-    kept = _digits(kernel, root, limit, _stamp(root))
+    kept = _digits(kernel, root, limit, small, _stamp(root))
     return replace(
         kept,
         train_images=kept.train_images.clone(),
@@ -519,11 +683,36 @@ def _stamp(root: str | None) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _digits(kernel: int | None, root: str | None, limit: int | None, stamp: Any) -> data.Splits:
+def _digits(
+    kernel: int | None, root: str | None, limit: int | None, small: bool, stamp: Any
+) -> data.Splits:
     """For those who change nothing: 250 MB that are not copied."""
-    if kernel is None:
-        return data.prepare("global", root=root, limit=limit)
-    return data.prepare("contrastive", kernel, root, limit)
+    normalization, taps = ("global", 7) if kernel is None else ("contrastive", kernel)
+    if not small:
+        return data.prepare(normalization, taps, root, limit)
+    splits = data.prepare(normalization, taps, root, SMALL_SET, own_statistics=True)
+    return replace(
+        splits,
+        train_images=splits.train_images[:limit],
+        train_labels=splits.train_labels[:limit],
+        test_images=splits.test_images[:limit],
+        test_labels=splits.test_labels[:limit],
+    )
+
+
+def _begin_with(
+    path: Path, folder: Path, epoch: int, expected: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Make a folder's checkpoint of another run's; ``expected`` are that one's settings."""
+    state = training.load_checkpoint(path)
+    found = state["settings"] | {"epoch": state["epoch"]}
+    for name, value in {**expected, "epoch": epoch}.items():
+        if found.get(name) != value:
+            raise training.CheckpointError(
+                f"{path} was made with {name} = {found.get(name)}, this run begins with {value}"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    training.save_checkpoint(folder / training.CHECKPOINT, state | {"settings": dict(settings)})
 
 
 def train(
@@ -536,6 +725,7 @@ def train(
     resume: bool = False,
     perturbed_weight: int | None = None,
     root: str | os.PathLike[str] | None = None,
+    start: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[list[training.EpochResult], nn.Sequential]:
     """Run one experiment.
@@ -550,6 +740,8 @@ def train(
         resume: continue from the checkpoint in ``folder``.
         perturbed_weight: see :func:`build`.
         root: a folder with other data, see :func:`mnist_ops.mnist.data.load`.
+        start: unless ``resume``, begin with this checkpoint, of the same run of the experiment that
+            this one ``continues``. Needs ``folder``.
         options: further arguments of :func:`mnist_ops.training.fit`.
 
     Returns:
@@ -557,10 +749,20 @@ def train(
     """
     parts = build(experiment, seed, device, perturbed_weight)
     folder_of_data = None if root is None else str(root)
-    splits = _digits(experiment.data_kernel, folder_of_data, limit, _stamp(folder_of_data))
+    splits = _digits(
+        experiment.data_kernel, folder_of_data, limit, experiment.small, _stamp(folder_of_data)
+    )
     run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
-    if root is not None:  # what predictions from a checkpoint must normalise images with
+    # What predictions from a checkpoint must normalise images with.
+    if root is not None or experiment.small:
         run |= {"mean": splits.mean, "std": splits.std}
+    settings = experiment.settings() | run
+    if start is not None and not resume:
+        if folder is None or experiment.switch is None or not experiment.continues:
+            raise ValueError("train: start needs a folder and an experiment that continues one")
+        base = replace(EVERY[experiment.continues], dtype=experiment.dtype).settings()
+        _begin_with(Path(start), Path(folder), experiment.switch - 1, base | run, settings)
+        resume = True
     history = training.fit(
         parts.model,
         (splits.train_images, splits.train_labels),
@@ -573,7 +775,7 @@ def train(
         transform=parts.transform,
         folder=folder,
         resume=resume,
-        settings=experiment.settings() | run,
+        settings=settings,
         **options,
     )
     return history, parts.model

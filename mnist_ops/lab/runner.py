@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,9 +51,19 @@ from . import command_line, experiments, records
 from .experiments import Experiment
 from .records import RunError
 
-__all__ = ["RunError", "Task", "collect", "environment", "processor", "run_all", "tasks"]
+__all__ = [
+    "RunError",
+    "Task",
+    "collect",
+    "environment",
+    "epochs_done",
+    "merge",
+    "processor",
+    "run_all",
+    "seconds_per_epoch",
+    "tasks",
+]
 
-_TRAINING_DIGITS = 60_000
 _WORST_MISTAKES = 24
 # How often a worker says how far it is and the bars are drawn.
 _SECONDS = 0.5
@@ -70,6 +81,7 @@ class Task:
         device: cpu, cuda or cuda:N.
         perturbed_weight: see :func:`mnist_ops.lab.experiments.build`.
         root: a folder with other data.
+        seconds: how long an epoch takes, as far as known before the first; of use with a deadline.
     """
 
     experiment: Experiment
@@ -79,6 +91,7 @@ class Task:
     device: str = "cpu"
     perturbed_weight: int | None = None
     root: str | None = None
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -96,7 +109,8 @@ class Task:
     @property
     def digits_per_epoch(self) -> int:
         """Training digits in one epoch."""
-        return self.limit or _TRAINING_DIGITS
+        most = self.experiment.training_digits
+        return most if self.limit is None else min(self.limit, most)
 
     @property
     def digits(self) -> int:
@@ -146,7 +160,9 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
             options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": True}
             commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
             changed = subprocess.run(
-                [*git, "status", "--porcelain", "--untracked-files=no"], **options
+                # What runs leave is no part of what they were made with.
+                [*git, "status", "--porcelain", "-uno", "--", ":!benchmarks/results"],
+                **options,
             )
             if changed.stdout.strip():
                 commit += " with changes"
@@ -226,9 +242,14 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _digits(task: Task) -> data.Splits:
+    e = task.experiment
+    return experiments.digits(e.data_kernel, task.root, task.limit, e.small)
+
+
 def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
     """The first layer's filters and the test digits that were most confidently wrong."""
-    digits = experiments.digits(task.experiment.data_kernel, task.root, task.limit)
+    digits = _digits(task)
     parameter = next(model.parameters())
     outputs: list[Tensor] = []
     model.eval()
@@ -291,7 +312,7 @@ def _progress_path(task: Task, out: Path) -> Path:
     return task.folder(out) / "progress.json"
 
 
-def _epochs_done(folder: Path) -> int:
+def epochs_done(folder: Path) -> int:
     """Complete epochs, from the log that the training loop keeps."""
     try:
         return max(0, (folder / training.LOG).read_bytes().count(b"\n") - 1)
@@ -378,21 +399,38 @@ def _start_worker(parent: int) -> None:
 _Job = tuple[Task, str]
 
 
-def _run_group(
-    group: Sequence[_Job], out: Path, resume: bool, threads: int, where: dict[str, Any]
-) -> list[str]:
+class _OutOfTimeError(Exception):
+    """Another epoch would not end before the deadline."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all runs of one :func:`run_all` have in common."""
+
+    out: Path
+    resume: bool
+    where: dict[str, Any]
+    deadline: float
+
+    def check_time(self, seconds: float) -> None:
+        """Raise unless there is time for so many seconds more."""
+        if time.time() + seconds > self.deadline:
+            raise _OutOfTimeError
+
+
+def _run_group(group: Sequence[_Job], work: _Work, threads: int) -> list[str]:
     """Runs that belong together, in whatever process joblib chose; what went wrong, as text."""
     torch.set_num_threads(threads)
     failures: list[str] = []
     if len(group) == 1:
-        _run(group[0], out, resume, where, None, failures)
+        _run(group[0], work, None, failures)
         return failures
     with contextlib.suppress(Exception):  # where there are no digits each run says so
         task, _ = group[0]
-        experiments.digits(task.experiment.data_kernel, task.root, task.limit)  # kept for all
+        _digits(task)  # kept for all
     shared = online.SharedLaunches(len(group))
     workers = [
-        threading.Thread(target=_run, args=(job, out, resume, where, shared, failures), daemon=True)
+        threading.Thread(target=_run, args=(job, work, shared, failures), daemon=True)
         for job in group
     ]
     # Each run sets these flags and puts back what it found: let it be the same for all.
@@ -411,17 +449,10 @@ def _run_group(
     return failures
 
 
-def _run(
-    job: _Job,
-    out: Path,
-    resume: bool,
-    where: dict[str, Any],
-    shared: online.SharedLaunches | None,
-    failures: list[str],
-) -> None:
+def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures: list[str]) -> None:
     """One run. What went wrong is added to the failures, as text."""
     task, identity = job
-    folder = task.folder(out)
+    out, folder = work.out, task.folder(work.out)
     path = folder / "run.json"
     try:
         with training.locked(folder):
@@ -430,9 +461,10 @@ def _run(
             _check_same(task, identity, out, known)
             if _is_complete(task, known):
                 return
-            resume = resume and _has_checkpoint(folder)
-            progress = _Progress(_progress_path(task, out), task, _epochs_done(folder) * resume)
-            record = _describe(task, identity, where)
+            work.check_time(seconds_per_epoch(folder) or task.seconds)
+            resume = work.resume and _has_checkpoint(folder)
+            progress = _Progress(_progress_path(task, out), task, epochs_done(folder) * resume)
+            record = _describe(task, identity, work.where)
             # What is there stays until there is more: a run that begins anew may fail at once.
             written = known is None and not resume
             if written:
@@ -445,6 +477,9 @@ def _run(
                     before = known["epochs"] if resume and known is not None else []
                     _write_json(path, record | {"epochs": before})
                     written = True
+                _keep_checkpoint(task, folder, result.epoch)
+                if result.epoch < task.epochs:
+                    work.check_time(result.seconds)
 
             history, model = experiments.train(
                 task.experiment,
@@ -456,6 +491,7 @@ def _run(
                 resume,
                 task.perturbed_weight,
                 task.root,
+                _checkpoint_to_begin_with(task, out),
                 verbose=False,
                 progress=False,
                 shared=shared,
@@ -467,11 +503,44 @@ def _run(
                 record |= _details(task, model)
             training.save_checkpoint(folder / "model.pt", model.state_dict())
             _write_json(path, record)
+    except _OutOfTimeError:
+        pass
     except Exception as error:  # one run that fails must not take the others with it
         failures.append(_failure(task, error))
     finally:
         if shared is not None:
             shared.leave()
+
+
+def seconds_per_epoch(folder: Path) -> float | None:
+    """What the last epoch of a run took, from its log."""
+    try:
+        last = (folder / training.LOG).read_text(errors="replace").splitlines()[-1]
+        return float(last.rsplit(",", 1)[1])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _kept(folder: Path, epoch: int) -> Path:
+    """Where a run keeps its state after an epoch for experiments that continue it."""
+    return folder / f"checkpoint.epoch-{epoch}.pt"
+
+
+def _keep_checkpoint(task: Task, folder: Path, epoch: int) -> None:
+    name = task.experiment.name
+    if any(e.continues == name and e.switch == epoch + 1 for e in experiments.EVERY.values()):
+        shutil.copyfile(folder / training.CHECKPOINT, part := folder / f".{os.getpid()}.part")
+        os.replace(part, _kept(folder, epoch))
+
+
+def _checkpoint_to_begin_with(task: Task, out: Path) -> Path | None:
+    """That of the same run of the experiment that this one continues, if it is there."""
+    e = task.experiment
+    if not e.continues or e.switch is None:
+        return None
+    base = replace(experiments.EVERY[e.continues], dtype=e.dtype)
+    path = _kept(replace(task, experiment=base).folder(out), e.switch - 1)
+    return path if path.exists() else None
 
 
 def _failure(task: Task, error: Exception) -> str:
@@ -490,7 +559,7 @@ def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
         task, e = job[0], job[0].experiment
         key: Any = i
         if together > 1 and "online" in experiments.describe_engine(e, task.device):
-            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, task.limit, task.root)
+            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, e.small, task.limit, task.root)
             key += (task.device,)
         found = groups.setdefault(key, [[]])
         if len(found[-1]) == together:
@@ -528,7 +597,7 @@ class _Display:
         }
         self.rows = []
         for task in todo:
-            done = min(task.epochs, _epochs_done(task.folder(out))) * task.digits_per_epoch
+            done = min(task.epochs, epochs_done(task.folder(out))) * task.digits_per_epoch
             self.rows.append(_Row(task, _progress_path(task, out), done))
         self.total = tqdm(
             total=sum(task.digits for task in todo),
@@ -600,6 +669,7 @@ def run_all(
     quiet: bool = False,
     repository: Path | None = None,
     together: int = 1,
+    deadline: float | None = None,
 ) -> list[str]:
     """Make all runs and write ``out/results.json``.
 
@@ -614,9 +684,12 @@ def run_all(
         together: so many runs of one network (seeds, say, or learning rates) at most are one of the
             ``jobs`` and share their launches on a GPU, which one network cannot fill, see
             :class:`mnist_ops.training.online.SharedLaunches`. On the CPU it gains nothing.
+        deadline: start no epoch that would end after this time, as :func:`time.time` tells it: a
+            run's first is expected to take ``Task.seconds``, every other as long as the one before.
+            Runs that do not get so far are no failures.
 
     Returns:
-        A line for each run that failed; the others are complete.
+        A line for each run that failed; the others are complete, as far as there was time.
 
     Raises:
         RunError: if a run is there and ``resume`` is not asked for, or what is there is that of
@@ -661,7 +734,7 @@ def run_all(
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     _restore(known)
-    where = environment(repository)
+    work = _Work(out, resume, environment(repository), math.inf if deadline is None else deadline)
     groups = _groups(left, together)
     threads = max(1, cpu_count() // jobs)
     before = torch.get_num_threads()
@@ -669,9 +742,7 @@ def run_all(
     try:
         if left:
             with _Display([task for task, _ in left], out, show, quiet):
-                calls = (
-                    delayed(_run_group)(group, out, resume, threads, where) for group in groups
-                )
+                calls = (delayed(_run_group)(group, work, threads) for group in groups)
                 pool = Parallel(
                     n_jobs=min(jobs, len(groups)),
                     return_as="generator_unordered",
@@ -688,7 +759,7 @@ def run_all(
         torch.set_num_threads(before)
         for task, _ in left:
             _progress_path(task, out).unlink(missing_ok=True)
-        _write_json(out / "results.json", collect(out, where))
+        _write_json(out / "results.json", collect(out, work.where))
     return failures
 
 
@@ -742,20 +813,73 @@ def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) ->
     runs = []
     for path in sorted(Path(out).glob("runs/*/*/run.json")):
         record = records.read_run(path)
-        if _epochs_done(path.parent) > len(record["epochs"]):
+        if epochs_done(path.parent) > len(record["epochs"]):
             _add_epochs(record, path.parent)
         runs.append(record)
+    return {"format": 1, "environment": where or environment(), "runs": _in_order(runs)}
+
+
+def _in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
-    runs.sort(
+    return sorted(
+        runs,
         key=lambda run: (
             order.get(run["experiment"], len(order)),
             run["experiment"],
             run["dtype"],
             run["seed"],
             -1 if run["perturbed_weight"] is None else run["perturbed_weight"],
-        )
+        ),
     )
-    return {"format": 1, "environment": where or environment(), "runs": runs}
+
+
+def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
+    """Put the runs of a folder into a file of results, and give the folder what only the file has.
+
+    Of a run that both have the one with more epochs stays, whole: epochs are never mixed. No run is
+    lost or there twice, however often, and by however many processes, this is done.
+
+    Args:
+        out: a folder that :func:`run_all` wrote, or will.
+        results: a ``results.json``, perhaps under version control; made if it is missing.
+
+    Returns:
+        How many runs in the file are new or have more epochs than before.
+
+    Raises:
+        RunError: if a record is damaged, or a run is defined differently there and here. Nothing
+            has been written then.
+    """
+    from filelock import FileLock
+
+    out, path = Path(out).resolve(), Path(results).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        there = {"format": 1, "environment": environment(), "runs": []}
+        if path.exists():
+            there = records.read_results(path)
+        runs = {records.folder(out, run): run for run in there["runs"]}
+        ours = {records.folder(out, run): run for run in collect(out)["runs"]} | {
+            folder: run for folder, run in _known(out).items() if not (folder / "run.json").exists()
+        }
+        changed, missing = 0, {}
+        for folder, run in ours.items():
+            known = runs.setdefault(folder, run)
+            if known is not run and (found := records.difference(known, run)):
+                raise RunError(f"{folder.name} of {run['experiment']}: {path} has it with {found}")
+            if known is run or len(run["epochs"]) > len(known["epochs"]):
+                runs[folder] = run
+                changed += 1
+        for folder, run in runs.items():
+            if folder not in ours or len(ours[folder]["epochs"]) < len(run["epochs"]):
+                missing[folder] = run
+        if changed:
+            _write_json(path, {**there, "runs": _in_order(list(runs.values()))})
+    for folder, run in missing.items():
+        _check_inside(folder, out)
+        with contextlib.suppress(training.FolderInUseError), training.locked(folder):
+            _write_json(folder / "run.json", run)
+    return changed
 
 
 def _add_epochs(record: dict[str, Any], folder: Path) -> None:

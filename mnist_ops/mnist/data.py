@@ -390,7 +390,8 @@ def prepare(
     normalization: str = "contrastive",
     kernel_size: int = 7,
     root: str | os.PathLike[str] | None = None,
-    limit: int | None = None,
+    limit: int | tuple[int, int] | None = None,
+    own_statistics: bool = False,
 ) -> Splits:
     """The reports' data: zero-padded to 32x32 and normalised in float32.
 
@@ -399,8 +400,11 @@ def prepare(
             (report 2, and report 1's "no normalization").
         kernel_size: taps of the local normalization's Gaussian.
         root: as for :func:`load`.
-        limit: keep the first ``limit`` digits of each split. Mean and standard deviation always
-            come from the whole training set, as both splits are normalised with them.
+        limit: keep the first ``limit`` digits of each split, or of training and test set so many
+            each. Both splits are normalised with mean and standard deviation of the whole training
+            set.
+        own_statistics: take the two from the training digits that are kept: with ``limit=(6000,
+            1000)`` the small set of the course's scripts.
 
     Raises:
         ValueError: for an unknown normalization or a limit below 1.
@@ -410,26 +414,30 @@ def prepare(
         raise ValueError(
             f"prepare: normalization must be 'contrastive' or 'global', got {normalization!r}"
         )
-    if limit is not None:
-        limit = check_integer("prepare", "limit", limit, 1)
+    limits = limit if isinstance(limit, tuple) else (limit, limit)
+    if len(limits) != 2:
+        raise ValueError(f"prepare: limit must be one number or two, got {limit!r}")
+    first, first_test = (
+        None if one is None else check_integer("prepare", "limit", one, 1) for one in limits
+    )
     train_images, train_labels = load("train", root)
     test_images, test_labels = load("test", root)
     try:
-        mean, std = global_statistics(train_images)
+        mean, std = global_statistics(train_images[: first if own_statistics else None])
     except ValueError:
         raise DataError(
             f"{root}: all pixels of the training images are 0: they cannot be normalised."
         ) from None
 
     def finish(images: Tensor) -> Tensor:
-        images = global_norm(pad32(images[:limit]), mean, std)
+        images = global_norm(pad32(images), mean, std)
         return local_norm(images, kernel_size) if normalization == "contrastive" else images
 
     return Splits(
-        finish(train_images),
-        train_labels[:limit].clone(),
-        finish(test_images),
-        test_labels[:limit].clone(),
+        finish(train_images[:first]),
+        train_labels[:first].clone(),
+        finish(test_images[:first_test]),
+        test_labels[:first_test].clone(),
         mean,
         std,
     )

@@ -55,11 +55,7 @@ _FUSABLE: dict[type[nn.Module], str] = {
 def _pool(kind: str, size: int, norm_type: float) -> nn.Module:
     if kind == "lp":
         return ops_nn.LPPool2d(norm_type, size, size)
-    if kind == "max":
-        return nn.MaxPool2d(size, size)
-    if kind == "avg":
-        return nn.AvgPool2d(size, size)
-    raise ValueError(f"convnet: pooling must be 'lp', 'max', 'avg' or None, got {kind!r}")
+    return (nn.MaxPool2d if kind == "max" else nn.AvgPool2d)(size, size)
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
@@ -103,7 +99,8 @@ def convnet(
         kernel_size: (*) side of the square filters.
         padding: (*) zero padding of the convolution.
         pooling: (*) ``"lp"``, ``"max"``, ``"avg"`` or ``None``.
-        pool_size: (*) side and stride of the pooling window; 1 leaves pooling out.
+        pool_size: (*) side and stride of the pooling window. LP pooling of size 1 is the absolute
+            value, and stays; the other kinds have nothing to do then, and go.
         norm_type: the p of LP pooling.
         norm_kernel: (*) taps of the Gaussian of the subtractive normalization, a kernel tensor,
             or ``None`` for no normalization.
@@ -137,7 +134,9 @@ def convnet(
 
         >>> convnet()(torch.zeros(1, 1, 32, 32)).shape
         torch.Size([1, 10])
-        >>> three_layer = convnet((32, 64, 128, 256), kernel_size=3)
+        >>> three_layer = convnet((32, 64, 128, 256), pool_size=(2, 2, 1))  # report 1's
+        >>> count_parameters(three_layer)
+        292618
     """
     if len(widths) < 2:
         raise ValueError(
@@ -178,6 +177,8 @@ def convnet(
         _check_count("kernel_size", taps, 1)
         _check_count("padding", pad, 0)
         _check_count("pool_size", pool, 1)
+        if kind not in ("lp", "max", "avg", None):
+            raise ValueError(f"convnet: pooling must be 'lp', 'max', 'avg' or None, got {kind!r}")
         before, size = size, size + 2 * pad - taps + 1
         if size < 1:
             raise ValueError(
@@ -186,7 +187,8 @@ def convnet(
             )
         layers[f"conv{stage}"] = nn.Conv2d(channels, width, taps, padding=pad)
         name, module = _activation(activations[stage - 1])
-        pools = kind is not None and pool > 1
+        # LP pooling of one element is (|x|^p)^(1/p) = |x|.
+        pools = kind is not None and (pool > 1 or kind == "lp")
         fuses = fused and pools and kind == "lp" and norm is not None and type(module) in _FUSABLE
         if not fuses:
             layers[f"{name}{stage}"] = module
@@ -195,8 +197,8 @@ def convnet(
             if size < 1:
                 raise ValueError(
                     f"convnet: stage {stage} has a {before}x{before} map after the convolution, "
-                    f"too small for pool_size {pool}: use a smaller kernel, more padding, or "
-                    "pool_size 1 in this stage"
+                    f"too small for pool_size {pool}: use a smaller kernel, more padding, or a "
+                    "smaller pool_size in this stage"
                 )
             if not fuses:
                 layers[f"pool{stage}"] = _pool(kind, pool, norm_type)

@@ -16,7 +16,7 @@ Torch7 counts classes and indices from 1; everything here counts from 0.
 
 from __future__ import annotations
 
-from .initialization import initialize, normalization_words, start
+from .initialization import STARTUP_WORDS, initialize, normalization_words, start
 from .losses import (
     Dropout,
     LogSoftmax,
@@ -31,6 +31,7 @@ from .network import load_net
 from .random import Generator
 
 __all__ = [
+    "STARTUP_WORDS",
     "Dropout",
     "Generator",
     "LogSoftmax",

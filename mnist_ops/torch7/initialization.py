@@ -17,16 +17,20 @@ __all__ = ["initialize", "normalization_words", "start"]
 STARTUP_WORDS = 4
 
 
-def start(seed: int = 1, data_kernel_size: int | None = 7) -> Generator:
+def start(
+    seed: int = 1, data_kernel_size: int | None = 7, startup_words: int = STARTUP_WORDS
+) -> Generator:
     """A generator as the original script has it when it begins to build the network.
 
     Args:
         seed: the script's ``-seed``.
         data_kernel_size: taps of the kernel of the data's contrastive normalization, whose layers
             draw initial values of their own; ``None`` for data normalised globally only.
+        startup_words: drawn before anything else; 0 as in a second run within one process, where
+            the layers' package is there before the seed is set.
     """
     generator = Generator(seed)
-    generator.consume(STARTUP_WORDS)
+    generator.consume(startup_words)
     if data_kernel_size is not None:
         # Contrastive = subtractive (one estimator) then divisive (two estimators).
         generator.consume(3 * normalization_words((data_kernel_size,), channels=1))

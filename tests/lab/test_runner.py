@@ -509,7 +509,8 @@ def test_a_full_disk(straight, tmp_path):
             runner.run_all([], tmp_path)
         failures = []
         job = some_tasks(epochs=3)[0], records.MNIST
-        runner._run(job, tmp_path, True, runner.environment(), None, failures)
+        work = runner._Work(tmp_path, True, runner.environment(), float("inf"))
+        runner._run(job, work, None, failures)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG

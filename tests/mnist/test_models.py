@@ -7,6 +7,7 @@ from torch import nn
 from mnist_ops import gaussian1d, torch7
 from mnist_ops import nn as ops_nn
 from mnist_ops.mnist import models
+from mnist_ops.training import online
 
 
 def shapes(model, size=32):
@@ -131,11 +132,12 @@ def test_fused_network_is_the_unfused_one(options):
         ({"norm_kernel": (None, 7)}, {"stage2"}),
         ({"pooling": ("lp", "max")}, {"stage1"}),
         ({"pooling": ("avg", None)}, set()),
-        ({"pool_size": (2, 1)}, {"stage1"}),
+        ({"pool_size": (2, 1)}, {"stage1", "stage2"}),
+        ({"pool_size": (2, 1), "pooling": ("lp", None)}, {"stage1"}),
         ({"activation": (nn.ELU, "tanh", "tanh")}, {"stage2"}),
         ({"activation": lambda: nn.Sequential(nn.Tanh())}, set()),
     ],
-    ids=["norm", "max", "avg", "pool_size", "elu", "sequential"],
+    ids=["norm", "max", "avg", "pool_size", "no pool", "elu", "sequential"],
 )
 def test_where_a_stage_is_fused(options, stages):
     model = models.convnet((4, 4, 8), **options)
@@ -156,8 +158,49 @@ def test_three_layer_networks(options, features):
     model = models.convnet((32, 64, 128, 256), **options)
     assert model.linear1.in_features == features
     assert shapes(model)["log_softmax"] == (10,)
-    last = "norm3" if "pool_size" in options else "stage3"  # without pooling it is not fused
-    assert last in shapes(model)
+    assert "stage3" in shapes(model)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_three_layer_network_of_report_1(fused):
+    """LP pooling 1x1 is |x|, behind a tanh too; parameters and random words of the original."""
+    generator = torch7.start(1)
+    model = models.convnet(
+        (32, 64, 128, 256), pool_size=(2, 2, 1), dtype=torch.float64, generator=generator,
+        fused=fused,
+    )  # fmt: skip
+    assert models.count_parameters(model) == 292_618
+    words = torch7.Generator(1)
+    words.consume(296_033)
+    assert generator.random32(1) == words.random32(1)
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    maps = x
+    for stage in (1, 2, 3):
+        maps = model.get_submodule(f"conv{stage}")(maps).tanh()
+        size = 2 if stage < 3 else 1
+        maps = (maps**2).unfold(2, size, size).unfold(3, size, size).sum((-2, -1)).sqrt()
+        maps = ops_nn.SubtractiveNorm2d(gaussian1d(7)).double()(maps)
+    assert maps.shape == (3, 128, 1, 1)
+    hidden = model.linear1(maps.flatten(1)).tanh()
+    expected = torch7.log_softmax(model.linear2(hidden))
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    # The same by the engine, whose gradient of |x| is sign(x).
+    labels = torch.arange(3)
+    loss = torch7.nll_loss(expected, labels, reduction="none")
+    gradients = torch.autograd.grad(loss[0], list(model.parameters()))
+    engine = online.OnlineSGD(model, lr=0.0)
+    losses, _ = engine.run(x, labels, labels)
+    torch.testing.assert_close(losses, loss.detach(), rtol=1e-12, atol=1e-12)
+    before = [p.detach().clone() for p in model.parameters()]
+    online.OnlineSGD(model, lr=1.0, lr_decay=0.0).run(x, labels, labels[:1])
+    for p, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(old - p, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_kind_of_pooling_that_is_none():
+    for size in (1, 2):
+        with pytest.raises(ValueError, match="pooling must be 'lp', 'max', 'avg' or None"):
+            models.convnet((4, 8), pooling="median", pool_size=size)
 
 
 @pytest.mark.parametrize(
