@@ -254,6 +254,7 @@ def work_through(args: argparse.Namespace) -> int:
                 repository=REPOSITORY,
                 together=args.together,
                 deadline=deadline,
+                any_device=True,
             )
         finally:
             runner.merge(args.out, args.results)

@@ -94,7 +94,8 @@ class Experiment:
         reported: the report's accuracies in %: for each epoch training and test, either may be
             ``None``.
         note: what is uncertain about it.
-        details: whether a run keeps its filters and worst mistakes.
+        details: whether a run keeps filters and worst mistakes, and of each epoch what was taken
+            for what in the training.
     """
 
     name: str
@@ -205,7 +206,7 @@ def _report_1() -> list[Experiment]:
         Experiment(
             "three-layer", "three stages, 32-64-128-256", "report 1, section 3.5", "depth", 43,
             network={"widths": (32, 64, 128, 256), "pool_size": (2, 2, 1)},
-            reported=_table("3.5", "three_layer"),
+            reported=_table("3.5", "three_layer"), details=True,
         ),
         Experiment(
             "three-layer-3x3", "the same with 3x3 filters, pooled three times",

@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "read_results",
     "read_run",
+    "same_device",
 ]
 
 #: What :func:`data_identity` says of the official digits.
@@ -114,6 +115,7 @@ RUN: dict[str, Any] = {
             "learning_rate": optional(NUMBER),
             "curve": NUMBERS,
             "confusion": Kind("a square of counts", _is_square),
+            "?train_confusion": Kind("a square of counts", _is_square),
         }
     ],
     "?filters": Kind("nested lists of numbers", _is_nested),
@@ -318,23 +320,32 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def same_device(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two runs are of one kind of device: those of another kind round differently."""
+    return bool(then["device"].partition(":")[0] == now["device"].partition(":")[0])
+
+
+def difference(
+    then: Mapping[str, Any], now: Mapping[str, Any], any_device: bool = False
+) -> str | None:
     """The first of a run's defining values that differs: ``limit = 200, this run has None``.
 
     Args:
         then: the record of what is there.
         now: that of what is asked for.
+        any_device: whether the kind of device may differ.
     """
     pairs: list[tuple[str, Any, Any]] = [
         ("seed", then["seed"], now["seed"]),
         ("limit", then["limit"], now["limit"]),
         ("perturbed weight", then["perturbed_weight"], now["perturbed_weight"]),
-        # The same kernels on any device of a kind; those of another kind round differently.
         ("device", then["device"].partition(":")[0], now["device"].partition(":")[0]),
         ("data", then.get("data", MNIST), now.get("data", MNIST)),
     ]
     old, new = _plain(then["settings"]), _plain(now["settings"])
     pairs += [(name, old.get(name), new.get(name)) for name in {**old, **new}]
+    if any_device:
+        pairs = [pair for pair in pairs if pair[0] != "device"]
     for name, before, asked in pairs:
         if before != asked:
             return f"{name} = {before}, this run has {asked}"

@@ -226,7 +226,12 @@ def _describe(task: Task, identity: str, where: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _epochs(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _epochs(history: Sequence[Mapping[str, Any]], details: bool) -> list[dict[str, Any]]:
+    """The epochs of a record; with details the training's confusion matrices, too."""
+
+    def train_confusion(result: Mapping[str, Any]) -> bool:
+        return details and bool(result.get("train_confusion"))
+
     return [
         {
             "epoch": result["epoch"],
@@ -237,6 +242,7 @@ def _epochs(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "learning_rate": _number(result["learning_rate"]),
             "curve": [round(value, 4) for value in result["curve"]],
             "confusion": result["confusion"],
+            **({"train_confusion": result["train_confusion"]} if train_confusion(result) else {}),
         }
         for result in history
     ]
@@ -347,7 +353,9 @@ def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:
     return record is not None and len(record["epochs"]) >= task.epochs
 
 
-def _check_same(task: Task, identity: str, out: Path, record: Mapping[str, Any] | None) -> None:
+def _check_same(
+    task: Task, identity: str, out: Path, record: Mapping[str, Any] | None, any_device: bool = False
+) -> None:
     """Refuse what is there of a run, record or checkpoint, if it is that of another one.
 
     Raises:
@@ -355,7 +363,7 @@ def _check_same(task: Task, identity: str, out: Path, record: Mapping[str, Any] 
     """
     folder = task.folder(out)
     definition = _definition(task, identity)
-    found = None if record is None else records.difference(record, definition)
+    found = None if record is None else records.difference(record, definition, any_device)
     if found is None and not _is_complete(task, record):
         # One that is damaged is a matter for the training loop, which may know an older one.
         with warnings.catch_warnings(), contextlib.suppress(training.CheckpointError):
@@ -411,6 +419,7 @@ class _Work:
     resume: bool
     where: dict[str, Any]
     deadline: float
+    any_device: bool = False
 
     def check_time(self, seconds: float) -> None:
         """Raise unless there is time for so many seconds more."""
@@ -458,11 +467,13 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
         with training.locked(folder):
             known = records.read_run(path) if path.exists() else None
             # Another process may have been here since everything was compared.
-            _check_same(task, identity, out, known)
+            _check_same(task, identity, out, known, work.any_device)
             if _is_complete(task, known):
                 return
             work.check_time(seconds_per_epoch(folder) or task.seconds)
             resume = work.resume and _has_checkpoint(folder)
+            if known is not None and not records.same_device(known, {"device": task.device}):
+                resume = False
             progress = _Progress(_progress_path(task, out), task, epochs_done(folder) * resume)
             record = _describe(task, identity, work.where)
             # What is there stays until there is more: a run that begins anew may fail at once.
@@ -498,7 +509,9 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
                 on_progress=progress.on_progress,
                 on_epoch=on_epoch,
             )
-            record["epochs"] = _epochs([asdict(result) for result in history])
+            record["epochs"] = _epochs(
+                [asdict(result) for result in history], task.experiment.details
+            )
             if task.experiment.details:
                 record |= _details(task, model)
             training.save_checkpoint(folder / "model.pt", model.state_dict())
@@ -670,6 +683,7 @@ def run_all(
     repository: Path | None = None,
     together: int = 1,
     deadline: float | None = None,
+    any_device: bool = False,
 ) -> list[str]:
     """Make all runs and write ``out/results.json``.
 
@@ -687,6 +701,8 @@ def run_all(
         deadline: start no epoch that would end after this time, as :func:`time.time` tells it: a
             run's first is expected to take ``Task.seconds``, every other as long as the one before.
             Runs that do not get so far are no failures.
+        any_device: a run that is there, as far as is asked for, will do if another kind of device
+            made it; one that is not there so far is made anew.
 
     Returns:
         A line for each run that failed; the others are complete, as far as there was time.
@@ -727,14 +743,15 @@ def run_all(
             continue
         record = known.get(task.folder(out))
         _check_inside(task.folder(out), out)
-        _check_same(task, identity, out, record)
+        _check_same(task, identity, out, record, any_device)
         if not _is_complete(task, record):
             left.append((task, identity))
 
     out.mkdir(parents=True, exist_ok=True)
     _sweep(out)
     _restore(known)
-    work = _Work(out, resume, environment(repository), math.inf if deadline is None else deadline)
+    deadline = math.inf if deadline is None else deadline
+    work = _Work(out, resume, environment(repository), deadline, any_device)
     groups = _groups(left, together)
     threads = max(1, cpu_count() // jobs)
     before = torch.get_num_threads()
@@ -865,7 +882,7 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
         changed, missing = 0, {}
         for folder, run in ours.items():
             known = runs.setdefault(folder, run)
-            if known is not run and (found := records.difference(known, run)):
+            if known is not run and (found := records.difference(known, run, True)):
                 raise RunError(f"{folder.name} of {run['experiment']}: {path} has it with {found}")
             if known is run or len(run["epochs"]) > len(known["epochs"]):
                 runs[folder] = run
@@ -889,7 +906,8 @@ def _add_epochs(record: dict[str, Any], folder: Path) -> None:
         path, state = training.load_latest(folder)
         if found := _difference_of_settings(state["settings"], record):
             raise RunError(f"{path} was made with {found}")
-        epochs = _epochs(state["history"])
+        known = experiments.EVERY.get(record["experiment"])
+        epochs = _epochs(state["history"], known is not None and known.details)
         records.check({**record, "epochs": epochs}, records.RUN, str(folder))
     except (training.CheckpointError, RunError) as error:
         warnings.warn(f"{error}: {lost}", stacklevel=3)

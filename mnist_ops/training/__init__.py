@@ -34,7 +34,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -219,8 +219,9 @@ class EpochResult:
     epoch. Optimizers that evaluate a batch several times a step, as CG and L-BFGS do, count with
     every evaluation. ``learning_rate`` is that of the epoch's first step; None, an empty cell in
     ``log.csv``, for an optimizer without one, as CG. ``confusion`` holds the test set's counts,
-    row: true class, column: predicted class. Of a run that has diverged the losses are NaN or
-    infinite, everything else is as of any run.
+    row: true class, column: predicted class; ``train_confusion`` those of the online predictions,
+    empty in what earlier versions saved. Of a run that has diverged the losses are NaN or infinite,
+    everything else is as of any run.
     """
 
     epoch: int
@@ -232,6 +233,7 @@ class EpochResult:
     seconds: float
     curve: list[float]
     confusion: list[list[int]]
+    train_confusion: list[list[int]] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
@@ -512,7 +514,9 @@ def load_latest(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 def _write_log(path: Path, history: Sequence[EpochResult]) -> None:
     """The whole history as CSV: always in step with the checkpoint, whatever was interrupted."""
     columns = [
-        field.name for field in fields(EpochResult) if field.name not in ("curve", "confusion")
+        column.name
+        for column in fields(EpochResult)
+        if column.name not in ("curve", "confusion", "train_confusion")
     ]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -691,15 +695,16 @@ def _train_epoch(
     description: str,
     show: bool,
     on_progress: Callable[[int], object] | None,
-) -> tuple[float, float, list[float]]:
-    """One pass over ``order``: accuracy in %, mean loss and the accuracy's curve."""
-    rights, all_losses = [], []
+) -> tuple[float, float, list[float], tuple[Tensor, Tensor]]:
+    """One pass: accuracy in %, mean loss, the accuracy's curve, predictions and their targets."""
+    rights, all_losses, seen = [], [], []
     right = predicted = 0
     with _progress_bar(description, len(order), " digits", show) as bar:
         for piece in order.split(chunk):
             losses, predictions, *others = engine.run(images, labels, piece)
             samples = others[0] if others else piece
-            rights.append(predictions == labels.index_select(0, samples))
+            seen.append((predictions, labels.index_select(0, samples)))
+            rights.append(predictions == seen[-1][1])
             all_losses.append(losses.double())
             right += int(rights[-1].sum())
             predicted += len(predictions)
@@ -710,7 +715,8 @@ def _train_epoch(
     piece_size = max(_CURVE_SAMPLES, -(-predicted // _CURVE_POINTS))
     curve = torch.cat(rights).double().mul(100.0).split(piece_size)
     loss = float(torch.cat(all_losses).mean())
-    return 100.0 * right / predicted, loss, [float(part.mean()) for part in curve]
+    both = torch.cat([one for one, _ in seen]), torch.cat([target for _, target in seen])
+    return 100.0 * right / predicted, loss, [float(part.mean()) for part in curve], both
 
 
 def fit(
@@ -930,12 +936,14 @@ def _one_epoch(
 ) -> EpochResult:
     start = time.perf_counter()
     rate = _learning_rate(optimizer)
-    accuracy, loss, curve = _train_epoch(
+    accuracy, loss, curve, online_predictions = _train_epoch(
         engine, *train, order, chunk, description, show, on_progress
     )
     averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
     with averaged():
         confusion, test_loss = evaluate(model, *test, criterion, progress=show)
+    train_confusion = ConfusionMatrix(len(confusion.counts))
+    train_confusion.add(*online_predictions)
     return EpochResult(
         epoch=epoch,
         train_accuracy=accuracy,
@@ -946,4 +954,5 @@ def _one_epoch(
         seconds=time.perf_counter() - start,
         curve=curve,
         confusion=confusion.counts.tolist(),
+        train_confusion=train_confusion.counts.tolist(),
     )
