@@ -391,7 +391,7 @@ def predict(
                 raise ValueError(
                     f"{saved.path}: the network's scores are NaN for {bad} of {len(batch)} images"
                 )
-            predictions.append(training._predict(scores).cpu())
+            predictions.append(training.predicted_classes(scores).cpu())
     return torch.cat(predictions)
 
 

@@ -1,0 +1,394 @@
+"""The training loop: :func:`fit` and :func:`evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import torch7
+from ..ops._common import check_integer
+from . import online
+from ._files import (
+    locked,
+)
+from .checkpoint import (
+    BACKUP_CHECKPOINT,
+    CHECKPOINT,
+    PREVIOUS_CHECKPOINT,
+    CheckpointError,
+    TrainingState,
+    describe_run,
+    listed,
+    load_latest,
+)
+from .engine import Criterion, Engine, choose_engine
+from .metrics import ConfusionMatrix, EpochResult, predicted_classes
+
+# The figure shows the training accuracy within an epoch: at most so many points an epoch, each
+# over at least so many samples.
+_CURVE_POINTS = 60
+_CURVE_SAMPLES = 50
+
+
+def _progress_bar(description: str, total: int, unit: str, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=not show,
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards, in any case, each module's own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    criterion: Criterion = torch7.nll_loss,
+    batch_size: int = 100,
+    progress: bool | None = False,
+) -> tuple[ConfusionMatrix, float]:
+    """Predict every image without training.
+
+    Args:
+        model: in evaluation mode meanwhile; images are cast to its dtype and moved to its device.
+        images: ``(N, C, H, W)``, N >= 1.
+        labels: ``(N,)`` int64.
+        criterion: as for :func:`fit`.
+        batch_size: images at a time; it does not change the result beyond rounding.
+        progress: show a bar; ``None``: on a terminal only.
+
+    Returns:
+        The confusion matrix and the mean loss.
+    """
+    if len(images) == 0 or len(images) != len(labels):
+        raise ValueError(
+            "evaluate: images must hold one image at least and one for each label, "
+            f"got {len(images)} and {len(labels)}"
+        )
+    batch_size = check_integer("evaluate", "batch_size", batch_size, 1)
+    parameter = next(model.parameters())
+    confusion: ConfusionMatrix | None = None
+    total = 0.0
+    show = sys.stderr.isatty() if progress is None else progress
+    bars = _progress_bar("testing", len(images), " digits", show)
+    with _evaluating(model), torch.no_grad(), bars as bar:
+        for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            target = target.to(parameter.device)
+            output = model(batch.to(parameter.device, parameter.dtype))
+            total += float(criterion(output, target, reduction="none").sum())
+            confusion = confusion or ConfusionMatrix(output.shape[-1])
+            confusion.add(predicted_classes(output), target)
+            bar.update(len(batch))
+    assert confusion is not None
+    return confusion, total / len(images)
+
+
+def _active(optimizers: Mapping[int, Any], epoch: int) -> int:
+    """The first epoch of the optimizer in charge of ``epoch``."""
+    return max(first for first in optimizers if first <= epoch)
+
+
+def repeatable() -> contextlib.AbstractContextManager[None]:
+    """Deterministic convolutions without TF32: a run on the GPU can be repeated, too."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
+def _train_epoch(
+    engine: Engine,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    chunk: int,
+    description: str,
+    show: bool,
+    on_progress: Callable[[int], object] | None,
+) -> tuple[float, float, list[float], tuple[Tensor, Tensor]]:
+    """One pass: accuracy in %, mean loss, the accuracy's curve, predictions and their targets."""
+    rights, all_losses, seen = [], [], []
+    right = predicted = 0
+    with _progress_bar(description, len(order), " digits", show) as bar:
+        for piece in order.split(chunk):
+            losses, predictions, *others = engine.run(images, labels, piece)
+            samples = others[0] if others else piece
+            seen.append((predictions, labels.index_select(0, samples)))
+            rights.append(predictions == seen[-1][1])
+            all_losses.append(losses.double())
+            right += int(rights[-1].sum())
+            predicted += len(predictions)
+            bar.set_postfix_str(f"training {100.0 * right / predicted:.2f} %", refresh=False)
+            bar.update(len(piece))
+            if on_progress is not None:
+                on_progress(len(piece))
+    piece_size = max(_CURVE_SAMPLES, -(-predicted // _CURVE_POINTS))
+    curve = torch.cat(rights).double().mul(100.0).split(piece_size)
+    loss = float(torch.cat(all_losses).mean())
+    both = torch.cat([one for one, _ in seen]), torch.cat([target for _, target in seen])
+    return 100.0 * right / predicted, loss, [float(part.mean()) for part in curve], both
+
+
+def fit(
+    model: nn.Module,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer | Mapping[int, torch.optim.Optimizer],
+    generator: torch7.Generator,
+    criterion: Criterion = torch7.nll_loss,
+    batch_size: int = 1,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    settings: dict[str, Any] | None = None,
+    engine: Engine | None = None,
+    shared: online.SharedLaunches | None = None,
+    chunk: int | None = None,
+    progress: bool | None = None,
+    verbose: bool = True,
+    on_progress: Callable[[int], object] | None = None,
+    on_epoch: Callable[[EpochResult], object] | None = None,
+) -> list[EpochResult]:
+    """Train ``model`` until ``epochs`` epochs are complete, and test it after each.
+
+    Each epoch draws a shuffle from ``generator``, goes once through the training set, counting
+    predictions before each update (the reports' training accuracy), then through the test set.
+
+    Args:
+        model: on the device and in the dtype to compute in.
+        train: images ``(N, C, H, W)`` and labels ``(N,)`` int64 of the training set, on the CPU.
+        test: the same of the test set.
+        epochs: in all, those of a resumed run included.
+        optimizer: its step follows every batch, see :class:`mnist_ops.torch7.optim.SGD`; one that
+            needs a closure evaluates the batch as often as it likes, see :class:`AutogradEngine`.
+            One with a context manager ``averaged()`` is tested within it. Or a mapping from the
+            first epoch to the optimizer that is in charge from then on: ``{1: sgd, 6: lbfgs}``.
+        generator: source of the shuffles.
+        criterion: ``criterion(output, target, reduction="none")`` gives a loss per sample, as do
+            those of :mod:`mnist_ops.torch7`; a batch's mean is minimised.
+        batch_size: samples per step.
+        transform: applied to each training batch before use, for augmentation.
+        folder: where ``checkpoint.pt`` and ``log.csv`` go; ``None`` writes nothing. An earlier
+            checkpoint there is kept as ``checkpoint.previous.pt`` when a new run starts, the one
+            of the epoch before as ``checkpoint.backup.pt``, for ``resume`` where a disk has damaged
+            the newest. The folder is locked meanwhile; what killed runs left half written in it
+            is removed.
+        resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
+            the results are those of an uninterrupted run, bit for bit. Optimizers that were not yet
+            in charge may be others than those of the run that made it.
+        settings: what else defines the run (numbers, strings), kept in the checkpoint; resuming
+            with other settings is refused, as it is with another network, dtype, criterion, batch
+            size, transform module, with other data or other options of an optimizer.
+        engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
+            each optimizer of a mapping.
+        shared: of several calls in threads of one process, whose steps run together on a GPU, see
+            :class:`mnist_ops.training.online.SharedLaunches`; each calls ``leave()`` afterwards.
+        chunk: samples handed to the engine at a time; unless given about 200, or the ``chunk`` that
+            the engine wishes for.
+        progress: show progress bars on standard error; ``None``: on a terminal only.
+        verbose: print the engine's description and one line per epoch to standard output.
+        on_progress: called after each chunk with the number of samples just trained.
+        on_epoch: called with each new epoch's result, after its checkpoint has been written.
+
+    Returns:
+        One :class:`EpochResult` per epoch, those before a resume included.
+
+    Raises:
+        ValueError: for an impossible argument, images or weights that are not finite.
+        CheckpointError: if ``resume`` finds no usable checkpoint.
+        FolderInUseError: if another process, or another thread, trains in ``folder``.
+        KeyboardInterrupt: on Ctrl-C, with a message; the folder then holds the state after the
+            last complete epoch.
+    """
+    epochs = check_integer("fit", "epochs", epochs, 0)
+    batch_size = check_integer("fit", "batch_size", batch_size, 1)
+    if chunk is not None:
+        chunk = check_integer("fit", "chunk", chunk, 1)
+    if resume and folder is None:
+        raise ValueError("fit: resume needs a folder")
+    for name, (images, labels) in (("train", train), ("test", test)):
+        if len(images) != len(labels) or len(images) == 0:
+            raise ValueError(
+                f"fit: {name} must hold as many images as labels and one at least, "
+                f"got {len(images)} and {len(labels)}"
+            )
+        _check_finite(f"{name} images", images)
+    optimizers = dict(optimizer) if isinstance(optimizer, Mapping) else {1: optimizer}
+    if 1 not in optimizers or not all(isinstance(e, int) and e >= 1 for e in optimizers):
+        raise ValueError(
+            "fit: optimizer must map 1, and later epochs, to optimizers, "
+            f"got the epochs {listed(list(optimizers)) or 'none'}"
+        )
+    if engine is not None and len(optimizers) > 1:
+        raise ValueError("fit: engine must not be given with several optimizers")
+    engines = {
+        first: engine
+        or choose_engine(model, one, criterion, batch_size, transform, shared, train[0])
+        for first, one in sorted(optimizers.items())
+    }
+    if chunk is None:
+        chunk = max(8 * batch_size, *(getattr(one, "chunk", 200) for one in engines.values()))
+    chunk = batch_size * max(1, min(chunk, len(train[0]) + batch_size) // batch_size)
+    show = sys.stderr.isatty() if progress is None else progress
+    folder = None if folder is None else Path(folder)
+    definition = (
+        {}
+        if folder is None
+        else describe_run(model, train, test, optimizers, criterion, batch_size, transform)
+    )
+    run = TrainingState(model, optimizers, generator, dict(settings or {}), definition, [])
+    if not resume:
+        for name, parameter in model.named_parameters():
+            _check_finite(f"the network's {name}", parameter)
+
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            if resume and not folder.is_dir():
+                raise CheckpointError(f"there is no checkpoint at {folder / CHECKPOINT}")
+            stack.enter_context(locked(folder))
+            if resume:
+                run.restore(folder)
+            else:
+                # No backup of another run must be taken for one of this.
+                (folder / BACKUP_CHECKPOINT).unlink(missing_ok=True)
+                # Also before the first epoch, so that an interrupted run can always be resumed.
+                run.save(folder, keep=PREVIOUS_CHECKPOINT)
+        active = _active(optimizers, len(run.history) + 1)
+        if verbose:
+            print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
+        try:
+            with repeatable():
+                while len(run.history) < epochs:
+                    epoch = len(run.history) + 1
+                    if active != _active(optimizers, epoch):
+                        active = epoch
+                        if verbose:
+                            print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
+                    result = _one_epoch(
+                        epoch,
+                        model,
+                        optimizers[active],
+                        engines[active],
+                        train,
+                        test,
+                        generator.randperm(len(train[0])),
+                        criterion,
+                        f"epoch {epoch}/{epochs}",
+                        chunk,
+                        show,
+                        on_progress,
+                    )
+                    if _diverged(result) and not any(map(_diverged, run.history)):
+                        warnings.warn(
+                            f"the run has diverged in epoch {epoch}: training loss "
+                            f"{result.train_loss}, test loss {result.test_loss}",
+                            stacklevel=2,
+                        )
+                    run.history.append(result)
+                    if folder is not None:
+                        run.save(folder)
+                    if verbose:
+                        print(result, flush=True)
+                    if on_epoch is not None:
+                        on_epoch(result)
+        except KeyboardInterrupt:
+            message = "interrupted"
+            if folder is not None:
+                saved = load_latest(folder)[1]["epoch"]
+                message += (
+                    f"; {folder / CHECKPOINT} holds the state after epoch {saved}: resume from it"
+                )
+            raise KeyboardInterrupt(message) from None
+        return run.history
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of the first group's next step; None where there is none."""
+    group = optimizer.param_groups[0]
+    if hasattr(optimizer, "rate"):
+        rate = float(optimizer.rate(group))
+    elif "lr" in group:
+        rate = float(group["lr"])
+    else:
+        return None
+    if not 0.0 <= rate < math.inf:
+        raise ValueError(f"fit: the learning rate must be >= 0 and finite, got {rate}")
+    return rate
+
+
+def _diverged(result: EpochResult) -> bool:
+    return not (math.isfinite(result.train_loss) and math.isfinite(result.test_loss))
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, which would spread to every weight in a step."""
+    if tensor.is_floating_point() and tensor.numel():
+        lowest, highest = tensor.detach().aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise ValueError(f"fit: {name} must be finite, got NaN or infinity")
+
+
+def _one_epoch(
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    order: Tensor,
+    criterion: Criterion,
+    description: str,
+    chunk: int,
+    show: bool,
+    on_progress: Callable[[int], object] | None,
+) -> EpochResult:
+    start = time.perf_counter()
+    rate = _learning_rate(optimizer)
+    accuracy, loss, curve, online_predictions = _train_epoch(
+        engine, *train, order, chunk, description, show, on_progress
+    )
+    averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
+    with averaged():
+        confusion, test_loss = evaluate(model, *test, criterion, progress=show)
+    train_confusion = ConfusionMatrix(len(confusion.counts))
+    train_confusion.add(*online_predictions)
+    return EpochResult(
+        epoch=epoch,
+        train_accuracy=accuracy,
+        test_accuracy=100.0 * int(confusion.counts.trace()) / len(test[0]),
+        train_loss=loss,
+        test_loss=test_loss,
+        learning_rate=rate,
+        seconds=time.perf_counter() - start,
+        curve=curve,
+        confusion=confusion.counts.tolist(),
+        train_confusion=train_confusion.counts.tolist(),
+    )
