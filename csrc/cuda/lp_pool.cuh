@@ -1,0 +1,184 @@
+// LP pooling on CUDA: what the kernels of both directions share.
+// p = 1, 2 and inf are bound by memory: one read of the input and one write forward; gradient,
+// input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
+// which multiply. Four kinds of kernels, the first that fits:
+//   pairs     NCHW, 2x2 or 3x3 windows with stride 2, no padding (the reports' pooling), p = 1, 2,
+//             3, 4 or inf: a thread takes a pack of neighbouring elements of each of a window's
+//             rows, and all windows that begin in it. 2x2: everything is read and written once, in
+//             packs, backward too, where the windows tile the image. 3x3: what windows share comes
+//             from L1.
+//   blocks    NHWC, the same windows and norms, not in float64: a thread takes a pack of channels
+//             of one result; backward, of the 2x2 pixels that begin at the same place, so that a
+//             window's norm and gradient are read by two or four threads at most
+//   channels  NHWC, any windows, p = 1, 2, inf: a thread takes a pack of channels of one result;
+//             what windows share comes from L1 and L2.
+//   one       a thread computes one result with the functions of ../lp_pool.h, results in the order
+//             of memory, so that writes are coalesced and reads are apart by no more than the
+//             stride.
+// Divisions that find a result's place are in 32 bits, two or three for all that a thread does.
+//
+// The gradients gather from the windows over an element, in a fixed order: no atomics.
+
+#include "../lp_pool.h"
+#pragma once
+
+#include "../lp_pool.h"
+
+#include "memory.cuh"
+#include "window.cuh"
+
+namespace mnist_ops::cuda {
+
+// |x|^p for p = 1, 2, and, kGeneral, 3 and 4. These kernels are not for other powers: pow would be
+// their bound, and too much code where loops over windows and elements are unrolled.
+template <Norm norm, typename A>
+__device__ __forceinline__ A power_of(A x, A p) {
+  if (norm == Norm::kTwo) return x * x;
+  const A size = magnitude(x);
+  return norm == Norm::kOne ? size : size * size * (p == A(3) ? size : size * size);
+}
+
+// And its inverse for p = 2, 3 and 4.
+template <Norm norm, typename A>
+__device__ __forceinline__ A root_of(A sum, A p) {
+  if (norm == Norm::kTwo) return std::sqrt(sum);
+  return p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum));
+}
+
+// dy/dx for the elements of a window with norm y: norm_gradient of lp_pool.h, kGeneral standing for
+// p = 3 and 4, with one division for a window instead of one for an element. In float64 every
+// element is divided, and below SafeNorm too.
+template <Norm norm, typename A>
+struct Slopes {
+  A y, inverse = A(0);
+
+  __device__ __forceinline__ explicit Slopes(A norm_of_window) : y(norm_of_window) {
+    if constexpr (norm == Norm::kTwo || norm == Norm::kGeneral) {
+      if (!std::is_same_v<A, double> && y > SafeNorm<A>::lower) inverse = A(1) / y;
+    }
+  }
+
+  __device__ __forceinline__ A at(A x, A p) const {
+    if constexpr (norm == Norm::kOne || norm == Norm::kInf) {
+      return norm_gradient<norm>(x, y, p);
+    } else {
+      const A r = inverse != A(0) ? x * inverse : y == A(0) ? A(0) : x / y;
+      return norm == Norm::kTwo ? r : r * (p == A(3) ? magnitude(r) : r * r);
+    }
+  }
+};
+
+// The p-norm of a window in registers.
+template <Norm norm, int kTaps, typename A>
+__device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
+  if constexpr (norm != Norm::kInf) {
+    A sum = A(0);
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k], p);
+    if (norm == Norm::kOne) return sum;
+    // Of squares, and as well of higher powers: what is lost to underflow does not count.
+    if (is_safe_square_sum(sum)) return root_of<norm>(sum, p);
+  }
+  A largest = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    const A size = magnitude(x[k]);
+    if (size > largest || size != size) largest = size;  // nothing is above NaN: it stays
+  }
+  // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
+  if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
+    return largest;
+  }
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k] / largest, p);
+  return largest * root_of<norm>(sum, p);
+}
+
+// Sizes of the planes that `pairs` kernels work on.
+struct PairGeometry {
+  int H, W, OH, OW;
+  int columns;  // packs of a row in which windows begin, or, backward, all packs
+};
+
+// Where a thread's pack lies: its plane, its row of windows, its index in the row.
+struct PairPlace {
+  int plane, row, column;
+};
+
+__device__ __forceinline__ PairPlace pair_place(int item, int rows, int columns) {
+  const unsigned above = static_cast<unsigned>(item) / static_cast<unsigned>(columns);
+  const unsigned plane = above / static_cast<unsigned>(rows);
+  return {static_cast<int>(plane), static_cast<int>(above - plane * static_cast<unsigned>(rows)),
+          static_cast<int>(static_cast<unsigned>(item) - above * static_cast<unsigned>(columns))};
+}
+
+// The channels of a pack of one pixel, and where the pixel is.
+struct ChannelPlace {
+  int n, h, w, c;
+};
+
+__device__ __forceinline__ ChannelPlace channel_place(int item, int H, int W, int packs) {
+  const unsigned pixel = static_cast<unsigned>(item) / static_cast<unsigned>(packs);
+  const unsigned row = pixel / static_cast<unsigned>(W);
+  const unsigned image = row / static_cast<unsigned>(H);
+  return {static_cast<int>(image), static_cast<int>(row - image * static_cast<unsigned>(H)),
+          static_cast<int>(pixel - row * static_cast<unsigned>(W)),
+          static_cast<int>(static_cast<unsigned>(item) - pixel * static_cast<unsigned>(packs))};
+}
+
+// What the kernels with packs count in 32 bits: elements, and those a pack or a row beyond.
+bool counts_in_32_bits(const PoolGeometry& g) {
+  return fits_32_bits(g.N * g.C * g.H * g.W + 4 * g.W) && fits_32_bits(g.N * g.C * g.OH * g.OW);
+}
+
+// The k of k x k windows with stride 2 that lie inside the image, 2 or 3; 0 for other windows.
+int common_window(const PoolGeometry& g) {
+  const int64_t k = g.kernel_h;
+  const bool common = (k == 2 || k == 3) && g.kernel_w == k && g.stride_h == 2 && g.stride_w == 2 &&
+                      g.padding_h == 0 && g.padding_w == 0 && 2 * (g.OH - 1) + k <= g.H &&
+                      2 * (g.OW - 1) + k <= g.W;
+  return common ? static_cast<int>(k) : 0;
+}
+
+// Calls body with the largest pack that rows of the input consist of, and the sizes of its planes;
+// false if there is none. NCHW.
+template <typename T, typename F>
+bool dispatch_row_pack(const PoolGeometry& g, bool aligned, F&& body) {
+  constexpr int n = kPackSize<T>;
+  if (!aligned || !counts_in_32_bits(g)) return false;
+  const auto run = [&](auto pack) {
+    constexpr int size = decltype(pack)::value;
+    body(pack, PairGeometry{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
+                            static_cast<int>(g.OW), static_cast<int>(g.W / size)});
+  };
+  if (g.W % n == 0) {
+    run(Number<n>{});
+    return true;
+  }
+  if constexpr (n > 2) {
+    if (g.W % (n / 2) == 0) {
+      run(Number<n / 2>{});
+      return true;
+    }
+  }
+  return false;
+}
+
+// Calls body with the geometry in 32 bits if channels can be taken in packs, and gives what it
+// returns: whether it launched a kernel. NHWC.
+template <typename T, typename F>
+bool dispatch_channels(const PoolGeometry& g, bool aligned, F&& body) {
+  // Sums of more terms are added in blocks, one thread a result.
+  if (g.kernel_h * g.kernel_w > kBlockTerms) return false;
+  if (!aligned || !counts_in_32_bits(g) || g.C % kPackSize<T> != 0) return false;
+  bool launched = false;
+  dispatch_index(g, [&](const auto& narrow) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(narrow)>, PoolGeometryOf<int32_t>>) {
+      launched = body(narrow);
+    }
+  });
+  return launched;
+}
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,193 @@
+// LP pooling on CUDA, forward: one launch.
+
+#include "lp_pool.cuh"
+
+namespace mnist_ops::cuda {
+namespace {
+
+template <Norm norm, typename T, typename I>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(I count, PoolGeometryOf<I> g, bool channels_last, opmath_t<T> p,
+                   const T* __restrict__ input, T* __restrict__ output) {
+  for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
+    const Position<I> at = position_of(i, g, channels_last, g.OH, g.OW);
+    output[i] = static_cast<T>(window_norm<norm>(input + at.in_plane, g, p, at.h, at.w));
+  }
+}
+
+// n elements of each of kSize rows, n / 2 windows.
+template <Norm norm, int kSize, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_pairs_kernel(int count, PairGeometry g, bool packed_out, opmath_t<T> p,
+                         const T* __restrict__ input, T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const PairPlace at = pair_place(item, g.OH, g.columns);
+    const T* x = input + (at.plane * g.H + 2 * at.row) * g.W + at.column * n;
+    const int ow = at.column * (n / 2);
+    A rows[kSize][n + 1];
+#pragma unroll
+    for (int kh = 0; kh < kSize; ++kh) {
+      const Pack<T, n> pack = load_pack<n>(x + kh * g.W);
+#pragma unroll
+      for (int j = 0; j < n; ++j) rows[kh][j] = static_cast<A>(pack.values[j]);
+      // The last window of three columns reaches into the next pack.
+      rows[kh][n] = kSize == 3 && ow + n / 2 <= g.OW ? static_cast<A>(x[kh * g.W + n]) : A(0);
+    }
+    Pack<T, n / 2> to;
+#pragma unroll
+    for (int m = 0; m < n / 2; ++m) {
+      A taps[kSize * kSize];
+#pragma unroll
+      for (int kh = 0; kh < kSize; ++kh) {
+#pragma unroll
+        for (int kw = 0; kw < kSize; ++kw) taps[kh * kSize + kw] = rows[kh][2 * m + kw];
+      }
+      to.values[m] = static_cast<T>(norm_of_taps<norm>(taps, p));
+    }
+    T* y = output + (at.plane * g.OH + at.row) * g.OW + ow;
+    if (packed_out) {
+      store_pack(y, to);
+    } else {
+#pragma unroll
+      for (int m = 0; m < n / 2; ++m) {
+        if (ow + m < g.OW) y[m] = to.values[m];
+      }
+    }
+  }
+}
+
+template <Norm norm, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_channels_kernel(int count, PoolGeometryOf<int32_t> g, const T* __restrict__ input,
+                            T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
+    const T* image = input + g.input_offset(at.n, at.c * n);
+    const int top = g.first_row(at.h), bottom = g.last_row(at.h);
+    const int left = g.first_column(at.w), right = g.last_column(at.w);
+    A sums[n] = {};
+    for (int ih = top; ih < bottom; ++ih) {
+      for (int iw = left; iw < right; ++iw) {
+        const Pack<T, n> pack = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          const A x = static_cast<A>(pack.values[j]), size = magnitude(x);
+          if (norm == Norm::kInf) {
+            if (size > sums[j] || size != size) sums[j] = size;
+          } else {
+            sums[j] += norm == Norm::kTwo ? x * x : size;
+          }
+        }
+      }
+    }
+    Pack<T, n> to;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      if (norm == Norm::kTwo) {
+        sums[j] = is_safe_square_sum(sums[j])
+                      ? std::sqrt(sums[j])
+                      : scaled_window_norm<norm>(image + j, g, A(2), at.h, at.w);
+      }
+      to.values[j] = static_cast<T>(sums[j]);
+    }
+    store_pack(output + item * n, to);
+  }
+}
+
+template <Norm norm, int kSize, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_blocks_kernel(int count, PoolGeometryOf<int32_t> g, opmath_t<T> p,
+                          const T* __restrict__ input, T* __restrict__ output) {
+  using A = opmath_t<T>;
+  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
+    const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
+    const T* x = input + g.input_offset(at.n, at.c * n) + 2 * at.h * g.in_h + 2 * at.w * g.in_w;
+    Pack<T, n> packs[kSize * kSize], to;
+#pragma unroll
+    for (int k = 0; k < kSize * kSize; ++k) {
+      packs[k] = load_pack<n>(x + k / kSize * g.in_h + k % kSize * g.in_w);
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A taps[kSize * kSize];
+#pragma unroll
+      for (int k = 0; k < kSize * kSize; ++k) taps[k] = static_cast<A>(packs[k].values[j]);
+      to.values[j] = static_cast<T>(norm_of_taps<norm>(taps, p));
+    }
+    store_pack(output + item * n, to);
+  }
+
+template <Norm norm, typename T>
+bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
+                     const T* input, T* output) {
+  using A = opmath_t<T>;
+  if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
+  const bool aligned = are_aligned(input, output);
+  const int window = common_window(g);
+  if (channels_last) {
+    return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
+      // A thread of a 3x3 kernel would need too many registers for more channels.
+      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
+      const auto run = [&](auto* kernel, int channels, const auto&... power) {
+        const int64_t count = g.N * g.OH * g.OW * g.C / channels;
+        launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., input, output);
+        return true;
+      };
+      if constexpr (!std::is_same_v<T, double>) {
+        const A power = static_cast<A>(p);
+        if (window == 2) return run(forward_blocks_kernel<norm, 2, n, T>, n, power);
+        if (window == 3) return run(forward_blocks_kernel<norm, 3, kFew, T>, kFew, power);
+      }
+      if constexpr (norm != Norm::kGeneral) return run(forward_channels_kernel<norm, n, T>, n);
+      return false;
+    });
+  }
+  return window > 0 && dispatch_row_pack<T>(g, aligned, [&](auto pack, PairGeometry pairs) {
+           constexpr int n = decltype(pack)::value;
+           pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
+           const int64_t count = g.N * g.C * g.OH * pairs.columns;
+           launcher.run_over(window == 2 ? forward_pairs_kernel<norm, 2, n, T>
+                                         : forward_pairs_kernel<norm, 3, n, T>,
+                             count, static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
+                             static_cast<A>(p), input, output);
+         });
+}
+
+Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
+                 std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
+  const char* op = "lp_pool2d";
+  const Images x = images_of(op, "input", input);
+  const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+  p = usable_norm_type(op, p, input.scalar_type());
+  const Launcher launcher(input);
+  Tensor output = new_pooled(x, geometry);
+  if (x.data.numel() == 0) return output;
+  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using A = opmath_t<T>;
+    dispatch_norm(p, [&](auto tag) {
+      constexpr Norm norm = decltype(tag)::value;
+      if (forward_vectors<norm>(launcher, geometry, x.channels_last, p, x.data.const_data_ptr<T>(),
+                                output.mutable_data_ptr<T>())) {
+        return;
+      }
+      dispatch_index(geometry, [&](const auto& g) {
+        using I = decltype(g.N + 0);
+        launcher.run_over(forward_kernel<norm, T, I>, output.numel(),
+                          static_cast<I>(output.numel()), g, x.channels_last, static_cast<A>(p),
+                          x.data.const_data_ptr<T>(), output.mutable_data_ptr<T>());
+      });
+    });
+  });
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
+  m.impl("lp_pool2d", TORCH_BOX(&lp_pool2d));
+}
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,132 @@
+// Neighbouring elements in packs of up to 16 bytes: loads, stores, copies to shared memory.
+#pragma once
+
+#include "launch.cuh"
+
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+
+namespace mnist_ops::cuda {
+
+constexpr size_t kVectorBytes = 16;
+
+// Neighbouring elements that are read or written by one instruction.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Pack {
+  T values[n];
+};
+
+template <typename T>
+constexpr int kPackSize = static_cast<int>(kVectorBytes / sizeof(T));
+
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// Whether packs can be used: a tensor may begin anywhere in its storage.
+template <typename... Pointers>
+bool are_aligned(const Pointers*... pointers) {
+  return (is_aligned(pointers) && ...);
+}
+
+// As few instructions as there are 16 bytes. The address is a multiple of the pack's size.
+template <int n, typename T>
+__device__ __forceinline__ Pack<T, n> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
+
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+template <typename T, int n>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
+  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+#else
+// By instructions of PTX: a store of a struct, uint4 among them, nvcc takes apart, one instruction
+// for each member, and puts together again in some kernels only. Which memory it is, is known when
+// this is compiled, as a rule, and the other branches go.
+__device__ __forceinline__ void store_words(uint4* to, uint4 words) {
+  if (__isGlobal(to)) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else if (__isShared(to)) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_shared(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else {
+    *to = words;
+  }
+}
+__device__ __forceinline__ void store_words(uint2* to, uint2 words) {
+  if (__isGlobal(to)) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else if (__isShared(to)) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_shared(to)),
+                 "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else {
+    *to = words;
+  }
+}
+
+template <typename T, int n>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
+  constexpr size_t kBytes = sizeof(Pack<T, n>);
+  if constexpr (kBytes < 8 || n == 1) {  // a register
+    *reinterpret_cast<Pack<T, n>*>(to) = pack;
+  } else {
+    using Words = std::conditional_t<kBytes == 8, uint2, uint4>;
+    Words words[kBytes / sizeof(Words)];
+    std::memcpy(words, &pack, kBytes);
+#pragma unroll
+    for (size_t i = 0; i < kBytes / sizeof(Words); ++i) {
+      store_words(reinterpret_cast<Words*>(to) + i, words[i]);
+    }
+  }
+}
+#endif
+
+// From memory to shared memory, without waiting for it where the device can: it is there after
+// wait_for_copies(), for this thread's own copies, and a barrier, for the others'.
+template <int n, typename T>
+__device__ __forceinline__ void copy_pack(T* to, const T* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  if constexpr (kBytes >= 4) {
+    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  store_pack(to, load_pack<n>(from));
+}
+
+// In groups: what a thread began it closes by copy_async_commit(); copy_async_wait<newer>() waits
+// for all but the newest ones of what it has closed.
+__device__ __forceinline__ void copy_async_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int newer>
+__device__ __forceinline__ void copy_async_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(newer) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,64 @@
+// Reductions within a warp and a block.
+//
+// `lanes`, a power of two up to 32, neighbouring threads of a warp reduce together. Every thread of
+// the warp must take part. All of them get the same bits: the butterfly adds the same pairs for
+// each, only swapped.
+#pragma once
+
+#include "launch.cuh"
+
+namespace mnist_ops::cuda {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+template <typename A>
+__device__ __forceinline__ A lane_sum(A value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
+  return value;
+}
+
+// A NaN loses every comparison and is passed over, unless it is what a thread came with.
+template <typename A>
+__device__ __forceinline__ A lane_max(A value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    const A other = __shfl_xor_sync(kWholeWarp, value, distance);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// The same over a block of kBlock threads in a row, for all of them. shared has a value for each
+// warp; what was in it before the call may be lost. All threads of the block must take part.
+template <int kBlock, typename A, typename Combine>
+__device__ __forceinline__ A block_combine(A value_of_warp, A* shared, const Combine& combine) {
+  constexpr int kWarps = kBlock / kWarp;
+  __syncthreads();  // whoever read shared before is done
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value_of_warp;
+  __syncthreads();
+  A value = shared[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, shared[warp]);
+  return value;
+}
+
+template <int kBlock, typename A>
+__device__ __forceinline__ A block_sum(A value, A* shared) {
+  return block_combine<kBlock>(lane_sum(value, kWarp), shared, [](A a, A b) { return a + b; });
+}
+
+template <int kBlock, typename A>
+__device__ __forceinline__ A block_max(A value, A* shared) {
+  return block_combine<kBlock>(lane_max(value, kWarp), shared,
+                               [](A a, A b) { return b > a ? b : a; });
+}
+
+// How many lanes share `size` items: all of them for large sizes, no more than needed for small.
+inline int lanes_for(int64_t size) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < size) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace mnist_ops::cuda

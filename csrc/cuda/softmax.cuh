@@ -1,0 +1,158 @@
+// Softmax, log-softmax and softmax + NLL on CUDA: what the kernels share.
+//
+// Bound by memory; every operator is one launch. Where the dimension is innermost in memory each
+// element is read once and written once (softmax_nll: read once), in packs of 16 bytes where rows
+// are aligned to that:
+//   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
+//            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
+//            there; forward, the next rows are on their way meanwhile
+//   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
+//            it in registers
+//   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
+//            numbers an element; float64; rows without packs): a block of as many threads as it
+//            takes holds a row in registers
+//   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
+//            8 times as many elements, and smaller blocks one of more than 16384
+//   stream   longer rows: read twice, the second time from the end, whose elements are still in L2
+// Elsewhere:
+//   columns  lines of up to 256 elements, packs of them side by side: a block takes 4 to 32 packs
+//            of lines, threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out
+//            each line, which is held in registers
+//   lines    other ones: a block takes 32 to 256 neighbouring lines in the same way and reads them
+//            twice: the second reading finds most of its data in L2
+// One pass finds the largest value and the sum together wherever more than a warp has a line.
+//
+// Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
+// thread adds up more than it can hold in registers, it does so in float64, a few numbers at a
+// time.
+//
+// softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
+// refuse it, as the CPU does, the host would have to wait for the device.
+#pragma once
+
+#include "../softmax.h"
+
+#include "fast_math.cuh"
+#include "memory.cuh"
+#include "reduce.cuh"
+
+namespace mnist_ops::cuda {
+
+using Kind = SoftmaxKind;
+template <typename T>
+using Forward = SoftmaxForward<T>;
+template <typename T>
+using Backward = SoftmaxBackward<T>;
+
+// exp(x) for elements of type T: half types are rounded more coarsely than the fast instruction is,
+// and with 2 bytes an element the exact one would be the bound, not memory.
+template <typename T>
+__device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
+  if constexpr (!std::is_same_v<T, opmath_t<T>>) {
+    return two_to_the(x * 1.442695041f);
+  } else {
+    return std::exp(x);
+  }
+}
+
+// The logarithm of a sum. In float64 the library's own one is called, and registers are spilled
+// around the call.
+template <typename A>
+__device__ __forceinline__ A log_of(A sum) {
+  return std::is_same_v<A, double> ? elementary::log(sum) : std::log(sum);
+}
+
+// The largest of some scaled values v, and the sum of exp(factor (v - largest)).
+template <typename A, typename Sum = A>
+struct Partial {
+  A largest = -std::numeric_limits<A>::infinity();
+  Sum sum = Sum(0);
+
+  // Several at once: one rescaling for all of them.
+  template <typename T, int count>
+  __device__ void add_all(const A (&values)[count], const Differences<A>& difference) {
+    A m = largest;
+#pragma unroll
+    for (int j = 0; j < count; ++j) m = values[j] > m ? values[j] : m;
+    if (m > largest) {
+      sum *= static_cast<Sum>(exp_for<T>(difference.of_scaled(largest, m)));
+      largest = m;
+    }
+    A part = A(0);
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      // The share of -inf is 0, not exp(-inf + inf).
+      if (values[j] != -std::numeric_limits<A>::infinity()) {
+        part += exp_for<T>(difference.of_scaled(values[j], m));
+      }
+    }
+    sum += static_cast<Sum>(part);
+  }
+
+  __device__ void merge(const Partial& other, const Differences<A>& difference) {
+    const A m = other.largest > largest ? other.largest : largest;
+    // Equal infinities must not become NaN here: a part that holds nothing else counts for 0.
+    const auto share = [&](const Partial& p) {
+      return p.largest == m
+                 ? p.sum
+                 : p.sum * static_cast<Sum>(std::exp(difference.of_scaled(p.largest, m)));
+    };
+    sum = share(*this) + share(other);
+    largest = m;
+  }
+
+  // Where the largest value is infinite, of either sign, the row is NaN, as it is when the
+  // exponentials are added up after the largest value has been found.
+  __device__ void finish() { sum += static_cast<Sum>(largest - largest); }
+};
+
+// Division by the sum: by multiplication except in float64, where nobody waits for it.
+template <typename A>
+__device__ __forceinline__ A share_of(A power, A sum, A inverse) {
+  return std::is_same_v<A, double> ? power / sum : power * inverse;
+}
+
+// Loss and log of the sum of one line; first is its first element.
+template <typename T, typename A>
+__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, int64_t target,
+                                           const T* first, A largest, A sum) {
+  const A log_sum = log_of(sum);
+  A loss = std::numeric_limits<A>::quiet_NaN();
+  if (target >= 0 && target < f.g.size) {
+    loss = log_sum - f.differences(static_cast<A>(first[target * f.g.inner]), largest);
+  }
+  f.out[line] = static_cast<T>(loss);
+  f.largest[line] = largest;
+  f.log_sum[line] = log_sum;
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, const T* first,
+                                           A largest, A sum) {
+  write_loss(f, line, f.target[line], first, largest, sum);
+}
+
+// What is added up along a line, and the gradient of one element.
+template <Kind kind, typename A>
+__device__ __forceinline__ A gradient_term(A grad, A y) {
+  return kind == Kind::kSoftmax ? grad * y : grad;
+}
+
+template <Kind kind, typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ A gradient_value(A grad, A y, A sum, A beta) {
+  return kind == Kind::kSoftmax ? beta * y * (grad - sum) : beta * (grad - exp_for<T>(y) * sum);
+}
+
+// Shared memory for `bytes` bytes of T, which may have constructors, aligned to packs.
+template <int64_t bytes>
+struct alignas(kVectorBytes) SharedBytes {
+  unsigned char storage[bytes];
+  template <typename T>
+  __device__ T* as() {
+    return reinterpret_cast<T*>(storage);
+  }
+};
+
+constexpr int kFlight = 4;  // packs of a thread that are read together, and added up in float32
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,444 @@
+// Rows of softmax in registers, and very long ones.
+
+#include "softmax.cuh"
+
+namespace mnist_ops::cuda {
+namespace {
+
+// --------------------------------------------------------------------------- rows in registers
+
+// What one of `workers` threads holds of a row: kLoads packs of n elements, `workers` packs apart.
+// Those beyond the row's end count as `missing`, the others are multiplied by scale.
+template <int kLoads, int n, typename T>
+struct HeldRow {
+  using A = opmath_t<T>;
+  A values[kLoads][n];
+
+  __device__ __forceinline__ void load(const T* row, int size, int worker, int workers, A scale,
+                                       A missing) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = (worker + k * workers) * n;
+      if (i < size) {
+        const Pack<T, n> pack = load_pack<n>(row + i);
+#pragma unroll
+        for (int j = 0; j < n; ++j) values[k][j] = scale * static_cast<A>(pack.values[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < n; ++j) values[k][j] = missing;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(T* row, int size, int worker, int workers) const {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int i = (worker + k * workers) * n;
+      if (i < size) {
+        Pack<T, n> pack;
+#pragma unroll
+        for (int j = 0; j < n; ++j) pack.values[j] = static_cast<T>(values[k][j]);
+        store_pack(row + i, pack);
+      }
+    }
+  }
+
+  // Calls body with every value, by reference.
+  template <typename F>
+  __device__ __forceinline__ void each(const F& body) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) body(values[k][j]);
+    }
+  }
+};
+
+// What the warps of a block and the blocks of a cluster tell each other, in shared memory.
+template <typename A>
+struct Exchange {
+  A largest[kWarp], sums[kWarp];
+  A largest_of_blocks[kMaxCluster], sums_of_blocks[kMaxCluster];
+};
+
+// Of `count` parts, up to 32 of them, by a whole warp. A part of -inf alone counts for 0.
+template <typename A>
+__device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, int count,
+                                             const Differences<A>& difference) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const A mine = lane < count ? largest[lane] : -std::numeric_limits<A>::infinity();
+  A sum = lane < count ? sums[lane] : A(0);
+  const A whole = lane_max(mine, kWarp);
+  if (mine != whole) sum *= std::exp(difference.of_scaled(mine, whole));
+  return {whole, lane_sum(sum, kWarp)};
+}
+
+template <typename A>
+__device__ __forceinline__ A merged(const A* sums, int count) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  return lane_sum(lane < count ? sums[lane] : A(0), kWarp);
+}
+
+// What the warps of one row's blocks found, merged, for all threads; `part` is this block's place
+// among the row's `parts` blocks. The barriers of a cluster are in two halves: cluster_arrive() was
+// called last, by the kernel or by the turn before this one.
+template <typename A>
+__device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Exchange<A>& shared,
+                                                int part, int parts,
+                                                const Differences<A>& difference) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // whoever read shared before is done
+  if (thread % kWarp == 0) {
+    shared.largest[thread / kWarp] = of_warp.largest;
+    shared.sums[thread / kWarp] = of_warp.sum;
+  }
+  __syncthreads();
+  Partial<A> whole =
+      merged(shared.largest, shared.sums, static_cast<int>(blockDim.x) / kWarp, difference);
+  if (parts > 1) {
+    cluster_wait();  // all of them are there and have read what came before
+    if (thread < parts) {
+      cluster_peer(shared.largest_of_blocks, thread)[part] = whole.largest;
+      cluster_peer(shared.sums_of_blocks, thread)[part] = whole.sum;
+    }
+    cluster_arrive();
+    cluster_wait();
+    whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference);
+    cluster_arrive();
+  }
+  return whole;
+}
+
+template <typename A>
+__device__ __forceinline__ A sum_row(A of_warp, Exchange<A>& shared, int part, int parts) {
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (thread % kWarp == 0) shared.sums[thread / kWarp] = of_warp;
+  __syncthreads();
+  A whole = merged(shared.sums, static_cast<int>(blockDim.x) / kWarp);
+  if (parts > 1) {
+    cluster_wait();
+    if (thread < parts) cluster_peer(shared.sums_of_blocks, thread)[part] = whole;
+    cluster_arrive();
+    cluster_wait();
+    whole = merged(shared.sums_of_blocks, parts);
+    cluster_arrive();
+  }
+  return whole;
+}
+
+// The steps of the forward on what a thread holds; `lanes` of a warp share the row, and merge finds
+// out what others have of it, if there are any.
+template <Kind kind, int kLoads, int n, bool shared_row, typename T, typename Merge>
+__device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bool inside,
+                                            int worker, int workers, int lanes,
+                                            const Merge& merge) {
+  using A = opmath_t<T>;
+  const int size = static_cast<int>(f.g.size);
+  const T* first = f.in + row * size;
+  constexpr A kMissing = -std::numeric_limits<A>::infinity();
+  const Differences<A>& difference = f.differences;
+  HeldRow<kLoads, n, T> held;
+  held.load(first, inside ? size : 0, worker, workers, difference.scale, kMissing);
+  A largest = kMissing;
+  held.each([&](A& v) { largest = v > largest ? v : largest; });
+  largest = lane_max(largest, lanes);
+  const A base = largest == kMissing ? A(0) : largest;  // exp(-inf) is 0, exp(-inf + inf) is not
+  A sum = A(0);
+  held.each([&](A& v) {
+    const A power = exp_for<T>(difference.of_scaled(v, base));
+    sum += power;
+    if (kind == Kind::kSoftmax) v = power;
+  });
+  Partial<A> whole{largest, lane_sum(sum, lanes)};
+  if constexpr (shared_row) whole = merge(whole);
+  whole.finish();
+  if (!inside) return;
+  if constexpr (kind == Kind::kNll) {
+    if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
+  } else {
+    if constexpr (kind == Kind::kLogSoftmax) {
+      const A log_sum = log_of(whole.sum);
+      held.each([&](A& v) { v = difference.of_scaled(v, whole.largest) - log_sum; });
+    } else {
+      A correction = A(1);
+      if (shared_row && largest != whole.largest) {
+        correction = std::exp(difference.of_scaled(largest, whole.largest));
+      }
+      const A inverse = correction / whole.sum;
+      held.each([&](A& v) {
+        v = share_of(v * (std::is_same_v<A, double> ? correction : A(1)), whole.sum, inverse);
+      });
+    }
+    held.store(f.out + row * size, size, worker, workers);
+  }
+}
+
+// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
+// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
+// most.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;
+#else
+constexpr int kMostResident = 5;
+#endif
+// A softmax of 32 elements a thread keeps its powers, too.
+template <Kind kind, int kLoads, int n, typename T>
+constexpr int kResident = sizeof(T) == 8                              ? 2
+                          : sizeof(T) == 4 || n == 1                  ? 4
+                          : kind == Kind::kSoftmax && kLoads * n > 16 ? 4
+                                                                      : kMostResident;
+
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, T>)
+    forward_warp_kernel(Forward<T> f, int lanes) {
+  const int64_t rows = f.g.outer;
+  const int64_t per_block = kThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  // The same number of turns for every thread of a warp: they meet in the shuffles.
+  for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
+    const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
+    forward_row<kind, kLoads, n, false>(f, row, row < rows, lane, lanes, lanes, 0);
+  }
+}
+
+constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that streams
+
+// `parts` neighbouring blocks, a cluster, take a row.
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f, int parts) {
+  using A = opmath_t<T>;
+  __shared__ Exchange<A> shared;
+  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
+  if (parts > 1) cluster_arrive();
+  // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
+  const int rows = static_cast<int>(f.g.outer), step = static_cast<int>(gridDim.x) / parts;
+  for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
+    forward_row<kind, kLoads, n, true>(f, row, true, part * threads + static_cast<int>(threadIdx.x),
+                                       parts * threads, kWarp, [&](const Partial<A>& of_warp) {
+                                         return merge_row(of_warp, shared, part, parts,
+                                                          f.differences);
+                                       });
+  }
+  if (parts > 1) cluster_wait();
+}
+
+template <Kind kind, int kLoads, int n, typename T, typename Sum>
+__device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, bool inside,
+                                             int worker, int workers, const Sum& sum_up) {
+  using A = opmath_t<T>;
+  const int size = static_cast<int>(b.g.size);
+  const int64_t first = row * size;
+  HeldRow<kLoads, n, T> grads, ys;
+  grads.load(b.grad + first, inside ? size : 0, worker, workers, A(1), A(0));
+  ys.load(b.out + first, inside ? size : 0, worker, workers, A(1), A(0));
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum += gradient_term<kind>(grads.values[k][j], ys.values[k][j]);
+  }
+  sum = sum_up(sum);
+#pragma unroll
+  for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      A& grad = grads.values[k][j];
+      grad = gradient_value<kind, T>(grad, ys.values[k][j], sum, b.beta);
+    }
+  }
+  if (inside) grads.store(b.result + first, size, worker, workers);
+}
+
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward_warp_kernel(Backward<T> b, int lanes) {
+  using A = opmath_t<T>;
+  const int64_t rows = b.g.outer;
+  const int64_t per_block = kThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
+    const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
+    backward_row<kind, kLoads, n>(b, row, row < rows, lane, lanes,
+                                  [=](A v) { return lane_sum(v, lanes); });
+  }
+}
+
+template <Kind kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) backward_block_kernel(Backward<T> b, int parts) {
+  using A = opmath_t<T>;
+  __shared__ Exchange<A> shared;
+  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
+  if (parts > 1) cluster_arrive();
+  for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < b.g.outer;
+       row += gridDim.x / static_cast<unsigned>(parts)) {
+    backward_row<kind, kLoads, n>(
+        b, row, true, part * threads + static_cast<int>(threadIdx.x), parts * threads,
+        [&](A v) { return sum_row(lane_sum(v, kWarp), shared, part, parts); });
+  }
+  if (parts > 1) cluster_wait();
+}
+
+// ------------------------------------------------------------------------------ very long rows
+
+// Wide blocks, so that few rows are under way and L2 holds them.
+
+// Calls body(index of the first element, is it inside) for a thread's packs of a row, kFlight of
+// them in a turn; from the end where `backwards`.
+template <bool backwards, int n, typename F>
+__device__ __forceinline__ void each_turn(int64_t size, const F& body) {
+  constexpr int64_t kTurn = int64_t{kWideBlock} * kFlight * n;
+  const int64_t turns = (size + kTurn - 1) / kTurn;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    body((backwards ? turns - 1 - turn : turn) * kTurn + static_cast<int64_t>(threadIdx.x) * n);
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f) {
+  using A = opmath_t<T>;
+  using Part = Partial<A, double>;
+  __shared__ SharedBytes<sizeof(Part) * (kWideBlock / kWarp)> shared;
+  const Differences<A>& difference = f.differences;
+  const int64_t size = f.g.size;
+  const auto read = [&](const T* first, int64_t start, A(&values)[kFlight* n]) {
+#pragma unroll
+    for (int k = 0; k < kFlight; ++k) {
+      const int64_t i = start + int64_t{k} * kWideBlock * n;
+      const Pack<T, n> pack = i < size ? load_pack<n>(first + i) : Pack<T, n>{};
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        values[k * n + j] = i < size ? difference.scaled(static_cast<A>(pack.values[j]))
+                                     : -std::numeric_limits<A>::infinity();
+      }
+    }
+  };
+  for (int64_t row = blockIdx.x; row < f.g.outer; row += gridDim.x) {
+    const T* first = f.in + row * size;
+    Part whole;
+    each_turn<false, n>(size, [&](int64_t start) {
+      A values[kFlight * n];
+      read(first, start, values);
+      whole.template add_all<T>(values, difference);
+    });
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      Part other;
+      other.largest = __shfl_xor_sync(kWholeWarp, whole.largest, distance);
+      other.sum = __shfl_xor_sync(kWholeWarp, whole.sum, distance);
+      whole.merge(other, difference);
+    }
+    whole =
+        block_combine<kWideBlock>(whole, shared.template as<Part>(), [&](Part a, const Part& b) {
+          a.merge(b, difference);
+          return a;
+        });
+    whole.finish();
+    const A largest = whole.largest, sum = static_cast<A>(whole.sum);
+    if constexpr (kind == Kind::kNll) {
+      if (threadIdx.x == 0) write_loss(f, row, first, largest, sum);
+    } else {
+      const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
+      const A inverse = A(1) / sum;
+      T* out = f.out + row * size;
+      each_turn<true, n>(size, [&](int64_t start) {
+        A values[kFlight * n];
+        read(first, start, values);
+#pragma unroll
+        for (int k = 0; k < kFlight; ++k) {
+          const int64_t i = start + int64_t{k} * kWideBlock * n;
+          Pack<T, n> to;
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            const A d = difference.of_scaled(values[k * n + j], largest);
+            to.values[j] = static_cast<T>(
+                kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum);
+          }
+          if (i < size) store_pack(out + i, to);
+        }
+      });
+    }
+  }
+}
+
+template <Kind kind, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T> b) {
+  using A = opmath_t<T>;
+  __shared__ double shared[kWideBlock / kWarp];
+  const int64_t size = b.g.size;
+  for (int64_t row = blockIdx.x; row < b.g.outer; row += gridDim.x) {
+    const T *grad = b.grad + row * size, *out = b.out + row * size;
+    T* result = b.result + row * size;
+    double total = 0;
+    each_turn<false, n>(size, [&](int64_t start) {
+      A part = A(0);
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + int64_t{k} * kWideBlock * n;
+        if (i >= size) continue;
+        const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          part += gradient_term<kind>(static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
+        }
+      }
+      total += static_cast<double>(part);
+    });
+    const A sum = static_cast<A>(block_sum<kWideBlock>(total, shared));
+    each_turn<true, n>(size, [&](int64_t start) {
+#pragma unroll
+      for (int k = 0; k < kFlight; ++k) {
+        const int64_t i = start + int64_t{k} * kWideBlock * n;
+        if (i >= size) continue;
+        const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
+        Pack<T, n> to;
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          to.values[j] = static_cast<T>(gradient_value<kind, T>(
+              static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
+        }
+        store_pack(result + i, to);
+      }
+    });
+  }
+}
+
+// Calls body with the elements of a pack of rows of g.size elements that begin at these addresses.
+template <typename T, typename F, typename... Pointers>
+void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
+  constexpr int n = kPackSize<T>;
+  if (size % n == 0 && are_aligned(pointers...)) return body(Number<n>{});
+  body(Number<1>{});
+}
+
+int whole_warps(int64_t threads) {
+  return static_cast<int>(ceil_div(threads, kWarp)) * kWarp;
+}
+
+// Calls warp(loads), block(loads, threads, parts) or stream(), the first that can hold a row; loads
+// are the packs of n elements that a thread holds. block() says whether there are such clusters.
+template <typename A, int n, int tensors, typename Warp, typename Block, typename Stream>
+void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stream& stream) {
+  // What 64 registers a thread are enough for; an element a load takes more of them, and so does
+  // the exponential in float64.
+  constexpr int kElements = (n == 1 ? 16 : 32) / tensors;
+  constexpr int kLoads = (std::is_same_v<A, double> ? std::min(kElements / 2, 8) : kElements) / n;
+  if (size <= 64 || (n == 1 && size <= 256)) return warp(Number<8 / n>{});
+  if constexpr (n > 1) {
+    if (size <= 512) return warp(Number<16 / n>{});
+    if (size <= 32 * kWarp) return warp(Number<32 / n>{});
+  }
+  // Small blocks overlap: while one reduces, others read and write.
+  const int64_t workers = ceil_div(ceil_div(size, n), kLoads);
+  if (workers <= 2 * kThreads && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
+  for (int threads = kThreads; threads <= kWideBlock; threads *= 2) {
+    for (int parts = 2; parts <= kMaxCluster; parts *= 2) {
+      if (int64_t{threads} * parts < workers) continue;
+      if (block(Number<kLoads>{}, threads, parts)) return;
+    }
+  }
+  if (workers <= kWideBlock && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
+  stream();
+}
+
+}  // namespace
+
+}  // namespace mnist_ops::cuda

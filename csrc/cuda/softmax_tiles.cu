@@ -1,0 +1,167 @@
+// Short rows of softmax, by way of shared memory.
+
+#include "softmax.cuh"
+
+namespace mnist_ops::cuda {
+namespace {
+
+constexpr int64_t kTileBytes = int64_t{24} << 10;  // and two of them forward
+
+// Between count neighbouring elements in global memory and in shared memory, by a whole block.
+template <typename T>
+__device__ __forceinline__ void copy_tile(const T* from, T* to, int count, bool aligned) {
+  constexpr int n = kPackSize<T>;
+  const int packs = aligned ? count / n : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
+    store_pack(to + i * n, load_pack<n>(from + i * n));
+  }
+  for (int i = packs * n + static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
+}
+
+// Begins to bring count neighbouring elements to shared memory, by a whole block; they are there
+// for a thread after copy_async_wait(), for all of them after a barrier.
+template <typename T>
+__device__ __forceinline__ void begin_tile(const T* from, T* to, int count, bool aligned) {
+  constexpr int n = kPackSize<T>;
+  const int packs = aligned ? count / n : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
+    copy_pack<n>(to + i * n, from + i * n);
+  }
+  for (int i = packs * n + static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = from[i];
+}
+
+// A row a thread. Rows follow each other in shared memory as they do outside: sizes that are no
+// multiple of a pack put the threads of a warp on different banks, or on few equal ones. Of kSize
+// elements, if it is not 0: such a row is held in registers.
+template <Kind kind, int kSize, typename T>
+__global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bool aligned) {
+  using A = opmath_t<T>;
+  const Differences<A>& difference = f.differences;
+  const int size = kSize > 0 ? kSize : static_cast<int>(f.g.size);
+  const int thread = static_cast<int>(threadIdx.x);
+  T* tile = reinterpret_cast<T*>(dynamic_shared_memory());
+  T* next_tile = tile + kThreads * size;
+  const auto rows_at = [&](int64_t base) {
+    return static_cast<int>(f.g.outer - base < kThreads ? f.g.outer - base : kThreads);
+  };
+  const auto begin = [&](int64_t base, T* to) {
+    const int rows = base < f.g.outer ? rows_at(base) : 0;
+    if (rows > 0) begin_tile(f.in + base * size, to, rows * size, aligned);
+    copy_async_commit();
+    return kind == Kind::kNll && thread < rows ? f.target[base + thread] : int64_t{0};
+  };
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads;
+  int64_t next_target = begin(base, tile);
+  for (; base < f.g.outer; base += step) {
+    const int rows = rows_at(base);
+    const int64_t target = next_target;
+    next_target = begin(base + step, next_tile);
+    copy_async_wait<1>();  // for all but the next tile
+    __syncthreads();
+    if (thread < rows) {
+      T* const x = tile + thread * size;
+      A largest = -std::numeric_limits<A>::infinity(), sum = A(0);
+      if constexpr (kSize > 0) {
+        static_assert(kSize % 2 == 0);
+        A values[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; i += 2) {
+          const Pack<T, 2> pair = load_pack<2>(x + i);
+          values[i] = difference.scaled(static_cast<A>(pair.values[0]));
+          values[i + 1] = difference.scaled(static_cast<A>(pair.values[1]));
+        }
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) largest = values[i] > largest ? values[i] : largest;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          values[i] = difference.of_scaled(values[i], largest);
+          const A power = exp_for<T>(values[i]);
+          sum += power;
+          if (kind == Kind::kSoftmax) values[i] = power;
+        }
+        if constexpr (kind != Kind::kNll) {
+          const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
+          const A inverse = A(1) / sum;
+#pragma unroll
+          for (int i = 0; i < kSize; i += 2) {
+            Pack<T, 2> pair;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const A v = values[i + j];
+              pair.values[j] =
+                  static_cast<T>(kind == Kind::kSoftmax ? share_of(v, sum, inverse) : v - log_sum);
+            }
+            store_pack(x + i, pair);
+          }
+        }
+      } else {
+        for (int i = 0; i < size; ++i) {
+          const A v = difference.scaled(static_cast<A>(x[i]));
+          largest = v > largest ? v : largest;
+        }
+        for (int i = 0; i < size; ++i) sum += exp_for<T>(difference(static_cast<A>(x[i]), largest));
+        if constexpr (kind != Kind::kNll) {
+          const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
+          const A inverse = A(1) / sum;
+          for (int i = 0; i < size; ++i) {
+            const A d = difference(static_cast<A>(x[i]), largest);
+            x[i] = static_cast<T>(kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse)
+                                                         : d - log_sum);
+          }
+        }
+      }
+      if constexpr (kind == Kind::kNll) write_loss(f, base + thread, target, x, largest, sum);
+    }
+    __syncthreads();
+    if constexpr (kind != Kind::kNll) {
+      copy_tile(static_cast<const T*>(tile), f.out + base * size, rows * size, aligned);
+      __syncthreads();
+    }
+    T* const free_tile = tile;
+    tile = next_tile;
+    next_tile = free_tile;
+  }
+}
+
+template <Kind kind, typename T>
+__global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, bool aligned) {
+  using A = opmath_t<T>;
+  __shared__ SharedBytes<kTileBytes> shared;
+  T* const grads = shared.template as<T>();
+  T* const ys = grads + kTileBytes / 2 / static_cast<int64_t>(sizeof(T));
+  const int size = static_cast<int>(b.g.size);
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads; base < b.g.outer;
+       base += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int rows = static_cast<int>(b.g.outer - base < kThreads ? b.g.outer - base : kThreads);
+    copy_tile(b.grad + base * size, grads, rows * size, aligned);
+    copy_tile(b.out + base * size, ys, rows * size, aligned);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < rows) {
+      T* const g = grads + static_cast<int>(threadIdx.x) * size;
+      const T* const y = ys + static_cast<int>(threadIdx.x) * size;
+      A sum = A(0);
+      for (int i = 0; i < size; ++i) {
+        sum += gradient_term<kind>(static_cast<A>(g[i]), static_cast<A>(y[i]));
+      }
+      for (int i = 0; i < size; ++i) {
+        g[i] = static_cast<T>(
+            gradient_value<kind, T>(static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.beta));
+      }
+    }
+    __syncthreads();
+    copy_tile(static_cast<const T*>(grads), b.result + base * size, rows * size, aligned);
+    __syncthreads();
+  }
+}
+
+// Which rows a block brings to shared memory: `tensors` of them at a time.
+template <typename T>
+bool takes_tile(const SoftmaxGeometry& g, int64_t tensors) {
+  return g.size % kPackSize<T> != 0 &&
+         g.size * kThreads * static_cast<int64_t>(sizeof(T)) * tensors <= kTileBytes;
+}
+
+}  // namespace
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,348 @@
+// A stage (activation, LP pooling, subtractive normalization) on CUDA: what a block needs that takes
+// one image, and what its kernels share.
+// Bound by memory: the forward pass reads the input and writes the output, the backward pass reads
+// input and gradient and writes a gradient, each of them once. That leaves some 25 instructions for
+// an element of a half type. Two ways:
+//
+// One block takes one image where its pooled map, in the type to compute in, fits into shared
+// memory. There the map waits for its mean: sums over channels, the blur of that one plane and the
+// subtraction are between barriers of the block, not between kernels; coef and the normalised
+// weights are made on the way. Windows of 2 x 2 with p = 2 that tile the image, the networks', are
+// taken in tiles, all of a window in the registers of one thread: in NCHW two rows of neighbours,
+// in NHWC a pack of channels of four pixels. The activation is then cheaper than that of
+// ../activation.h: a few units in the last place off, of the type of the tensor. As many threads
+// make a block as fill a multiprocessor together with the other blocks that it holds. All other
+// windows go through the functions of one window and one element in ../lp_pool.h; their backward
+// pass keeps the norms in shared memory, too, and reads the input a second time, from cache.
+//
+// Larger maps: activation and pooling in one kernel, whose result (in the type to compute in) the
+// normalization then takes; backwards the normalization first, then the pooled map once more, then
+// one kernel from its gradient to that of the input. No atomics either way.
+
+#include "../stage.h"
+#pragma once
+
+#include "../stage.h"
+
+#include "fast_math.cuh"
+#include "memory.cuh"
+#include "reduce.cuh"
+#include "window.cuh"
+
+namespace mnist_ops::cuda {
+
+// ------------------------------------------------------------------------------- a block, an image
+
+// Neighbours that one thread takes at once: 16 bytes, or 8 in half types, where more of them would
+// seldom divide the width of a map.
+template <typename T>
+constexpr int kNeighbours = kPackSize<T> < 4 ? kPackSize<T> : 4;
+
+template <typename T>
+struct Fused {
+  using A = opmath_t<T>;
+  int64_t N;
+  PoolGeometryOf<int32_t> g;  // of one image
+  ActivationKind activation;
+  bool channels_last;
+  A p;
+  const void* kernel;
+  ScalarType kernel_type;
+  int32_t taps_h, taps_w;  // of a separable kernel: equal
+  bool separable;
+  bool map_pack;      // whether tensors of the output's shape are read and written in packs
+  bool sum_pack;      // whether the channels of the map in shared memory are
+  int32_t groups;     // of channels that are added up at once
+  uint32_t units;     // tiles of an image
+  uint32_t unit_row;  // tiles of a row of windows, or, in NHWC, of a pixel
+  Divider by_unit_row, by_rows;         // by_rows: OH, or, in NHWC, OW
+  Divider by_width, by_inner, by_sums;  // OW; pixels, or, in NHWC, C; sum_units()
+
+  static constexpr int kNear = kNeighbours<T>;
+
+  static int64_t rounded(int64_t size) { return (size + 3) / 4 * 4; }
+
+  MNIST_OPS_HD int32_t taps() const { return separable ? taps_w : taps_h * taps_w; }
+  MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
+  MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
+  // The map in shared memory. In NHWC an odd distance between pixels, in packs where channels come
+  // in packs, keeps the threads that add up their channels in different banks.
+  MNIST_OPS_HD int32_t step_pixel() const {
+    return !channels_last ? 1 : sum_pack ? kNear * ((g.C / kNear) | 1) : g.C | 1;
+  }
+  MNIST_OPS_HD int32_t step_c() const { return channels_last ? 1 : pixels(); }
+  // Rounded up to whole packs, like all that lies in front of what is accessed in packs.
+  MNIST_OPS_HD int32_t shared_map_size() const {
+    return ((channels_last ? pixels() * step_pixel() : map_size()) + 3) / 4 * 4;
+  }
+  // Sums over channels: of how many pixels, or packs of them; of how many channels, or packs.
+  MNIST_OPS_HD int32_t sum_units() const {
+    return sum_pack && !channels_last ? pixels() / kNear : pixels();
+  }
+  MNIST_OPS_HD int32_t sum_parts() const { return sum_pack && channels_last ? g.C / kNear : g.C; }
+  // The mean with its first pixels once more behind the last, for packs that begin near the end;
+  // before it, the sums of the groups.
+  MNIST_OPS_HD int32_t mean_size() const {
+    const int32_t mean = pixels() + kNear - 1, sums = groups * pixels();
+    return ((mean > sums ? mean : sums) + 3) / 4 * 4;
+  }
+  // A plane with zeros around it: left and right alone where the kernel is separable, and then
+  // above and below alone, of what its rows gave.
+  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps_w - 1; }
+  MNIST_OPS_HD int32_t padded_size() const {
+    return (separable ? g.OH : g.OH + taps_h - 1) * padded_w();
+  }
+  MNIST_OPS_HD int32_t rows_size() const { return separable ? (g.OH + taps_h - 1) * g.OW : 0; }
+  MNIST_OPS_HD int32_t coef_size() const { return separable ? g.OH + g.OW : pixels(); }
+  int64_t shared_bytes(int maps) const {
+    const int64_t size = static_cast<int64_t>(maps) * shared_map_size() + mean_size() +
+                         padded_size() + rows_size() + coef_size() + 2 * taps();
+    return size * static_cast<int64_t>(sizeof(A));
+  }
+};
+
+template <typename A>
+struct SharedMemory {
+  A* map;        // pooled, or the gradient with respect to that
+  A* norms;      // pooled, where the map is the gradient
+  A* mean;       // what is subtracted; before it is known, sums over groups of channels
+  A* padded;     // the sum over channels, zeros around it
+  A* rows;       // blurred along the rows, zeros above and below
+  A* coef;       // of a separable kernel: its share of each row, then of each column
+  A* weight[2];  // normalised, [adjoint]
+};
+
+template <typename T, typename A = opmath_t<T>>
+__device__ SharedMemory<A> shared_memory(const Fused<T>& s, int maps) {
+  SharedMemory<A> m;
+  m.map = reinterpret_cast<A*>(dynamic_shared_memory());
+  m.norms = m.map + (maps - 1) * s.shared_map_size();
+  m.mean = m.norms + s.shared_map_size();
+  m.padded = m.mean + s.mean_size();
+  m.rows = m.padded + s.padded_size();
+  m.coef = m.rows + s.rows_size();
+  m.weight[0] = m.coef + s.coef_size();
+  m.weight[1] = m.weight[0] + s.taps();
+  return m;
+}
+
+__device__ __forceinline__ int32_t this_thread() {
+  return static_cast<int32_t>(threadIdx.x);
+}
+__device__ __forceinline__ int32_t block_threads() {
+  return static_cast<int32_t>(blockDim.x);
+}
+
+template <typename T>
+__device__ double kernel_value(const Fused<T>& s, int32_t i) {
+  switch (s.kernel_type) {
+    case ScalarType::Double:
+      return static_cast<const double*>(s.kernel)[i];
+    case ScalarType::Half:
+      return static_cast<double>(static_cast<float>(static_cast<const Half*>(s.kernel)[i]));
+    case ScalarType::BFloat16:
+      return static_cast<double>(static_cast<float>(static_cast<const BFloat16*>(s.kernel)[i]));
+    default:
+      return static_cast<double>(static_cast<const float*>(s.kernel)[i]);
+  }
+}
+
+// Zeros around the planes, by all threads, and the weights, by one warp, while the others are busy
+// with the image. A barrier must follow.
+template <typename T, typename A>
+__device__ void prepare(const Fused<T>& s, const SharedMemory<A>& m) {
+  for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
+    m.padded[i] = A(0);
+  }
+  if (threadIdx.x >= kWarp) return;
+  const int32_t lane = this_thread();
+  double sum = 0;
+  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += kernel_value(s, i);
+  const double total = lane_sum(sum, kWarp);
+  for (int32_t i = lane; i < s.taps(); i += kWarp) {
+    const A weight = static_cast<A>(kernel_value(s, i) / total);
+    m.weight[0][i] = weight;
+    m.weight[1][s.taps() - 1 - i] = weight;
+  }
+}
+
+// The sum of the weights inside the image, along one dimension, for its index-th pixel.
+template <typename A>
+__device__ A weight_inside(const A* weight, int32_t taps, int32_t index, int32_t size) {
+  A sum = A(0);
+  for (int32_t k = 0; k < taps; ++k) {
+    const int32_t i = index + k - taps / 2;
+    if (i >= 0 && i < size) sum += weight[k];
+  }
+  return sum;
+}
+
+template <typename T, typename A>
+__device__ void prepare_coefficients(const Fused<T>& s, const SharedMemory<A>& m) {
+  const int32_t OH = s.g.OH, OW = s.g.OW;
+  for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
+    if (s.separable) {
+      m.coef[i] = weight_inside(m.weight[0], s.taps_w, i < OH ? i : i - OH, i < OH ? OH : OW);
+    } else {
+      m.coef[i] = coefficient_at<A>(i / OW, i % OW, OH, OW, m.weight[0], s.taps_h, s.taps_w, false);
+    }
+  }
+}
+
+// sum over k of in[k step] weight[k].
+template <typename A>
+__device__ __forceinline__ A correlate(const A* in, int32_t step, const A* weight, int32_t taps) {
+  A sum = A(0);
+#pragma unroll 4
+  for (int32_t k = 0; k < taps; ++k) sum += in[k * step] * weight[k];
+  return sum;
+}
+
+// From the map to the plane that is subtracted: the mean or, adjoint, the share of its gradient.
+// Begins and ends with a barrier. first: of the images that this block takes.
+template <bool adjoint, typename T, typename A>
+__device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first) {
+  constexpr int n = kNeighbours<T>;
+  const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
+  const int32_t radius_h = s.taps_h / 2, radius_w = s.taps_w / 2;
+  const A* weight = m.weight[adjoint];
+  const auto each_pixel = [&](const auto& body) {
+    for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
+      const auto h = static_cast<int32_t>(s.by_width.quotient(static_cast<uint32_t>(pixel)));
+      body(pixel, h, pixel - h * OW);
+    }
+  };
+  const auto coefficient = [&](int32_t pixel, int32_t h, int32_t w) {
+    return s.separable ? m.coef[h] * m.coef[OH + w] : m.coef[pixel];
+  };
+  __syncthreads();
+  if (first) prepare_coefficients(s, m);
+  // Several threads share the channels of a pixel; their sums are added in a fixed order.
+  const int32_t units = s.sum_units(), parts = s.sum_parts();
+  for (int32_t i = this_thread(); i < s.groups * units; i += block_threads()) {
+    const auto group = static_cast<int32_t>(s.by_sums.quotient(static_cast<uint32_t>(i)));
+    const int32_t unit = i - group * units;
+    if (!s.sum_pack) {
+      const A* from = m.map + unit * s.step_pixel();
+      A sum = A(0);
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) sum += from[c * s.step_c()];
+      m.mean[i] = sum;
+    } else if (s.channels_last) {
+      const A* from = m.map + unit * s.step_pixel();
+      A sum = A(0);
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) {
+        const Pack<A, n> pack = load_pack<n>(from + c * n);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum += pack.values[j];
+      }
+      m.mean[i] = sum;
+    } else {
+      const A* from = m.map + unit * n;
+      Pack<A, n> sum{};
+#pragma unroll 4
+      for (int32_t c = group; c < parts; c += s.groups) {
+        const Pack<A, n> pack = load_pack<n>(from + c * pixels);
+#pragma unroll
+        for (int j = 0; j < n; ++j) sum.values[j] += pack.values[j];
+      }
+      store_pack(m.mean + i * n, sum);
+    }
+  }
+  __syncthreads();
+  const int32_t above = s.separable ? 0 : radius_h;
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    A sum = m.mean[pixel];
+    for (int32_t k = 1; k < s.groups; ++k) sum += m.mean[k * pixels + pixel];
+    m.padded[(h + above) * s.padded_w() + w + radius_w] =
+        adjoint ? sum / coefficient(pixel, h, w) : sum;
+  });
+  __syncthreads();
+  if (s.separable) {
+    each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+      m.rows[pixel + radius_h * OW] =
+          correlate(m.padded + h * s.padded_w() + w, 1, weight, s.taps_w);
+    });
+    __syncthreads();
+  }
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    A blurred = A(0);
+    if (s.separable) {
+      blurred = correlate(m.rows + pixel, OW, weight, s.taps_h);
+    } else {
+      for (int32_t k = 0; k < s.taps_h; ++k) {
+        blurred +=
+            correlate(m.padded + (h + k) * s.padded_w() + w, 1, weight + k * s.taps_w, s.taps_w);
+      }
+    }
+    const A channels = static_cast<A>(s.g.C);
+    const A mean =
+        adjoint ? blurred / channels : local_mean(blurred, channels, coefficient(pixel, h, w));
+    for (int32_t i = pixel; i < pixels + n - 1; i += pixels) m.mean[i] = mean;
+  });
+  __syncthreads();
+}
+
+// Calls body(index in the tensor, index in the shared map, pixel) for this thread's elements of a
+// map, the first of n neighbours each.
+template <int n, typename T, typename F>
+__device__ __forceinline__ void each_map_element(const Fused<T>& s, const F& body) {
+  const int32_t inner = s.channels_last ? s.g.C : s.pixels();
+  for (int32_t i = this_thread() * n; i < s.map_size(); i += block_threads() * n) {
+    const auto outer = static_cast<int32_t>(s.by_inner.quotient(static_cast<uint32_t>(i)));
+    const int32_t rest = i - outer * inner;
+    if (s.channels_last) {
+      body(i, outer * s.step_pixel() + rest, outer);
+    } else {
+      body(i, i, rest);
+    }
+  }
+}
+
+template <int n, typename T, typename A>
+__device__ __forceinline__ void write_packs(const Fused<T>& s, const SharedMemory<A>& m,
+                                            T* output) {
+  each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t pixel) {
+    const Pack<A, n> from = load_pack<n>(m.map + at);
+    Pack<T, n> to;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
+    }
+    store_pack(output + i, to);
+  });
+}
+
+template <int n, typename T, typename A>
+__device__ __forceinline__ void read_packs(const Fused<T>& s, const SharedMemory<A>& m,
+                                           const T* input) {
+  each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t) {
+    const Pack<T, n> from = load_pack<n>(input + i);
+    Pack<A, n> to;
+#pragma unroll
+    for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from.values[j]);
+    store_pack(m.map + at, to);
+  });
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
+  if (s.map_pack) {
+    write_packs<kNeighbours<T>>(s, m, output);
+  } else {
+    write_packs<1>(s, m, output);
+  }
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A>& m,
+                                         const T* input) {
+  if (s.map_pack) {
+    read_packs<kNeighbours<T>>(s, m, input);
+  } else {
+    read_packs<1>(s, m, input);
+  }
+}
+
+}  // namespace mnist_ops::cuda

@@ -1,0 +1,65 @@
+// Where windows of pooling lie: geometries in 32 bits, the place of a result.
+#pragma once
+
+#include "../lp_pool.h"
+
+#include "launch.cuh"
+
+#include <type_traits>
+
+namespace mnist_ops::cuda {
+
+// Calls body with the geometry in 32 bits where every index and every bound of a window fits: the
+// divisions that find a result's window are then several times cheaper.
+template <typename F>
+void dispatch_index(const PoolGeometry& g, F&& body) {
+  const int64_t rows = g.H + 2 * g.padding_h + g.kernel_h + g.stride_h;
+  const int64_t columns = g.W + 2 * g.padding_w + g.kernel_w + g.stride_w;
+  if (!fits_32_bits(g.N * g.C * g.H * g.W) || !fits_32_bits(g.N * g.C * g.OH * g.OW) ||
+      !fits_32_bits(rows) || !fits_32_bits(columns)) {
+    return body(g);
+  }
+  const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+  PoolGeometryOf<int32_t> s{};
+  s.N = narrow(g.N), s.C = narrow(g.C), s.H = narrow(g.H), s.W = narrow(g.W);
+  s.OH = narrow(g.OH), s.OW = narrow(g.OW);
+  s.kernel_h = narrow(g.kernel_h), s.kernel_w = narrow(g.kernel_w);
+  s.stride_h = narrow(g.stride_h), s.stride_w = narrow(g.stride_w);
+  s.padding_h = narrow(g.padding_h), s.padding_w = narrow(g.padding_w);
+  s.in_n = narrow(g.in_n), s.in_c = narrow(g.in_c);
+  s.in_h = narrow(g.in_h), s.in_w = narrow(g.in_w);
+  s.out_n = narrow(g.out_n), s.out_c = narrow(g.out_c);
+  s.out_h = narrow(g.out_h), s.out_w = narrow(g.out_w);
+  return body(s);
+}
+
+// Where one result belongs: the first elements of its input and output planes, its row and column.
+template <typename I>
+struct Position {
+  I in_plane, out_plane, h, w;
+};
+
+// The position of the index-th element, in the order of memory, of a tensor with planes of H x W.
+template <typename I>
+__device__ __forceinline__ Position<I> position_of(I index, const PoolGeometryOf<I>& g,
+                                                   bool channels_last, I H, I W) {
+  using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
+  U rest = static_cast<U>(index);
+  U c = 0;
+  if (channels_last) {
+    c = rest % static_cast<U>(g.C);
+    rest /= static_cast<U>(g.C);
+  }
+  const I w = static_cast<I>(rest % static_cast<U>(W));
+  rest /= static_cast<U>(W);
+  const I h = static_cast<I>(rest % static_cast<U>(H));
+  const I outer = static_cast<I>(rest / static_cast<U>(H));
+  if (channels_last) {
+    const I channel = static_cast<I>(c);
+    return {g.input_offset(outer, channel), g.output_offset(outer, channel), h, w};
+  }
+  // In NCHW planes follow each other at one distance, across channels and images alike.
+  return {outer * g.in_c, outer * g.out_c, h, w};
+}
+
+}  // namespace mnist_ops::cuda
