@@ -1,5 +1,6 @@
 // Functions of float32 by the device's approximations, which are within 2 units in the last place
-// but for approximate_tanh; denormals are zero. On the CPU, where the tests run this, they are exact.
+// but for approximate_tanh; denormals are zero. On the CPU, where the tests run this, they are
+// exact.
 #pragma once
 
 #include "../elementary.h"

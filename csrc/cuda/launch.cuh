@@ -32,6 +32,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// What is to be compiled for every element type, in the file that has it.
+#define MNIST_OPS_EACH_FLOATING(instantiate) \
+  instantiate(double) instantiate(float) instantiate(Half) instantiate(BFloat16)
+
 // A number as a type, for lambdas that take it from a dispatch.
 template <int n>
 struct Number {
@@ -52,6 +56,11 @@ struct Divider {
   }
   MNIST_OPS_HD uint32_t remainder(uint32_t i) const { return i - quotient(i) * divisor; }
 };
+
+// a / b of numbers that are not negative. A division in 64 bits is slow, and seldom needed.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
 
 #if defined(MNIST_OPS_CUDA_EMULATOR)
 // The tests run these kernels on the CPU: there is no device to choose, <<<>>> is not C++, and

@@ -5,30 +5,35 @@
 namespace mnist_ops::cuda {
 namespace {
 
-template <Norm norm, typename T, typename I>
-__global__ void __launch_bounds__(kThreads)
-    directional_kernel(I count, PoolGeometryOf<I> g, bool channels_last, opmath_t<T> p,
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+    directional_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
                        const T* __restrict__ direction, const T* __restrict__ input,
                        const T* __restrict__ output, T* __restrict__ directional) {
   using A = opmath_t<T>;
-  for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
-    const Position<I> at = position_of(i, g, channels_last, g.OH, g.OW);
-    directional[i] = static_cast<T>(directional_derivative<norm>(
-        direction + at.in_plane, input + at.in_plane, static_cast<A>(output[i]), g, p, at.h, at.w));
+  for (int64_t i = first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
+    const auto at = position_of(i, g, channels_last, g.OH, g.OW);
+    with_norm(AnyNorm{}, p, [&](auto tag) {
+      directional[i] = static_cast<T>(directional_derivative<decltype(tag)::value>(
+          direction + at.in_plane, input + at.in_plane, static_cast<A>(output[i]), g, p, at.h,
+          at.w));
+    });
   }
 }
 
-template <Norm norm, typename T, typename I>
-__global__ void __launch_bounds__(kThreads)
-    second_kernel(I count, PoolGeometryOf<I> g, bool channels_last, opmath_t<T> p,
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+    second_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
                   const T* __restrict__ direction, const T* __restrict__ grad_output,
                   const T* __restrict__ input, const T* __restrict__ output,
                   const T* __restrict__ directional, T* __restrict__ grad_input) {
-  for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
-    const Position<I> at = position_of(i, g, channels_last, g.H, g.W);
-    grad_input[i] = static_cast<T>(second_gradient<norm>(
-        direction + at.in_plane, grad_output + at.out_plane, input + at.in_plane,
-        output + at.out_plane, directional + at.out_plane, g, p, at.h, at.w));
+  for (int64_t i = first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
+    const auto at = position_of(i, g, channels_last, g.H, g.W);
+    with_norm(AnyNorm{}, p, [&](auto tag) {
+      grad_input[i] = static_cast<T>(second_gradient<decltype(tag)::value>(
+          direction + at.in_plane, grad_output + at.out_plane, input + at.in_plane,
+          output + at.out_plane, directional + at.out_plane, g, p, at.h, at.w));
+    });
   }
 }
 
@@ -57,15 +62,12 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
     const T* v = direction.const_data_ptr<T>();
     const T* out = y.const_data_ptr<T>();
     T* dd = directional.mutable_data_ptr<T>();
-    dispatch_norm(p, [&](auto tag) {
-      // Rare enough to do without a 32-bit version.
-      constexpr Norm norm = decltype(tag)::value;
-      launcher.run_over(directional_kernel<norm, T, int64_t>, directional.numel(),
-                        directional.numel(), g, x.channels_last, static_cast<A>(p), v, in, out, dd);
-      launcher.run_over(second_kernel<norm, T, int64_t>, grad_input.numel(), grad_input.numel(), g,
-                        x.channels_last, static_cast<A>(p), v, grad.const_data_ptr<T>(), in, out,
-                        static_cast<const T*>(dd), grad_input.mutable_data_ptr<T>());
-    });
+    const T* gy = grad.const_data_ptr<T>();
+    launcher.run_over(directional_kernel<T>, directional.numel(), directional.numel(), g,
+                      x.channels_last, static_cast<A>(p), v, in, out, dd);
+    launcher.run_over(second_kernel<T>, grad_input.numel(), grad_input.numel(), g, x.channels_last,
+                      static_cast<A>(p), v, gy, in, out, static_cast<const T*>(dd),
+                      grad_input.mutable_data_ptr<T>());
   });
   return {directional, grad_input};
 }

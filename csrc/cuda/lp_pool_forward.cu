@@ -5,13 +5,16 @@
 namespace mnist_ops::cuda {
 namespace {
 
-template <Norm norm, typename T, typename I>
-__global__ void __launch_bounds__(kThreads)
+template <typename Tag, typename T, typename I>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, I>)
     forward_kernel(I count, PoolGeometryOf<I> g, bool channels_last, opmath_t<T> p,
                    const T* __restrict__ input, T* __restrict__ output) {
   for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
     const Position<I> at = position_of(i, g, channels_last, g.OH, g.OW);
-    output[i] = static_cast<T>(window_norm<norm>(input + at.in_plane, g, p, at.h, at.w));
+    with_norm(Tag{}, p, [&](auto tag) {
+      constexpr Norm norm = decltype(tag)::value;
+      output[i] = static_cast<T>(window_norm<norm>(input + at.in_plane, g, p, at.h, at.w));
+    });
   }
 }
 
@@ -58,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Norm norm, int n, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     forward_channels_kernel(int count, PoolGeometryOf<int32_t> g, const T* __restrict__ input,
                             T* __restrict__ output) {
   using A = opmath_t<T>;
@@ -83,105 +86,117 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     Pack<T, n> to;
+    unsigned unsafe = 0;  // sums of squares, one bit each
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       if (norm == Norm::kTwo) {
-        sums[j] = is_safe_square_sum(sums[j])
-                      ? std::sqrt(sums[j])
-                      : scaled_window_norm<norm>(image + j, g, A(2), at.h, at.w);
+        if (!is_safe_square_sum(sums[j])) unsafe |= 1u << j;
+        sums[j] = std::sqrt(sums[j]);
       }
       to.values[j] = static_cast<T>(sums[j]);
     }
     store_pack(output + item * n, to);
+    if constexpr (norm == Norm::kTwo) {
+#pragma unroll 1
+      for (int j = 0; unsafe != 0; ++j, unsafe >>= 1) {  // once, not n times, in the code
+        if ((unsafe & 1u) == 0) continue;
+        output[item * n + j] =
+            static_cast<T>(scaled_window_norm<norm>(image + j, g, A(2), at.h, at.w));
+      }
+    }
   }
 }
 
-template <Norm norm, int kSize, int n, typename T>
+// 2x2 windows with stride 2, p = 2.
+template <int n, typename T>
 __global__ void __launch_bounds__(kThreads)
-    forward_blocks_kernel(int count, PoolGeometryOf<int32_t> g, opmath_t<T> p,
-                          const T* __restrict__ input, T* __restrict__ output) {
+    forward_blocks_kernel(int count, PoolGeometryOf<int32_t> g, const T* __restrict__ input,
+                          T* __restrict__ output) {
   using A = opmath_t<T>;
   for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
     const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
     const T* x = input + g.input_offset(at.n, at.c * n) + 2 * at.h * g.in_h + 2 * at.w * g.in_w;
-    Pack<T, n> packs[kSize * kSize], to;
+    Pack<T, n> packs[4], to;
 #pragma unroll
-    for (int k = 0; k < kSize * kSize; ++k) {
-      packs[k] = load_pack<n>(x + k / kSize * g.in_h + k % kSize * g.in_w);
-    }
+    for (int k = 0; k < 4; ++k) packs[k] = load_pack<n>(x + k / 2 * g.in_h + k % 2 * g.in_w);
 #pragma unroll
     for (int j = 0; j < n; ++j) {
-      A taps[kSize * kSize];
+      A taps[4];
 #pragma unroll
-      for (int k = 0; k < kSize * kSize; ++k) taps[k] = static_cast<A>(packs[k].values[j]);
-      to.values[j] = static_cast<T>(norm_of_taps<norm>(taps, p));
+      for (int k = 0; k < 4; ++k) taps[k] = static_cast<A>(packs[k].values[j]);
+      to.values[j] = static_cast<T>(norm_of_taps<Norm::kTwo>(taps, A(2)));
     }
     store_pack(output + item * n, to);
   }
+}
 
+// Whether a kernel with packs was launched.
 template <Norm norm, typename T>
-bool forward_vectors(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
-                     const T* input, T* output) {
-  using A = opmath_t<T>;
+bool forward_packs(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
+                   const T* input, T* output) {
   if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
   const bool aligned = are_aligned(input, output);
   const int window = common_window(g);
-  if (channels_last) {
-    return dispatch_channels<T>(g, aligned, [&](const PoolGeometryOf<int32_t>& narrow) {
-      // A thread of a 3x3 kernel would need too many registers for more channels.
-      constexpr int n = kPackSize<T>, kFew = n < 4 ? n : 4;
-      const auto run = [&](auto* kernel, int channels, const auto&... power) {
-        const int64_t count = g.N * g.OH * g.OW * g.C / channels;
-        launcher.run_over(kernel, count, static_cast<int>(count), narrow, power..., input, output);
-        return true;
-      };
-      if constexpr (!std::is_same_v<T, double>) {
-        const A power = static_cast<A>(p);
-        if (window == 2) return run(forward_blocks_kernel<norm, 2, n, T>, n, power);
-        if (window == 3) return run(forward_blocks_kernel<norm, 3, kFew, T>, kFew, power);
-      }
-      if constexpr (norm != Norm::kGeneral) return run(forward_channels_kernel<norm, n, T>, n);
-      return false;
-    });
+  if (!channels_last) {
+    return dispatch_pairs<norm, T>(
+        g, window, aligned, [&](auto size, auto pack, PairGeometry pairs) {
+          constexpr int n = decltype(pack)::value;
+          pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
+          const int64_t count = g.N * g.C * g.OH * pairs.columns;
+          launcher.run_over(forward_pairs_kernel<norm, decltype(size)::value, n, T>, count,
+                            static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
+                            static_cast<opmath_t<T>>(p), input, output);
+        });
   }
-  return window > 0 && dispatch_row_pack<T>(g, aligned, [&](auto pack, PairGeometry pairs) {
-           constexpr int n = decltype(pack)::value;
-           pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
-           const int64_t count = g.N * g.C * g.OH * pairs.columns;
-           launcher.run_over(window == 2 ? forward_pairs_kernel<norm, 2, n, T>
-                                         : forward_pairs_kernel<norm, 3, n, T>,
-                             count, static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
-                             static_cast<A>(p), input, output);
-         });
+  if constexpr (norm != Norm::kGeneral) {
+    if (!takes_channels<T>(g, aligned)) return false;
+    constexpr int n = kPackSize<T>;
+    const int64_t count = g.N * g.OH * g.OW * g.C / n;
+    const auto run = [&](auto* kernel) {
+      launcher.run_over(kernel, count, static_cast<int>(count), narrow(g), input, output);
+      return true;
+    };
+    if constexpr (norm == Norm::kTwo && !std::is_same_v<T, double>) {
+      if (window == 2) return run(forward_blocks_kernel<n, T>);
+    }
+    return run(forward_channels_kernel<norm, n, T>);
+  }
+  return false;
 }
+
+}  // namespace
+
+Tensor pooled(const Images& x, const PoolGeometry& geometry, double p) {
+  const Launcher launcher(x.data);
+  Tensor output = new_pooled(x, geometry);
+  if (x.data.numel() == 0) return output;
+  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* in = x.data.const_data_ptr<T>();
+    T* out = output.mutable_data_ptr<T>();
+    bool done = false;
+    dispatch_norm(p, [&](auto tag) {
+      done = forward_packs<decltype(tag)::value>(launcher, geometry, x.channels_last, p, in, out);
+    });
+    if (done) return;
+    dispatch_window(geometry, p, [&](auto tag, const auto& g) {
+      using I = decltype(g.N + 0);
+      launcher.run_over(forward_kernel<decltype(tag), T, I>, output.numel(),
+                        static_cast<I>(output.numel()), g, x.channels_last,
+                        static_cast<opmath_t<T>>(p), in, out);
+    });
+  });
+  return output;
+}
+
+namespace {
 
 Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
   const char* op = "lp_pool2d";
   const Images x = images_of(op, "input", input);
   const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
-  const Launcher launcher(input);
-  Tensor output = new_pooled(x, geometry);
-  if (x.data.numel() == 0) return output;
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    dispatch_norm(p, [&](auto tag) {
-      constexpr Norm norm = decltype(tag)::value;
-      if (forward_vectors<norm>(launcher, geometry, x.channels_last, p, x.data.const_data_ptr<T>(),
-                                output.mutable_data_ptr<T>())) {
-        return;
-      }
-      dispatch_index(geometry, [&](const auto& g) {
-        using I = decltype(g.N + 0);
-        launcher.run_over(forward_kernel<norm, T, I>, output.numel(),
-                          static_cast<I>(output.numel()), g, x.channels_last, static_cast<A>(p),
-                          x.data.const_data_ptr<T>(), output.mutable_data_ptr<T>());
-      });
-    });
-  });
-  return output;
+  return pooled(x, geometry, usable_norm_type(op, p, input.scalar_type()));
 }
 
 }  // namespace

@@ -75,8 +75,12 @@ __device__ __forceinline__ void store_words(uint2* to, uint2 words) {
 template <typename T, int n>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
   constexpr size_t kBytes = sizeof(Pack<T, n>);
-  if constexpr (kBytes < 8 || n == 1) {  // a register
-    *reinterpret_cast<Pack<T, n>*>(to) = pack;
+  if constexpr (n == 1) {
+    *to = pack.values[0];
+  } else if constexpr (kBytes == 4) {  // two halves: one register, but two stores of a struct
+    unsigned word;
+    std::memcpy(&word, &pack, kBytes);
+    *reinterpret_cast<unsigned*>(to) = word;
   } else {
     using Words = std::conditional_t<kBytes == 8, uint2, uint4>;
     Words words[kBytes / sizeof(Words)];

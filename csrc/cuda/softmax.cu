@@ -1,8 +1,8 @@
 // Softmax, log-softmax and softmax + NLL on CUDA: the operators, and which of the ways they take.
 
-#include <array>
-
 #include "softmax.cuh"
+
+#include <array>
 
 namespace mnist_ops::cuda {
 namespace {
@@ -12,182 +12,71 @@ namespace {
 // In the order of memory: the forward left the largest and the log of the sum. n elements a thread,
 // n > 1 for rows (inner == 1), of which a pack may meet several; what remains after the packs is
 // left to the first threads.
-template <int n, typename T, typename I>
-__global__ void __launch_bounds__(kThreads)
-    nll_gradient_kernel(I count, I size, I inner, Differences<opmath_t<T>> difference,
-                        LossGradient<T> grad_loss, const T* __restrict__ input,
-                        const int64_t* __restrict__ target, const opmath_t<T>* __restrict__ largest,
-                        const opmath_t<T>* __restrict__ log_sum, T* __restrict__ grad_input) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads) nll_gradient_kernel(int64_t count, NllBackward<T> b) {
   using A = opmath_t<T>;
-  using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
-  // The gradient of elements whose line and place along it are given, one line after the other.
+  // What the elements of a line share, and the place of its target from some element on, -1 where
+  // that is not one of n.
   struct Line {
     A factor, largest, log_sum;
-    int64_t target;
+    int place;
   };
-  const auto line_at = [&](U line) {
-    const int64_t t = target[line];
-    A factor = difference.beta * grad_loss[line];
-    if (t < 0 || t >= static_cast<int64_t>(size)) factor = std::numeric_limits<A>::quiet_NaN();
-    return Line{factor, largest[line], log_sum[line], t};
+  const auto line_at = [&](int64_t line, int64_t start) {
+    const int64_t target = b.target[line];
+    const uint64_t place = static_cast<uint64_t>(start) + static_cast<uint64_t>(target);
+    A factor = b.differences.beta * b.grad[line];
+    if (target < 0 || target >= b.g.size) factor = std::numeric_limits<A>::quiet_NaN();
+    return Line{factor, b.largest[line], b.log_sum[line], place < n ? static_cast<int>(place) : -1};
   };
-  const auto gradient = [&](const Line& line, U index, T x) {
-    A value = line.factor * exp_for<T>(difference(static_cast<A>(x), line.largest) - line.log_sum);
-    if (static_cast<int64_t>(index) == line.target) value -= line.factor;
+  const auto gradient = [&](const Line& line, int j, T x) {
+    const A d = b.differences(static_cast<A>(x), line.largest) - line.log_sum;
+    A value = line.factor * exp_for<T>(d);
+    if (j == line.place) value -= line.factor;
     return static_cast<T>(value);
   };
-  const auto one = [&](I i) {
-    const U above = inner == 1 ? static_cast<U>(i) : static_cast<U>(i) / static_cast<U>(inner);
-    const U outer = above / static_cast<U>(size);
-    const U index = above - outer * static_cast<U>(size);  // along the line
-    const U line =
-        outer * static_cast<U>(inner) + (static_cast<U>(i) - above * static_cast<U>(inner));
-    grad_input[i] = gradient(line_at(line), index, input[i]);
+  // Of the row that begins before or at that element: the first element that is beyond it.
+  const auto end_of = [&](int64_t start) {
+    const int64_t end = start + b.g.size;
+    return end < n ? static_cast<int>(end) : n;
   };
-  if constexpr (n == 1) {
-    for (I i = first_item<I>(); i < count; i += item_stride<I>()) one(i);
-  } else {
-    const I packs = count / n;
-    for (I pack = first_item<I>(); pack < packs; pack += item_stride<I>()) {
-      const Pack<T, n> from = load_pack<n>(input + pack * n);
-      Pack<T, n> to;
-      U row = static_cast<U>(pack * n) / static_cast<U>(size);
-      U index = static_cast<U>(pack * n) - row * static_cast<U>(size);
-      Line line = line_at(row);
+  const int64_t packs = n == 1 ? 0 : count / n;
+#pragma unroll 1
+  for (int64_t pack = first_item<int64_t>(); pack < packs; pack += item_stride<int64_t>()) {
+    const Pack<T, n> from = load_pack<n>(b.in + pack * n);
+    Pack<T, n> to;
+    int64_t row = quotient(pack * n, b.g.size);
+    int64_t start = row * b.g.size - pack * n;  // of the row, seen from the pack's first element
+    Line line = line_at(row, start);
+    int end = end_of(start);
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        if (index == static_cast<U>(size)) {
-          index = 0;
-          line = line_at(++row);
-        }
-        to.values[j] = gradient(line, index++, from.values[j]);
+    for (int j = 0; j < n; ++j) {
+      if (j == end) {
+        line = line_at(++row, j);
+        end = end_of(j);
       }
-      store_pack(grad_input + pack * n, to);
+      to.values[j] = gradient(line, j, from.values[j]);
     }
-    const I rest = packs * n + first_item<I>();
-    if (rest < count) one(rest);
+    store_pack(b.result + pack * n, to);
   }
-}
-
-template <Kind kind, typename T>
-void launch_forward(const Launcher& launcher, const Forward<T>& f) {
-  const int64_t rows = f.g.outer, size = f.g.size;
-  // A loss is written by itself.
-  const T* const out = kind == Kind::kNll ? f.in : f.out;
-  if (f.g.inner != 1) {
-    const int64_t lines = f.g.outer * f.g.inner;
-    if (const int columns = columns_of_block<T>(f.g, f.in, out)) {
-      constexpr int n = kLinesOfPack<T>;
-      launcher.run(forward_columns_kernel<kind, n, T>, lines / n, columns, columns, f);
-      return;
-    }
-    const int width = lines_of_block(f.g);
-    launcher.run(forward_lines_kernel<kind, T>, lines, width, width, f);
-    return;
+  // One by one: element `index` of a line lies at (outer * size + index) * inner + column.
+#pragma unroll 1
+  for (int64_t i = packs * n + first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
+    const int64_t above = b.g.inner == 1 ? i : quotient(i, b.g.inner);
+    const int64_t outer = quotient(above, b.g.size);
+    const int64_t line = outer * b.g.inner + i - above * b.g.inner;
+    b.result[i] = gradient(line_at(line, outer * b.g.size - above), 0, b.in[i]);
   }
-  if (takes_tile<T>(f.g, 1)) {
-    // Many tiles for a block where there are many, so that it reads the next one meanwhile.
-    constexpr int64_t kBlocks = 8192;
-    const int64_t tiles = ceil_div(rows, kThreads);
-    const int64_t blocks = ceil_div(tiles, ceil_div(tiles, kBlocks));
-    const auto run = [&](auto* kernel) {
-      launcher.run_blocks_with_shared(kernel, blocks, kThreads,
-                                      2 * kThreads * size * static_cast<int64_t>(sizeof(T)), f,
-                                      are_aligned(f.in, out));
-    };
-    if constexpr (!std::is_same_v<T, double>) {
-      if (size == 10) return run(forward_tile_kernel<kind, 10, T>);
-    }
-    run(forward_tile_kernel<kind, 0, T>);
-    return;
-  }
-  dispatch_pack<T>(
-      size,
-      [&](auto pack) {
-        constexpr int n = decltype(pack)::value;
-        dispatch_row<opmath_t<T>, n, 1>(
-            size,
-            [&](auto loads) {
-              constexpr int kLoads = decltype(loads)::value;
-              const int lanes = lanes_for(ceil_div(size, n * kLoads));
-              launcher.run(forward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
-                           kThreads, f, lanes);
-            },
-            [&](auto loads, int threads, int parts) {
-              constexpr int kLoads = decltype(loads)::value;
-              return launcher.run_clusters(forward_block_kernel<kind, kLoads, n, T>, rows, parts,
-                                           threads, f, parts);
-            },
-            [&] { launcher.run_blocks(forward_stream_kernel<kind, n, T>, rows, kWideBlock, f); });
-      },
-      f.in, out);
-}
-
-template <Kind kind, typename T>
-void launch_backward(const Launcher& launcher, const Backward<T>& b) {
-  const int64_t rows = b.g.outer, size = b.g.size;
-  const T* const result = b.result;
-  if (b.g.inner != 1) {
-    const int64_t lines = b.g.outer * b.g.inner;
-    if (const int columns = columns_of_block<T>(b.g, b.grad, b.out, result)) {
-      constexpr int n = kLinesOfPack<T>;
-      launcher.run(backward_columns_kernel<kind, n, T>, lines / n, columns, columns, b);
-      return;
-    }
-    const int width = lines_of_block(b.g);
-    launcher.run(backward_lines_kernel<kind, T>, lines, width, width, b);
-    return;
-  }
-  if (takes_tile<T>(b.g, 2)) {
-    launcher.run(backward_tile_kernel<kind, T>, rows, kThreads, kThreads, b,
-                 are_aligned(b.grad, b.out, result));
-    return;
-  }
-  dispatch_pack<T>(
-      size,
-      [&](auto pack) {
-        constexpr int n = decltype(pack)::value;
-        dispatch_row<opmath_t<T>, n, 2>(
-            size,
-            [&](auto loads) {
-              constexpr int kLoads = decltype(loads)::value;
-              const int lanes = lanes_for(ceil_div(size, n * kLoads));
-              launcher.run(backward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
-                           kThreads, b, lanes);
-            },
-            [&](auto loads, int threads, int parts) {
-              constexpr int kLoads = decltype(loads)::value;
-              return launcher.run_clusters(backward_block_kernel<kind, kLoads, n, T>, rows, parts,
-                                           threads, b, parts);
-            },
-            [&] { launcher.run_blocks(backward_stream_kernel<kind, n, T>, rows, kWideBlock, b); });
-      },
-      b.grad, b.out, result);
 }
 
 template <typename T>
 void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
   const int64_t count = b.g.outer * b.g.size * b.g.inner;
-  const bool packs = b.g.inner == 1 && are_aligned(b.in, b.result);
-  const auto run = [&](auto kernel, int64_t items, auto index) {
-    using I = decltype(index);
-    launcher.run_over(kernel, items, static_cast<I>(count), static_cast<I>(b.g.size),
-                      static_cast<I>(b.g.inner), b.differences, b.grad, b.in, b.target, b.largest,
-                      b.log_sum, b.result);
-  };
-  const auto launch = [&](auto index) {
-    using I = decltype(index);
-    constexpr int n = kPackSize<T>;
-    if (packs) {
-      run(nll_gradient_kernel<n, T, I>, ceil_div(count, n), index);
-    } else {
-      run(nll_gradient_kernel<1, T, I>, count, index);
-    }
-  };
-  if (fits_32_bits(count)) {
-    launch(int32_t{});
+  constexpr int n = kPackSize<T>;
+  const T* const result = b.result;
+  if (b.g.inner == 1 && are_aligned(b.in, result)) {
+    launcher.run_over(nll_gradient_kernel<n, T>, ceil_div(count, n), count, b);
   } else {
-    launch(int64_t{});
+    launcher.run_over(nll_gradient_kernel<1, T>, count, count, b);
   }
 }
 
@@ -196,12 +85,16 @@ void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
 struct Kernels {
   template <Kind kind, typename T>
   static void forward(const Tensor& tensor, const Forward<T>& f) {
-    launch_forward<kind>(Launcher(tensor), f);
+    const Launcher launcher(tensor);
+    if (f.g.inner != 1) return forward_lines(launcher, kind, f);
+    if (!forward_short_rows(launcher, kind, f)) forward_rows(launcher, kind, f);
   }
 
   template <Kind kind, typename T>
   static void backward(const Tensor& tensor, const Backward<T>& b) {
-    launch_backward<kind>(Launcher(tensor), b);
+    const Launcher launcher(tensor);
+    if (b.g.inner != 1) return backward_lines(launcher, kind, b);
+    if (!backward_short_rows(launcher, kind, b)) backward_rows(launcher, kind, b);
   }
 
   template <typename T>

@@ -13,13 +13,15 @@
 //            takes holds a row in registers
 //   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
 //            8 times as many elements, and smaller blocks one of more than 16384
-//   stream   longer rows: read twice, the second time from the end, whose elements are still in L2
+//   stream   longer rows of packs: read twice, the second time from the end, whose elements are
+//            still in L2
 // Elsewhere:
 //   columns  lines of up to 256 elements, packs of them side by side: a block takes 4 to 32 packs
 //            of lines, threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out
 //            each line, which is held in registers
-//   lines    other ones: a block takes 32 to 256 neighbouring lines in the same way and reads them
-//            twice: the second reading finds most of its data in L2
+//   lines    other ones, and long rows without packs: a block takes 32 to 256 neighbouring lines in
+//            the same way, or one row, and reads them twice: the second reading finds most of its
+//            data in L2
 // One pass finds the largest value and the sum together wherever more than a warp has a line.
 //
 // Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
@@ -43,6 +45,16 @@ template <typename T>
 using Forward = SoftmaxForward<T>;
 template <typename T>
 using Backward = SoftmaxBackward<T>;
+
+// In the place of a kind that a kernel is compiled for: which one it is, is an argument. Kernels
+// that hold packs of rows in registers have one kind each; elsewhere a branch that all threads take
+// alike is cheaper than three kernels.
+constexpr int kAnyKind = 3;
+
+template <int compiled>
+__device__ __forceinline__ Kind kind_of(Kind given) {
+  return compiled == kAnyKind ? given : static_cast<Kind>(compiled);
+}
 
 // exp(x) for elements of type T: half types are rounded more coarsely than the fast instruction is,
 // and with 2 bytes an element the exact one would be the bound, not memory.
@@ -133,13 +145,13 @@ __device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, co
 }
 
 // What is added up along a line, and the gradient of one element.
-template <Kind kind, typename A>
-__device__ __forceinline__ A gradient_term(A grad, A y) {
+template <typename A>
+__device__ __forceinline__ A gradient_term(Kind kind, A grad, A y) {
   return kind == Kind::kSoftmax ? grad * y : grad;
 }
 
-template <Kind kind, typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ A gradient_value(A grad, A y, A sum, A beta) {
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ A gradient_value(Kind kind, A grad, A y, A sum, A beta) {
   return kind == Kind::kSoftmax ? beta * y * (grad - sum) : beta * (grad - exp_for<T>(y) * sum);
 }
 
@@ -154,5 +166,23 @@ struct alignas(kVectorBytes) SharedBytes {
 };
 
 constexpr int kFlight = 4;  // packs of a thread that are read together, and added up in float32
+
+// In softmax_tiles.cu: false, and nothing done, where rows are not short ones.
+template <typename T>
+bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
+template <typename T>
+bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
+
+// In softmax_rows.cu: rows, g.inner == 1.
+template <typename T>
+void forward_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
+template <typename T>
+void backward_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
+
+// In softmax_lines.cu: lines of any kind.
+template <typename T>
+void forward_lines(const Launcher& launcher, Kind kind, const Forward<T>& f);
+template <typename T>
+void backward_lines(const Launcher& launcher, Kind kind, const Backward<T>& b);
 
 }  // namespace mnist_ops::cuda

@@ -38,8 +38,8 @@ __device__ __forceinline__ int64_t line_offset(const SoftmaxGeometry& g, int64_t
   return outer * g.size * g.inner + (line - outer * g.inner);
 }
 
-template <Kind kind, typename T>
-__global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads) forward_lines_kernel(Kind kind, Forward<T> f) {
   using A = opmath_t<T>;
   using Part = Partial<A, double>;
   __shared__ SharedValues<Part> shared;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
         combine_lines(whole, shared.get(), [&](Part& a, const Part& b) { a.merge(b, difference); });
     whole.finish();
     const A largest = whole.largest, sum = static_cast<A>(whole.sum);
-    if constexpr (kind == Kind::kNll) {
+    if (kind == Kind::kNll) {
       if (threadIdx.y == 0 && line < lines) write_loss(f, line, in, largest, sum);
     } else {
       const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Forward<T> f) {
   }
 }
 
-template <Kind kind, typename T>
-__global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads) backward_lines_kernel(Kind kind, Backward<T> b) {
   using A = opmath_t<T>;
   __shared__ SharedValues<double> shared;
   const int64_t lines = b.g.outer * b.g.inner, size = b.g.size, step = b.g.inner;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
       for (int k = 0; k < kFlight; ++k) {
         const int64_t i = start + k * blockDim.y;
         if (i >= end) continue;
-        part += gradient_term<kind>(static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]));
+        part += gradient_term(kind, static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]));
       }
       total += static_cast<double>(part);
     }
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Backward<T> b)
     T* result = b.result + offset;
 #pragma unroll 4
     for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
-      result[i * step] = static_cast<T>(gradient_value<kind, T>(
-          static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.beta));
+      result[i * step] = static_cast<T>(gradient_value<T>(
+          kind, static_cast<A>(grad[i * step]), static_cast<A>(out[i * step]), sum, b.beta));
     }
   }
 }
@@ -124,13 +124,10 @@ constexpr int kLinesOfPack = kPackSize<T> < 4 ? kPackSize<T> : 4;
 constexpr int kFewestPacks = 4;
 constexpr int64_t kColumnElements = kHeld * (kThreads / kFewestPacks);
 
-// The first element of a pack's first line; inner is a multiple of n. 64-bit division is slow.
+// The first element of a pack's first line; inner is a multiple of n.
 template <int n>
 __device__ __forceinline__ int64_t column_offset(const SoftmaxGeometry& g, int64_t pack) {
-  const int64_t packs = g.inner / n;
-  const int64_t outer = ((pack | packs) >> 32) == 0
-                            ? static_cast<uint32_t>(pack) / static_cast<uint32_t>(packs)
-                            : pack / packs;
+  const int64_t packs = g.inner / n, outer = quotient(pack, packs);
   return outer * g.size * g.inner + (pack - outer * packs) * n;
 }
 
@@ -163,8 +160,8 @@ __device__ __forceinline__ void combine_columns(A (&values)[n], A* shared, const
   }
 }
 
-template <Kind kind, int n, typename T>
-__global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads) forward_columns_kernel(Kind kind, Forward<T> f) {
   using A = opmath_t<T>;
   alignas(kVectorBytes) __shared__ A shared[kThreads * n];
   const Differences<A>& difference = f.differences;
@@ -197,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
     }
     combine_columns<n>(largest, shared, [](A a, A b) { return b > a ? b : a; });
     // The powers, unless they would have to be rounded to be held.
-    constexpr bool kPowers = kind == Kind::kSoftmax && std::is_same_v<T, A>;
+    const bool powers = kind == Kind::kSoftmax && std::is_same_v<T, A>;
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (first + k * workers >= end) continue;
@@ -205,12 +202,12 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
       for (int j = 0; j < n; ++j) {
         const A power = exp_for<T>(difference(static_cast<A>(held[k].values[j]), largest[j]));
         sums[j] += power;
-        if constexpr (kPowers) held[k].values[j] = power;
+        if (powers) held[k].values[j] = static_cast<T>(power);
       }
     }
     combine_columns<n>(sums, shared, [](A a, A b) { return a + b; });
     if (pack >= packs) continue;
-    if constexpr (kind == Kind::kNll) {
+    if (kind == Kind::kNll) {
       if (threadIdx.y > 0) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) write_loss(f, pack * n + j, in + j, largest[j], sums[j]);
@@ -228,9 +225,9 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           A v = static_cast<A>(held[k].values[j]);
-          if constexpr (!kPowers) v = difference(v, largest[j]);
-          if constexpr (kind == Kind::kSoftmax) {
-            if constexpr (!kPowers) v = exp_for<T>(v);
+          if (!powers) v = difference(v, largest[j]);
+          if (kind == Kind::kSoftmax) {
+            if (!powers) v = exp_for<T>(v);
             held[k].values[j] = static_cast<T>(share_of(v, sums[j], terms[j]));
           } else {
             held[k].values[j] = static_cast<T>(v - terms[j]);
@@ -242,8 +239,8 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Forward<T> f)
   }
 }
 
-template <Kind kind, int n, typename T>
-__global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> b) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads) backward_columns_kernel(Kind kind, Backward<T> b) {
   using A = opmath_t<T>;
   alignas(kVectorBytes) __shared__ A shared[kThreads * n];
   const int64_t packs = b.g.outer * b.g.inner / n, step = b.g.inner;
@@ -267,8 +264,8 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> 
       if (first + k * workers >= end) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        sums[j] += gradient_term<kind>(static_cast<A>(grads[k].values[j]),
-                                       static_cast<A>(ys[k].values[j]));
+        sums[j] += gradient_term(kind, static_cast<A>(grads[k].values[j]),
+                                 static_cast<A>(ys[k].values[j]));
       }
     }
     combine_columns<n>(sums, shared, [](A a, A other) { return a + other; });
@@ -278,8 +275,9 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(Backward<T> 
       if (i >= end) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        grads[k].values[j] = static_cast<T>(gradient_value<kind, T>(
-            static_cast<A>(grads[k].values[j]), static_cast<A>(ys[k].values[j]), sums[j], b.beta));
+        grads[k].values[j] =
+            static_cast<T>(gradient_value<T>(kind, static_cast<A>(grads[k].values[j]),
+                                             static_cast<A>(ys[k].values[j]), sums[j], b.beta));
       }
       store_pack(b.result + offset + i * step, grads[k]);
     }
@@ -303,5 +301,34 @@ int columns_of_block(const SoftmaxGeometry& g, const Pointers*... pointers) {
 }
 
 }  // namespace
+
+template <typename T>
+void forward_lines(const Launcher& launcher, Kind kind, const Forward<T>& f) {
+  const int64_t lines = f.g.outer * f.g.inner;
+  // A loss is written by itself.
+  if (const int columns = columns_of_block<T>(f.g, f.in, kind == Kind::kNll ? f.in : f.out)) {
+    constexpr int n = kLinesOfPack<T>;
+    return launcher.run(forward_columns_kernel<n, T>, lines / n, columns, columns, kind, f);
+  }
+  const int width = lines_of_block(f.g);
+  launcher.run(forward_lines_kernel<T>, lines, width, width, kind, f);
+}
+
+template <typename T>
+void backward_lines(const Launcher& launcher, Kind kind, const Backward<T>& b) {
+  const int64_t lines = b.g.outer * b.g.inner;
+  const T* const result = b.result;
+  if (const int columns = columns_of_block<T>(b.g, b.grad, b.out, result)) {
+    constexpr int n = kLinesOfPack<T>;
+    return launcher.run(backward_columns_kernel<n, T>, lines / n, columns, columns, kind, b);
+  }
+  const int width = lines_of_block(b.g);
+  launcher.run(backward_lines_kernel<T>, lines, width, width, kind, b);
+}
+
+#define MNIST_OPS_SOFTMAX(T)                                                \
+  template void forward_lines<T>(const Launcher&, Kind, const Forward<T>&); \
+  template void backward_lines<T>(const Launcher&, Kind, const Backward<T>&);
+MNIST_OPS_EACH_FLOATING(MNIST_OPS_SOFTMAX)
 
 }  // namespace mnist_ops::cuda

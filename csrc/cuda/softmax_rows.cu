@@ -129,9 +129,9 @@ __device__ __forceinline__ A sum_row(A of_warp, Exchange<A>& shared, int part, i
 
 // The steps of the forward on what a thread holds; `lanes` of a warp share the row, and merge finds
 // out what others have of it, if there are any.
-template <Kind kind, int kLoads, int n, bool shared_row, typename T, typename Merge>
-__device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bool inside,
-                                            int worker, int workers, int lanes,
+template <int kLoads, int n, bool shared_row, typename T, typename Merge>
+__device__ __forceinline__ void forward_row(Kind kind, const Forward<T>& f, int64_t row,
+                                            bool inside, int worker, int workers, int lanes,
                                             const Merge& merge) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(f.g.size);
@@ -154,10 +154,10 @@ __device__ __forceinline__ void forward_row(const Forward<T>& f, int64_t row, bo
   if constexpr (shared_row) whole = merge(whole);
   whole.finish();
   if (!inside) return;
-  if constexpr (kind == Kind::kNll) {
+  if (kind == Kind::kNll) {
     if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
   } else {
-    if constexpr (kind == Kind::kLogSoftmax) {
+    if (kind == Kind::kLogSoftmax) {
       const A log_sum = log_of(whole.sum);
       held.each([&](A& v) { v = difference.of_scaled(v, whole.largest) - log_sum; });
     } else {
@@ -183,30 +183,32 @@ constexpr int kMostResident = 4;
 constexpr int kMostResident = 5;
 #endif
 // A softmax of 32 elements a thread keeps its powers, too.
-template <Kind kind, int kLoads, int n, typename T>
-constexpr int kResident = sizeof(T) == 8                              ? 2
-                          : sizeof(T) == 4 || n == 1                  ? 4
-                          : kind == Kind::kSoftmax && kLoads * n > 16 ? 4
-                                                                      : kMostResident;
+template <int kind, int kLoads, int n, typename T>
+constexpr int kResident =
+    sizeof(T) == 8                                                ? 2
+    : sizeof(T) == 4 || n == 1                                    ? 4
+    : kind == static_cast<int>(Kind::kSoftmax) && kLoads * n > 16 ? 4
+                                                                  : kMostResident;
 
-template <Kind kind, int kLoads, int n, typename T>
+template <int kind, int kLoads, int n, typename T>
 __global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, T>)
-    forward_warp_kernel(Forward<T> f, int lanes) {
+    forward_warp_kernel(Kind given, Forward<T> f, int lanes) {
   const int64_t rows = f.g.outer;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
   for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    forward_row<kind, kLoads, n, false>(f, row, row < rows, lane, lanes, lanes, 0);
+    forward_row<kLoads, n, false>(kind_of<kind>(given), f, row, row < rows, lane, lanes, lanes, 0);
   }
 }
 
 constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that streams
 
 // `parts` neighbouring blocks, a cluster, take a row.
-template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f, int parts) {
+template <int kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock)
+    forward_block_kernel(Kind given, Forward<T> f, int parts) {
   using A = opmath_t<T>;
   __shared__ Exchange<A> shared;
   const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
@@ -214,18 +216,19 @@ __global__ void __launch_bounds__(kWideBlock) forward_block_kernel(Forward<T> f,
   // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
   const int rows = static_cast<int>(f.g.outer), step = static_cast<int>(gridDim.x) / parts;
   for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
-    forward_row<kind, kLoads, n, true>(f, row, true, part * threads + static_cast<int>(threadIdx.x),
-                                       parts * threads, kWarp, [&](const Partial<A>& of_warp) {
-                                         return merge_row(of_warp, shared, part, parts,
-                                                          f.differences);
-                                       });
+    forward_row<kLoads, n, true>(kind_of<kind>(given), f, row, true,
+                                 part * threads + static_cast<int>(threadIdx.x), parts * threads,
+                                 kWarp, [&](const Partial<A>& of_warp) {
+                                   return merge_row(of_warp, shared, part, parts, f.differences);
+                                 });
   }
   if (parts > 1) cluster_wait();
 }
 
-template <Kind kind, int kLoads, int n, typename T, typename Sum>
-__device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, bool inside,
-                                             int worker, int workers, const Sum& sum_up) {
+template <int kLoads, int n, typename T, typename Sum>
+__device__ __forceinline__ void backward_row(Kind kind, const Backward<T>& b, int64_t row,
+                                             bool inside, int worker, int workers,
+                                             const Sum& sum_up) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(b.g.size);
   const int64_t first = row * size;
@@ -236,7 +239,7 @@ __device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, 
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum += gradient_term<kind>(grads.values[k][j], ys.values[k][j]);
+    for (int j = 0; j < n; ++j) sum += gradient_term(kind, grads.values[k][j], ys.values[k][j]);
   }
   sum = sum_up(sum);
 #pragma unroll
@@ -244,36 +247,38 @@ __device__ __forceinline__ void backward_row(const Backward<T>& b, int64_t row, 
 #pragma unroll
     for (int j = 0; j < n; ++j) {
       A& grad = grads.values[k][j];
-      grad = gradient_value<kind, T>(grad, ys.values[k][j], sum, b.beta);
+      grad = gradient_value<T>(kind, grad, ys.values[k][j], sum, b.beta);
     }
   }
   if (inside) grads.store(b.result + first, size, worker, workers);
 }
 
-template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads) backward_warp_kernel(Backward<T> b, int lanes) {
+template <int kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_warp_kernel(Kind given, Backward<T> b, int lanes) {
   using A = opmath_t<T>;
   const int64_t rows = b.g.outer;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    backward_row<kind, kLoads, n>(b, row, row < rows, lane, lanes,
-                                  [=](A v) { return lane_sum(v, lanes); });
+    backward_row<kLoads, n>(kind_of<kind>(given), b, row, row < rows, lane, lanes,
+                            [=](A v) { return lane_sum(v, lanes); });
   }
 }
 
-template <Kind kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock) backward_block_kernel(Backward<T> b, int parts) {
+template <int kind, int kLoads, int n, typename T>
+__global__ void __launch_bounds__(kWideBlock)
+    backward_block_kernel(Kind given, Backward<T> b, int parts) {
   using A = opmath_t<T>;
   __shared__ Exchange<A> shared;
   const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
   if (parts > 1) cluster_arrive();
   for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < b.g.outer;
        row += gridDim.x / static_cast<unsigned>(parts)) {
-    backward_row<kind, kLoads, n>(
-        b, row, true, part * threads + static_cast<int>(threadIdx.x), parts * threads,
-        [&](A v) { return sum_row(lane_sum(v, kWarp), shared, part, parts); });
+    backward_row<kLoads, n>(kind_of<kind>(given), b, row, true,
+                            part * threads + static_cast<int>(threadIdx.x), parts * threads,
+                            [&](A v) { return sum_row(lane_sum(v, kWarp), shared, part, parts); });
   }
   if (parts > 1) cluster_wait();
 }
@@ -293,8 +298,8 @@ __device__ __forceinline__ void each_turn(int64_t size, const F& body) {
   }
 }
 
-template <Kind kind, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Kind kind, Forward<T> f) {
   using A = opmath_t<T>;
   using Part = Partial<A, double>;
   __shared__ SharedBytes<sizeof(Part) * (kWideBlock / kWarp)> shared;
@@ -333,7 +338,7 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
         });
     whole.finish();
     const A largest = whole.largest, sum = static_cast<A>(whole.sum);
-    if constexpr (kind == Kind::kNll) {
+    if (kind == Kind::kNll) {
       if (threadIdx.x == 0) write_loss(f, row, first, largest, sum);
     } else {
       const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
@@ -359,8 +364,8 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Forward<T> f
   }
 }
 
-template <Kind kind, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T> b) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Kind kind, Backward<T> b) {
   using A = opmath_t<T>;
   __shared__ double shared[kWideBlock / kWarp];
   const int64_t size = b.g.size;
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T>
         const Pack<T, n> gs = load_pack<n>(grad + i), ys = load_pack<n>(out + i);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          part += gradient_term<kind>(static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
+          part += gradient_term(kind, static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]));
         }
       }
       total += static_cast<double>(part);
@@ -392,14 +397,16 @@ __global__ void __launch_bounds__(kWideBlock) backward_stream_kernel(Backward<T>
         Pack<T, n> to;
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          to.values[j] = static_cast<T>(gradient_value<kind, T>(
-              static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
+          to.values[j] = static_cast<T>(gradient_value<T>(
+              kind, static_cast<A>(gs.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
         }
         store_pack(result + i, to);
       }
     });
   }
 }
+
+// --------------------------------------------------------------------------------------- launches
 
 // Calls body with the elements of a pack of rows of g.size elements that begin at these addresses.
 template <typename T, typename F, typename... Pointers>
@@ -409,21 +416,37 @@ void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
   body(Number<1>{});
 }
 
+// Calls body with the kind for rows in packs, of which each kind has kernels of its own.
+template <int n, typename F>
+void dispatch_kind(Kind kind, const F& body) {
+  if constexpr (n == 1) {
+    return body(Number<kAnyKind>{});
+  } else {
+    switch (kind) {
+      case Kind::kSoftmax:
+        return body(Number<static_cast<int>(Kind::kSoftmax)>{});
+      case Kind::kLogSoftmax:
+        return body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
+      case Kind::kNll:
+        return body(Number<static_cast<int>(Kind::kNll)>{});
+    }
+  }
+}
+
 int whole_warps(int64_t threads) {
   return static_cast<int>(ceil_div(threads, kWarp)) * kWarp;
 }
 
-// Calls warp(loads), block(loads, threads, parts) or stream(), the first that can hold a row; loads
+// Calls warp(loads), block(loads, threads, parts) or longer(), the first that can hold a row; loads
 // are the packs of n elements that a thread holds. block() says whether there are such clusters.
-template <typename A, int n, int tensors, typename Warp, typename Block, typename Stream>
-void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stream& stream) {
+template <typename A, int n, int tensors, typename Warp, typename Block, typename Longer>
+void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Longer& longer) {
   // What 64 registers a thread are enough for; an element a load takes more of them, and so does
   // the exponential in float64.
   constexpr int kElements = (n == 1 ? 16 : 32) / tensors;
   constexpr int kLoads = (std::is_same_v<A, double> ? std::min(kElements / 2, 8) : kElements) / n;
-  if (size <= 64 || (n == 1 && size <= 256)) return warp(Number<8 / n>{});
+  if (size <= (n == 1 ? 8 : 16) * kWarp) return warp(Number<n == 1 ? 8 : 16 / n>{});
   if constexpr (n > 1) {
-    if (size <= 512) return warp(Number<16 / n>{});
     if (size <= 32 * kWarp) return warp(Number<32 / n>{});
   }
   // Small blocks overlap: while one reduces, others read and write.
@@ -436,9 +459,94 @@ void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Stre
     }
   }
   if (workers <= kWideBlock && block(Number<kLoads>{}, whole_warps(workers), 1)) return;
-  stream();
+  longer();
 }
 
 }  // namespace
+
+template <typename T>
+void forward_rows(const Launcher& launcher, Kind given, const Forward<T>& f) {
+  const int64_t rows = f.g.outer, size = f.g.size;
+  const auto run = [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    dispatch_row<opmath_t<T>, n, 1>(
+        size,
+        [&](auto loads) {
+          constexpr int kLoads = decltype(loads)::value;
+          const int lanes = lanes_for(ceil_div(size, n * kLoads));
+          dispatch_kind<n>(given, [&](auto number) {
+            constexpr int kind = decltype(number)::value;
+            launcher.run(forward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes, kThreads,
+                         given, f, lanes);
+          });
+        },
+        [&](auto loads, int threads, int parts) {
+          constexpr int kLoads = decltype(loads)::value;
+          bool done = false;
+          dispatch_kind<n>(given, [&](auto number) {
+            constexpr int kind = decltype(number)::value;
+            done = launcher.run_clusters(forward_block_kernel<kind, kLoads, n, T>, rows, parts,
+                                         threads, given, f, parts);
+          });
+          return done;
+        },
+        [&] {
+          if constexpr (n == 1) {
+            forward_lines(launcher, given, f);
+          } else {
+            launcher.run_blocks(forward_stream_kernel<n, T>, rows, kWideBlock, given, f);
+          }
+        });
+  };
+  // A loss is written by itself.
+  dispatch_pack<T>(size, run, f.in, given == Kind::kNll ? f.in : f.out);
+}
+
+template <typename T>
+void backward_rows(const Launcher& launcher, Kind given, const Backward<T>& b) {
+  const int64_t rows = b.g.outer, size = b.g.size;
+  const auto run = [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    dispatch_row<opmath_t<T>, n, 2>(
+        size,
+        [&](auto loads) {
+          constexpr int kLoads = decltype(loads)::value;
+          const int lanes = lanes_for(ceil_div(size, n * kLoads));
+          dispatch_kind<n>(given, [&](auto number) {
+            constexpr int kind = decltype(number)::value;
+            if constexpr (kind != static_cast<int>(Kind::kNll)) {
+              launcher.run(backward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
+                           kThreads, given, b, lanes);
+            }
+          });
+        },
+        [&](auto loads, int threads, int parts) {
+          constexpr int kLoads = decltype(loads)::value;
+          bool done = false;
+          dispatch_kind<n>(given, [&](auto number) {
+            constexpr int kind = decltype(number)::value;
+            if constexpr (kind != static_cast<int>(Kind::kNll)) {
+              done = launcher.run_clusters(backward_block_kernel<kind, kLoads, n, T>, rows, parts,
+                                           threads, given, b, parts);
+            }
+          });
+          return done;
+        },
+        [&] {
+          if constexpr (n == 1) {
+            backward_lines(launcher, given, b);
+          } else {
+            launcher.run_blocks(backward_stream_kernel<n, T>, rows, kWideBlock, given, b);
+          }
+        });
+  };
+  const T* const result = b.result;
+  dispatch_pack<T>(size, run, b.grad, b.out, result);
+}
+
+#define MNIST_OPS_SOFTMAX(T)                                               \
+  template void forward_rows<T>(const Launcher&, Kind, const Forward<T>&); \
+  template void backward_rows<T>(const Launcher&, Kind, const Backward<T>&);
+MNIST_OPS_EACH_FLOATING(MNIST_OPS_SOFTMAX)
 
 }  // namespace mnist_ops::cuda

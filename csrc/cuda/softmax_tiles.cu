@@ -33,9 +33,11 @@ __device__ __forceinline__ void begin_tile(const T* from, T* to, int count, bool
 // A row a thread. Rows follow each other in shared memory as they do outside: sizes that are no
 // multiple of a pack put the threads of a warp on different banks, or on few equal ones. Of kSize
 // elements, if it is not 0: such a row is held in registers.
-template <Kind kind, int kSize, typename T>
-__global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bool aligned) {
+template <int compiled, int kSize, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_tile_kernel(Kind given, Forward<T> f, bool aligned) {
   using A = opmath_t<T>;
+  const Kind kind = kind_of<compiled>(given);
   const Differences<A>& difference = f.differences;
   const int size = kSize > 0 ? kSize : static_cast<int>(f.g.size);
   const int thread = static_cast<int>(threadIdx.x);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
           sum += power;
           if (kind == Kind::kSoftmax) values[i] = power;
         }
-        if constexpr (kind != Kind::kNll) {
+        if (kind != Kind::kNll) {
           const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
           const A inverse = A(1) / sum;
 #pragma unroll
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
           largest = v > largest ? v : largest;
         }
         for (int i = 0; i < size; ++i) sum += exp_for<T>(difference(static_cast<A>(x[i]), largest));
-        if constexpr (kind != Kind::kNll) {
+        if (kind != Kind::kNll) {
           const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
           const A inverse = A(1) / sum;
           for (int i = 0; i < size; ++i) {
@@ -111,10 +113,10 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
           }
         }
       }
-      if constexpr (kind == Kind::kNll) write_loss(f, base + thread, target, x, largest, sum);
+      if (kind == Kind::kNll) write_loss(f, base + thread, target, x, largest, sum);
     }
     __syncthreads();
-    if constexpr (kind != Kind::kNll) {
+    if (kind != Kind::kNll) {
       copy_tile(static_cast<const T*>(tile), f.out + base * size, rows * size, aligned);
       __syncthreads();
     }
@@ -124,8 +126,9 @@ __global__ void __launch_bounds__(kThreads) forward_tile_kernel(Forward<T> f, bo
   }
 }
 
-template <Kind kind, typename T>
-__global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, bool aligned) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_tile_kernel(Kind kind, Backward<T> b, bool aligned) {
   using A = opmath_t<T>;
   __shared__ SharedBytes<kTileBytes> shared;
   T* const grads = shared.template as<T>();
@@ -142,11 +145,11 @@ __global__ void __launch_bounds__(kThreads) backward_tile_kernel(Backward<T> b, 
       const T* const y = ys + static_cast<int>(threadIdx.x) * size;
       A sum = A(0);
       for (int i = 0; i < size; ++i) {
-        sum += gradient_term<kind>(static_cast<A>(g[i]), static_cast<A>(y[i]));
+        sum += gradient_term(kind, static_cast<A>(g[i]), static_cast<A>(y[i]));
       }
       for (int i = 0; i < size; ++i) {
         g[i] = static_cast<T>(
-            gradient_value<kind, T>(static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.beta));
+            gradient_value<T>(kind, static_cast<A>(g[i]), static_cast<A>(y[i]), sum, b.beta));
       }
     }
     __syncthreads();
@@ -163,5 +166,45 @@ bool takes_tile(const SoftmaxGeometry& g, int64_t tensors) {
 }
 
 }  // namespace
+
+template <typename T>
+bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f) {
+  if (!takes_tile<T>(f.g, 1)) return false;
+  // Many tiles for a block where there are many, so that it reads the next one meanwhile.
+  constexpr int64_t kBlocks = 8192;
+  const int64_t tiles = ceil_div(f.g.outer, kThreads);
+  const int64_t blocks = tiles == 0 ? 0 : ceil_div(tiles, ceil_div(tiles, kBlocks));
+  const auto run = [&](auto* kernel) {
+    // A loss is written by itself.
+    launcher.run_blocks_with_shared(kernel, blocks, kThreads,
+                                    2 * kThreads * f.g.size * static_cast<int64_t>(sizeof(T)), kind,
+                                    f, are_aligned(f.in, kind == Kind::kNll ? f.in : f.out));
+    return true;
+  };
+  if constexpr (!std::is_same_v<T, double>) {
+    if (f.g.size == 10 && kind == Kind::kSoftmax) {
+      return run(forward_tile_kernel<static_cast<int>(Kind::kSoftmax), 10, T>);
+    }
+    if (f.g.size == 10 && kind == Kind::kLogSoftmax) {
+      return run(forward_tile_kernel<static_cast<int>(Kind::kLogSoftmax), 10, T>);
+    }
+    if (f.g.size == 10) return run(forward_tile_kernel<static_cast<int>(Kind::kNll), 10, T>);
+  }
+  return run(forward_tile_kernel<kAnyKind, 0, T>);
+}
+
+template <typename T>
+bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>& b) {
+  if (!takes_tile<T>(b.g, 2)) return false;
+  const T* const result = b.result;
+  launcher.run(backward_tile_kernel<T>, b.g.outer, kThreads, kThreads, kind, b,
+               are_aligned(b.grad, b.out, result));
+  return true;
+}
+
+#define MNIST_OPS_SOFTMAX(T)                                                     \
+  template bool forward_short_rows<T>(const Launcher&, Kind, const Forward<T>&); \
+  template bool backward_short_rows<T>(const Launcher&, Kind, const Backward<T>&);
+MNIST_OPS_EACH_FLOATING(MNIST_OPS_SOFTMAX)
 
 }  // namespace mnist_ops::cuda

@@ -1,37 +1,14 @@
-// A stage (activation, LP pooling, subtractive normalization) on CUDA: what a block needs that takes
-// one image, and what its kernels share.
-// Bound by memory: the forward pass reads the input and writes the output, the backward pass reads
-// input and gradient and writes a gradient, each of them once. That leaves some 25 instructions for
-// an element of a half type. Two ways:
-//
-// One block takes one image where its pooled map, in the type to compute in, fits into shared
-// memory. There the map waits for its mean: sums over channels, the blur of that one plane and the
-// subtraction are between barriers of the block, not between kernels; coef and the normalised
-// weights are made on the way. Windows of 2 x 2 with p = 2 that tile the image, the networks', are
-// taken in tiles, all of a window in the registers of one thread: in NCHW two rows of neighbours,
-// in NHWC a pack of channels of four pixels. The activation is then cheaper than that of
-// ../activation.h: a few units in the last place off, of the type of the tensor. As many threads
-// make a block as fill a multiprocessor together with the other blocks that it holds. All other
-// windows go through the functions of one window and one element in ../lp_pool.h; their backward
-// pass keeps the norms in shared memory, too, and reads the input a second time, from cache.
-//
-// Larger maps: activation and pooling in one kernel, whose result (in the type to compute in) the
-// normalization then takes; backwards the normalization first, then the pooled map once more, then
-// one kernel from its gradient to that of the input. No atomics either way.
-
-#include "../stage.h"
+// A stage (activation, LP pooling, subtractive normalization) in one block of threads: the
+// normalization of a pooled map that waits in shared memory.
 #pragma once
 
 #include "../stage.h"
 
-#include "fast_math.cuh"
 #include "memory.cuh"
 #include "reduce.cuh"
 #include "window.cuh"
 
 namespace mnist_ops::cuda {
-
-// ------------------------------------------------------------------------------- a block, an image
 
 // Neighbours that one thread takes at once: 16 bytes, or 8 in half types, where more of them would
 // seldom divide the width of a map.
@@ -45,7 +22,6 @@ struct Fused {
   PoolGeometryOf<int32_t> g;  // of one image
   ActivationKind activation;
   bool channels_last;
-  A p;
   const void* kernel;
   ScalarType kernel_type;
   int32_t taps_h, taps_w;  // of a separable kernel: equal
@@ -94,9 +70,9 @@ struct Fused {
   }
   MNIST_OPS_HD int32_t rows_size() const { return separable ? (g.OH + taps_h - 1) * g.OW : 0; }
   MNIST_OPS_HD int32_t coef_size() const { return separable ? g.OH + g.OW : pixels(); }
-  int64_t shared_bytes(int maps) const {
-    const int64_t size = static_cast<int64_t>(maps) * shared_map_size() + mean_size() +
-                         padded_size() + rows_size() + coef_size() + 2 * taps();
+  int64_t shared_bytes() const {
+    const int64_t size = int64_t{shared_map_size()} + mean_size() + padded_size() + rows_size() +
+                         coef_size() + 2 * taps();
     return size * static_cast<int64_t>(sizeof(A));
   }
 };
@@ -104,7 +80,6 @@ struct Fused {
 template <typename A>
 struct SharedMemory {
   A* map;        // pooled, or the gradient with respect to that
-  A* norms;      // pooled, where the map is the gradient
   A* mean;       // what is subtracted; before it is known, sums over groups of channels
   A* padded;     // the sum over channels, zeros around it
   A* rows;       // blurred along the rows, zeros above and below
@@ -113,11 +88,10 @@ struct SharedMemory {
 };
 
 template <typename T, typename A = opmath_t<T>>
-__device__ SharedMemory<A> shared_memory(const Fused<T>& s, int maps) {
+__device__ SharedMemory<A> shared_memory(const Fused<T>& s) {
   SharedMemory<A> m;
   m.map = reinterpret_cast<A*>(dynamic_shared_memory());
-  m.norms = m.map + (maps - 1) * s.shared_map_size();
-  m.mean = m.norms + s.shared_map_size();
+  m.mean = m.map + s.shared_map_size();
   m.padded = m.mean + s.mean_size();
   m.rows = m.padded + s.padded_size();
   m.coef = m.rows + s.rows_size();
@@ -344,5 +318,14 @@ __device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A
     read_packs<1>(s, m, input);
   }
 }
+
+// In stage_tiles.cu: the stage where 2 x 2 windows with p = 2 tile the image, whose pooled map fits
+// into the shared memory of a block. False, and nothing done, elsewhere.
+template <typename T>
+bool forward_tiles(const Images& x, const Tensor& kernel, const StageArguments& arguments,
+                   Tensor& output);
+template <typename T>
+bool backward_tiles(const Tensor& grad_output, const Images& x, const Tensor& kernel,
+                    const StageArguments& arguments, Tensor& grad_input);
 
 }  // namespace mnist_ops::cuda

@@ -1,24 +1,16 @@
-// Where windows of pooling lie: geometries in 32 bits, the place of a result.
+// Where windows of pooling lie: geometries in 32 bits, the place of a result, the norm of a kernel.
 #pragma once
 
 #include "../lp_pool.h"
 
 #include "launch.cuh"
 
+#include <limits>
 #include <type_traits>
 
 namespace mnist_ops::cuda {
 
-// Calls body with the geometry in 32 bits where every index and every bound of a window fits: the
-// divisions that find a result's window are then several times cheaper.
-template <typename F>
-void dispatch_index(const PoolGeometry& g, F&& body) {
-  const int64_t rows = g.H + 2 * g.padding_h + g.kernel_h + g.stride_h;
-  const int64_t columns = g.W + 2 * g.padding_w + g.kernel_w + g.stride_w;
-  if (!fits_32_bits(g.N * g.C * g.H * g.W) || !fits_32_bits(g.N * g.C * g.OH * g.OW) ||
-      !fits_32_bits(rows) || !fits_32_bits(columns)) {
-    return body(g);
-  }
+inline PoolGeometryOf<int32_t> narrow(const PoolGeometry& g) {
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
   PoolGeometryOf<int32_t> s{};
   s.N = narrow(g.N), s.C = narrow(g.C), s.H = narrow(g.H), s.W = narrow(g.W);
@@ -30,7 +22,15 @@ void dispatch_index(const PoolGeometry& g, F&& body) {
   s.in_h = narrow(g.in_h), s.in_w = narrow(g.in_w);
   s.out_n = narrow(g.out_n), s.out_c = narrow(g.out_c);
   s.out_h = narrow(g.out_h), s.out_w = narrow(g.out_w);
-  return body(s);
+  return s;
+}
+
+// Whether every index into so many images, and every bound of a window, fits into 32 bits.
+inline bool fits_narrow(const PoolGeometry& g, int64_t images) {
+  const int64_t rows = g.H + 2 * g.padding_h + g.kernel_h + g.stride_h;
+  const int64_t columns = g.W + 2 * g.padding_w + g.kernel_w + g.stride_w;
+  return fits_32_bits(images * g.in_n) && fits_32_bits(images * g.out_n) && fits_32_bits(rows) &&
+         fits_32_bits(columns);
 }
 
 // Where one result belongs: the first elements of its input and output planes, its row and column.
@@ -60,6 +60,40 @@ __device__ __forceinline__ Position<I> position_of(I index, const PoolGeometryOf
   }
   // In NCHW planes follow each other at one distance, across channels and images alike.
   return {outer * g.in_c, outer * g.out_c, h, w};
+}
+
+// Stands for NormTag<norm> where a kernel finds out by itself which norm it is: with 64-bit
+// indices, and where a gradient is differentiated. Both are rare.
+struct AnyNorm {};
+
+template <Norm norm, typename A, typename F>
+__device__ __forceinline__ void with_norm(NormTag<norm> tag, A, const F& body) {
+  body(tag);
+}
+template <typename A, typename F>
+__device__ __forceinline__ void with_norm(AnyNorm, A p, const F& body) {
+  if (p == A(1)) {
+    body(NormTag<Norm::kOne>{});
+  } else if (p == A(2)) {
+    body(NormTag<Norm::kTwo>{});
+  } else if (p > std::numeric_limits<A>::max()) {
+    body(NormTag<Norm::kInf>{});
+  } else {
+    body(NormTag<Norm::kGeneral>{});
+  }
+}
+
+// Blocks of kThreads threads that kernels of one result a thread leave registers for. Where nothing
+// is said nvcc moves numbers to local memory for the sake of more of them.
+template <typename T, typename I = int32_t>
+constexpr int kResidentBlocks = sizeof(T) == 8 || sizeof(I) == 8 ? 2 : 4;
+
+// Calls body(norm, geometry) with the geometry in 32 bits, and a kernel of its own for each norm,
+// where every index fits: the divisions that find a result's window are then several times cheaper.
+template <typename F>
+void dispatch_window(const PoolGeometry& g, double p, const F& body) {
+  if (!fits_narrow(g, g.N)) return body(AnyNorm{}, g);
+  dispatch_norm(p, [&](auto tag) { body(tag, narrow(g)); });
 }
 
 }  // namespace mnist_ops::cuda
