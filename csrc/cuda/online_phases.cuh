@@ -125,32 +125,6 @@ struct Divisor {
   }
 };
 
-// Starts to copy `bytes` bytes, 4, 8 or 16, from the workspace to the block's own memory; where
-// the device has no such instruction they are there at once.
-template <int bytes, typename T>
-__device__ __forceinline__ void start_copy(T* to, const T* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const auto here = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const auto there = __cvta_generic_to_global(from);
-  if constexpr (bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(here), "l"(there) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(here), "l"(there), "n"(bytes)
-                 : "memory");
-  }
-#else
-  constexpr int n = bytes / static_cast<int>(sizeof(T));
-  store_pack(to, load_pack<n>(from));
-#endif
-}
-
-// Until the copies that this thread started are there for itself.
-__device__ __forceinline__ void finish_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // The sums over the lanes of a warp of n values: lane i gets that of values[i].
 template <int n, typename T>
 __device__ __forceinline__ T lane_sums(const T (&values)[n], int32_t lane) {
@@ -184,14 +158,13 @@ __device__ __forceinline__ T channel_sum(const T* map, int32_t C, int32_t pixel,
 
 // What a blur reads from the workspace is asked for early: the taps of a short separable kernel go
 // into the block's own memory, behind its planes, and each thread gets the coefficient of its first
-// pixel. To be followed by a finish_copies() of all threads.
+// pixel. To be followed by a wait_for_copies() of all threads.
 template <typename T>
 __device__ __forceinline__ T load_blur(const BlurPlan& b, const Step<T>& s, T* shared) {
   if (b.source != MeanSource::kMap && b.source != MeanSource::kSum) return T(1);
   const int32_t pixels = b.H * b.W, i = thread_index();
   if (blurs_by_short_taps(b) && i < b.taps_w) {
-    start_copy<sizeof(T)>(shared + 2 * pixels + (b.adjoint ? b.taps_w - 1 - i : i),
-                          s.at(b.taps) + i);
+    copy_pack<1>(shared + 2 * pixels + (b.adjoint ? b.taps_w - 1 - i : i), s.at(b.taps) + i);
   }
   return i < pixels ? s.at(b.coef)[i] : T(1);
 }
@@ -212,7 +185,7 @@ __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef,
   T* sum = shared;
   T* mean = shared + pixels;
   const T* short_taps = shared + 2 * pixels;
-  finish_copies();
+  wait_for_copies();
   __syncthreads();
   if (b.separable) {
     for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
@@ -567,7 +540,8 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
     T* to = map + ((k.first - k.top) * t.width + p.padding_w) * p.C;
     for (int32_t i = thread_index(); i < (k.last - k.first) * packs; i += thread_count()) {
       const int32_t row = row_packs.quotient(i);
-      start_copy<16>(to + row * t.width * p.C + (i - row * packs) * kPack, from + i * kPack);
+      copy_pack<kPackSize<T>>(to + row * t.width * p.C + (i - row * packs) * kPack,
+                              from + i * kPack);
     }
     const int32_t o = k.group * G, present = p.O - o < G ? p.O - o : G;
     if (p.flip) {
@@ -576,19 +550,19 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
       for (int32_t i = thread_index(); i < p.C * G * kTaps; i += thread_count()) {
         const int32_t c = i / (G * kTaps), j = i % (G * kTaps), g = j / kTaps;
         if (g < present) {
-          start_copy<sizeof(T)>(weights + c * kFlipStep + g * kTaps + kTaps - 1 - j % kTaps,
-                                source + c * p.O * kTaps + j);
+          copy_pack<1>(weights + c * kFlipStep + g * kTaps + kTaps - 1 - j % kTaps,
+                       source + c * p.O * kTaps + j);
         }
       }
     } else {
       const T* source = s.at(p.weight) + o * p.C * kTaps;
       for (int32_t i = thread_index() * kPack; i < present * p.C * kTaps;
            i += thread_count() * kPack) {
-        start_copy<16>(weights + i, source + i);
+        copy_pack<kPackSize<T>>(weights + i, source + i);
       }
     }
     if (p.bias != kNowhere && thread_index() < present) {
-      start_copy<sizeof(T)>(biases + thread_index(), s.at(p.bias) + o + thread_index());
+      copy_pack<1>(biases + thread_index(), s.at(p.bias) + o + thread_index());
     }
     const int32_t padding = t.width - p.W;
     for (int32_t i = warp; i < (k.last - k.first) * padding; i += warps) {
@@ -636,7 +610,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
       stage(k);
       if (local) load_local(k, warp);
     }
-    finish_copies();
+    wait_for_copies();
     __syncthreads();
     if (local) {
       const int32_t units = (k.last - k.first) * p.W * chunks;
@@ -756,7 +730,7 @@ __device__ __forceinline__ void stage_planes(const Phase& p, const T* x, T* plan
     for (int32_t c = 0; c < p.C; ++c) {
       T* to = planes + c * height * width + i;
       if (inside) {
-        start_copy<sizeof(T)>(to, x + (h * p.W + w) * p.C + c);
+        copy_pack<1>(to, x + (h * p.W + w) * p.C + c);
       } else {
         *to = T(0);
       }
@@ -783,15 +757,15 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   stage_planes(p, x, planes);
   for (int32_t i = thread_index(); i < p.O * taps; i += thread_count()) {
     const int32_t o = by_taps.quotient(i);
-    start_copy<sizeof(T)>(weights + o * step + i - o * taps, s.at(p.weight) + i);
+    copy_pack<1>(weights + o * step + i - o * taps, s.at(p.weight) + i);
   }
   if (p.bias != kNowhere) {
     for (int32_t o = thread_index(); o < p.O; o += thread_count()) {
-      start_copy<sizeof(T)>(biases + o, s.at(p.bias) + o);
+      copy_pack<1>(biases + o, s.at(p.bias) + o);
     }
   }
   const T* mean = prepare_mean(p.blur, s, x, shared + p.tile.memory);
-  finish_copies();
+  wait_for_copies();
   __syncthreads();
   if (mean != nullptr) {
     for (int32_t i = thread_index(); i < p.H * p.W; i += thread_count()) {
@@ -1012,8 +986,8 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
     for (int32_t i = thread_index(); i < pixels * packs; i += thread_count()) {
       const int32_t pixel = by_pack.quotient(i), at = (i - pixel * packs) * kPack;
       const int32_t h = across.quotient(pixel), w = pixel - h * p.W;
-      start_copy<16>(map + (h * t.width + w + p.padding_w) * t.group + at,
-                     x + pixel * p.C + c0 + at);
+      copy_pack<kPackSize<T>>(map + (h * t.width + w + p.padding_w) * t.group + at,
+                              x + pixel * p.C + c0 + at);
     }
     T old[kOld] = {}, old_bias = T(0);
 #pragma unroll
@@ -1036,7 +1010,7 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
       }
       return mean;
     });
-    finish_copies();
+    wait_for_copies();
     __syncthreads();
     for (int32_t unit = warp; unit < t.parts * chunks * K; unit += warps) {
       const int32_t group = unit / K, kh = unit - group * K;
@@ -1129,7 +1103,7 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
       }
       return mean;
     });
-    finish_copies();
+    wait_for_copies();
     __syncthreads();
     for (int32_t c = 0; c < p.C; ++c) {
       T sum[kTaps] = {};
@@ -1414,9 +1388,9 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
     const T own_coef = load_blur(b, s, shared);
     for (int32_t i = thread_index(); i < p.C; i += thread_count()) {
       const int32_t pixel = by_channel.quotient(i);
-      start_copy<sizeof(T)>(vector + (i - pixel * channels) * pixels + pixel, x + i);
+      copy_pack<1>(vector + (i - pixel * channels) * pixels + pixel, x + i);
     }
-    finish_copies();
+    wait_for_copies();
     __syncthreads();
     if (sums) {
       for (int32_t i = warp; i < pixels; i += warps) {
@@ -1495,19 +1469,19 @@ __device__ __forceinline__ void start_head(const HeadPlan& head, const Step<T>& 
   T* x = shared;
   T* biases = x + 2 * n + 3 * head.classes;
   for (int32_t i = thread_index(); i < n; i += thread_count()) {
-    start_copy<sizeof(T)>(x + i, input + i);
+    copy_pack<1>(x + i, input + i);
   }
   for (int32_t i = thread_index(); i < head.classes; i += thread_count()) {
     if (head.bias == kNowhere) {
       biases[i] = T(0);
     } else {
-      start_copy<sizeof(T)>(biases + i, s.at(head.bias) + i);
+      copy_pack<1>(biases + i, s.at(head.bias) + i);
     }
   }
   if (!head.staged) return;
   T* weights = biases + head.classes;
   for (int32_t i = thread_index(); i < n * head.classes; i += thread_count()) {
-    start_copy<sizeof(T)>(weights + i, s.at(head.weight) + i);
+    copy_pack<1>(weights + i, s.at(head.weight) + i);
   }
 }
 
@@ -1523,7 +1497,7 @@ __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, int32_t n, 
   T* grad = output + classes;
   const T* biases = grad + classes;
   const T* weight = head.staged ? biases + classes : s.at(head.weight);
-  finish_copies();
+  wait_for_copies();
   __syncthreads();
   for (int32_t o = thread_index() / kWarp; o < classes; o += warps) {
     T sum = T(0);
