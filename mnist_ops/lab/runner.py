@@ -881,6 +881,8 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
         }
         changed, missing = 0, {}
         for folder, run in ours.items():
+            if not run["epochs"]:
+                continue
             known = runs.setdefault(folder, run)
             if known is not run and (found := records.difference(known, run, True)):
                 raise RunError(f"{folder.name} of {run['experiment']}: {path} has it with {found}")

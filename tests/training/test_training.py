@@ -292,6 +292,10 @@ class TestFit:
         expected = -output[torch.arange(30), TEST[1]].mean().item()
         assert result.test_loss == pytest.approx(expected, rel=1e-12)
         assert sum(map(sum, result.confusion)) == 30
+        counts = torch.zeros(len(result.train_confusion), len(result.train_confusion))
+        for target, prediction in zip(TRAIN[1][order], predictions, strict=True):
+            counts[target, prediction] += 1
+        assert result.train_confusion == counts.tolist()
         assert result.learning_rate == 0.02
 
     def test_learning_rate_of_each_epoch(self):
@@ -791,7 +795,7 @@ class TestResume:
         assert {name: float(value) for name, value in row.items()} == {
             name: value
             for name, value in vars(result).items()
-            if name not in ("curve", "confusion")
+            if name not in ("curve", "confusion", "train_confusion")
         }
 
     def test_earlier_checkpoint_is_kept(self, tmp_path):
