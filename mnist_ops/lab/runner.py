@@ -872,11 +872,13 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
     out, path = Path(out).resolve(), Path(results).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        there = {"format": 1, "environment": environment(), "runs": []}
+        there: dict[str, Any] = {"format": 1, "environment": environment(), "runs": []}
         if path.exists():
             there = records.read_results(path)
         runs = {records.folder(out, run): run for run in there["runs"]}
-        ours = {records.folder(out, run): run for run in collect(out)["runs"]} | {
+        ours: dict[Path, dict[str, Any]] = {
+            records.folder(out, run): run for run in collect(out)["runs"]
+        } | {
             folder: run for folder, run in _known(out).items() if not (folder / "run.json").exists()
         }
         changed, missing = 0, {}
