@@ -7,7 +7,7 @@
     python examples/reproduce.py --candidates relu               # guesses at an unknown column
     python examples/reproduce.py --plan full --minutes 150 --jobs 2   # all that they need
 
-Results are in --out: results.json, a CSV and a PNG for each table, summary.md and report.html.
+Results are in --out: results.json, and made from it report-1.md, report-2.md and report.html.
 Kill it at any moment; --resume goes on after the last complete epoch of each run. What --out holds
 must have been made with the same settings, limit, data and kind of device; of epochs it may hold
 more than are asked for, or fewer.
@@ -22,7 +22,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,12 +32,12 @@ try:
         command_line,
         derivations,
         experiments,
-        figures,
-        html_report,
+        pages,
         plan,
         records,
         reports,
         runner,
+        statistics,
         tables,
     )
     from mnist_ops.mnist import data
@@ -55,7 +54,7 @@ EXTRAS = {
     ),
     "gallery": (
         "report 1, section 3.2",
-        "what each normalization does to the digits: normalization.png",
+        "what each normalization does to the digits: figures/normalization.png",
     ),
 }
 
@@ -181,36 +180,22 @@ def show_list() -> None:
 
 
 def report(args: argparse.Namespace, results: dict) -> list[str]:
-    """Write CSV and figures; the tables to print."""
-    lines = []
-    for number in args.table:
-        table = experiments.TABLES[number]
-        lines.append(f"\n{tables.text(table, results)}")
-        cells = tables.compare(table, results)
-        tables.write_csv(args.out / f"table_{number}.csv", [asdict(cell) for cell in cells])
-        names = set(table.columns.values())
-        runs = [run for run in results["runs"] if run["experiment"] in names and run["epochs"]]
-        if runs:
-            figures.group_curves(runs, experiments.EXPERIMENTS, args.out / f"table_{number}.png")
+    """The tables to print."""
+    runs = statistics.usable(results["runs"])
+    lines = [f"\n{tables.text(experiments.TABLES[number], runs)}" for number in args.table]
     for column in args.candidates:
         lines.append(
-            f"\nGuesses at {column}, closest first: training and test of epoch 1, digits apart"
+            f"\nGuesses at {column}, closest first: training and test of epoch 1, images apart"
         )
-        rows = []
-        for guess, cells in tables.candidates(experiments.EXPERIMENTS[column], results):
-            first = [cell for cell in cells if cell.epoch == 1]
-            if first:
-                ours = " / ".join(f"{reports.cut(cell.ours)} ({cell.samples:+d})" for cell in first)
+        for guess, cells in tables.candidates(experiments.EXPERIMENTS[column], runs):
+            if cells:
+                ours = " / ".join(f"{reports.cut(cell.ours)} ({cell.images:+d})" for cell in cells)
                 lines.append(f"  {ours:34s} {guess.title}")
-            rows += [{"title": guess.title} | asdict(cell) for cell in cells]
-        tables.write_csv(args.out / f"candidates_{column}.csv", rows)
-    drift = tables.spread(results)
-    tables.write_csv(args.out / "spread.csv", drift)
     if args.perturb:
         lines.append(
-            "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, digits right"
+            "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, images right"
         )
-        for row in drift:
+        for row in tables.spread(results):
             lines.append(
                 f"  {row['experiment']} ({row['dtype']}), epoch {row['epoch']}, "
                 f"{row['runs']} runs: "
@@ -221,9 +206,7 @@ def report(args: argparse.Namespace, results: dict) -> list[str]:
 
 
 def extras(args: argparse.Namespace) -> list[str]:
-    """Draw what normalization does to the digits; the check of the derivations to print."""
-    if "gallery" in args.experiment or args.report:
-        figures.normalization_gallery(args.out / "normalization.png", root=args.data)
+    """The check of the derivations to print."""
     if "derivations" in args.experiment or args.report:
         title = "The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed"
         return [title, *(f"  {row}" for row in derivations.check())]
@@ -297,14 +280,11 @@ def run() -> int:
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     results = records.read_results(args.out / "results.json")
-    if args.data is not None:
-        results["options"] = {"data": str(args.data)}
     # Files before lines: there may be nobody who reads these.
-    lines = extras(args) + report(args, results)
-    html_report.write_report(results, experiments.EXPERIMENTS, args.out)
-    for line in lines:
+    pages.write(results, args.out, args.data)
+    for line in extras(args) + report(args, results):
         print(line)
-    print(f"{args.out} holds results.json, and made from it summary.md, report.html and tables")
+    print(f"{args.out} holds results.json, and made from it report-1.md, report-2.md, report.html")
     return 1 if failures else 0
 
 

@@ -95,6 +95,12 @@ def _report_2_sigmoid(x: Tensor, beta: float) -> Tensor:
     return y * (1 - y)
 
 
+def _report_2_quotient(x: Tensor, beta: float) -> Tensor:
+    weights = torch.exp(-beta * x)
+    total = weights.sum()
+    return (-beta * weights * total - weights * (-beta * weights)) / total
+
+
 def _report_2_diagonal(x: Tensor, beta: float) -> Tensor:
     y = beta * _gibbs(x, beta)
     return -y * (1 - y)
@@ -146,6 +152,11 @@ LINES: tuple[Line, ...] = (
         "1 - e^-x should be 1 + e^-x",
     ),
     Line("report 2, 1.1, result", "y (1 - y)", "dy/dx", _true_sigmoid),
+    Line(
+        "report 2, 1.2, i = j, first",
+        "(-b e^(-b x_i) S - e^(-b x_i) (-b e^(-b x_i))) / S, S = sum_k e^(-b x_k)", "dy_i/dx_i",
+        _report_2_quotient, "the denominator lacks its square: S should be S^2",
+    ),
     Line(
         "report 2, 1.2, i = j, middle", "-b y_i (1 - b y_i)", "dy_i/dx_i", _report_2_diagonal,
         "the second b is one too many",

@@ -9,34 +9,34 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..training import EpochResult, write_atomically
-from . import statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .statistics import Run
+
 __all__ = [
     "STYLE",
-    "Experiment",
+    "Line",
     "accuracy_curves",
     "confusion",
+    "curves",
     "filters",
-    "group_curves",
     "mistakes",
     "normalization_gallery",
-    "report_curves",
+    "png",
 ]
 
 _TRAINING, _TEST = "#1f6fb4", "#d1495b"
 
 #: Okabe and Ito's palette without its yellow, which is too light for lines.
 _COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH = 3.5
 _DPI = 200
 #: Letters, spines and grid of all figures, for :func:`matplotlib.rc_context`.
@@ -53,35 +53,11 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "grid.color": "0.9",
 }
-# Where all accuracies lie above this, their axis is linear.
-_LINEAR_FROM = 94.0
+# From so many epochs on the first one is left out of the axes' range.
+_MANY = 8
 
 #: A file to write to: a path, whose ending chooses the format, or a binary file, which gets a PNG.
 Target = str | os.PathLike[str] | BinaryIO
-
-
-class Experiment(Protocol):
-    """What figures and reports need to know about an experiment."""
-
-    @property
-    def name(self) -> str:
-        """As in runs and on the command line."""
-
-    @property
-    def title(self) -> str:
-        """One line for people."""
-
-    @property
-    def section(self) -> str:
-        """Where it is reported."""
-
-    @property
-    def group(self) -> str:
-        """Experiments of one group share a figure."""
-
-    @property
-    def reported(self) -> Mapping[int, tuple[float | None, float | None]]:
-        """For each epoch training and test accuracy in % as printed; either may be None."""
 
 
 @contextmanager
@@ -107,65 +83,11 @@ def _save(figure: Any, path: Target, dpi: int) -> None:
         figure.savefig(path, dpi=dpi, format="png")
 
 
-def _accuracy_axis(axis: Any, values: Sequence[float]) -> None:
-    """Limits and scale of an axis of accuracies in %.
-
-    Runs at 10 % and at 99.5 % in one figure: beyond 6 points of range the scale is logarithmic in
-    the errors, so that 99 and 99.9 are as far apart as 90 and 99.
-    """
-    import numpy as np
-    from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
-
-    axes = axis.axes
-    name = "y" if axis is axes.yaxis else "x"
-    limits = getattr(axes, f"set_{name}lim")
-    lowest, highest = min(values), max(values)
-    if lowest >= _LINEAR_FROM:
-        span = max(highest - lowest, 0.05)
-        limits(lowest - 0.08 * span, min(highest + 0.08 * span, 100 + 0.03 * span))
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axis.set_label_text("accuracy (%)")
-    else:
-        # One error in 5,000 is the end of the scale: 100 % has a place on it.
-        end = 100.02
-
-        def forward(x: Any) -> Any:
-            return -np.log10(np.maximum(end - np.asarray(x), 1e-3))
-
-        def inverse(x: Any) -> Any:
-            return end - 10.0 ** -np.asarray(x)
-
-        getattr(axes, f"set_{name}scale")("function", functions=(forward, inverse))
-        low, high = forward(lowest), forward(highest)
-        margin = 0.07 * max(float(high - low), 0.3)
-        limits(max(0.0, float(inverse(low - margin))), float(inverse(min(high + margin, 1.75))))
-        bottom, top = getattr(axes, f"get_{name}lim")()
-        # The round ones first, the others where there is room.
-        space = float(forward(top) - forward(bottom)) / (9 if name == "y" else 7)
-        shown: list[float] = []
-        for tick in (90, 99, 99.9, 10, 100, 50, 95, 98, 99.5, 80, 70, 30):
-            apart = [abs(float(forward(tick) - forward(other))) for other in shown]
-            if bottom <= tick <= top and min(apart, default=space) >= space:
-                shown.append(tick)
-        axis.set_major_locator(FixedLocator(sorted(shown)))
-        axis.set_minor_locator(NullLocator())
-        axis.set_label_text("accuracy (%)" + (", " if name == "y" else "\n") + "log of errors")
-    axis.set_major_formatter(FormatStrFormatter("%g"))
-
-
-def _epoch_axis(axes: Any, epochs: Sequence[int]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    room = max(0.08, 0.03 * (epochs[-1] - epochs[0]))
-    axes.set_xlim(epochs[0] - min(room, 0.9), epochs[-1] + room)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
-
-
-def _look(index: int) -> tuple[str, str]:
-    """Colour and marker of the experiment with this index; pairs repeat after 49."""
-    turn = index // len(_COLORS)
-    return _COLORS[index % len(_COLORS)], _MARKERS[(index + turn) % len(_MARKERS)]
+def png(draw: Callable[..., None], *args: Any, **options: Any) -> bytes:
+    """The PNG that ``draw(*args, path, **options)`` would write; ``path`` is passed by name."""
+    buffer = io.BytesIO()
+    draw(*args, path=buffer, **options)
+    return buffer.getvalue()
 
 
 def accuracy_curves(
@@ -202,13 +124,8 @@ def accuracy_curves(
         for i, value in enumerate(result.curve)
     ]
     if within:
-        axes.plot(
-            *zip(*within, strict=True),
-            color=_TRAINING,
-            alpha=0.35,
-            linewidth=1,
-            label="training, within the epoch",
-        )
+        thin: dict[str, Any] = {"color": _TRAINING, "alpha": 0.35, "linewidth": 1}
+        axes.plot(*zip(*within, strict=True), label="training, within the epoch", **thin)
     style: dict[str, Any] = {"linewidth": 1.6, "markersize": 5, "zorder": 3}
     axes.plot(epochs, training, "o-", color=_TRAINING, label="training, whole epoch", **style)
     axes.plot(epochs, test, "s-", color=_TEST, label="test", **style)
@@ -220,7 +137,7 @@ def accuracy_curves(
         axes.scatter([], [], edgecolors="0.4", label="printed in the report", **ring)
 
     lowest = min(training + test)
-    # The first digits of a run are guesses: the axis is for the epochs, not for them.
+    # The first images of a run are guesses: the axis is for the epochs, not for them.
     margin = max(0.25, (100.0 - lowest) * (1.5 if len(history) == 1 else 0.25))
     axes.set_ylim(max(0.0, lowest - margin), 100.0 + 0.05 * min(100.0, 100.0 - lowest + margin))
     axes.set_xlim(epochs[0] - 1, epochs[-1] + max(0.08, 0.03 * len(epochs)))
@@ -237,233 +154,105 @@ def accuracy_curves(
     _save(figure, path, 150)
 
 
-def group_curves(
-    runs: Iterable[statistics.Run],
-    experiments: Mapping[str, Experiment],
-    path: Target,
-    title: str = "",
-) -> None:
-    """Draw the accuracies of several experiments over the epochs into a file.
+class Line(NamedTuple):
+    """One experiment in a figure.
 
-    One colour an experiment, test accuracy solid, training accuracy dashed; lines are means over
-    seeds, bands reach from the lowest to the highest; open circles are the report's numbers, test
-    large and training small. Runs of a single epoch make a row of dots an experiment instead.
-
-    Args:
-        runs: as in :mod:`mnist_ops.lab.statistics`, of any experiments.
-        experiments: those to draw, in this order; what has no runs is left out.
-        path: the file; its ending chooses the format. Or a binary file, which gets a PNG.
-        title: above the figure.
-
-    Raises:
-        ValueError: if no experiment has an epoch with a finite accuracy.
+    Attributes:
+        label: in the legend.
+        runs: its runs by seed.
+        printed: for each epoch the printed training and test accuracy; either may be ``None``.
     """
-    runs = list(runs)
-    summaries = {name: statistics.summary(runs, name) for name in experiments}
-    summaries = {
-        name: epochs
-        for name, epochs in summaries.items()
-        if any(e.train.n or e.test.n for e in epochs.values())
-    }
-    if not summaries:
-        raise ValueError("group_curves: runs hold no epoch of these experiments")
-    if max(max(epochs) for epochs in summaries.values()) == 1:
-        _dots(runs, summaries, experiments, path, title)
-        return
 
-    from matplotlib.lines import Line2D
-
-    rows = math.ceil(len(summaries) / (1 if max(map(len, summaries)) > 20 else 2)) + 2
-    with _canvas(path, 2.5 + 0.17 * rows) as figure:
-        axes = figure.subplots()
-        values: list[float] = []
-        circles = False
-        for index, (name, epochs) in enumerate(summaries.items()):
-            color, marker = _look(index)
-            for column, style, width in (("test", "-", 1.5), ("train", "--", 1.1)):
-                samples = {e: getattr(s, column) for e, s in epochs.items()}
-                samples = {e: sample for e, sample in samples.items() if sample.n}
-                x = list(samples)
-                axes.plot(
-                    x,
-                    [s.mean for s in samples.values()],
-                    style,
-                    color=color,
-                    linewidth=width,
-                    marker=marker if len(x) <= 12 else None,
-                    markersize=3,
-                )
-                low, high = ([getattr(s, end) for s in samples.values()] for end in ("low", "high"))
-                values += low + high
-                if any(s.n > 1 for s in samples.values()):
-                    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-                part = 1 if column == "test" else 0
-                printed = {
-                    e: pair[part]
-                    for e, pair in experiments[name].reported.items()
-                    if pair[part] is not None and e <= max(epochs)
-                }
-                if printed:
-                    circles = True
-                    values += [float(v) for v in printed.values() if v is not None]
-                    size = 30 if part else 14
-                    if len(printed) > 12:
-                        size //= 2
-                    axes.scatter(
-                        list(printed),
-                        list(printed.values()),
-                        s=size,
-                        facecolors="none",
-                        edgecolors=color,
-                        linewidths=0.8,
-                        zorder=4,
-                    )
-        _accuracy_axis(axes.yaxis, values)
-        _epoch_axis(axes, sorted({e for epochs in summaries.values() for e in epochs}))
-        handles = [
-            Line2D([], [], color=_look(i)[0], marker=_look(i)[1], markersize=3, label=name)
-            for i, name in enumerate(summaries)
-        ]
-        grey: dict[str, Any] = {"color": "0.35"}
-        handles.append(Line2D([], [], linestyle="-", label="test", **grey))
-        handles.append(Line2D([], [], linestyle="--", label="training", **grey))
-        if circles:
-            ring: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": ""}
-            handles.append(Line2D([], [], label="printed in the report", **ring, **grey))
-        columns = 1 if max(map(len, summaries)) > 20 else 2
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=columns,
-            frameon=False,
-            columnspacing=1.0,
-            handlelength=1.8,
-            labelspacing=0.3,
-        )
-        if title:
-            axes.set_title(title)
+    label: str
+    runs: Mapping[int, Run]
+    printed: Mapping[int, tuple[float | None, float | None]]
 
 
-def _dots(
-    runs: Sequence[statistics.Run],
-    summaries: Mapping[str, Mapping[int, statistics.EpochSummary]],
-    experiments: Mapping[str, Experiment],
-    path: Target,
-    title: str,
+def curves(
+    lines: Sequence[Line], path: Target, points: str = "printed", last: int | None = None
 ) -> None:
-    """One epoch: a row an experiment, a faint dot a seed, the mean, the report's number."""
-    from matplotlib.lines import Line2D
+    """Draw training and test accuracy of experiments over the epochs, a panel each.
 
-    with _canvas(path, 1.25 + 0.32 * len(summaries)) as figure:
-        axes = figure.subplots()
-        values: list[float] = []
-        looks = (
-            ("test_accuracy", "o", _COLORS[1], -0.13),
-            ("train_accuracy", "s", _COLORS[2], 0.13),
-        )
-        for row, name in enumerate(summaries):
-            for part, (key, marker, color, shift) in enumerate(looks):
-                seeds = [
-                    entry.get(key)
-                    for run in statistics.one_run_per_seed(runs, name).values()
-                    for entry in run["epochs"]
-                ]
-                sample = statistics.mean_std(seeds)
-                if sample.n:
-                    axes.plot(sample.mean, row + shift, marker, color=color, markersize=4.5)
-                    values += [sample.low, sample.high]
-                if sample.n > 1:
-                    known = [x for x in seeds if isinstance(x, (int, float)) and math.isfinite(x)]
-                    axes.plot(
-                        known,
-                        [row + shift] * len(known),
-                        "|",
-                        color=color,
-                        alpha=0.6,
-                        markersize=8,
-                    )
-                printed = experiments[name].reported.get(1, (None, None))[1 - part]
-                if printed is not None:
-                    values.append(printed)
-                    axes.plot(
-                        printed,
-                        row + shift,
-                        "o",
-                        markerfacecolor="none",
-                        markeredgecolor="0.2",
-                        markersize=8,
-                        markeredgewidth=0.8,
-                    )
-        _accuracy_axis(axes.xaxis, values)
-        axes.set_yticks(range(len(summaries)), list(summaries))
-        axes.set_ylim(len(summaries) - 0.5, -0.5)
-        handles = [
-            Line2D([], [], marker=marker, color=color, linestyle="", markersize=4.5, label=label)
-            for (_, marker, color, _), label in zip(looks, ("test", "training"), strict=True)
-        ]
-        ring: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "color": "0.2"}
-        handles.append(Line2D([], [], label="report", linestyle="", **ring))
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.2
-        )
-        axes.set_title(title or "after one epoch")
-
-
-def report_curves(
-    runs: Iterable[statistics.Run],
-    experiment: str,
-    reported: Mapping[int, tuple[float | None, float | None]],
-    path: Target,
-    title: str = "",
-) -> None:
-    """Draw an experiment's accuracies over a report's curve, such as report 2's figure 1.
+    A line is the run of the lowest seed, a band reaches from the lowest to the highest seed, open
+    circles are the report's numbers. Of many epochs the first may lie below the panel.
 
     Args:
-        runs: as in :mod:`mnist_ops.lab.statistics`.
-        experiment: its name in the runs.
-        reported: for each epoch training and test accuracy in %, either may be ``None``; all of it
-            is drawn, however far the runs go: :data:`mnist_ops.lab.reports.FIGURES`.
+        lines: one or more experiments.
         path: the file, or a binary file.
-        title: above the figure.
+        points: what the circles are, for the legend.
+        last: the last epoch to draw; otherwise that of the longest.
 
     Raises:
-        ValueError: if neither runs nor report hold an accuracy.
+        ValueError: if there is neither a run nor a printed number.
     """
-    summary = statistics.summary(runs, experiment)
-    with _canvas(path, 3.0) as figure:
-        axes = figure.subplots()
-        values: list[float] = []
-        for part, column, color in ((1, "test", _COLORS[1]), (0, "train", _COLORS[2])):
-            words = "test" if part else "training"
-            # A missing value is a gap in the line.
-            x = sorted(reported)
-            y = [math.nan if reported[e][part] is None else reported[e][part] for e in x]
-            known = [float(v) for v in y if v is not None and math.isfinite(v)]
-            if known:
-                values += known
-                axes.plot(
-                    x, y, "o-", color=color, alpha=0.45, linewidth=0.8, markersize=2.5,
-                    markerfacecolor="none", label=f"{words}, report",
-                )  # fmt: skip
-            samples = {e: getattr(s, column) for e, s in summary.items() if getattr(s, column).n}
-            if samples:
-                low, high = ([getattr(s, k) for s in samples.values()] for k in ("low", "high"))
-                values += low + high
-                axes.fill_between(list(samples), low, high, color=color, alpha=0.2, linewidth=0)
-                axes.plot(
-                    list(samples), [s.mean for s in samples.values()], color=color,
-                    linewidth=1.8, marker="o" if len(samples) == 1 else None,
-                    label=f"{words}, here",
-                )  # fmt: skip
-        if not values:
-            raise ValueError("report_curves: neither runs nor reported hold an accuracy")
-        _accuracy_axis(axes.yaxis, values)
-        _epoch_axis(axes, sorted({*reported, *summary}))
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    handles: list[Any] = []
+    bands = rings = False
+    ends = [len(run["epochs"]) for line in lines for run in line.runs.values()]
+    last = last or max([0, *ends, *(max(line.printed, default=0) for line in lines)])
+    if not last:
+        raise ValueError("curves: lines hold neither a run nor a printed number")
+    height = 3.6 + 0.17 * math.ceil((len(lines) + 2) / 2)
+    with _canvas(path, height) as figure:
+        panels = figure.subplots(2, 1, sharex=True)
+        for part, (axes, split) in enumerate(zip(panels, ("train", "test"), strict=True)):
+            inside: list[float] = []
+
+            def show(epochs: Sequence[int], values: Sequence[float], inside=inside) -> None:
+                many = last >= _MANY
+                inside += [y for x, y in zip(epochs, values, strict=True) if x > 1 or not many]
+
+            for color, line in zip(_COLORS * len(lines), lines, strict=False):
+                rows = [
+                    [epoch[f"{split}_accuracy"] for epoch in run["epochs"][:last]]
+                    for _, run in sorted(line.runs.items())
+                ]
+                if rows:
+                    x = range(1, len(rows[0]) + 1)
+                    mark = "o" if len(rows[0]) == 1 else None
+                    axes.plot(x, rows[0], color=color, linewidth=1.3, marker=mark, markersize=3)
+                    show(x, rows[0])
+                several = sorted(map(len, rows))[-2] if len(rows) > 1 else 0
+                if several:
+                    bands = True
+                    there = [[r[i] for r in rows if len(r) > i] for i in range(several)]
+                    low, high = [min(y) for y in there], [max(y) for y in there]
+                    x = range(1, several + 1)
+                    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+                    show(x, low)
+                    show(x, high)
+                known = {e: p[part] for e, p in line.printed.items() if p[part] is not None}
+                if known:
+                    rings = True
+                    size = 14 if len(known) > _MANY else 26
+                    ring: dict[str, Any] = {"facecolors": "none", "linewidths": 0.8, "zorder": 4}
+                    axes.scatter(
+                        list(known), list(known.values()), s=size, edgecolors=color, **ring
+                    )
+                    show(list(known), [float(y) for y in known.values() if y is not None])
+                if part == 0:
+                    handles.append(Line2D([], [], color=color, label=line.label))
+            low_end, high_end = (min(inside), max(inside)) if inside else (0.0, 100.0)
+            span = max(high_end - low_end, 0.05)
+            axes.set_ylim(low_end - 0.07 * span, high_end + 0.07 * span)
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            axes.ticklabel_format(useOffset=False)
+            axes.set_ylabel(f"{'training' if part == 0 else 'test'} (%)")
+        panels[1].set_xlim(1 - max(0.1, 0.02 * last), last + max(0.1, 0.02 * last))
+        panels[1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        panels[1].set_xlabel("epoch")
+        if bands:
+            handles.append(Patch(color="0.5", alpha=0.3, linewidth=0, label="all seeds"))
+        if rings:
+            hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": ""}
+            handles.append(Line2D([], [], color="0.3", markersize=5, label=points, **hollow))
         figure.legend(
-            loc="outside lower center", ncols=2, frameon=False, columnspacing=1.0, labelspacing=0.3
-        )
-        if title:
-            axes.set_title(title)
+            handles=handles, loc="outside lower center", ncols=2, frameon=False,
+            columnspacing=1.2, handlelength=1.6, labelspacing=0.3,
+        )  # fmt: skip
 
 
 def _bare(axes: Any) -> None:
@@ -481,7 +270,7 @@ def normalization_gallery(
 ) -> None:
     """Draw digits as they are and after each normalization of report 1's Table 3.2.
 
-    Rows: pixels; global normalization; with Gaussian1D(7); with Gaussian1D(15). Each row has a grey
+    Rows: pixels; global normalization; with Gaussian1D(7), (15) and (21). Each row has a grey
     scale of its own, the same for its digits.
 
     Args:
@@ -509,9 +298,10 @@ def normalization_gallery(
         "global": normal,
         "Gaussian1D(7)": data.local_norm(normal, 7),
         "Gaussian1D(15)": data.local_norm(normal, 15),
+        "Gaussian1D(21)": data.local_norm(normal, 21),
     }
     width = _WIDTH - 0.95
-    with _canvas(path, 4 * width / len(indices) * 1.04 + 0.1) as figure:
+    with _canvas(path, len(rows) * width / len(indices) * 1.04 + 0.1) as figure:
         grid = figure.subplots(len(rows), len(indices), squeeze=False)
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         for axes_row, (name, row) in zip(grid, rows.items(), strict=True):
@@ -599,7 +389,7 @@ def confusion(counts: Sequence[Sequence[int]], path: Target, title: str = "") ->
         axes.tick_params(length=0)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
-        axes.set_title(title or f"{wrong:,} of {int(matrix.sum()):,} digits wrong")
+        axes.set_title(title or f"{wrong:,} of {int(matrix.sum()):,} images wrong")
 
 
 def _square(i: int) -> Any:
@@ -644,13 +434,3 @@ def mistakes(
             percent = "" if sure is None else f", {100 * sure:.0f} %"
             axes.set_title(f"{item['true']} as {item['predicted']}{percent}", fontsize=8, pad=2)
             axes.set_xlabel(f"no. {item['index']}", fontsize=8, labelpad=1, color="0.35")
-
-
-def png(draw: Callable[..., None], *args: Any, **options: Any) -> bytes:
-    """The PNG that ``draw(*args, path, **options)`` would write.
-
-    ``path`` is passed by name.
-    """
-    buffer = io.BytesIO()
-    draw(*args, path=buffer, **options)
-    return buffer.getvalue()

@@ -1,258 +1,280 @@
-"""A run's digits beside the printed ones: the tables of report 1, guesses, and rounding's reach.
+"""A run's numbers beside the printed ones: tables, guesses, the authors' logs, rounding's reach.
 
-Everything here reads what :func:`mnist_ops.lab.runner.collect` returns.
+Runs are records of ``results.json``. What is compared with print is seed 1, the original's; the
+report cuts its numbers (:func:`mnist_ops.lab.reports.cut`), and so does every comparison here.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .. import training
-from . import records
+from . import records, reports, statistics
 from .experiments import CANDIDATES, Experiment, Table
 from .reports import cut
+from .statistics import Run, Sample
 
 __all__ = [
+    "SPLITS",
     "Cell",
+    "LogComparison",
+    "authors_log",
     "candidates",
-    "columns",
+    "column_verdict",
     "compare",
-    "samples_apart",
+    "confusion_cells",
+    "images_apart",
+    "signed",
     "spread",
     "text",
-    "verdict",
-    "write_csv",
 ]
 
-Run = Mapping[str, Any]
-
-# Training and test: the names in the records and the number of digits.
-_SPLITS = (("training", "train_accuracy", 60_000), ("test", "test_accuracy", 10_000))
+#: Training and test: the names in the records.
+SPLITS = {"training": "train_accuracy", "test": "test_accuracy"}
 
 
-def samples_apart(accuracy: float, printed: float, total: int, decimals: int = 2) -> int:
-    """How many digits more (or fewer: negative) are right than would print as ``printed``.
-
-    Report 1 cuts its numbers off instead of rounding them, see :func:`mnist_ops.lab.reports.cut`.
+def images_apart(accuracy: float, printed: float, total: int) -> int:
+    """How many images more (or fewer: negative) are right than would print as ``printed``.
 
     Args:
-        accuracy: in %, of ``total`` digits.
-        printed: in %, cut off.
-        total: digits counted.
-        decimals: printed after the point.
+        accuracy: in %, of ``total`` images.
+        printed: in %, cut off after two decimals.
+        total: images counted.
 
     Example::
 
-        >>> samples_apart(99.48, 99.47, 10_000)
+        >>> images_apart(99.48, 99.47, 10_000)
         1
-        >>> samples_apart(96.718, 96.71, 60_000)
+        >>> images_apart(96.718, 96.71, 60_000)
         0
     """
     right = round(accuracy * total / 100)
-    scale = 10**decimals
-    unit = round(printed * scale)
-    # In integers: unit <= 100 scale right / total < unit + 1.
-    low = -(-unit * total // (100 * scale))
-    high = -(-(unit + 1) * total // (100 * scale)) - 1
+    unit = round(printed * 100)
+    # In integers: unit <= 10000 right / total < unit + 1.
+    low = -(-unit * total // 10_000)
+    high = -(-(unit + 1) * total // 10_000) - 1
     return right - min(max(right, low), high)
+
+
+def signed(images: int | None) -> str:
+    """``0``, ``+3``, ``−12``; a dash for ``None``."""
+    return "–" if images is None else f"{images:+d}".replace("-", "−") if images else "0"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One printed number and ours. ``samples`` is :func:`samples_apart`, ``None`` without both."""
+    """One printed number and ours.
 
-    table: str
+    Attributes:
+        column: the table's heading.
+        experiment: behind it.
+        run: of seed 1; ``None`` where there is none.
+        epoch: as the run counts.
+        split: ``"training"`` or ``"test"``.
+        printed: ``None`` where a dash is printed.
+        ours: of seed 1.
+        images: :func:`images_apart`, ``None`` without both.
+        seeds: over all seeds that reach this epoch.
+    """
+
     column: str
     experiment: str
-    dtype: str
+    run: Run | None
     epoch: int
     split: str
-    ours: float | None
     printed: float | None
-    samples: int | None
+    ours: float | None
+    images: int | None
+    seeds: Sample | None
 
 
-def _runs_of(results: Mapping[str, Any], name: str) -> list[Run]:
-    """The runs to print: with all of MNIST's digits, seed 1, as they are; float64 first."""
-    runs = [
-        run
-        for run in results["runs"]
-        if run["experiment"] == name
-        and run["seed"] == 1
-        and records.of_mnist(run)
-        and run["perturbed_weight"] is None
-        and run["epochs"]
-    ]
-    return sorted(runs, key=lambda run: run["dtype"], reverse=True)
+def images_of(run: Run, split: str) -> int:
+    """How many images make 100 %."""
+    if split == "test":
+        return sum(map(sum, run["epochs"][0]["confusion"]))
+    return int(run["limit"] or 60_000)
 
 
 def _cells(
-    table: str,
     column: str,
     experiment: str,
-    run: Run,
     printed: Mapping[int, tuple[float | None, float | None]],
+    runs: Sequence[Run],
 ) -> Iterable[Cell]:
-    ours = {result["epoch"]: result for result in run["epochs"]}
+    # The run that has most of the column; of equals the one that statistics takes, too.
+    every = [statistics.by_seed(runs, experiment, epoch).get(1) for epoch in sorted(printed)]
+    run = next((run for run in reversed(every) if run is not None), None)
     for epoch, pair in printed.items():
-        for (split, key, total), value in zip(_SPLITS, pair, strict=True):
-            accuracy = ours[epoch][key] if epoch in ours else None
-            apart = (
-                samples_apart(accuracy, value, total)
-                if accuracy is not None and value is not None
-                else None
-            )
-            yield Cell(
-                table, column, experiment, run["dtype"], epoch, split, accuracy, value, apart
-            )
+        reaching = statistics.by_seed(runs, experiment, epoch).values()
+        entry = run["epochs"][epoch - 1] if run and epoch <= len(run["epochs"]) else None
+        for (split, key), value in zip(SPLITS.items(), pair, strict=True):
+            known = [other["epochs"][epoch - 1][key] for other in reaching]
+            ours = entry[key] if entry else None
+            apart = None
+            if run is not None and ours is not None and value is not None:
+                apart = images_apart(ours, value, images_of(run, split))
+            seeds = statistics.mean_sd(known) if known else None
+            yield Cell(column, experiment, run, epoch, split, value, ours, apart, seeds)
 
 
-def compare(table: Table, results: Mapping[str, Any]) -> list[Cell]:
-    """Every number of a table, column by column; each column once per dtype that was run."""
-    return [
-        cell
+def compare(table: Table, runs: Sequence[Run]) -> dict[str, list[Cell]]:
+    """Every number of a table by column; ``runs`` as :func:`statistics.usable` gives them."""
+    return {
+        column: list(_cells(column, name, table.printed[column], runs))
         for column, name in table.columns.items()
-        for run in _runs_of(results, name)
-        for cell in _cells(table.number, column, name, run, table.printed[column])
-    ]
+    }
 
 
-def candidates(
-    column: Experiment, results: Mapping[str, Any]
-) -> list[tuple[Experiment, list[Cell]]]:
-    """For each guess at ``column`` its numbers beside the printed ones, closest first.
+def column_verdict(cells: Sequence[Cell]) -> str:
+    """How many printed numbers are met, and by how many images the others are missed."""
+    known = [cell for cell in cells if cell.printed is not None]
+    run = [cell for cell in known if cell.images is not None]
+    if not run:
+        return "not run"
+    met = sum(cell.images == 0 for cell in run)
+    words = f"{met} of {len(known)} equal"
+    if len(run) < len(known):
+        words += f", {len(known) - len(run)} not run"
+    if met < len(run):
+        far = max(run, key=lambda cell: abs(cell.images or 0))
+        unit = "image" if abs(far.images or 0) == 1 else "images"
+        words += f"; farthest {signed(far.images)} {unit} (epoch {far.epoch}, {far.split})"
+    return words
 
-    "Closest" counts the digits that the first epoch is off by. Guesses not run come last, empty.
+
+def candidates(column: Experiment, runs: Sequence[Run]) -> list[tuple[Experiment, list[Cell]]]:
+    """For each guess at ``column`` its first epoch beside the printed one, closest first.
+
+    Distance is counted in % of the images of both splits. Guesses not run come last, empty.
     """
+    printed = {1: column.reported[1]}
     rows = []
     for guess in CANDIDATES[column.name]:
-        runs = _runs_of(results, guess.name)
-        cells: list[Cell] = []
-        for run in runs[:1]:
-            last = max(result["epoch"] for result in run["epochs"])
-            printed = {e: pair for e, pair in column.reported.items() if e <= last}
-            cells = list(_cells("", column.name, guess.name, run, printed))
-        rows.append((guess, cells))
-    return sorted(rows, key=lambda row: _distance(row[1]))
+        cells = list(_cells(guess.title, guess.name, printed, runs))
+        far = [
+            100 * abs(c.images) / images_of(c.run, c.split)
+            for c in cells
+            if c.run and c.images is not None
+        ]
+        rows.append((sum(far) if far else math.inf, guess, cells if far else []))
+    return [(guess, cells) for _, guess, cells in sorted(rows, key=lambda row: row[0])]
 
 
-def _distance(cells: Sequence[Cell]) -> float:
-    """Digits apart in the first epoch, in % of the digits counted, training and test together."""
-    first = [cell for cell in cells if cell.epoch == 1 and cell.samples is not None]
-    if not first:
-        return math.inf
-    totals = {split: total for split, _, total in _SPLITS}
-    return sum(100.0 * abs(cell.samples or 0) / totals[cell.split] for cell in first)
-
-
-def verdict(cells: Sequence[Cell]) -> str:
-    """One line on one column: whether all printed numbers are met, or where it parts from them."""
-    known = [cell for cell in cells if cell.printed is not None]
-    met = [cell for cell in known if cell.samples == 0]
-    missing = [cell for cell in known if cell.samples is None]
-    if len(met) == len(known):
-        return f"reproduced: all {len(known)} printed numbers"
-    parted = [cell for cell in known if cell.samples]
-    count = f"{len(met)} of {len(known)} printed numbers"
-    if missing:
-        count += f", {len(missing)} not run"
-    if not parted:
-        return count
-    first = parted[0]
-    farthest = max(parted, key=lambda cell: abs(cell.samples or 0))
-    return (
-        f"{count}; parts in epoch {first.epoch}, {first.split}, by {first.samples:+d} digits"
-        f" (largest: {farthest.samples:+d} in epoch {farthest.epoch}, {farthest.split})"
-    )
-
-
-def columns(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """The cells of each column and dtype, under a heading."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.column, cell.dtype), []).append(cell)
-    return [(f"{column} ({dtype})", group) for (column, dtype), group in groups.items()]
-
-
-def _print(value: float | None) -> str:
-    return "-" if value is None else cut(value)
-
-
-def _signed(value: int | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:+d}" if value else "0"
-
-
-def text(table: Table, results: Mapping[str, Any]) -> str:
-    """The table for a terminal: ours, printed and the difference in digits, and a line each."""
-    cells = compare(table, results)
+def text(table: Table, runs: Sequence[Run]) -> str:
+    """The table for a terminal: ours, printed and the difference in images, and a line each."""
     lines = [f"Table {table.number}. {table.title}"]
     if table.shift:
         lines.append(f"(The report numbers these epochs {table.shift} higher.)")
+    if not all(map(records.of_mnist, runs)):
+        lines.append("(Not on all of MNIST: no difference from a printed number means anything.)")
     lines += [
         "",
-        f"{'':26s}        training                  test",
-        f"{'column':26s} epoch     ours  printed  digits     ours  printed  digits",
+        f"{'column':26s} epoch  " + "     ours  printed  images" * 2 + "  (training, test)",
     ]
     summary = []
-    for heading, group in columns(cells):
-        by_epoch: dict[int, list[Cell]] = {}
-        for cell in group:
-            by_epoch.setdefault(cell.epoch, []).append(cell)
-        for i, (epoch, pair) in enumerate(by_epoch.items()):
+    for column, cells in compare(table, runs).items():
+        run = cells[0].run
+        summary.append(f"  {column}: {column_verdict(cells)}")
+        for i in range(0, len(cells) if run else 0, 2):
+            heading = f"{column} ({run['dtype']})" if run and i == 0 else ""
             numbers = "".join(
-                f"{_print(cell.ours):>9s}{_print(cell.printed):>9s}{_signed(cell.samples):>8s}"
-                for cell in pair
+                f"{'–' if x is None else cut(x):>9s}"
+                for cell in cells[i : i + 2]
+                for x in (cell.ours, cell.printed)
             )
-            lines.append(f"{heading if i == 0 else '':26s} {epoch:5d}{numbers}")
-        summary.append(f"  {heading}: {verdict(group)}")
-    if not cells:
-        return f"Table {table.number}: no run with all digits, none to compare with the printed\n"
+            first, second = (signed(cell.images) for cell in cells[i : i + 2])
+            numbers = f"{numbers[:18]}{first:>8s}{numbers[18:]}{second:>8s}"
+            lines.append(f"{heading:26s} {cells[i].epoch:5d}  {numbers}")
     return "\n".join([*lines, "", *summary]) + "\n"
+
+
+class LogComparison(NamedTuple):
+    """A run beside a log of the authors, epoch by epoch and in whole images.
+
+    Attributes:
+        run: ours, seed 1.
+        epochs: compared.
+        apart: for each split the images that ours has more, by epoch, where they differ.
+        inside: for each split the epochs in which the log lies within the spread of runs that
+            differ by 1e-15 in one weight, of those that two runs or more have; ``(in, of)``.
+    """
+
+    run: Run
+    epochs: int
+    apart: dict[str, dict[int, int]]
+    inside: dict[str, tuple[int, int]]
+
+
+def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
+    """Seed 1 of ``original`` or ``three-layer`` beside the authors' log of it."""
+    log = reports.AUTHORS_LOGS[name.replace("-", "_")]
+    full = [run for run in statistics.usable(results["runs"]) if records.of_mnist(run)]
+    longest = max((len(run["epochs"]) for run in full if run["experiment"] == name), default=0)
+    run = statistics.by_seed(full, name, min(longest, len(log["test"]))).get(1)
+    if run is None:
+        run = statistics.by_seed(full, name).get(1)
+    if run is None:
+        return None
+    rows = [r for r in spread(results) if (r["experiment"], r["seed"]) == (name, 1)]
+    rows = [row for row in rows if row["dtype"] == run["dtype"]]
+    apart, inside = {}, {}
+    for split, key in SPLITS.items():
+        total = images_of(run, split)
+        # Five digits name the count of images, of 60,000 as well.
+        counts = {i: round(x * total / 100) for i, x in enumerate(log[split], 1)}
+        ours = {e["epoch"]: round(e[key] * total / 100) for e in run["epochs"]}
+        apart[split] = {i: ours[i] - n for i, n in counts.items() if ours.get(i, n) != n}
+        within = [
+            row[f"{split}_lowest"] <= counts[row["epoch"]] <= row[f"{split}_highest"]
+            for row in rows
+            if row["epoch"] in counts
+        ]
+        inside[split] = (sum(within), len(within))
+    return LogComparison(run, min(len(run["epochs"]), len(log["test"])), apart, inside)
+
+
+def confusion_cells(run: Run) -> tuple[int, int, list[str]]:
+    """Test confusion matrices of the original and of the authors' log: cells equal, of, others."""
+    equal, total, others = 0, 0, []
+    for number, entry in reports.AUTHORS_LOGS["original"]["confusion"]["epochs"].items():
+        if int(number) > len(run["epochs"]):
+            continue
+        ours = run["epochs"][int(number) - 1]["confusion"]
+        for true, (row, logged) in enumerate(zip(ours, entry["test"], strict=True)):
+            for predicted, (mine, theirs) in enumerate(zip(row, logged, strict=True)):
+                total += 1
+                equal += mine == theirs
+                if mine != theirs:
+                    others.append(f"epoch {number}, {true} as {predicted}: {mine} for {theirs}")
+    return equal, total, others
 
 
 def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How far runs drift apart that differ by 1e-15 in one weight: rounding's reach.
 
-    For each experiment and dtype with perturbed runs, and each epoch that all have: the number of
-    runs, the unperturbed one included, and in digits the lowest and highest count of right ones.
+    For each experiment and dtype with perturbed runs, and each epoch that two or more of them
+    have: the number of runs, the unperturbed one included, and in images the lowest and highest
+    count of right ones.
     """
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for run in results["runs"]:
-        if records.of_mnist(run) and run["epochs"]:
+        if records.of_mnist(run) and run["epochs"] and statistics.is_current(run):
             groups.setdefault((run["experiment"], run["dtype"], run["seed"]), []).append(run)
     rows = []
     for (name, dtype, seed), runs in groups.items():
         if all(run["perturbed_weight"] is None for run in runs):
             continue
-        for epochs in zip(*(run["epochs"] for run in runs), strict=False):
-            row: dict[str, Any] = {
-                "experiment": name,
-                "dtype": dtype,
-                "seed": seed,
-                "epoch": epochs[0]["epoch"],
-                "runs": len(runs),
-            }
-            for split, key, total in _SPLITS:
-                right = [round(epoch[key] * total / 100) for epoch in epochs]
+        for epoch in range(1, max(len(run["epochs"]) for run in runs) + 1):
+            there = [run for run in runs if len(run["epochs"]) >= epoch]
+            if len(there) < 2:
+                break
+            row: dict[str, Any] = {"experiment": name, "dtype": dtype, "seed": seed}
+            row |= {"epoch": epoch, "runs": len(there)}
+            for split, key in SPLITS.items():
+                total = images_of(there[0], split)
+                right = [round(run["epochs"][epoch - 1][key] * total / 100) for run in there]
                 row |= {f"{split}_lowest": min(right), f"{split}_highest": max(right)}
             rows.append(row)
     return rows
-
-
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same keys; nothing for no rows."""
-    if not rows:
-        return
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    training.write_text(path, out.getvalue())

@@ -11,6 +11,7 @@ WRONG = {
     "report 1, (2.2), middle": "wrong",
     "report 1, (2.3), middle": "wrong",
     "report 2, 1.1, middle": "wrong",
+    "report 2, 1.2, i = j, first": "wrong",
     "report 2, 1.2, i = j, middle": "wrong",
     "report 2, 1.2, i = j, result": "wrong sign",
     "report 2, 1.2, i != j, first": "wrong sign",
@@ -33,6 +34,15 @@ def test_with_beta_one_a_missing_beta_does_not_show():
     # Report 2's middle line has one beta too many; only its value at other betas says so.
     outcomes = {r.line.source: r.outcome for r in derivations.check(beta=1.0)}
     assert outcomes["report 2, 1.2, i = j, middle"] == "right"
+
+
+def test_the_quotient_rule_with_its_square_is_right():
+    """Report 2's first quotient, over the sum squared as it should be: autograd's diagonal."""
+    line = next(n for n in derivations.LINES if n.source == "report 2, 1.2, i = j, first")
+    x, beta = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64), 0.7
+    jacobian = torch.autograd.functional.jacobian(lambda x: torch.softmax(-beta * x, 0), x)
+    total = torch.exp(-beta * x).sum()
+    assert torch.allclose(line.value(x, beta) / total, jacobian.diagonal(), atol=1e-15)
 
 
 def test_a_wrong_kernel_shows(monkeypatch):

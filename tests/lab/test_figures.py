@@ -1,7 +1,5 @@
 """Figures: what is drawn is what was measured, without a display and without pyplot."""
 
-import itertools
-import math
 import resource
 import struct
 import subprocess
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from test_statistics import runs_of
 
 from mnist_ops.lab import figures, reports
 from mnist_ops.mnist import data
@@ -65,24 +64,6 @@ def test_matplotlib_is_imported_when_needed():
     assert result.stdout.strip() == "False", result
 
 
-class Described:
-    """An experiment as figures need it."""
-
-    def __init__(self, name, reported=None):
-        self.name, self.title, self.section, self.group = name, name, "section", "group"
-        self.reported = reported or {}
-
-
-def runs_of(name, rows):
-    """A run a seed: training and test accuracy of each epoch."""
-    return [
-        {"experiment": name, "seed": seed, "epochs": [
-            {"epoch": e, "train_accuracy": a, "test_accuracy": b}
-            for e, (a, b) in enumerate(epochs, 1)]}
-        for seed, epochs in enumerate(rows, 1)
-    ]  # fmt: skip
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """Every figure that is saved."""
@@ -116,87 +97,61 @@ def check_layout(figure):
 THREE = [[(96.0, 98.0), (98.0, 99.0)], [(97.0, 98.5), (98.5, 99.2)], [(96.5, 98.1), (98.1, 98.8)]]
 
 
-def test_group_curves(tmp_path, drawn):
-    described = {
-        "a": Described("a", {1: (96.71, 99.04), 2: (99.04, None), 9: (1.0, 1.0)}),
-        "absent": Described("absent"),
-        "b": Described("b"),
-    }
-    runs = runs_of("b", [[(95.0, 96.0), (95.5, 97.0)]]) + runs_of("a", THREE)
-    figures.group_curves(runs, described, tmp_path / "group.png", "a title")
-    (axes,) = drawn[0].axes
-    lines = [(line.get_linestyle(), line.get_xydata().tolist()) for line in axes.lines]
-    assert [style for style, _ in lines] == ["-", "--", "-", "--"]
-    assert [y for style, xy in lines for y in xy] == [
-        pytest.approx(point)
-        for point in [(1, 98.2), (2, 99.0), (1, 96.5), (2, 98.2), (1, 96.0), (2, 97.0), (1, 95.0),
-                      (2, 95.5)]
-    ]  # fmt: skip
-    bands = [c for c in axes.collections if "Poly" in type(c).__name__]
-    assert len(bands) == 2  # one seed has none
-    test = bands[0].get_paths()[0].vertices
-    assert test[test[:, 0] == 1, 1].min() == 98.0 and test[test[:, 0] == 2, 1].max() == 99.2
-    # Beyond the runs' last epoch nothing is shown of the report.
-    circles = [c.get_offsets().tolist() for c in axes.collections if c not in bands]
-    assert circles == [[[1, 99.04]], [[1, 96.71], [2, 99.04]]]
+def line(label, rows, printed=None):
+    return figures.Line(label, {run["seed"]: run for run in runs_of(label, rows)}, printed or {})
+
+
+def test_curves(tmp_path, drawn):
+    other = [(95.0, 96.0), (95.5, 97.0)]
+    lines = [
+        line("a", THREE, {1: (96.71, 99.04), 2: (99.04, None)}),
+        line("a-long-name-of-an-experiment", [other]),
+    ]
+    figures.curves(lines, tmp_path / "curves.png", "the log")
+    training, test = drawn[0].axes
+    for axes, part in ((training, 0), (test, 1)):
+        # Seed 1 of each, not the mean.
+        shown = [one.get_xydata().tolist() for one in axes.lines]
+        assert shown == [
+            [[e, row[e - 1][part]] for e in (1, 2)]
+            for row in (THREE[0], [(95.0, 96.0), (95.5, 97.0)])
+        ]
+        (band,) = (c for c in axes.collections if "Poly" in type(c).__name__)
+        corners = band.get_paths()[0].vertices
+        for epoch in (1, 2):
+            values = [seed[epoch - 1][part] for seed in THREE]
+            reached = corners[corners[:, 0] == epoch, 1]
+            assert (reached.min(), reached.max()) == (min(values), max(values))
+        (circles,) = (c for c in axes.collections if c is not band)
+        assert circles.get_offsets().tolist() == [[[1, 96.71], [2, 99.04]], [[1, 99.04]]][part]
+        low, high = axes.get_ylim()
+        assert low < (95.0, 96.0)[part] and high > (99.04, 99.2)[part]
+    assert training.get_ylabel() == "training (%)" and test.get_ylabel() == "test (%)"
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert legend == ["a", "b", "test", "training", "printed in the report"]
-    low, high = axes.get_ylim()
-    assert 94.0 < low < 95.0 and 99.2 < high < 100 and axes.get_yscale() == "linear"
+    assert legend == ["a", "a-long-name-of-an-experiment", "all seeds", "the log"]
     check_layout(drawn[0])
 
 
-def test_group_curves_from_chance_to_the_ceiling(tmp_path, drawn):
-    runs = runs_of("low", [[(10.0, 9.8), (11.0, 11.35)]])
-    runs += runs_of("a-long-name-of-an-experiment", [[(99.9, 99.0), (100.0, 99.5)]])
-    described = {name: Described(name) for name in ("low", "a-long-name-of-an-experiment")}
-    figures.group_curves(runs, described, tmp_path / "group.png")
-    (axes,) = drawn[0].axes
-    low, high = axes.get_ylim()
-    assert low < 9.8 and high > 100.0
-    ends = axes.transData.transform([(1, y) for y in (9.8, 90.0, 99.0, 99.9, 100.0)])[:, 1]
-    steps = [b - a for a, b in itertools.pairwise(ends)]
-    # 90 to 99 takes as much room as 99 to 99.9, nearly.
-    assert min(steps) > 10 and steps[1] == pytest.approx(steps[2], rel=0.1)
-    assert {10, 90, 99} <= set(axes.get_yticks())
-    check_layout(drawn[0])
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("low", [96.0, 10.0])
-def test_group_curves_of_one_epoch(tmp_path, drawn, seeds, low):
-    rows = [[(low + s, 98.0 + s / 10)] for s in range(seeds)]
-    described = {"a-long-name-indeed": Described("a-long-name-indeed", {1: (96.71, 99.04)})}
-    figures.group_curves(runs_of("a-long-name-indeed", rows), described, tmp_path / "group.png")
-    (axes,) = drawn[0].axes
-    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() in ("o", "s")]
-    middle = (seeds - 1) / 2
-    assert means == pytest.approx([98.0 + middle / 10, 99.04, low + middle, 96.71])
-    seeds_drawn = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "|"]
-    assert len(seeds_drawn) == (2 if seeds > 1 else 0)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a-long-name-indeed"]
-    check_layout(drawn[0])
-
-
-def test_group_curves_without_runs(tmp_path):
-    nan = runs_of("a", [[(float("nan"), None)]])
-    for runs in ([], nan):
-        with pytest.raises(ValueError, match="group_curves: runs hold no epoch"):
-            figures.group_curves(runs, {"a": Described("a")}, tmp_path / "group.png")
-
-
-def test_report_curves(tmp_path, drawn):
+def test_curves_of_report_2(tmp_path, drawn):
+    """Points that go on beyond the runs, and one that cannot be read."""
     curve = reports.FIGURES["best_theta0.2"]
-    figures.report_curves(runs_of("a", THREE), "a", curve, tmp_path / "curve.png")
-    (axes,) = drawn[0].axes
-    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-    assert lines["test, here"].tolist() == [pytest.approx((1, 98.2)), pytest.approx((2, 99.0))]
-    assert len(lines["test, report"]) == 44 and lines["test, report"][29].tolist() == [30, 99.573]
-    assert math.isnan(lines["test, report"][10][1])  # not readable: a gap
-    assert axes.get_xlim()[0] > 0 and axes.get_xlim()[1] > 44
+    figures.curves([line("a", THREE[:1], curve)], tmp_path / "curve.png")
+    training, test = drawn[0].axes
+    assert test.get_xlim()[1] > 44 and training.get_ylim()[1] > 99.9
+    points = test.collections[0].get_offsets().tolist()
+    assert len(points) == 43 and [30, 99.573] in points and 11 not in {x for x, _ in points}
+    # Epoch 1 is far below what matters of 44.
+    assert training.get_ylim()[0] > 97 and test.get_ylim()[0] < 97.563
     check_layout(drawn[0])
-    with pytest.raises(ValueError, match="neither runs nor reported"):
-        figures.report_curves([], "a", {}, tmp_path / "curve.png")
+
+
+def test_curves_until_an_epoch(tmp_path, drawn):
+    rows = [[(90.0 + e, 91.0 + e) for e in range(9)]] * 2
+    figures.curves([line("a", rows, {1: (90.0, 91.0)})], tmp_path / "curve.png", last=3)
+    assert all(len(axes.lines[0].get_xdata()) == 3 for axes in drawn[0].axes)
+    assert drawn[0].axes[1].get_xlim()[1] < 3.5 and drawn[0].axes[0].get_ylim()[0] < 90
+    with pytest.raises(ValueError, match="neither a run nor a printed number"):
+        figures.curves([line("a", [])], tmp_path / "curve.png")
 
 
 def write_digits(root, count=12):
@@ -217,16 +172,17 @@ def test_normalization_gallery(tmp_path, drawn):
     path = tmp_path / "gallery.png"
     figures.normalization_gallery(path, [0, 7], tmp_path)
     grid = [axes.images[0] for axes in drawn[0].axes]
-    assert len(grid) == 8
+    assert len(grid) == 10
     shown = np.stack([np.asarray(picture.get_array()) for picture in grid])
     images, _ = data.load("train", tmp_path)
     assert np.array_equal(shown[:2], data.pad32(images[[0, 7]])[:, 0])
     # The same digits as prepared for training, row by row.
-    for row, options in ((1, ("global",)), (2, ("contrastive", 7)), (3, ("contrastive", 15))):
+    kinds = [("global",), *(("contrastive", taps) for taps in (7, 15, 21))]
+    for row, options in enumerate(kinds, 1):
         expected = data.prepare(*options, root=tmp_path).train_images[[0, 7], 0].numpy()
         assert np.array_equal(shown[2 * row : 2 * row + 2], expected)
     names = [axes.get_ylabel() for axes in drawn[0].axes[::2]]
-    assert names == ["as it is", "global", "Gaussian1D(7)", "Gaussian1D(15)"]
+    assert names == ["as it is", "global", *(f"Gaussian1D({n})" for n in (7, 15, 21))]
     check_layout(drawn[0])
     for wrong in ([], [12], [-1]):
         with pytest.raises(ValueError, match="indices must be in 0 to 11"):
@@ -260,7 +216,7 @@ def test_confusion(tmp_path, drawn):
     written = {text.get_position(): int(text.get_text()) for text in axes.texts}
     assert written == {(j, i): counts[i][j] for i in range(10) for j in range(10) if counts[i][j]}
     wrong = sum(map(sum, counts)) - 10_000
-    assert axes.get_title() == f"{wrong} of {10_000 + wrong:,} digits wrong"
+    assert axes.get_title() == f"{wrong} of {10_000 + wrong:,} images wrong"
     check_layout(drawn[0])
     # The counts fit their cells.
     cell = abs(axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0])
@@ -288,10 +244,8 @@ def test_mistakes(tmp_path, drawn):
 
 
 def test_the_same_bytes():
-    described = {"a": Described("a", {1: (96.71, 99.04)})}
-    first, second = (
-        figures.png(figures.group_curves, runs_of("a", THREE), described) for _ in "ab"
-    )
+    lines = [line("a", THREE, {1: (96.71, 99.04)})]
+    first, second = (figures.png(figures.curves, lines) for _ in "ab")
     assert first == second and first[:4] == b"\x89PNG"
 
 

@@ -20,6 +20,7 @@ from filelock import FileLock
 from mnist_ops.lab import experiments, runner
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "reproduce.py"
+PAGES = ["report-1.md", "report-2.md", "report.html"]
 QUICK = ["--table", "3.4", "--epochs", "2", "--limit", "60", "--dtype", "float32"]
 
 
@@ -61,8 +62,8 @@ def test_what_it_leaves(straight):
     out, (_, text, errors) = straight
     assert errors == ""  # no bars in a pipe, no warnings
     names = {path.name for path in out.iterdir()}
-    wanted = {"results.json", "summary.md", "report.html", "table_3.4.png", "normalization.png"}
-    assert wanted <= names
+    assert names == {"results.json", "runs", "figures", *PAGES}
+    assert (out / "figures" / "normalization.png").exists()
     lines = text.splitlines()
     assert sum(line.startswith("mse, float32, seed 1: epoch   2: training") for line in lines) == 1
     assert sum("wrong sign" in line for line in lines) == 2
@@ -220,7 +221,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, script):
 
 def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypatch, script):
     shutil.copytree(straight[0], tmp_path / "out", dirs_exist_ok=True)
-    (tmp_path / "out" / "summary.md").unlink()
+    (tmp_path / "out" / PAGES[0]).unlink()
     terminal = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
     monkeypatch.setattr(script.tables, "text", lambda *_: "5 µs")
@@ -228,7 +229,7 @@ def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     assert script.main() == 0
     assert b"5 \\xb5s" in terminal.getvalue()
-    assert (tmp_path / "out" / "summary.md").exists()
+    assert (tmp_path / "out" / PAGES[0]).exists()
 
 
 def test_an_ascii_locale(tmp_path):

@@ -1,4 +1,4 @@
-"""Verdicts on claims, against SciPy, values worked out by hand, and simulated error rates."""
+"""Verdicts against SciPy's own tests, and results whose verdict is known beforehand."""
 
 import math
 
@@ -6,459 +6,383 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mnist_ops.lab import statistics
-from mnist_ops.lab.reports import CLAIMS, TABLES, Claim
+from mnist_ops.lab import experiments, reports, statistics
+from mnist_ops.lab.reports import Claim
 
 
-def run(name, seed, train=None, test=None, **more):
-    """A run with these accuracies, epoch by epoch; one may be left out."""
-    train = train if train is not None else [99.0] * len(test)
-    test = test if test is not None else [99.0] * len(train)
+def record(name, seed, accuracies, **more):
+    """A run: training and test accuracy of each epoch."""
     epochs = [
-        {"epoch": i, "train_accuracy": a, "test_accuracy": b}
-        for i, (a, b) in enumerate(zip(train, test, strict=True), 1)
+        {"epoch": e, "train_accuracy": a, "test_accuracy": b, "confusion": [[5000, 0], [0, 5000]]}
+        for e, (a, b) in enumerate(accuracies, 1)
     ]
-    return {"experiment": name, "seed": seed, "epochs": epochs, **more}
+    known = {"experiment": name, "seed": seed, "dtype": "float64", "device": "cpu", "limit": None}
+    return known | {"perturbed_weight": None, "data": "MNIST", "epochs": epochs} | more
 
 
-def pairs(a, b, **more):
-    """One-epoch runs of "a" and "b", one seed each pair of test accuracies."""
-    return [run("a", i, test=[x], **more) for i, x in enumerate(a, 1)] + [
-        run("b", i, test=[x], **more) for i, x in enumerate(b, 1)
-    ]
+def runs_of(name, rows):
+    return [record(name, seed, row) for seed, row in enumerate(rows, 1)]
 
 
-def claim(kind, **options):
-    defaults = {"a": "a", "b": ("b",), "metric": "test", "epochs": (1,)}
-    return Claim("c", "a and b", 1, "section", kind, **defaults | options)
+def claim(kind="difference", **options):
+    given = {"a": ("original",), "b": ("relu",), "epochs": (1, 1), "metric": "test"}
+    if kind == "difference" and not {"above", "below"} & set(options):
+        options["above"] = 0
+    return Claim("c", 1, "3.1", "words", kind, **given | options)
 
 
-A = [99.10, 99.04, 99.17, 99.08, 99.12]
-B = [98.90, 98.95, 98.99, 98.91, 98.87]
+def one(claim, runs):
+    return statistics.verdicts([claim], runs)[0]
 
 
-def test_mean_std():
-    assert statistics.mean_std([2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0])[:3] == pytest.approx(
-        (5.0, math.sqrt(32 / 7), 8)
-    )
-    assert statistics.mean_std([96.71, None, math.nan, math.inf])[2] == 1
-    assert math.isnan(statistics.mean_std([96.71]).std)
-    assert statistics.mean_std([0.1, 0.1, 0.1]) == (0.1, 0.0, 3, 0.1, 0.1)
-    assert statistics.mean_std([]).n == 0
+A, B = [99.0, 99.2, 99.1, 99.3], [98.5, 98.9, 98.7, 98.8, 98.2]
 
 
-def test_holm_by_hand():
-    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert statistics.holm([None, 0.5, None, 0.6]) == [None, 1.0, None, 1.0]
+# --- Tests and intervals ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [-0.2, 0.0, 0.35, 0.9])
+def test_students_t_in_pairs_without_and_against_a_value(bound):
+    cases = [
+        (statistics.estimate(A, B[:4], True), lambda side: stats.ttest_rel(
+            np.array(A) - bound, B[:4], alternative=side)),
+        (statistics.estimate(A, B), lambda side: stats.ttest_ind(
+            np.array(A) - bound, B, equal_var=False, alternative=side)),
+        (statistics.estimate(A), lambda side: stats.ttest_1samp(A, bound, alternative=side)),
+    ]  # fmt: skip
+    for estimate, truth in cases:
+        assert estimate.p(bound, "above") == pytest.approx(truth("greater").pvalue, rel=1e-9)
+        assert estimate.p(bound, "below") == pytest.approx(truth("less").pvalue, rel=1e-9)
+        low, high = truth("two-sided").confidence_interval(0.95)
+        moved = 0.0 if estimate.paired is False and estimate.reach < math.inf else bound
+        assert estimate.interval(0.95) == pytest.approx((low + moved, high + moved))
+
+
+def test_one_more_run():
+    """mean ± t s sqrt(1 + 1/n): the prediction interval by hand."""
+    estimate = statistics.estimate(A)
+    half = stats.t.ppf(0.975, 3) * np.std(A, ddof=1) * math.sqrt(1.25)
+    assert estimate.p(99.15 + half, "below", reach=True) == pytest.approx(0.025)
+    assert estimate.p(99.15 + half, "below") < 0.01
+
+
+def test_values_without_spread_are_ranked():
+    same = statistics.estimate([1.5, 1.5, 1.5], [1.0, 1.0, 1.0], True)
+    assert same.p(0.0, "above") == stats.binomtest(3, 3, alternative="greater").pvalue == 1 / 8
+    assert same.p(0.5, "above") == 1.0 and same.interval(0.95) == (0.5, 0.5)
+    apart = statistics.estimate([1.5, 1.5, 1.5], [1.0, 1.0])
+    exact = stats.mannwhitneyu([1.6, 1.5, 1.4], [1.0, 0.9], alternative="greater", method="exact")
+    assert apart.p(0.0, "above") == pytest.approx(exact.pvalue)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm(seed):
+    """The definition: the least level at which the step-down procedure rejects."""
+    p = np.random.default_rng(seed).uniform(0, 0.2, 6).tolist()
+    adjusted = statistics.holm(p)
+    for level in (0.01, 0.05, 0.2, 0.7):
+        rejected, order = set(), sorted(range(6), key=p.__getitem__)
+        for rank, i in enumerate(order):
+            if p[i] > level / (6 - rank):
+                break
+            rejected.add(i)
+        assert {i for i in range(6) if adjusted[i] <= level} == rejected
     assert statistics.holm([]) == []
 
 
-def test_summary():
-    runs = [run("a", s, train=[x, 99.0], test=[x + 1, 99.5]) for s, x in ((1, 96.0), (2, 97.0))]
-    runs.append(run("b", 1, test=[10.0]))
-    result = statistics.summary(runs, "a")
-    assert list(result) == [1, 2]
-    assert result[1].train == pytest.approx((96.5, math.sqrt(0.5), 2, 96.0, 97.0))
-    assert result[1].test.mean == 97.5 and result[2].test.std == 0.0
+def test_mean_sd():
+    assert statistics.mean_sd(A) == pytest.approx((99.15, np.std(A, ddof=1), 4, 99.0, 99.3))
+    assert math.isnan(statistics.mean_sd([99.0]).sd)
 
 
-def test_one_run_per_seed():
-    runs = [
-        run("a", 2, test=[1.0], perturbed_weight=3),
-        run("a", 2, test=[2.0], dtype="float32"),
-        run("a", 2, test=[3.0], dtype="float64", limit=100),
-        run("a", 1, test=[4.0]),
-    ]
-    chosen = statistics.one_run_per_seed(runs, "a")
-    assert {s: r["epochs"][0]["test_accuracy"] for s, r in chosen.items()} == {1: 4.0, 2: 2.0}
-    assert list(chosen) == [1, 2]
+# --- Quantities ---------------------------------------------------------------------------------
 
 
-# --- The tests -----------------------------------------------------------------------------------
+def test_metrics():
+    run = record("a", 1, [(96.0, 98.0), (99.5, 99.4), (100.0, 99.1), (99.999, 99.3)])
+    expected = {
+        ("train", 1, 2): 97.75,
+        ("test", 2, 3): 99.25,
+        ("gap", 3, 3): 0.9,
+        ("best test", 1, 3): 99.4,
+        ("largest step", 1, 4): 1.4,
+        ("largest step", 2, 4): 0.3,
+        ("first 100", 1, 4): 3,
+        ("first 100", 1, 2): 3,  # not by epoch 2
+        ("first 100", 4, 4): 5,  # 99.999 prints as 99.99
+    }
+    for arguments, value in expected.items():
+        assert statistics.metric(run, *arguments) == pytest.approx(value), arguments
 
 
-def test_higher_is_scipys_paired_t_test():
-    result = statistics.verdict(claim("higher"), pairs(A, B))
-    expected = stats.ttest_rel(A, B)
-    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-9)
-    assert result.interval == pytest.approx(expected.confidence_interval(0.95), rel=1e-9)
-    assert result.effect == pytest.approx(np.mean(A) - np.mean(B))
-    assert (result.outcome, result.n) == ("supported", 5)
-    assert statistics.verdict(claim("higher"), pairs(B, A)).outcome == "contradicted"
-    assert statistics.verdict(claim("higher"), pairs(A, A[::-1])).outcome == "not supported"
+# --- Which runs are compared --------------------------------------------------------------------
 
 
-def test_higher_by_hand():
-    # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641; two-sided p with 2 degrees of freedom is
-    # 1 - t / sqrt(t^2 + 2); the interval's half width is 4.302653 / sqrt 3.
-    result = statistics.verdict(claim("higher"), pairs([51.0, 52.0, 53.0], [50.0] * 3))
-    t = 2 * math.sqrt(3)
-    assert result.p_value == pytest.approx(1 - t / math.sqrt(t**2 + 2))
-    assert result.interval == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
-    assert result.outcome == "not supported"
+def test_one_run_a_seed():
+    single = record("original", 1, [(96.0, 98.0)] * 5, dtype="float32")
+    double = record("original", 1, [(96.0, 99.0)] * 2)
+    on_gpu = record("original", 2, [(1.0, 1.0)] * 5, device="cuda")
+    runs = [single, double, on_gpu, record("original", 2, [(2.0, 2.0)])]
+    assert statistics.by_seed(runs, "original") == {1: double, 2: runs[3]}
+    assert statistics.by_seed(runs, "original", 3) == {1: single, 2: on_gpu}
 
 
-def test_higher_against_a_margin():
-    wide = claim("higher", margin=10.0)
-    a, b = [99.0, 99.1, 99.2, 99.05], [80.0, 81.0, 79.5, 80.5]
-    result = statistics.verdict(wide, pairs(a, b))
-    expected = stats.ttest_1samp(np.subtract(a, b), 10.0).pvalue
-    assert result.outcome == "supported" and result.p_value == pytest.approx(expected)
-    assert statistics.verdict(wide, pairs(A, B)).outcome == "contradicted"
+def test_what_is_usable():
+    settings = experiments.EXPERIMENTS["relu"].settings()
+    good = record("relu", 1, [(96.0, 98.0)], settings=settings | {"dtype": "float32"})
+    other = good | {"settings": settings | {"batch_size": 2}}
+    part = [good | {"limit": 100}, good | {"limit": 100, "seed": 2}, good | {"limit": 9}]
+    bad = [other, good | {"perturbed_weight": 3}, good | {"epochs": []}]
+    assert statistics.usable([*bad, *part, good]) == [good]
+    assert statistics.usable([*bad, *part]) == part[:2]
+    assert statistics.usable(bad) == []
 
 
-def test_equivalence_is_two_one_sided_tests():
-    near = [x + d for x, d in zip(A, (0.01, -0.02, 0.03, 0.0, -0.01), strict=True)]
-    same = claim("equivalent", margin=0.1)
-    result = statistics.verdict(same, pairs(A, near))
-    d = np.subtract(A, near)
-    expected = max(
-        stats.ttest_1samp(d, 0.1, alternative="less").pvalue,
-        stats.ttest_1samp(d, -0.1, alternative="greater").pvalue,
-    )
-    assert result.outcome == "supported" and result.p_value == pytest.approx(expected)
-    # TOST at 5 % and the 90 % interval inside the margin are the same.
-    assert result.level == 0.9
-    assert result.interval == pytest.approx(stats.ttest_1samp(d, 0).confidence_interval(0.9))
-    far = statistics.verdict(same, pairs(A, B))
-    beyond = stats.ttest_1samp(np.subtract(A, B), 0.1, alternative="greater").pvalue
-    assert far.outcome == "contradicted" and far.p_value == pytest.approx(2 * beyond)
-    # No difference seen is not the same as equal.
-    loose = [99.0, 99.3, 98.9, 99.25, 99.06]
-    assert statistics.verdict(same, pairs(A, loose)).outcome == "not supported"
-
-
-@pytest.mark.parametrize(("a", "b"), [(A, B), (B, A)])
-def test_no_higher(a, b):
-    result = statistics.verdict(claim("no higher", margin=0.1), pairs(a, b))
-    d = np.subtract(a, b)
-    if a is B:
-        expected = stats.ttest_1samp(d, 0.1, alternative="less").pvalue
-        assert result.outcome == "supported"
-    else:
-        expected = stats.ttest_1samp(d, 0.1, alternative="greater").pvalue
-        assert result.outcome == "contradicted"
-    assert result.p_value == pytest.approx(expected)
-
-
-def test_small_improvement_within_the_margin_is_said():
-    a = [x + 0.02 + 0.001 * i for i, x in enumerate(B)]
-    result = statistics.verdict(claim("no higher", margin=0.1), pairs(a, B))
-    assert result.outcome == "supported" and "difference itself is not zero" in result.note
-
-
-def test_value():
-    near = claim("value", b=(), value=78.0, margin=5.0)
-    runs = pairs([75.9, 76.4, 75.2], [])
-    result = statistics.verdict(near, runs)
-    assert result.outcome == "supported" and result.effect == pytest.approx(75.8333, abs=1e-4)
-    ci = stats.ttest_1samp([75.9, 76.4, 75.2], 0).confidence_interval(0.9)
-    assert result.interval == pytest.approx(ci) and result.unit == "%"
-    far = statistics.verdict(claim("value", b=(), value=45.0, margin=5.0), runs)
-    assert far.outcome == "contradicted"
-    # The mean is beyond the margin, a single run need not be: the report's is one.
-    values = [50.5, 54.0, 51.0, 53.5, 52.0, 55.0, 50.2, 53.0]
-    d = statistics.verdict(claim("value", b=(), value=49.0, margin=1.0), pairs(values, []))
-    assert d.outcome == "not supported" and "one more run" in d.note
-
-
-def test_welch_where_no_seed_is_common():
-    runs = pairs(A, [])
-    runs += [run("b", 10 + i, test=[x]) for i, x in enumerate(B[:4])]
-    result = statistics.verdict(claim("higher"), runs)
-    expected = stats.ttest_ind(A, B[:4], equal_var=False)
-    assert result.p_value == pytest.approx(expected.pvalue)
-    assert result.interval == pytest.approx(expected.confidence_interval(0.95))
-    assert result.test.startswith("Welch") and "no seed in common" in result.note.lower()
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 8])
-def test_equal_differences_are_no_certainty(seeds):
-    """Zero spread: Student's t would give p = 0. Signs give 2^(1-n), or 2^-n one-sided."""
-    runs = pairs([99.0] * seeds, [98.75] * seeds)
-    result = statistics.verdict(claim("higher"), runs)
-    assert result.p_value == pytest.approx(2.0 ** (1 - seeds))
-    assert result.outcome == ("supported" if seeds >= 6 else "not supported")
-    assert result.interval is None and "sign" in result.test
-    same = statistics.verdict(claim("equivalent", margin=0.5), runs)
-    assert same.p_value == pytest.approx(2.0**-seeds)
-    assert same.outcome == ("supported" if seeds >= 5 else "not supported")
-    zero = statistics.verdict(claim("higher"), pairs([99.0] * seeds, [99.0] * seeds))
-    assert (zero.p_value, zero.outcome) == (1.0, "not supported")
-    # Without pairs: 2 of the C(2n, n) orders of the values are as extreme.
-    apart = [r | {"seed": r["seed"] + 100 * (r["experiment"] == "b")} for r in runs]
-    exact = statistics.verdict(claim("higher"), apart)
-    assert exact.p_value == pytest.approx(2 / math.comb(2 * seeds, seeds))
-
-
-def test_rounding_of_equal_differences():
-    """0.1 + 0.2 - 0.3 is not 0, and no evidence of anything."""
-    a, b = [99.3, 98.3, 0.3], [99.2, 98.2, 0.2]
-    assert 0 < np.ptp(np.subtract(a, b)) < 1e-12
-    assert statistics.verdict(claim("higher"), pairs(a, b)).p_value == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("name", list(CLAIMS))
-def test_one_seed_has_no_p_value(name):
-    c = CLAIMS[name]
-    names = c.b if c.kind == "any value" else (c.a, *c.b)
-    runs = [
-        run(
-            n, 1, train=list(np.linspace(96 - i, 100, 45)), test=list(np.linspace(98 - i, 99.4, 45))
-        )
-        for i, n in enumerate(dict.fromkeys(names))
-    ]
-    result = statistics.verdict(c, runs)
-    assert result.p_value is None
-    exact = c.kind in ("digits", "identical", "at most", "fails")
-    assert (result.outcome == "not tested") != exact, result
-    assert result.note
-
-
-def test_error_rates():
-    """Without a difference "higher" decides in 5 % of cases, on its edge "equivalent" does too."""
-    rng = np.random.default_rng(0)
-    counts = {"higher": 0, "equivalent": 0}
-    for _ in range(200):
-        a, b = 99 + rng.normal(scale=0.02, size=(2, 5))
-        decided = statistics.verdict(claim("higher"), pairs(a.tolist(), b.tolist())).outcome
-        counts["higher"] += decided != "not supported"
-        shifted = (b - 0.1).tolist()
-        same = statistics.verdict(claim("equivalent", margin=0.1), pairs(a.tolist(), shifted))
-        counts["equivalent"] += same.outcome == "supported"
-    # 99.9 % of binomials of 200 and 0.05 lie within.
-    assert all(2 <= count <= 22 for count in counts.values()), counts
-
-
-# --- Claims that need no test --------------------------------------------------------------------
-
-
-def test_digits():
-    table = TABLES["3.1"]["original"]
-    train, test = ([pair[i] for pair in table.values()] for i in (0, 1))
-    # 99.349 prints as 99.34: cut off.
-    train[2] = 99.349
-    c = CLAIMS["digits-3.1-original"]
-    result = statistics.verdict(
-        c, [run("original", 1, train, test), run("original", 2, test, test)]
-    )
-    assert (result.outcome, result.effect, result.total) == ("supported", 20, 20)
-    short = statistics.verdict(c, [run("original", 1, train[:2], test[:2])])
-    assert (short.outcome, short.total) == ("supported", 4) and "16 more not run" in short.note
-    train[2] = 99.351
-    wrong = statistics.verdict(c, [run("original", 1, train, test)])
-    assert (wrong.outcome, wrong.effect) == ("contradicted", 19)
-    assert statistics.verdict(c, [run("original", 2, test, test)]).outcome == "not tested"
-    assert statistics.verdict(c, [run("original", 1, train, test)], 2000).outcome == "not tested"
-
-
-def test_digits_of_other_data():
-    """All digits of something else than MNIST, with the accuracies that were printed for MNIST."""
-    train, test = ([pair[i] for pair in TABLES["3.1"]["original"].values()] for i in (0, 1))
-    c = CLAIMS["digits-3.1-original"]
-    mnist = run("original", 1, train, test, data="MNIST")
-    other = run("original", 1, train, test, data="md5:0123", dtype="float64")
-    assert statistics.verdict(c, [mnist]).outcome == "supported"
-    verdict = statistics.verdict(c, [other])
-    assert verdict.outcome == "not tested" and "on other data than MNIST" in verdict.note
-    assert statistics.verdict(c, [other, mnist]).outcome == "supported"
-
-
-def test_digits_of_a_table_that_numbers_epochs_too_high():
-    late = list(TABLES["3.5"]["two_layer"].values())
-    train, test = ([99.0] * 18 + [pair[i] for pair in late] for i in (0, 1))
-    result = statistics.verdict(CLAIMS["digits-3.5-two-layer"], [run("original", 1, train, test)])
-    assert (result.outcome, result.effect) == ("supported", 24)
-    assert "numbers its epochs 1 too high" in result.note
-
-
-def test_identical():
-    c = claim("identical", epochs=(1, 2))
-    runs = [run("a", 1, [96.711, 99.0], [99.0, 99.4]), run("b", 1, [96.719, 99.0], [99.0, 99.4])]
-    assert statistics.verdict(c, runs).outcome == "supported"
-    runs[1]["epochs"][1]["test_accuracy"] = 99.41
-    result = statistics.verdict(c, runs)
-    assert (result.outcome, result.effect, result.total) == ("contradicted", 3, 4)
-
-
-def test_at_most():
-    c = CLAIMS["test-at-most-99.56"]
-    flat = [99.5] * 30 + [99.56]
-    assert statistics.verdict(c, [run("original", 1, test=flat)]).outcome == "supported"
-    assert statistics.verdict(c, [run("original", 1, test=flat[:30])]).outcome == "not tested"
-    prints = [run("original", 1, test=[*flat, 99.564])]
-    assert statistics.verdict(c, prints).outcome == "supported"
-    above = [run("original", 1, test=flat), run("original", 2, test=[99.0, 99.57])]
-    result = statistics.verdict(c, above)
-    assert result.outcome == "contradicted" and "seed 2 prints 99.57 % in epoch 2" in result.note
-
-
-def first_at(name, seed, epoch, length=31):
-    return run(name, seed, train=[99.9] * (epoch - 1) + [100.0] * (length - epoch + 1))
-
-
-def test_earlier():
-    c = CLAIMS["three-layer-converges-earlier"]
-    runs = [first_at("three-layer", s, 20 + s) for s in range(1, 7)]
-    runs += [first_at("original", s, 29) for s in range(1, 7)]
-    result = statistics.verdict(c, runs)
-    # Five or six of six: 21 to 26 are all before 29.
-    assert result.outcome == "supported" and result.p_value == pytest.approx(2 / 64)
-    assert result.effect == pytest.approx(np.mean(range(21, 27)) - 29)
-    # A censored partner counts, where it ran for long enough.
-    runs[6:] = [run("original", s, train=[99.9] * 31) for s in range(1, 7)]
-    censored = statistics.verdict(c, runs)
-    assert censored.outcome == "supported" and censored.effect is None
-    runs[6:] = [run("original", s, train=[99.9] * 20) for s in range(1, 7)]
-    assert statistics.verdict(c, runs).outcome == "not tested"
-    few = statistics.verdict(c, [first_at("three-layer", s, 21) for s in (1, 2, 3)]
-                             + [first_at("original", s, 29) for s in (1, 2, 3)])  # fmt: skip
-    assert few.outcome == "not supported" and "that takes 6" in few.note
-
-
-def test_first_epoch_value():
-    c = CLAIMS["training-reaches-100"]
-    runs = [first_at("original", s, e) for s, e in ((1, 29), (2, 30), (3, 30), (4, 31), (5, 30))]
-    result = statistics.verdict(c, runs)
-    assert result.outcome == "supported" and result.effect == pytest.approx(30.0)
-    assert statistics.verdict(c, [*runs, run("original", 6, train=[99.9] * 31)]).p_value is None
-    assert statistics.first_perfect_epoch(run("a", 1, train=[99.9, 99.999])) is None
-
-
-def test_best():
-    rows = {"a": [0.3, 0.32, 0.31, 0.29], "b": [0.1, 0.13, 0.1, 0.08], "d": [0.0, 0.02, 0.04, 0.01]}
-    runs = [run(n, s, test=[99 + x]) for n, xs in rows.items() for s, x in enumerate(xs)]
-    c = claim("best", b=("b", "d"), metric="best test")
-    result = statistics.verdict(c, runs)
-    p = [stats.ttest_rel(rows["a"], rows[n]).pvalue for n in "bd"]
-    assert result.outcome == "supported" and result.p_value == pytest.approx(max(p), rel=1e-6)
-    assert result.effect == pytest.approx(np.mean(np.subtract(rows["a"], rows["b"])))
-    worst = statistics.verdict(claim("best", a="d", b=("a", "b")), runs)
-    assert worst.outcome == "contradicted"
-    part = statistics.verdict(claim("best", b=("b", "e")), runs)
-    assert part.outcome == "not supported" and "e not run" in part.note
-
-
-def test_best_of_as_many_epochs():
-    """The longer run has had more chances: only those that both had count."""
-    c = claim("higher", metric="best test", epochs=())
-    runs = [run("a", s, test=[99.2 + s / 100, 99.1]) for s in (1, 2)]
-    runs += [run("b", s, test=[99.0, 99.1, 99.9]) for s in (1, 2)]
-    assert statistics.verdict(c, runs).effect == pytest.approx(0.115)
-
-
-def test_any_value():
-    c = claim("any value", a="group", b=("a", "b"), value=30.0, margin=5.0)
+def test_pairs_share_weights_and_shuffles():
+    """What the sources of randomness say: see SEMANTICS of each experiment."""
+    stream = statistics.stream
+    assert stream("original") == stream("relu") == stream("multi-margin") == stream("mse")
     assert (
-        statistics.verdict(c, pairs([30.1, 29.7, 30.4], [99.0, 99.1, 99.2])).outcome == "supported"
+        stream("plain") == stream("batch-64") == stream("momentum-0.9") == stream("lbfgs-after-5")
     )
-    none = statistics.verdict(c, pairs([10.1, 10.0, 10.2], [99.0, 99.1, 99.2]))
-    assert none.outcome == "contradicted"
+    # Layers of the digits' normalization draw numbers: other weights.
+    for name in ("normalization-none", "normalization-15", "three-layer"):
+        assert stream(name)[:1] != stream("original")[:1]
+    # The same weights and first shuffle; then angles, noise or masks are drawn between.
+    for name in ("rotation-0.2", "noise-0.1", "dropout"):
+        assert stream(name)[:2] == stream("plain")[:2] and stream(name) != stream("plain")
+    assert stream("rotation-0.2") == stream("rotation-0.349")
+    assert stream("nobody's") is None
 
 
-def test_gap_needs_a_gap():
-    c = CLAIMS["noise-0.1-smaller-gap"]
-    plain = [run("plain", s, [96.0 + s / 10], [98.0]) for s in (1, 2, 3)]
-    noise = [run("noise-0.1", s, [95.0], [98.0]) for s in (1, 2, 3)]
-    result = statistics.verdict(c, plain + noise)
-    assert result.outcome == "not tested" and "no gap yet" in result.note
-    plain = [run("plain", s, [99.9 + s / 100], [99.4]) for s in (1, 2, 3)]
-    noise = [run("noise-0.1", s, [99.5], [99.4]) for s in (1, 2, 3)]
-    assert statistics.verdict(c, plain + noise).outcome == "supported"
+@pytest.mark.parametrize(("b", "paired"), [("relu", True), ("normalization-none", False)])
+def test_paired_only_where_they_share(b, paired):
+    noise = [0.0, 0.5, -0.4, 0.2]  # of the seed, in both
+    runs = runs_of("original", [[(99.0, 99.0 + x)] for x in noise])
+    runs += runs_of(
+        b, [[(99.0, 98.9 + x + e)] for x, e in zip(noise, (0.01, -0.01, 0.0, 0.01), strict=False)]
+    )
+    verdict = one(claim(b=(b,)), runs)
+    x, y = ([r["epochs"][0]["test_accuracy"] for r in runs[i : i + 4]] for i in (0, 4))
+    truth = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+    assert verdict.p == pytest.approx(truth.pvalue, rel=1e-6)
+    assert verdict.estimate.paired == paired
+    assert verdict.outcome == ("supported" if paired else "open")
 
 
-def test_fails():
-    c = CLAIMS["cg-fails"]
-    assert statistics.verdict(c, [run("cg", 1, test=[95.0])]).outcome == "contradicted"
-    broken = {"experiment": "cg", "seed": 1, "epochs": [], "error": "it broke"}
-    assert statistics.verdict(c, [broken]).outcome == "supported"
-    assert statistics.verdict(c, [broken | {"error": None}]).outcome == "not tested"
-    assert statistics.verdict(c, [run("cg", 1, test=[math.nan])]).outcome == "not tested"
+def test_short_runs_do_not_shorten_the_comparison():
+    """Seed 4 ran one epoch: the claim on epochs 2 to 3 is decided by the others."""
+    rows = [[(96.0, 90.0), (98.0, 99.3 + d), (99.0, 99.4 + d)] for d in (0.0, 0.01, 0.02)]
+    runs = [*runs_of("original", rows), record("original", 4, [(96.0, 12.0)])]
+    runs += runs_of("relu", [[(96.0, 99.9), (98.0, 99.0), (99.0, 99.1)]] * 3)
+    verdict = one(claim(epochs=(2, 3)), runs)
+    assert verdict.estimate.n == 3 and verdict.estimate.effect == pytest.approx(0.31)
+    assert verdict.outcome == "supported" and "epochs 2 to 3" in verdict.sentence
 
 
-# --- What runs may look like ---------------------------------------------------------------------
+def test_without_an_epoch_the_last_that_three_seeds_reach():
+    history = [(90.0, 90.0), (95.0, 95.0), (99.0, 99.0)]
+    runs = [record("original", s, history[:n]) for s, n in ((1, 3), (2, 2), (3, 2), (4, 1))]
+    runs += [record("relu", s, [(1.0, 50.0 + s / 10)] * 3) for s in (1, 2, 3)]
+    verdict = one(claim(epochs=None), runs)
+    assert "of epoch 2:" in verdict.sentence
+    assert verdict.estimate.effect == pytest.approx(95 - 50.2)
 
 
-def test_epochs():
-    c = claim("higher", epochs=(1, 2, 3))
-    a = [run("a", s, test=[99.0 + s / 100, 99.2, 99.3][:n]) for s, n in ((1, 3), (2, 2))]
-    b = [run("b", s, test=[98.0, 98.1, 0.0]) for s in (1, 2)]
-    result = statistics.verdict(c, a + b)
-    assert "epoch 1 to 2 of 1 to 3" in result.note
-    assert result.effect == pytest.approx((1.01 + 1.02) / 4 + 1.1 / 2)
-    other = statistics.verdict(claim("higher", epochs=(20, 21)), a + b)
-    assert "epoch 2 instead of 20 to 21" in other.note and other.effect == pytest.approx(1.1)
-    late = statistics.verdict(claim("higher", epochs=(), since=5), a + b)
-    assert late.outcome == "not tested" and "needs epoch 5" in late.note.lower()
+def test_after_a_switch_of_optimizers():
+    """Before it the run is the baseline: nothing to compare."""
+    same = [(96.0, 99.0)] * 5
+    runs = [record(n, s, same) for n in ("plain", "lbfgs-after-5") for s in (1, 2, 3)]
+    wanted = claim("equivalence", a=("lbfgs-after-5",), b=("plain",), epochs=None, within=0.1)
+    assert one(wanted, runs).outcome == "not tested"
+    runs = [record(n, s, [*same, (96.0, 99.0 + s / 1000)]) for n in ("plain", "lbfgs-after-5")
+            for s in (1, 2, 3, 4, 5)]  # fmt: skip
+    assert "of epoch 6:" in one(wanted, runs).sentence
 
 
-def test_short_runs_do_not_hide_long_ones():
-    c = claim("higher", epochs=(), since=3)
-    runs = [run(n, s, test=[99.0, 99.0, x + s / 100]) for n, x in (("a", 99.5), ("b", 99.0))
-            for s in (1, 2)]  # fmt: skip
-    runs += [run("a", 3, test=[99.0]), run("b", 3, test=[99.0])]
-    result = statistics.verdict(c, runs)
-    assert result.n == 2 and result.effect == pytest.approx(0.5)
-    assert "2 runs that end before epoch 3 left out" in result.note
+# --- Decisions ----------------------------------------------------------------------------------
 
 
-def test_notes():
-    result = statistics.verdict(claim("higher"), pairs(A, B, limit=2000))
-    assert "on 2,000 digits only" in result.note
-    confusion = [[30, 0], [0, 20]]
-    runs = pairs(A, B)
-    runs[0]["epochs"][0]["confusion"] = confusion
-    assert "tested on 50 digits only" in statistics.verdict(claim("higher"), runs).note.lower()
-    ceiling = statistics.verdict(claim("higher"), pairs([100.0, 99.99, 100.0], [99.98] * 3))
-    assert "2 of 6 values at the ceiling" in ceiling.note
-    floor = statistics.verdict(claim("higher"), pairs([99.0, 99.1], [9.8, 11.35]))
-    assert "2 of 4 values at chance level" in floor.note
-    missing = statistics.verdict(claim("higher"), pairs([*A, math.nan], [*B, 98.0]))
-    assert missing.n == 5 and "1 value missing or not finite" in missing.note
-    mixed = pairs(A, B, dtype="float64")
-    mixed[0]["dtype"] = "float32"
-    assert "float32 and float64 mixed" in statistics.verdict(claim("higher"), mixed).note
+def pair(differences, b="relu"):
+    """Runs of the original that are so much above those of another."""
+    spread = [0.3, -0.2, 0.1, 0.0, -0.3][: len(differences)]
+    runs = runs_of(
+        "original", [[(99.0, 99.0 + s + d)] for s, d in zip(spread, differences, strict=False)]
+    )
+    return runs + runs_of(b, [[(99.0, 99.0 + s)] for s in spread])
 
 
-@pytest.mark.parametrize("value", [math.nan, None, math.inf])
-@pytest.mark.parametrize("name", list(CLAIMS))
-def test_degenerate_runs_never_crash(name, value):
-    c = CLAIMS[name]
-    names = c.b if c.kind == "any value" else (c.a, *c.b)
-    bad = [run(n, s, [value] * 31, [value] * 31) for n in names for s in (1, 2)]
-    result = statistics.verdict(c, bad)
-    assert result.p_value is None and result.outcome in ("not tested", "not supported"), result
-    empty = [{"experiment": n, "seed": s, "epochs": []} for n in names for s in (1, 2)]
-    assert statistics.verdict(c, empty).outcome == "not tested"
-    assert statistics.verdict(c, empty + bad[:1]).p_value is None
-    missing = statistics.verdict(c, bad[2:] if len(set(names)) > 1 else [])
-    assert missing.outcome == "not tested" and missing.note
-    constant = [run(n, s, [100.0] * 31, [99.5] * 31) for n in names for s in (1, 2)]
-    assert statistics.verdict(c, constant).outcome in statistics.OUTCOMES
+@pytest.mark.parametrize(
+    ("options", "differences", "outcome"),
+    [
+        ({"above": 0}, [0.30, 0.31, 0.29, 0.30], "supported"),
+        ({"above": 0}, [-0.30, -0.31, -0.29, -0.30], "contradicted"),
+        ({"above": 0}, [0.30, -0.31, 0.29, -0.30], "open"),
+        ({"above": 0.5}, [0.30, 0.31, 0.29, 0.30], "contradicted"),
+        ({"below": 0.1}, [0.01, -0.01, 0.02, 0.0], "supported"),
+        ({"below": 0.1}, [0.30, 0.31, 0.29, 0.30], "contradicted"),
+        ({"kind": "equivalence", "within": 0.1}, [0.01, -0.01, 0.02, 0.0], "supported"),
+        ({"kind": "equivalence", "within": 0.1}, [0.30, 0.31, 0.29, 0.30], "contradicted"),
+        ({"kind": "equivalence", "within": 0.1}, [0.30, -0.31, 0.29, -0.30], "open"),
+        ({"above": 0}, [0.3], "not tested"),
+    ],
+)
+def test_differences_and_equivalence(options, differences, outcome):
+    assert one(claim(**options), pair(differences)).outcome == outcome
 
 
-def test_verdicts_adjust_together():
-    first, second = claim("higher"), claim("equivalent", margin=0.1)
-    results = statistics.verdicts([first, second, CLAIMS["cg-fails"]], pairs(A, B))
-    expected = statistics.holm([r.p_value for r in results])
-    assert [r.p_adjusted for r in results] == expected and expected[2] is None
-    many = statistics.verdicts([first] * 100, pairs(A, B))
-    assert many[0].outcome == "supported" and "after Holm's correction" in many[0].note
+def test_p_values_of_both_kinds():
+    d = [0.05, -0.02, 0.04, 0.01]
+    runs = pair(d)
+    assert one(claim(), runs).p == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+    tost = max(stats.ttest_1samp(d, 0.1, alternative="less").pvalue,
+               stats.ttest_1samp(d, -0.1, alternative="greater").pvalue)  # fmt: skip
+    verdict = one(claim("equivalence", within=0.1), runs)
+    assert verdict.p == pytest.approx(tost)
+    interval = stats.ttest_1samp(d, 0).confidence_interval(0.9)
+    assert verdict.interval == pytest.approx(tuple(interval))
+    # The interval and the test agree: inside the margins, supported.
+    assert (interval.low > -0.1 and interval.high < 0.1) == (verdict.outcome == "supported")
 
 
-@pytest.mark.parametrize("key", ["kind", "metric"])
-def test_unknown(key):
-    c = claim("higher") if key == "metric" else claim("better")
-    c = c if key == "kind" else claim("higher", metric="speed")
-    with pytest.raises(ValueError, match=f"verdict: {key} must be one of .*, got '(better|speed)'"):
-        statistics.verdict(c, [])
+def test_a_printed_figure_is_one_run():
+    """Far from the mean, yet within the reach of one more run: not contradicted."""
+    rows = [[(0.0, x)] for x in (99.50, 99.60, 99.55, 99.45, 99.40)]
+    near = claim("equivalence", b=(), value=99.65, within=0.01)
+    far = claim("equivalence", b=(), value=99.95, within=0.01)
+    assert one(near, runs_of("original", rows)).outcome == "open"
+    assert one(far, runs_of("original", rows)).outcome == "contradicted"
+    met = claim("equivalence", b=(), value=99.5, within=0.2)
+    assert one(met, runs_of("original", rows)).outcome == "supported"
 
 
-def test_reported():
-    def said(name):
-        return statistics.verdict(CLAIMS[name], []).reported
+def test_of_all_and_of_any():
+    names = ("batch-32", "batch-64")
 
-    assert said("tanh-over-relu-test").endswith("(+0.34 points)")
-    assert said("three-layer-converges-earlier").endswith("(−8 epochs)")
-    assert said("batch-32-value").endswith("(78 %)")
-    assert said("cg-fails") == "CG gives a number of exceptions"
+    def runs(first, second):
+        rows = runs_of("plain", [[(96.0 + s / 100, 0.0)] for s in range(4)])
+        for name, level in zip(names, (first, second), strict=False):
+            rows += runs_of(name, [[(level + s / 100 + (s == 2) / 50, 0.0)] for s in range(4)])
+        return rows
+
+    every = claim(a=names, b=("plain",), metric="train", below=-10, above=None)
+    some = claim(a=names, b=("plain",), metric="train", below=-10, above=None, quantifier="any")
+    cases = {
+        (70, 60): ("supported", "supported"),
+        (70, 90): ("contradicted", "supported"),
+        (90, 91): ("contradicted", "contradicted"),
+    }
+    for levels, outcomes in cases.items():
+        assert (one(every, runs(*levels)).outcome, one(some, runs(*levels)).outcome) == outcomes
+    # What decides: the largest p of all, the smallest of any times their number.
+    x = one(every, runs(70, 60)).p
+    single = [
+        one(claim(a=(n,), b=("plain",), metric="train", below=-10, above=None), runs(70, 60)).p
+        for n in names
+    ]
+    assert x == pytest.approx(max(single))
+    assert one(some, runs(70, 60)).p == pytest.approx(2 * min(single))
+    # Without one of them, all cannot be supported, and any not contradicted.
+    half = [run for run in runs(70, 60) if run["experiment"] != "batch-64"]
+    assert (one(every, half).outcome, one(some, half).outcome) == ("not tested", "supported")
+    half = [run for run in runs(90, 60) if run["experiment"] != "batch-64"]
+    assert (one(every, half).outcome, one(some, half).outcome) == ("contradicted", "not tested")
+
+
+def test_patterns_name_experiments():
+    lbfgs = [n for n in experiments.EXPERIMENTS if n.startswith("lbfgs-after-")]
+    runs = [record(n, s, [(0.0, 99.2 + s / 100)] * 40) for n in lbfgs for s in (1, 2, 3)]
+    wanted = claim("equivalence", a=("lbfgs-after-*",), b=(), value=99.2, within=0.2)
+    verdict = one(wanted, runs)
+    assert verdict.outcome == "supported" and f"of {len(lbfgs)} comparisons" in verdict.sentence
+
+
+def test_outcomes_count_after_holm_within_a_report():
+    runs = pair([0.10, 0.04, 0.12, 0.05])
+    alone = one(claim(), runs)
+    assert 0.05 / 4 < alone.p < 0.05 and alone.outcome == "supported"
+    four = statistics.verdicts([claim()] * 4, runs)
+    assert [v.outcome for v in four] == ["open"] * 4
+    assert four[0].p == alone.p and four[0].p_holm == pytest.approx(4 * alone.p)
+    # Exact claims and the other report's are no part of it.
+    exact = claim("bound", b=(), at_most=100.0)
+    other = Claim("d", 2, "", "", "difference", ("original",), ("relu",), epochs=(1, 1), above=0)
+    mixed = statistics.verdicts([claim(), exact, other], runs)
+    assert [v.outcome for v in mixed] == ["supported"] * 3
+    assert mixed[0].p_holm == alone.p and mixed[1].p is None
+
+
+def test_first_epoch_at_100():
+    def runs(name, firsts, last=10):
+        return [
+            record(name, s, [(100.0 if e >= first else 99.9, 99.0) for e in range(1, last + 1)])
+            for s, first in enumerate(firsts, 1)
+        ]
+
+    sooner = claim(a=("three-layer",), b=("original",), metric="first 100", epochs=(1, 10),
+                   below=0, above=None)  # fmt: skip
+    verdict = one(sooner, runs("three-layer", [3, 4, 3, 4]) + runs("original", [9, 8, 9, 8]))
+    truth = stats.ttest_ind([3, 4, 3, 4], [9, 8, 9, 8], equal_var=False)
+    assert verdict.outcome == "supported" and verdict.p == pytest.approx(truth.pvalue)
+    # Not reached on the other side: at least one epoch later than the last.
+    verdict = one(sooner, runs("three-layer", [3, 4, 3, 4]) + runs("original", [99, 8, 99, 8]))
+    assert verdict.estimate.effect == 3.5 - 9.5 and verdict.outcome == "supported"
+    # Not reached on this side: nobody knows by how much.
+    assert (
+        one(sooner, runs("three-layer", [99, 4]) + runs("original", [9, 8])).outcome == "not tested"
+    )
+    # A limit can only understate: it never contradicts.
+    later = runs("three-layer", [10, 9, 10, 9]) + runs("original", [2, 3, 2, 99])
+    assert one(sooner, later).outcome == "open"
+
+
+# --- Exact claims -------------------------------------------------------------------------------
+
+
+def test_bounds_are_those_of_the_printed_run():
+    """Seed 1 decides, cut as the report prints; the other seeds are counted."""
+    rows = [[(99.0, 99.5699)], [(99.0, 99.58)], [(99.0, 99.1)]]
+    never = claim("bound", b=(), metric="best test", at_most=99.56)
+    verdict = one(never, runs_of("original", rows))
+    assert verdict.outcome == "supported" and "1 of 2 other seeds" in verdict.sentence
+    assert one(never, runs_of("original", rows[1:])).outcome == "contradicted"
+    assert one(never, runs_of("original", rows)[1:]).outcome == "not tested"
+    least = claim("bound", b=(), metric="train", at_least=100.0)
+    assert one(least, runs_of("original", [[(99.999, 0.0)]])).outcome == "contradicted"
+    assert one(least, runs_of("original", [[(100.0, 0.0)]])).outcome == "supported"
+    late = claim("bound", b=(), metric="train", at_least=100.0, epochs=(2, 2))
+    assert one(late, runs_of("original", [[(100.0, 0.0)]])).outcome == "not tested"
+
+
+def test_equal_numbers():
+    same = claim("equal", epochs=(1, 2))
+    runs = runs_of("original", [[(99.001, 99.0), (99.5, 99.1)]] * 2)
+    equal = runs_of("relu", [[(99.009, 99.0), (99.5, 99.1)]] * 2)
+    verdict = one(same, runs + equal)
+    assert verdict.outcome == "supported" and verdict.sentence.startswith("8 of 8")
+    equal[1]["epochs"][1]["test_accuracy"] = 99.11
+    verdict = one(same, runs + equal)
+    assert verdict.outcome == "contradicted" and verdict.sentence.startswith("7 of 8")
+    assert one(same, runs).outcome == "not tested"
+    first = claim("equal", b=(), metric="first 100", epochs=(1, 3), value=2)
+    history = [(99.0, 0.0), (100.0, 0.0), (99.0, 0.0)]
+    assert one(first, runs_of("original", [history])).outcome == "supported"
+    assert one(first, runs_of("original", [history[1:] * 2])).outcome == "contradicted"
+
+
+def test_every_claim_of_the_reports():
+    """With no runs nothing is tested, and each says what it needs."""
+    verdicts = statistics.verdicts(reports.CLAIMS.values(), [])
+    assert [v.claim for v in verdicts] == list(reports.CLAIMS.values())
+    for verdict in verdicts:
+        assert verdict.outcome == "not tested"
+        assert "needs" in verdict.sentence or verdict.claim.kind == "none"
+
+
+def test_claims_on_the_printed_run_hold_of_its_log():
+    """What the report says of its own run is true of its log."""
+    log = reports.AUTHORS_LOGS["original"]
+    run = record("original", 1, list(zip(log["training"], log["test"], strict=False)))
+    claims = [c for c in reports.CLAIMS.values() if c.a == ("original",) and not c.b]
+    assert len(claims) >= 4
+    assert {v.outcome for v in statistics.verdicts(claims, [run])} == {"supported"}

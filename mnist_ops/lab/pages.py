@@ -1,0 +1,600 @@
+"""The results as pages: ``report-1.md``, ``report-2.md`` and both in one ``report.html``.
+
+The words are in ``report-1.md.jinja`` and ``report-2.md.jinja``, the numbers come from here. The
+HTML is made from the Markdown; it needs no network and no scripts and holds its figures. The same
+results give the same bytes. ::
+
+    >>> from mnist_ops.lab import pages, records
+    >>> pages.write(records.read_results(Path("runs/reproduce/results.json")), "runs/reproduce")
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..training import write_atomically, write_text
+from . import derivations, experiments, figures, records, reports, statistics, tables
+from .reports import cut
+from .statistics import Run, Sample
+
+__all__ = ["to_html", "write"]
+
+_FOLDER = "figures"
+_SHOWN_MISTAKES = 12
+_SHOWN_EPOCHS = 6
+#: Report 2's figures for its batch sizes, in %.
+_SIZES = {32: 78.0, 64: 60.0, 128: 45.0}
+_LOGS = {"original": "original", "three-layer": "three_layer"}
+_NAMES = {"original": "the original network", "three-layer": "three layers"}
+_CSS = """
+:root { --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de; --link: #0550ae; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --paper: #0d1117;
+  --line: #30363d; --link: #79b8ff; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; overflow-wrap: break-word; }
+h1 { line-height: 1.25; margin-top: 3rem; } h2 { border-top: 1px solid var(--line);
+  padding-top: 1.2rem; margin-top: 2.5rem; } a { color: var(--link); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem;
+  font-variant-numeric: tabular-nums; } th, td { padding: .2rem .5rem; text-align: left;
+  vertical-align: top; border-bottom: 1px solid var(--line); }
+img { display: block; width: 100%; max-width: 30rem; background: #fff;
+  border: 1px solid var(--line); }
+"""
+
+
+# --- Markdown and HTML -------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> str:
+    """A table in Markdown, behind the words of ``folded`` if there are any; none without rows."""
+    rows = [list(row) for row in rows]
+    if not rows:
+        return ""
+    lines = [list(head), ["---"] * len(head), *rows]
+    text = "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+    return f"<details><summary>{folded}</summary>\n\n{text}\n\n</details>" if folded else text
+
+
+def _items(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _inline(text: str) -> str:
+    text = html.escape(text)
+    for pattern, tag in (
+        (r"`([^`]+)`", "code"),
+        (r"\*\*(.+?)\*\*", "strong"),
+        (r"\*(\S[^*]*)\*", "em"),
+    ):
+        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
+    return re.sub(r"\[([^\]]+)\]\((https://[^)\s]+)\)", r'<a href="\2">\1</a>', text)
+
+
+def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
+    """The inside of ``<body>`` for the Markdown that these pages use.
+
+    Args:
+        markdown: headings, paragraphs, lists, tables, figures and folded parts, each a block
+            between empty lines; bold, emphasis, code and links inside. All else is escaped.
+        images: by the paths that the figures name.
+    """
+    made = []
+    for block in markdown.strip().split("\n\n"):
+        folded = re.fullmatch(r"<details><summary>(.*)</summary>", block)
+        figure = re.fullmatch(r"!\[(.*)\]\((.*)\)", block)
+        if folded:
+            made.append(f"<details><summary>{_inline(folded[1])}</summary>")
+        elif block == "</details>":
+            made.append(block)
+        elif figure:
+            data = base64.b64encode(images[figure[2]]).decode("ascii")
+            words = html.escape(figure[1])
+            made.append(f'<img src="data:image/png;base64,{data}" alt="{words}">')
+        elif heading := re.match(r"(#+) ", block):
+            level = len(heading[1])
+            made.append(f"<h{level}>{_inline(block[level + 1 :])}</h{level}>")
+        elif block.startswith("- "):
+            items = "\n".join(f"<li>{_inline(line[2:])}</li>" for line in block.split("\n"))
+            made.append(f"<ul>\n{items}\n</ul>")
+        elif block.startswith("| "):
+            lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.split("\n")]
+            rows = [
+                "".join(
+                    f"<{tag}>{_inline(cell.strip().replace(chr(92) + '|', '|'))}</{tag}>"
+                    for cell in line
+                )
+                for tag, line in zip(["th", "", *["td"] * len(lines)], lines, strict=False)
+                if tag
+            ]
+            inside = "\n".join(f"<tr>{row}</tr>" for row in rows)
+            made.append(f'<div class="scroll"><table>\n{inside}\n</table></div>')
+        elif block:
+            made.append(f"<p>{_inline(block)}</p>")
+    return "\n".join(made) + "\n"
+
+
+# --- Numbers -----------------------------------------------------------------------------------
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else cut(value)
+
+
+def _spread(sample: Sample | None) -> str:
+    """``96.67 ± 0.07 (5)``: mean, standard deviation and count of seeds."""
+    if sample is None or sample.n < 2:
+        return "–"
+    return f"{sample.mean:.2f} ± {sample.sd:.2f} ({sample.n})"
+
+
+def _mean(sample: Sample) -> str:
+    return _spread(sample) if sample.n > 1 else cut(sample.mean)
+
+
+def _named(run: Run) -> str:
+    name = records.folder(Path(), run).as_posix().removeprefix("runs/")
+    return f"`{name}` at commit {str(run.get('commit') or 'unknown')[:7]}"
+
+
+class _Report:
+    """What the templates call: parts of a page, as Markdown."""
+
+    def __init__(self, number: int, results: Mapping[str, Any], folder: Path, root: Any) -> None:
+        self.number, self.results, self.folder, self.root = number, results, folder, root
+        self.source = reports.SOURCES[str(number)]
+        self.runs = statistics.usable(results["runs"])
+        claims = [claim for claim in reports.CLAIMS.values() if claim.report == number]
+        self.verdicts = statistics.verdicts(claims, self.runs)
+        self.images: dict[str, bytes] = {}
+
+    def of(self, name: str, reach: int = 1) -> list[Run]:
+        return list(statistics.by_seed(self.runs, name, reach).values())
+
+    def figure(
+        self, name: str, words: str, draw: Callable[..., None], *args: Any, **more: Any
+    ) -> str:
+        """Draw a figure into the folder; ``words`` say what it shows."""
+        path = f"{_FOLDER}/{name}.png"
+        content = self.images[path] = figures.png(draw, *args, **more)
+        (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / path, lambda file: file.write(content))
+        return f"![{words}]({path})\n\n*{words}*"
+
+    # What both pages have.
+
+    def origin(self) -> str:
+        """The report, its authors, year and code."""
+        source, starter = self.source, reports.SOURCES["starter"]
+        return (
+            f"*{source['title']}*, {source['authors']}, {source['date']}. Their code: "
+            f"[{source['repository'].removeprefix('https://')}]({source['repository']}), folder "
+            f"{source['folder']}. Both reports began with the course's starter scripts, "
+            f"[{starter.removeprefix('https://')}]({starter})."
+        )
+
+    def warning(self) -> str:
+        """For runs that are no full runs."""
+        if all(map(records.of_mnist, self.runs)):
+            return ""
+        limit = self.runs[0]["limit"]
+        part = f"the first {limit:,} images of each split" if limit else "other data"
+        return (
+            f"**These runs used {part}, not all of MNIST: their accuracies are not those of the "
+            "report, and no difference from a printed number means anything.**"
+        )
+
+    def counts(self) -> str:
+        """How many statements have which outcome."""
+        found = [(o, sum(v.outcome == o for v in self.verdicts)) for o in statistics.OUTCOMES]
+        told = ", ".join(f"{count} {outcome}" for outcome, count in found if count)
+        return f"Of {len(self.verdicts)} statements in the text: {told}."
+
+    def claims(self, section: str) -> str:
+        """The report's sentences in a section, each with its verdict."""
+        return _items(
+            f"“{v.claim.quote}” **{v.outcome.capitalize()}**: {v.sentence}."
+            + (f" ({v.claim.note})" if v.claim.note and v.claim.kind != "none" else "")
+            for v in self.verdicts
+            if v.claim.section.startswith(section)
+        )
+
+    def derivations(self) -> str:
+        """Each printed line of the derivations, and whether it is right."""
+        return (
+            "Each printed line was evaluated at random inputs and compared with autograd; b is the "
+            "softmax's beta.\n\n"
+        ) + _table(
+            ["line", "printed", "outcome", "remark"],
+            [
+                (r.line.source.split(", ", 1)[1], f"`{r.line.printed}`", r.outcome, r.line.remark)
+                for r in derivations.check()
+                if r.line.source.startswith(f"report {self.number}")
+            ],
+        )
+
+    def run_table(self) -> str:
+        """Every run with its own commit, machine, torch and dtype."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for run in self.results["runs"]:
+            known = statistics.registered(run["experiment"])
+            first = known is not None and known.section.startswith("report 1")
+            if run["epochs"] and first == (self.number == 1):
+                name, _, commit = _named(run).partition(" at commit ")
+                words = f"{name.replace(run['dtype'] + '-', '')}: {len(run['epochs'])}"
+                if not statistics.is_current(run):
+                    words += " (its experiment has changed since: not used)"
+                machine = " ".join(f"{run['device']}: {run.get('machine', 'unknown')}".split())
+                key = (commit, str(run.get("torch", "unknown")), run["dtype"], machine)
+                groups.setdefault(key, []).append(words)
+        count = sum(map(len, groups.values()))
+        rows = [(*key, "; ".join(names)) for key, names in groups.items()]
+        head = ["commit", "torch", "dtype", "machine", "experiment/seed: epochs"]
+        return (
+            "Every run with the commit, torch, precision and machine that made it. `results.json` "
+            "has all its epochs.\n\n"
+        ) + _table(head, rows, f"{count} runs in {len(rows)} groups")
+
+    def in_group(self, *names: str) -> dict[str, dict[int, Any]]:
+        """The experiments of a group, or of a name, none of them with points."""
+        every = experiments.EXPERIMENTS.items()
+        return {n: {} for wanted in reversed(names) for n, e in every if wanted in (e.group, n)}
+
+    def group(self, *names: str) -> str:
+        """Experiments that the report prints no table of: what they reach."""
+        rows = []
+        for name in self.in_group(*names):
+            lengths = sorted((len(run["epochs"]) for run in self.of(name)), reverse=True)
+            if not lengths:
+                rows.append([f"`{name}`", "not run", *["–"] * 4])
+                continue
+            last = lengths[min(statistics.SEEDS, len(lengths)) - 1]
+            values = [
+                [statistics.metric(run, metric, first, last) for run in self.of(name, last)]
+                for metric, first in (("train", last), ("test", last), ("best test", 1))
+            ]
+            shown = [_mean(statistics.mean_sd(x)) for x in values]
+            rows.append([f"`{name}`", str(len(values[0])), str(last), *shown])
+        head = ["experiment", "seeds", "epoch", "training %", "test %", "best test % until then"]
+        return _table(head, rows)
+
+    def figure_of(self, name: str, words: str, lines: Mapping[str, Any], points: str) -> str:
+        """Curves of experiments, by name, with points."""
+        drawn = [
+            figures.Line(label, statistics.by_seed(self.runs, label), known)
+            for label, known in lines.items()
+            if known or self.of(label)
+        ]
+        return self.figure(name, words, figures.curves, drawn, points=points) if drawn else ""
+
+    def brief(self) -> str:
+        """The main numbers: printed and ours."""
+        rows = self.brief_1() if self.number == 1 else self.brief_2()
+        return _table(["what", "printed", "here"], rows)
+
+    # Report 1.
+
+    def brief_1(self) -> list[tuple[str, str, str]]:
+        rows = []
+        for table in experiments.TABLES.values():
+            for column, cells in tables.compare(table, self.runs).items():
+                # The baseline stands beside every table; twice is enough.
+                if cells[0].experiment != "original" or table.number in ("3.1", "3.5"):
+                    count = sum(cell.printed is not None for cell in cells)
+                    words = tables.column_verdict(cells)
+                    rows.append((f"Table {table.number}, {column}", f"{count} numbers", words))
+        for name, words in _NAMES.items():
+            if found := tables.authors_log(self.results, name):
+                epochs = len(reports.AUTHORS_LOGS[_LOGS[name]]["test"])
+                rows.append((f"Authors' log, {words}", f"{epochs} epochs", self._log_words(found)))
+        return rows
+
+    def _log_words(self, found: tables.LogComparison) -> str:
+        equal = 2 * found.epochs - sum(map(len, found.apart.values()))
+        return f"{equal} of {2 * found.epochs} equal to the image, in {found.epochs} epochs run"
+
+    def printed_table(self, number: str) -> str:
+        """A table of report 1 beside seed 1 and all seeds, and a line a column."""
+        rows, told = [], []
+        for column, cells in tables.compare(experiments.TABLES[number], self.runs).items():
+            for i in range(0, len(cells), 2):
+                row = [column if i == 0 else "", str(cells[i].epoch)]
+                for cell in cells[i : i + 2]:
+                    row += [_number(cell.printed), _number(cell.ours)]
+                    row += [tables.signed(cell.images), _spread(cell.seeds)]
+                rows.append(row)
+            run = cells[0].run
+            which = f" (seed 1: {_named(run)})" if run is not None else ""
+            told.append(f"{column}: **{tables.column_verdict(cells)}**{which}")
+        parts = ("printed", "seed 1", "images", "all seeds")
+        head = ["column", "epoch", *(f"{split}: {p}" for split in tables.SPLITS for p in parts)]
+        return f"{_table(head, rows)}\n\n{_items(told)}"
+
+    def table_figure(self, number: str) -> str:
+        """The curves of a table of report 1 with its numbers as points."""
+        table = experiments.TABLES[number]
+        lines = [
+            figures.Line(column, statistics.by_seed(self.runs, name), table.printed[column])
+            for column, name in table.columns.items()
+        ]
+        words = f"Table {number}. Circles: printed; lines: seed 1; bands: lowest to highest seed."
+        last = max(table.epochs)
+        return self.figure(f"table-{number}", words, figures.curves, lines, last=last)
+
+    def log_figure(self, name: str, words: str, columns: Mapping[str, str]) -> str:
+        """Curves with the authors' logs as points."""
+        lines = []
+        for column, experiment in columns.items():
+            log = reports.AUTHORS_LOGS[_LOGS[experiment]]
+            points = dict(enumerate(zip(log["training"], log["test"], strict=False), 1))
+            lines.append(figures.Line(column, statistics.by_seed(self.runs, experiment), points))
+        words += " Lines: seed 1; bands: lowest to highest seed; epoch 1 lies below the panels."
+        return self.figure(name, words, figures.curves, lines, points="authors' log")
+
+    def gallery(self, words: str) -> str:
+        """What the normalizations make of the images."""
+        from ..mnist import data
+
+        try:
+            draw = figures.normalization_gallery
+            return self.figure("normalization", words, draw, root=self.root)
+        except (data.DataError, ValueError):
+            return ""  # Other data than MNIST, or none: the numbers are still there.
+
+    def log(self, name: str) -> str:
+        """A run beside the authors' log of it: images, confusion matrices, rounding's reach."""
+        found = tables.authors_log(self.results, name)
+        words = _NAMES[name].capitalize()
+        if found is None:
+            return f"**{words}**: not run."
+        told = [f"**{words}** ({_named(found.run)}): {self._log_words(found)}."]
+        for split, apart in found.apart.items():
+            if apart:
+                far = sorted(apart, key=lambda epoch: -abs(apart[epoch]))[:_SHOWN_EPOCHS]
+                shown = ", ".join(f"{tables.signed(apart[e])} in epoch {e}" for e in sorted(far))
+                few = ", the farthest" if len(far) < len(apart) else ""
+                told.append(f"{split.capitalize()}, more or fewer right than there{few}: {shown}.")
+        if all(of for _, of in found.inside.values()):
+            inside = ", ".join(f"{s} in {n} of {of} epochs" for s, (n, of) in found.inside.items())
+            told.append(
+                "Runs that differ by 1e-15 in one weight drift apart by rounding alone. The log "
+                f"lies between the lowest and the highest of them: {inside}."
+            )
+        for run in self.runs:
+            if (run["experiment"], run["seed"]) == (name, 1) and run["dtype"] != found.run["dtype"]:
+                both = list(zip(found.run["epochs"], run["epochs"], strict=False))
+                keys = tables.SPLITS.values()
+                same = sum(cut(a[key]) == cut(b[key]) for a, b in both for key in keys)
+                told.append(f"{_named(run)} prints the same {same} of {2 * len(both)} numbers.")
+        equal, cells, others = (
+            tables.confusion_cells(found.run) if name == "original" else (0, 0, [])
+        )
+        if cells:
+            told.append(
+                f"Test confusion matrices from epoch 20 on, cell by cell: {equal:,} of {cells:,} "
+                "cells equal. (Our records keep none of the training set.)"
+            )
+        return "\n".join([told[0], "", _items([*told[1:], *others[:_SHOWN_EPOCHS]])])
+
+    def candidates(self, name: str, words: str) -> str:
+        """The guesses at a column, closest first."""
+        column = experiments.EXPERIMENTS[name]
+        rows = tables.candidates(column, self.runs)
+        done = [cells for _, cells in rows if cells]
+        hits = sum(all(cell.images == 0 for cell in cells) for cells in done)
+        training, test = column.reported[1]
+        outcome = f"{hits} print both numbers" if hits else "not found"
+        told = (
+            f"**{words}, printed {training:.2f} / {test:.2f}: {outcome}** "
+            f"({len(done)} of {len(rows)} configurations run)."
+        )
+        shown = [
+            (
+                cells[0].column,
+                *(f"{_number(c.ours)} ({tables.signed(c.images)})" for c in cells),
+                _named(run),
+            )
+            for cells in done
+            if (run := cells[0].run) is not None
+        ]
+        head = ["configuration", "training (images)", "test (images)", "run"]
+        missing = "; ".join(guess.title for guess, cells in rows if not cells)
+        parts = [told, _table(head, shown[:3]), _table(head, shown[3:], f"{len(shown[3:])} more")]
+        return "\n\n".join([*parts, f"Not run: {missing}." if missing else ""])
+
+    def inside(self) -> str:
+        """Kernels, confusion matrix and worst mistakes of the original's seed 1."""
+        from ..mnist import data
+
+        run = statistics.by_seed(self.runs, "original").get(1)
+        if run is None:
+            return "The original network was not run."
+        parts = [f"{_named(run)}, after {len(run['epochs'])} epochs."]
+        if run.get("filters"):
+            words = "The first convolution's kernels: blue negative, white zero, red positive."
+            parts.append(self.figure("filters", words, figures.filters, run["filters"]))
+        words = "Test images by true and predicted class; colour marks the mistakes."
+        counts = run["epochs"][-1]["confusion"]
+        parts.append(self.figure("confusion", words, figures.confusion, counts))
+        if run.get("mistakes") and (self.root is not None or records.of_mnist(run)):
+            try:
+                images, _ = data.load("test", self.root)
+            except data.DataError:
+                return "\n\n".join(parts)  # Without the images there is one picture less.
+            items = [m for m in run["mistakes"] if m["index"] < len(images)][:_SHOWN_MISTAKES]
+            words = "Wrong and surest of it: true class as predicted class, confidence, index."
+            parts.append(self.figure("mistakes", words, figures.mistakes, items, images))
+        return "\n\n".join(parts)
+
+    # Report 2.
+
+    def brief_2(self) -> list[tuple[str, str, str]]:
+        rows = []
+        for name, last, printed in (("rotation-0.2", 44, "99.57"), (_ALL, 108, "99.63")):
+            best = [statistics.metric(run, "best test", 1, last) for run in self.of(name, last)]
+            here = _mean(statistics.mean_sd(best)) if best else f"not run for {last} epochs yet"
+            rows.append((f"`{name}`, best test of {last} epochs", f"{printed} %", here))
+        if near := min(self._nearest(), key=lambda row: float(row[-1]), default=None):
+            data, split, epoch, *means, _ = near
+            here = f"nearest: {' / '.join(means)} ({data}, {split}, epoch {epoch})"
+            rows.append(("batch size 32 / 64 / 128", "78 / 60 / 45 %", here))
+        found = self._grid()
+        if found:
+            name = min(found, key=lambda one: abs(found[one].mean - 30))
+            here = f"nearest: {found[name].mean:.1f} % (`{name}`)"
+            rows.append(("momentum and learning rate", "around 30 %", here))
+        return rows
+
+    def _nearest(self) -> list[list[str]]:
+        """For each data set and split the epoch nearest to all printed figures."""
+        rows = []
+        for words, pattern in _SETS.items():
+            chosen = [self.of(pattern.format(size)) for size in _SIZES]
+            last = min((len(run["epochs"]) for runs in chosen for run in runs), default=0)
+            for split, metric in (("training", "train"), ("test", "test")) if all(chosen) else ():
+                means = [self._size_means(chosen, metric, epoch) for epoch in range(1, last + 1)]
+                far = [
+                    max(abs(m - x) for m, x in zip(row, _SIZES.values(), strict=True))
+                    for row in means
+                ]
+                best = far.index(min(far))
+                shown = [f"{m:.1f}" for m in means[best]]
+                rows.append([words, split, f"{best + 1} of {last}", *shown, f"{far[best]:.1f}"])
+        return rows
+
+    @staticmethod
+    def _size_means(chosen: Sequence[Sequence[Run]], metric: str, epoch: int) -> list[float]:
+        return [
+            statistics.mean_sd([statistics.metric(run, metric, epoch, epoch) for run in runs]).mean
+            for runs in chosen
+        ]
+
+    def sizes(self) -> str:
+        """The batch sizes' nearest epochs."""
+        head = ["data", "split", "epoch", *(f"{s} ({x:g} %)" for s, x in _SIZES.items())]
+        return _table([*head, "farthest (points)"], self._nearest()) or "Not run."
+
+    def small_sizes(self) -> str:
+        """The batch sizes on the small set, epoch by epoch."""
+        names = [f"small-batch-{size}{local}" for local in ("", "-local") for size in _SIZES]
+        chosen = [self.of(name) for name in names]
+        last = min((len(run["epochs"]) for runs in chosen for run in runs), default=0)
+        rows = [
+            [str(e)]
+            + [
+                f"{train:.0f} / {test:.0f}"
+                for train, test in zip(
+                    *(self._size_means(chosen, m, e) for m in ("train", "test")), strict=True
+                )
+            ]
+            for e in range(1, last + 1 if all(chosen) else 1)
+        ]
+        head = ["epoch", *(f"`{name}`" for name in names)]
+        return _table(head, rows, "The small set epoch by epoch: training / test in %")
+
+    def _grid(self) -> dict[str, Sample]:
+        """Test accuracy of the momenta and learning rates on the small set."""
+        found = {}
+        for name in experiments.EXPERIMENTS:
+            if name.startswith("small-momentum-") and (runs := self.of(name)):
+                last = min(len(run["epochs"]) for run in runs)
+                values = [statistics.metric(run, "test", last, last) for run in runs]
+                found[name] = statistics.mean_sd(values)
+        return found
+
+    def momentum_grid(self, words: str) -> str:
+        """The same as a table, momenta by learning rates."""
+        found, start = self._grid(), "small-momentum-"
+        split = [name.removeprefix("small-momentum-").rpartition("-lr-") for name in found]
+        rates = list(dict.fromkeys(rate for *_, rate in split))
+        rows = [
+            [momentum.replace("-", ", ")]
+            + [
+                _mean(found[one]) if (one := f"{start}{momentum}-lr-{rate}") in found else "–"
+                for rate in rates
+            ]
+            for momentum in dict.fromkeys(momentum for momentum, *_ in split)
+        ]
+        head = ["momentum", *(f"learning rate {rate}" for rate in rates)]
+        return f"{words}\n\n{_table(head, rows)}" if rows else ""
+
+    def beyond(self) -> str:
+        """Experiments of neither report."""
+        every = experiments.EXPERIMENTS.items()
+        names = [name for name, e in every if not e.section.startswith("report")]
+        told = _items(f"`{name}`: {experiments.EXPERIMENTS[name].title}" for name in names)
+        return f"## Beyond the reports\n\n{told}\n\n{self.group(*names)}" if names else ""
+
+
+_ALL = "rotation-noise-dropout-convolution"
+_SETS = {
+    "all of MNIST": "batch-{}",
+    "small set": "small-batch-{}",
+    "small set, local normalization": "small-batch-{}-local",
+}
+
+
+def write(
+    results: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write both pages, the HTML and the figures they show into a folder.
+
+    Args:
+        results: as :func:`mnist_ops.lab.records.read_results` gives them. Runs may be unfinished,
+            of unequal length, of unknown experiments, or none.
+        folder: is made where it does not exist. ``figures/`` in it gets the PNG files.
+        root: a folder with other data, see :func:`mnist_ops.mnist.data.load`.
+
+    Returns:
+        The paths of ``report-1.md``, ``report-2.md`` and ``report.html``.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    import jinja2
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def source(name: str) -> str:
+        return (resources.files(__package__) / name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined, autoescape=False
+    )
+    paths, bodies = [], []
+    for number in (1, 2):
+        report = _Report(number, results, folder, root)
+        context = {
+            "r": report,
+            "logs": reports.LOGS,
+            "figures": {
+                "best_theta02": reports.FIGURES["best_theta0.2"],
+                "top": reports.FIGURES["top_noise_dropout_conv_rot"],
+            },
+        }
+        page = environment.get_template(f"report-{number}.md.jinja").render(context)
+        page = re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+        paths.append(folder / f"report-{number}.md")
+        write_text(paths[-1], page)
+        bodies.append(to_html(page, report.images))
+    paths.append(folder / "report.html")
+    write_text(
+        paths[-1],
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>Two reports on MNIST of 2016, run again</title>\n<style>{_CSS}</style>\n</head>\n"
+        f"<body>\n{''.join(bodies)}</body>\n</html>\n",
+    )
+    return paths
