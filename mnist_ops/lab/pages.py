@@ -374,15 +374,15 @@ class _Report:
                 keys = tables.SPLITS.values()
                 same = sum(cut(a[key]) == cut(b[key]) for a, b in both for key in keys)
                 told.append(f"{_named(run)} prints the same {same} of {2 * len(both)} numbers.")
-        equal, cells, others = (
-            tables.confusion_cells(found.run) if name == "original" else (0, 0, [])
-        )
-        if cells:
+        for split, cells in (
+            tables.confusion_cells(found.run) if name == "original" else {}
+        ).items():
+            equal, total, others = cells
             told.append(
-                f"Test confusion matrices from epoch 20 on, cell by cell: {equal:,} of {cells:,} "
-                "cells equal. (Our records keep none of the training set.)"
-            )
-        return "\n".join([told[0], "", _items([*told[1:], *others[:_SHOWN_EPOCHS]])])
+                f"Confusion matrices from epoch 20 on, {split}: {equal:,} of {total:,} cells "
+                + "; ".join(["equal", *others[:_SHOWN_EPOCHS]]) + "."
+            )  # fmt: skip
+        return "\n".join([told[0], "", _items(told[1:])])
 
     def candidates(self, name: str, words: str) -> str:
         """The guesses at a column, closest first."""

@@ -235,20 +235,31 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
     return LogComparison(run, min(len(run["epochs"]), len(log["test"])), apart, inside)
 
 
-def confusion_cells(run: Run) -> tuple[int, int, list[str]]:
-    """Test confusion matrices of the original and of the authors' log: cells equal, of, others."""
-    equal, total, others = 0, 0, []
-    for number, entry in reports.AUTHORS_LOGS["original"]["confusion"]["epochs"].items():
-        if int(number) > len(run["epochs"]):
-            continue
-        ours = run["epochs"][int(number) - 1]["confusion"]
-        for true, (row, logged) in enumerate(zip(ours, entry["test"], strict=True)):
-            for predicted, (mine, theirs) in enumerate(zip(row, logged, strict=True)):
-                total += 1
-                equal += mine == theirs
-                if mine != theirs:
-                    others.append(f"epoch {number}, {true} as {predicted}: {mine} for {theirs}")
-    return equal, total, others
+def confusion_cells(run: Run) -> dict[str, tuple[int, int, list[str]]]:
+    """The original's confusion matrices beside the authors': cells equal, of, and the others.
+
+    By split; without training where the run's record has no matrices of it.
+    """
+    logged = reports.AUTHORS_LOGS["original"]["confusion"]["epochs"]
+    found = {}
+    for split, key in (("training", "train_confusion"), ("test", "confusion")):
+        equal, total, others = 0, 0, []
+        for number, entry in logged.items():
+            ours = (
+                run["epochs"][int(number) - 1].get(key)
+                if int(number) <= len(run["epochs"])
+                else None
+            )
+            for true, (row, theirs) in enumerate(zip(ours or (), entry[split], strict=False)):
+                for predicted, (mine, count) in enumerate(zip(row, theirs, strict=True)):
+                    total += 1
+                    equal += mine == count
+                    if mine != count:
+                        where = f"epoch {number}, {split}, {true} as {predicted}"
+                        others.append(f"{where}: {mine}, in the log {count}")
+        if total:
+            found[split] = equal, total, others
+    return found
 
 
 def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:

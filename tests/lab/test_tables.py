@@ -143,9 +143,12 @@ def test_confusion_matrices_cell_by_cell():
     run = record("original", 1, [(99.0, 99.0)] * 21)
     for epoch in (20, 21):
         run["epochs"][epoch - 1]["confusion"] = copy.deepcopy(logged[str(epoch)]["test"])
-    assert tables.confusion_cells(run) == (200, 200, [])
+    assert tables.confusion_cells(run) == {"test": (200, 200, [])}
     run["epochs"][20]["confusion"][9][4] += 1
+    run["epochs"][19]["train_confusion"] = logged["20"]["training"]
     wanted = logged["21"]["test"][9][4]
-    assert tables.confusion_cells(run) == (
-        199, 200, [f"epoch 21, 9 as 4: {wanted + 1} for {wanted}"],
-    )  # fmt: skip
+    assert tables.confusion_cells(run) == {
+        "training": (100, 100, []),
+        "test": (199, 200, [f"epoch 21, test, 9 as 4: {wanted + 1}, in the log {wanted}"]),
+    }
+    assert tables.confusion_cells(record("original", 1, [(99.0, 99.0)] * 5)) == {}
