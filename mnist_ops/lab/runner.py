@@ -14,9 +14,13 @@ by their content. Epochs do not define it: a run that has fewer than are asked f
 has more stays as it is, as its first epochs are those of a shorter one.
 
 Runs are spread with joblib. On this machine each worker takes its share of the cores; with a
-cluster's backend (``joblib.parallel_config(backend="dask")``, say) around :func:`run_all` the same
-runs go there, as long as the folder is on a file system that all machines see. Workers end with the
-process that hands out the work, however that one ends.
+cluster's backend around :func:`run_all` the same runs go there, as long as the folder is on a file
+system that all machines see; each record names the machine that made it::
+
+    with dask.distributed.Client("scheduler:8786"), joblib.parallel_config(backend="dask"):
+        runner.run_all(plan.tasks(plan.read("full")), "/shared/runs", jobs=64, resume=True)
+
+Workers on this machine end with the process that hands out the work, however that one ends.
 """
 
 from __future__ import annotations
@@ -171,7 +175,7 @@ def environment(repository: Path | None = None) -> dict[str, Any]:
         "mnist_ops": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": _machine("cpu"),
     }
 
 
@@ -193,9 +197,9 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _machine(device: str, where: dict[str, Any]) -> str:
-    """The processor, and the GPU if that does the work."""
-    machine = str(where["machine"])
+def _machine(device: str) -> str:
+    """The processor of this machine, and the GPU if that does the work."""
+    machine = f"{processor()}, {os.cpu_count()} cores"
     if torch.device(device).type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     return machine
@@ -215,14 +219,15 @@ def _definition(task: Task, identity: str) -> dict[str, Any]:
     }
 
 
-def _describe(task: Task, identity: str, where: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a run before it starts. Nothing that differs when it is made again."""
+def _describe(task: Task, identity: str, commit: str | None) -> dict[str, Any]:
+    """What is known of a run before it starts, on the machine that makes it."""
     return _definition(task, identity) | {
         "engine": experiments.describe_engine(task.experiment, task.device),
         "epochs_wanted": task.epochs,
-        "commit": where["commit"],
-        "machine": _machine(task.device, where),
-        "torch": where["torch"],
+        "commit": commit,
+        "machine": _machine(task.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 
@@ -417,7 +422,7 @@ class _Work:
 
     out: Path
     resume: bool
-    where: dict[str, Any]
+    commit: str | None
     deadline: float
     any_device: bool = False
 
@@ -475,7 +480,7 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
             if known is not None and not records.same_device(known, {"device": task.device}):
                 resume = False
             progress = _Progress(_progress_path(task, out), task, epochs_done(folder) * resume)
-            record = _describe(task, identity, work.where)
+            record = _describe(task, identity, work.commit)
             # What is there stays until there is more: a run that begins anew may fail at once.
             written = known is None and not resume
             if written:
@@ -751,7 +756,8 @@ def run_all(
     _sweep(out)
     _restore(known)
     deadline = math.inf if deadline is None else deadline
-    work = _Work(out, resume, environment(repository), deadline, any_device)
+    where = environment(repository)
+    work = _Work(out, resume, where["commit"], deadline, any_device)
     groups = _groups(left, together)
     threads = max(1, cpu_count() // jobs)
     before = torch.get_num_threads()
@@ -776,7 +782,7 @@ def run_all(
         torch.set_num_threads(before)
         for task, _ in left:
             _progress_path(task, out).unlink(missing_ok=True)
-        _write_json(out / "results.json", collect(out, work.where))
+        _write_json(out / "results.json", collect(out, where))
     return failures
 
 

@@ -509,7 +509,7 @@ def test_a_full_disk(straight, tmp_path):
             runner.run_all([], tmp_path)
         failures = []
         job = some_tasks(epochs=3)[0], records.MNIST
-        work = runner._Work(tmp_path, True, runner.environment(), float("inf"))
+        work = runner._Work(tmp_path, True, None, float("inf"))
         runner._run(job, work, None, failures)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -560,7 +560,11 @@ def test_a_cluster_of_dask(straight, tmp_path):
         joblib.parallel_config(backend="dask"),
     ):
         assert runner.run_all(some_tasks(), tmp_path, jobs=2, quiet=True) == []
+        assert len(two.scheduler.workers) == 2
     assert content(tmp_path) == content(straight)
+    for run in json.loads(content(tmp_path))["runs"]:
+        assert run["machine"] == f"{runner.processor()}, {os.cpu_count()} cores"
+        assert run["torch"] == torch.__version__
 
 
 def test_details_do_not_depend_on_the_default_device(straight):
