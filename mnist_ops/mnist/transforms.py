@@ -185,11 +185,14 @@ class _RandomTransform(nn.Module):
         """Transform ``images`` with the standard normal ``numbers``, float64 ``(N, count)``."""
         raise NotImplementedError
 
+    def draw(self, images: Tensor) -> Tensor:
+        """The standard normal numbers for these samples, float64 ``(N, count)``."""
+        return self.generator.normal(size=(len(images), self.count(images)))
+
     def forward(self, images: Tensor) -> Tensor:
         """Transform ``(N, C, H, W)`` to the same shape."""
         _check_images(type(self).__name__, images)
-        numbers = self.generator.normal(size=(len(images), self.count(images)))
-        return self.apply_numbers(images, numbers)
+        return self.apply_numbers(images, self.draw(images))
 
 
 class RandomRotation(_RandomTransform):
@@ -295,8 +298,15 @@ class Compose(nn.Module):
             for transform in self.transforms:
                 images = transform(images)
             return images
-        parts = [part for part in self.transforms if isinstance(part, _RandomTransform)]
-        # A row of numbers per sample from each generator; every transform takes its columns.
+        return self.apply_numbers(images, self.draw(images))
+
+    def _parts(self) -> list[_RandomTransform]:
+        return [part for part in self.transforms if isinstance(part, _RandomTransform)]
+
+    def draw(self, images: Tensor) -> Tensor:
+        """The numbers of all transforms, side by side, if they are ``batched``."""
+        parts = self._parts()
+        # A row of numbers per sample from each generator; every transform has its columns.
         generators = {id(part.generator): part.generator for part in parts}
         columns = {
             key: [part.count(images) if id(part.generator) == key else 0 for part in parts]
@@ -306,8 +316,17 @@ class Compose(nn.Module):
             key: generator.normal(size=(len(images), sum(columns[key]))).split(columns[key], 1)
             for key, generator in generators.items()
         }
-        for i, part in enumerate(parts):
-            images = part.apply_numbers(images, numbers[id(part.generator)][i])
+        none = torch.empty(len(images), 0, dtype=torch.float64, device="cpu")
+        return torch.cat([none, *(numbers[id(p.generator)][i] for i, p in enumerate(parts))], 1)
+
+    def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Transform with the numbers that :meth:`draw` returned."""
+        parts = self._parts()
+        begin = 0
+        for part in parts:
+            count = part.count(images)
+            images = part.apply_numbers(images, numbers[:, begin : begin + count])
+            begin += count
         return images
 
     def extra_repr(self) -> str:

@@ -351,7 +351,7 @@ class OnlineSGD:
         for piece in order.split(at_once, dim=-1):
             before = [generator.get_state() for generator in generators]
             size = (piece.shape[-1], per_sample)
-            uniform = torch.stack([generator.uniform(0.0, 1.0, size) for generator in generators])
+            uniform = torch.stack([engine._uniform(size) for engine in engines])
             try:
                 results.append(self._run(images, labels, piece, uniform))
             except Exception:
@@ -360,6 +360,10 @@ class OnlineSGD:
                 raise
         losses, predictions = zip(*results, strict=True)
         return torch.cat(losses, dim=-1), torch.cat(predictions, dim=-1)
+
+    def _uniform(self, size: tuple[int, int]) -> Tensor:
+        """The next samples' numbers for dropout."""
+        return self._dropouts[0].generator.uniform(0.0, 1.0, size)
 
     def _check_data(self, images: Tensor, labels: Tensor, order: Tensor) -> None:
         """Refuse what is elsewhere or of another dtype before anything is drawn or moved."""
@@ -720,8 +724,10 @@ class OptimizerEngine(OnlineSGD):
         optimizer: exactly a ``SGD``, one group with all of the model's parameters.
         criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
         transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
-            has a true attribute ``batched``, to all images of a run at once; not together with
-            dropout, whose random numbers it would have to draw in turn with.
+            has a true attribute ``batched``, to all images of a run at once. Together with dropout
+            each sample's random numbers are the transform's, then dropout's, as they are used; one
+            that has ``draw(image)`` and ``apply_numbers(images, numbers)``, as those of
+            :mod:`mnist_ops.mnist.transforms`, is then applied to many samples at once, too.
         threads: as for :class:`OnlineSGD`, as is ``mode``.
         shared: of several runs in threads of one process, see :class:`SharedLaunches`.
 
@@ -749,12 +755,11 @@ class OptimizerEngine(OnlineSGD):
             raise UnsupportedError(f"the criterion {name} is not one of the engine's")
         self.optimizer = optimizer
         self.transform = transform
+        self._drawn: Tensor | None = None
         settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
         super().__init__(model, loss, threads=threads, mode=mode, **settings)
         if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
             raise UnsupportedError("the optimizer's parameters are not those of the network")
-        if transform is not None and self._dropouts:
-            raise UnsupportedError("a transform together with dropout")
         self.shared = shared
         if shared is not None:
             self._placed = shared._placed
@@ -770,9 +775,7 @@ class OptimizerEngine(OnlineSGD):
         if self.transform is not None:
             self.model.train()
             samples = images.index_select(0, order).to(self._parameters[0].dtype)
-            # A transform that gives the same bits for many samples at once says so.
-            pieces = [samples] if getattr(self.transform, "batched", False) else samples.split(1)
-            images = torch.cat([self.transform(piece) for piece in pieces])
+            images = self._transformed(samples)
             labels = labels.index_select(0, order)
             order = torch.arange(len(order), device="cpu")
         losses, predictions = super().run(images, labels, order)
@@ -780,6 +783,33 @@ class OptimizerEngine(OnlineSGD):
         for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
             state[parameter]["velocity"] = velocity
         return losses.cpu(), predictions.cpu()
+
+    def _transformed(self, samples: Tensor) -> Tensor:
+        """The samples after the transform; with dropout, each one's numbers for it follow."""
+        transform = self.transform
+        assert transform is not None
+        # A transform that gives the same bits for many samples at once says so.
+        batched = getattr(transform, "batched", False)
+        if not self._dropouts or not len(samples):
+            pieces = [samples] if batched else samples.split(1)
+            return torch.cat([transform(piece) for piece in pieces])
+        draw = getattr(transform, "draw", None) if batched else None
+        per_sample = self._numbers_per_sample(samples)
+        results, drawn = [], []
+        for sample in samples.split(1):
+            results.append((draw or transform)(sample))
+            drawn.append(super()._uniform((1, per_sample)))
+        self._drawn = torch.cat(drawn)
+        if draw is None:
+            return torch.cat(results)
+        images: Tensor = transform.apply_numbers(samples, torch.cat(results))  # type: ignore[attr-defined]
+        return images
+
+    def _uniform(self, size: tuple[int, int]) -> Tensor:
+        if self._drawn is None:
+            return super()._uniform(size)
+        first, self._drawn = self._drawn[: size[0]], self._drawn[size[0] :]
+        return first
 
     def _run(
         self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
