@@ -125,7 +125,7 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
 # --- Numbers -----------------------------------------------------------------------------------
 
 
-def _number(value: float | None) -> str:
+def _cut(value: float | None) -> str:
     return "–" if value is None else cut(value)
 
 
@@ -304,11 +304,14 @@ class _Report:
     def printed_table(self, number: str) -> str:
         """A table of report 1 beside seed 1 and all seeds, and a line a column."""
         rows, told = [], []
-        for column, cells in tables.compare(experiments.TABLES[number], self.runs).items():
+        table = experiments.TABLES[number]
+        for column, cells in tables.compare(table, self.runs).items():
             for i in range(0, len(cells), 2):
-                row = [column if i == 0 else "", str(cells[i].epoch)]
+                epoch = cells[i].epoch
+                number_there = f" (printed {epoch + table.shift})" if table.shift else ""
+                row = [column if i == 0 else "", f"{epoch}{number_there}"]
                 for cell in cells[i : i + 2]:
-                    row += [_number(cell.printed), _number(cell.ours)]
+                    row += [_cut(cell.printed), _cut(cell.ours)]
                     row += [tables.signed(cell.images), _spread(cell.seeds)]
                 rows.append(row)
             run = cells[0].run
@@ -362,12 +365,14 @@ class _Report:
                 shown = ", ".join(f"{tables.signed(apart[e])} in epoch {e}" for e in sorted(far))
                 few = ", the farthest" if len(far) < len(apart) else ""
                 told.append(f"{split.capitalize()}, more or fewer right than there{few}: {shown}.")
-        if all(of for _, of in found.inside.values()):
-            inside = ", ".join(f"{s} in {n} of {of} epochs" for s, (n, of) in found.inside.items())
-            told.append(
-                "Runs that differ by 1e-15 in one weight drift apart by rounding alone. The log "
-                f"lies between the lowest and the highest of them: {inside}."
-            )
+        for split, (of, outside) in found.inside.items():
+            if of:
+                shown = "; ".join(f"{tables.signed(n)} in epoch {e}" for e, n in outside.items())
+                far = f" (outside by {shown})" if outside else ""
+                told.append(
+                    "Rounding: the log lies between the lowest and the highest of the runs that differ "
+                    f"by 1e-15 in one weight, {split} in {of - len(outside)} of {of} epochs{far}."
+                )
         for run in self.runs:
             if (run["experiment"], run["seed"]) == (name, 1) and run["dtype"] != found.run["dtype"]:
                 both = list(zip(found.run["epochs"], run["epochs"], strict=False))
@@ -399,7 +404,7 @@ class _Report:
         shown = [
             (
                 cells[0].column,
-                *(f"{_number(c.ours)} ({tables.signed(c.images)})" for c in cells),
+                *(f"{_cut(c.ours)} ({tables.signed(c.images)})" for c in cells),
                 _named(run),
             )
             for cells in done

@@ -20,7 +20,6 @@ from ..mnist import data
 
 __all__ = [
     "MNIST",
-    "RESULTS",
     "RunError",
     "check",
     "data_identity",
@@ -123,34 +122,6 @@ RUN: dict[str, Any] = {
 }
 _RESULTS = {"format": COUNT, "?environment": TABLE, "?options": TABLE, "runs": [RUN]}
 
-_REAL = Kind("a number or null", lambda v: v is None or isinstance(v, float) or _is_number(v))
-#: Results in memory, as :func:`mnist_ops.lab.html_report.write_report` takes them.
-RESULTS: dict[str, Any] = {
-    "?environment": optional(TABLE),
-    "?options": optional(TABLE),
-    "?runs": [
-        {
-            "?experiment": TEXT,
-            "?seed": COUNT,
-            "?epochs": [
-                {
-                    "epoch": COUNT,
-                    "?train_accuracy": _REAL,
-                    "?test_accuracy": _REAL,
-                    "?confusion": optional(Kind("a square of counts", _is_square)),
-                },
-                None,
-            ],
-            "?filters": optional(Kind("nested lists of numbers", _is_nested)),
-            "?mistakes": [
-                {"index": COUNT, "true": COUNT, "predicted": COUNT, "?confidence": _REAL},
-                None,
-            ],
-        },
-        None,
-    ],
-}
-
 
 def _wrong(value: Any, shape: Any) -> str | None:
     """Where and how a value differs from a shape; None where it does not."""
@@ -166,8 +137,6 @@ def _wrong(value: Any, shape: Any) -> str | None:
                 return f", {name}{wrong}"
         return None
     if isinstance(shape, list):
-        if value is None and len(shape) > 1:
-            return None
         if not isinstance(value, (list, tuple)):
             return f": expected a list, got {_show(value)}"
         for i, one in enumerate(value):
@@ -191,9 +160,8 @@ def check(value: Any, shape: Any, where: str) -> Any:
 
     Args:
         value: what JSON gave.
-        shape: a :class:`Kind`; a list of one shape, that of all items, and ``None`` where null
-            will do as well; or a dict of shapes, of which those whose key begins with ``?`` may be
-            missing.
+        shape: a :class:`Kind`; a list of one shape, that of all items; or a dict of shapes, of
+            which those whose key begins with ``?`` may be missing.
         where: begins the message.
 
     Raises:

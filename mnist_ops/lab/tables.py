@@ -197,14 +197,14 @@ class LogComparison(NamedTuple):
         run: ours, seed 1.
         epochs: compared.
         apart: for each split the images that ours has more, by epoch, where they differ.
-        inside: for each split the epochs in which the log lies within the spread of runs that
-            differ by 1e-15 in one weight, of those that two runs or more have; ``(in, of)``.
+        inside: for each split how many epochs two or more runs have that differ by 1e-15 in one
+            weight; and by how many images the log lies outside of their spread, by epoch.
     """
 
     run: Run
     epochs: int
     apart: dict[str, dict[int, int]]
-    inside: dict[str, tuple[int, int]]
+    inside: dict[str, tuple[int, dict[int, int]]]
 
 
 def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
@@ -226,12 +226,13 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
         counts = {i: round(x * total / 100) for i, x in enumerate(log[split], 1)}
         ours = {e["epoch"]: round(e[key] * total / 100) for e in run["epochs"]}
         apart[split] = {i: ours[i] - n for i, n in counts.items() if ours.get(i, n) != n}
-        within = [
-            row[f"{split}_lowest"] <= counts[row["epoch"]] <= row[f"{split}_highest"]
-            for row in rows
-            if row["epoch"] in counts
-        ]
-        inside[split] = (sum(within), len(within))
+        outside = {}
+        for row in rows:
+            low, high = row[f"{split}_lowest"], row[f"{split}_highest"]
+            count = counts.get(row["epoch"], low)
+            if not low <= count <= high:
+                outside[row["epoch"]] = count - min(max(count, low), high)
+        inside[split] = len(rows), outside
     return LogComparison(run, min(len(run["epochs"]), len(log["test"])), apart, inside)
 
 
