@@ -368,10 +368,10 @@ class _Report:
         for split, (of, outside) in found.inside.items():
             if of:
                 shown = "; ".join(f"{tables.signed(n)} in epoch {e}" for e, n in outside.items())
-                far = f" (outside by {shown})" if outside else ""
+                but = f" (outside by {shown})" if outside else ""
                 told.append(
-                    "Rounding: the log lies between the lowest and the highest of the runs that differ "
-                    f"by 1e-15 in one weight, {split} in {of - len(outside)} of {of} epochs{far}."
+                    "Rounding: the log lies between the lowest and highest of runs that differ by "
+                    f"1e-15 in one weight in {of - len(outside)} of {of} epochs of {split}{but}."
                 )
         for run in self.runs:
             if (run["experiment"], run["seed"]) == (name, 1) and run["dtype"] != found.run["dtype"]:
