@@ -13,6 +13,7 @@ reports printed are in :mod:`mnist_ops.lab.reports`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from . import reports
 
 __all__ = [
     "CANDIDATES",
+    "CHOICES",
     "EVERY",
     "EXPERIMENTS",
     "SMALL_SET",
@@ -88,6 +90,9 @@ class Experiment:
         small: train on the first 6,000 digits and test on the first 1,000, normalised by the mean
             and deviation of the former: the scripts' default until two days before the deadline of
             report 2.
+        augmentation: arguments of :class:`mnist_ops.mnist.transforms.RandomAffine`.
+        validation: test on so many of the training digits, the last ones, and train on the others:
+            for what is chosen without a look at the test set.
         continues: another experiment, which this one is until its second optimizer takes over: a
             run may begin with a checkpoint of that one.
         dtype: ``"float64"`` as the original, or ``"float32"``.
@@ -114,6 +119,8 @@ class Experiment:
     extra_words: int = 0
     startup_words: int = torch7.STARTUP_WORDS
     small: bool = False
+    augmentation: Mapping[str, float] = field(default_factory=dict)
+    validation: int = 0
     continues: str = ""
     dtype: str = "float64"
     reported: Mapping[int, tuple[float | None, float | None]] = field(default_factory=dict)
@@ -138,7 +145,12 @@ class Experiment:
             # What came later: runs from before it are those with the defaults.
             **{
                 name: getattr(self, name)
-                for name, default in (("startup_words", torch7.STARTUP_WORDS), ("small", False))
+                for name, default in (
+                    ("startup_words", torch7.STARTUP_WORDS),
+                    ("small", False),
+                    ("augmentation", {}),
+                    ("validation", 0),
+                )
                 if getattr(self, name) != default
             },
         }
@@ -146,7 +158,7 @@ class Experiment:
     @property
     def training_digits(self) -> int:
         """How many digits an epoch has."""
-        return SMALL_SET[0] if self.small else 60_000
+        return (SMALL_SET[0] if self.small else 60_000) - self.validation
 
     @property
     def switch(self) -> int | None:
@@ -347,8 +359,56 @@ def _small_set() -> list[Experiment]:
     return rows
 
 
-#: Every experiment of the reports by name, in their order.
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in [*_report_1(), *_report_2()]}
+#: How the reports' original network is trained today; what :data:`CHOICES` varies.
+_MODERN_AUGMENTATION = {"rotation": 0.15, "scale": 0.08, "shear": 0.15, "shift": 1.0}
+
+
+def _cosine(lr: float, epochs: int) -> dict[int, dict[str, Any]]:
+    """SGD with a rate for each epoch, from ``lr`` down half a cosine."""
+    return {
+        e: {"name": "sgd", "lr": lr * 0.5 * (1 + math.cos(math.pi * (e - 1) / epochs))}
+        for e in range(1, epochs + 1)
+    }
+
+
+def _modern() -> Experiment:
+    return Experiment(
+        "modern", "the original network, trained as one would today", "beyond the reports",
+        "modern", 40, optimizers=_cosine(1.5e-3, 40), augmentation=_MODERN_AUGMENTATION,
+        note="affine augmentation, half a cosine of learning rates; the test set chooses nothing",
+    )  # fmt: skip
+
+
+def _choices() -> list[Experiment]:
+    """Variants of ``modern``, half as long, tested on the last 5,000 training digits."""
+
+    def choice(name: str, title: str, lr: float = 1.5e-3, **changes: Any) -> Experiment:
+        base = replace(
+            _modern(), epochs=20, optimizers=_cosine(lr, 20), validation=5000,
+            note="a choice: its test digits are training digits",
+        )  # fmt: skip
+        return replace(base, name=f"modern--{name}", title=title, **changes)
+
+    def times(factor: float) -> dict[str, float]:
+        return {key: round(factor * value, 4) for key, value in _MODERN_AUGMENTATION.items()}
+
+    return [
+        choice("first", "affine augmentation, cosine from 1.5e-3"),
+        choice("dropout", "the same with dropout 0.5", network={"dropout": 0.5}),
+        choice("stronger", "augmentation half as strong again", augmentation=times(1.5)),
+        choice("weaker", "augmentation half as strong", augmentation=times(0.5)),
+        choice("faster", "cosine from 3e-3", lr=3e-3),
+        choice("exact", "exact log-softmax", network={"log_softmax": "exact"}),
+        choice("plain", "without local normalization", data_kernel=None,
+               augmentation=_MODERN_AUGMENTATION | {"fill": -0.3635}),
+    ]  # fmt: skip
+
+
+#: Every experiment by name, in the reports' order, and one beyond them.
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in [*_report_1(), *_report_2(), _modern()]}
+
+#: What an experiment was chosen from.
+CHOICES: dict[str, list[Experiment]] = {"modern": _choices()}
 
 
 @dataclass(frozen=True)
@@ -562,9 +622,9 @@ def _candidates() -> dict[str, list[Experiment]]:
 CANDIDATES: dict[str, list[Experiment]] = _candidates()
 
 
-#: All of both, by name.
+#: All of these, by name.
 EVERY: dict[str, Experiment] = EXPERIMENTS | {
-    guess.name: guess for guesses in CANDIDATES.values() for guess in guesses
+    e.name: e for group in (*CANDIDATES.values(), *CHOICES.values()) for e in group
 }
 
 
@@ -603,7 +663,7 @@ def _optimizer(parameters: Sequence[Tensor], options: Mapping[str, Any]) -> torc
 
 
 def _transform(experiment: Experiment, generator: torch7.Generator) -> Any:
-    if not experiment.rotation and not experiment.noise:
+    if not (experiment.rotation or experiment.noise or experiment.augmentation):
         return None
     from ..mnist import transforms
 
@@ -612,6 +672,8 @@ def _transform(experiment: Experiment, generator: torch7.Generator) -> Any:
         steps.append(transforms.RandomRotation(experiment.rotation, generator))
     if experiment.noise:
         steps.append(transforms.GaussianNoise(experiment.noise, generator))
+    if experiment.augmentation:
+        steps.append(transforms.RandomAffine(generator, **experiment.augmentation))
     return steps[0] if len(steps) == 1 else transforms.Compose(*steps)
 
 
@@ -659,13 +721,18 @@ def describe_engine(experiment: Experiment, device: torch.device | str = "cpu") 
 
 
 def digits(
-    kernel: int | None, root: str | None, limit: int | None, small: bool = False
+    kernel: int | None,
+    root: str | None,
+    limit: int | None,
+    small: bool = False,
+    validation: int = 0,
 ) -> data.Splits:
     """The digits with local normalization of ``kernel`` taps: the caller's own copy.
 
-    They are computed once for the runs that follow each other. ``small``: see :class:`Experiment`.
+    They are computed once for the runs that follow each other. ``small`` and ``validation``: see
+    :class:`Experiment`.
     """
-    kept = _digits(kernel, root, limit, small, _stamp(root))
+    kept = _digits(kernel, root, limit, small, validation, _stamp(root))
     return replace(
         kept,
         train_images=kept.train_images.clone(),
@@ -685,13 +752,28 @@ def _stamp(root: str | None) -> Any:
 
 @lru_cache(maxsize=1)
 def _digits(
-    kernel: int | None, root: str | None, limit: int | None, small: bool, stamp: Any
+    kernel: int | None,
+    root: str | None,
+    limit: int | None,
+    small: bool,
+    validation: int,
+    stamp: Any,
 ) -> data.Splits:
     """For those who change nothing: 250 MB that are not copied."""
     normalization, taps = ("global", 7) if kernel is None else ("contrastive", kernel)
-    if not small:
+    if not small and not validation:
         return data.prepare(normalization, taps, root, limit)
-    splits = data.prepare(normalization, taps, root, SMALL_SET, own_statistics=True)
+    first = SMALL_SET if small else None
+    splits = data.prepare(normalization, taps, root, first, own_statistics=small)
+    images, labels = splits.train_images, splits.train_labels
+    if validation:
+        splits = replace(
+            splits,
+            train_images=images[:-validation],
+            train_labels=labels[:-validation],
+            test_images=images[-validation:],
+            test_labels=labels[-validation:],
+        )
     return replace(
         splits,
         train_images=splits.train_images[:limit],
@@ -751,7 +833,12 @@ def train(
     parts = build(experiment, seed, device, perturbed_weight)
     folder_of_data = None if root is None else str(root)
     splits = _digits(
-        experiment.data_kernel, folder_of_data, limit, experiment.small, _stamp(folder_of_data)
+        experiment.data_kernel,
+        folder_of_data,
+        limit,
+        experiment.small,
+        experiment.validation,
+        _stamp(folder_of_data),
     )
     run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
     # What predictions from a checkpoint must normalise images with.

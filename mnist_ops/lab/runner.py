@@ -255,7 +255,7 @@ def _epochs(history: Sequence[Mapping[str, Any]], details: bool) -> list[dict[st
 
 def _digits(task: Task) -> data.Splits:
     e = task.experiment
-    return experiments.digits(e.data_kernel, task.root, task.limit, e.small)
+    return experiments.digits(e.data_kernel, task.root, task.limit, e.small, e.validation)
 
 
 def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
@@ -577,8 +577,8 @@ def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
         task, e = job[0], job[0].experiment
         key: Any = i
         if together > 1 and "online" in experiments.describe_engine(e, task.device):
-            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, e.small, task.limit, task.root)
-            key += (task.device,)
+            key = (repr(e.network), e.loss, e.dtype, e.data_kernel, e.small, e.validation)
+            key += (task.limit, task.root, task.device)
         found = groups.setdefault(key, [[]])
         if len(found[-1]) == together:
             found.append([])

@@ -1,4 +1,4 @@
-"""Augmentation as in report 2: rotation by random angles, Gaussian noise.
+"""Augmentation: rotation by random angles and Gaussian noise as in report 2, affine maps.
 
 The transforms draw from a :class:`mnist_ops.torch7.Generator`, sample by sample in order, so that a
 run with augmentation has its digits too. They go into ``transform=`` of
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..ops._common import check_number
 from ..torch7 import Generator
 
-__all__ = ["Compose", "GaussianNoise", "RandomRotation", "rotate"]
+__all__ = ["Compose", "GaussianNoise", "RandomAffine", "RandomRotation", "affine", "rotate"]
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
@@ -140,15 +140,22 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _rotate_bilinear(images: Tensor, angles: Tensor, fill: float) -> Tensor:
-    height, width = images.shape[-2:]
-    dtype = images.dtype if images.dtype == torch.float64 else torch.float32
     theta = angles.double()
     cos, sin, zero = theta.cos(), theta.sin(), torch.zeros_like(theta)
+    rows = [torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)]
+    return _warp(images, torch.stack(rows, 1), fill)
+
+
+def _warp(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
+    """Bilinear; the float64 matrices map the output's pixels to the input's about the centre."""
+    height, width = images.shape[-2:]
+    dtype = images.dtype if images.dtype == torch.float64 else torch.float32
+    (a, b, c), (d, e, f) = matrices.unbind(1)[0].unbind(1), matrices.unbind(1)[1].unbind(1)
     # grid_sample wants coordinates in which the image reaches from -1 to 1.
     matrix = torch.stack(
         [
-            torch.stack([cos, -sin * height / width, zero], 1),
-            torch.stack([sin * width / height, cos, zero], 1),
+            torch.stack([a, b * height / width, 2 * c / width], 1),
+            torch.stack([d * width / height, e, 2 * f / height], 1),
         ],
         1,
     ).to(dtype)
@@ -156,6 +163,56 @@ def _rotate_bilinear(images: Tensor, angles: Tensor, fill: float) -> Tensor:
     # Outside, grid_sample has zeros.
     shifted = images.to(dtype) - fill
     return F.grid_sample(shifted, grid, align_corners=False).add(fill).to(images.dtype)
+
+
+def affine(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
+    r"""Take every image's pixels from where a matrix of its own says, bilinearly.
+
+    With the centre :math:`c_x = (W - 1)/2,\ c_y = (H - 1)/2`, the output's pixel in column i and
+    row j comes from column u and row v of the input,
+
+    .. math::
+        u = m_{00}(i - c_x) + m_{01}(j - c_y) + m_{02} + c_x, \qquad
+        v = m_{10}(i - c_x) + m_{11}(j - c_y) + m_{12} + c_y,
+
+    interpolated between four pixels, those outside being ``fill``. A rotation's matrix, see
+    :func:`rotate`, has the cosine on its diagonal.
+
+    Args:
+        images: floating point, ``(N, C, H, W)``.
+        matrices: floating point, ``(N, 2, 3)``, the last column in pixels. Moved to the images'
+            device.
+        fill: the value outside.
+
+    Returns:
+        The same shape, dtype and device, computed in float64 for float64 and in float32 otherwise.
+        Gradients flow to ``images``, not to ``matrices``.
+
+    Raises:
+        TypeError, ValueError: for a tensor of another kind or shape, a ``fill`` that is no finite
+            number.
+
+    Example::
+
+        >>> left = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+        >>> affine(torch.arange(9.0).view(1, 1, 3, 3), left).view(3, 3)
+        tensor([[1., 2., 0.],
+                [4., 5., 0.],
+                [7., 8., 0.]])
+    """
+    _check_images("affine", images)
+    if not isinstance(matrices, Tensor) or not matrices.is_floating_point():
+        kind = matrices.dtype if isinstance(matrices, Tensor) else type(matrices)
+        raise TypeError(f"affine: matrices must be a floating point Tensor, got {kind}")
+    if matrices.shape != (len(images), 2, 3):
+        raise ValueError(
+            f"affine: matrices must be ({len(images)}, 2, 3), one per image, "
+            f"got shape {tuple(matrices.shape)}"
+        )
+    fill = _check_number("affine", "fill", fill)
+    if images.numel() == 0:
+        return images.clone()
+    return _warp(images, matrices.detach().to(images.device, torch.float64), fill)
 
 
 class _RandomTransform(nn.Module):
@@ -259,6 +316,71 @@ class GaussianNoise(_RandomTransform):
         return f"std={self.std}"
 
 
+class RandomAffine(_RandomTransform):
+    r"""Rotate, scale, shear and shift each image at random, in one interpolation.
+
+    For each sample in turn five numbers :math:`z` are drawn from ``generator.normal()``. With
+    :math:`\theta = rotation \cdot z_0`, the factor :math:`s = \exp(scale \cdot z_1)`, the shear
+    :math:`k = shear \cdot z_2` and the shift :math:`shift \cdot (z_3, z_4)` the pixels come from
+
+    .. math::
+        \frac{1}{s} \begin{pmatrix} \cos\theta & -\sin\theta \\ \sin\theta & \cos\theta
+        \end{pmatrix} \begin{pmatrix} 1 & k \\ 0 & 1 \end{pmatrix}
+
+    times their place about the centre, and the shift; see :func:`affine`.
+
+    Args:
+        generator: shared with the rest of the run. It is not part of the ``state_dict``.
+        rotation: standard deviation of the angles in radians, >= 0 as all of these.
+        scale: of the size's logarithm; 0.08 is about 8 %.
+        shear: of the columns' shift for each row.
+        shift: of the shifts in pixels.
+        fill: the value outside; 0 is the background of digits with local normalization.
+
+    Attributes:
+        batched: a batch gives the same bits as its samples one at a time in order.
+
+    Raises:
+        TypeError, ValueError: for an impossible argument.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        rotation: float = 0.0,
+        scale: float = 0.0,
+        shear: float = 0.0,
+        shift: float = 0.0,
+        fill: float = 0.0,
+    ) -> None:
+        given = {"rotation": rotation, "scale": scale, "shear": shear, "shift": shift}
+        numbers = [_check_number("RandomAffine", name, value, 0) for name, value in given.items()]
+        super().__init__(numbers[0], generator)
+        self.rotation, self.scale, self.shear, self.shift = numbers
+        self.fill = _check_number("RandomAffine", "fill", fill)
+
+    def count(self, images: Tensor) -> int:
+        """Angle, size, shear and two shifts."""
+        return 5
+
+    def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Transform by the matrices that the numbers make."""
+        angle, size, slope, right, down = numbers.unbind(1)
+        angle, slope = angle * self.rotation, slope * self.shear
+        larger = torch.exp(-size * self.scale)
+        cos, sin = angle.cos() * larger, angle.sin() * larger
+        rows = [
+            torch.stack([cos, cos * slope - sin, right * self.shift], 1),
+            torch.stack([sin, sin * slope + cos, down * self.shift], 1),
+        ]
+        return affine(images, torch.stack(rows, 1), self.fill)
+
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor."""
+        names = ("rotation", "scale", "shear", "shift", "fill")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
 class Compose(nn.Module):
     """Apply transforms one after the other, each sample's random numbers drawn together.
 
@@ -267,9 +389,8 @@ class Compose(nn.Module):
     neither the numbers nor the result.
 
     Args:
-        transforms: :class:`RandomRotation`, :class:`GaussianNoise`, :class:`Compose`, or any
-            function of ``(N, C, H, W)``; with one of the latter the samples are transformed one at
-            a time.
+        transforms: those of this module, or any function of ``(N, C, H, W)``; with one of the
+            latter the samples are transformed one at a time.
 
     Attributes:
         batched: whether a batch is transformed as a whole, to the same bits.

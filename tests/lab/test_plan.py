@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnist_ops import training
 from mnist_ops.lab import experiments, plan, records, runner
-from mnist_ops.lab.experiments import CANDIDATES, EVERY, EXPERIMENTS
+from mnist_ops.lab.experiments import EVERY
+from mnist_ops.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,13 +30,14 @@ def test_each_run_is_there_once():
 
 def test_all_that_the_reports_need_is_there():
     wanted = {(task.experiment.name, task.seed): task.epochs for task in plan.tasks(STEPS)}
-    for e in (*EXPERIMENTS.values(), *(e for group in CANDIDATES.values() for e in group)):
+    for e in EVERY.values():
         if e.name not in ("three-layer-3x3", "asgd", "cg"):
             assert (e.name, 1) in wanted, e.name
     for name, seeds, epochs in (
         ("original", 5, 31), ("three-layer", 5, 31), ("relu", 5, 3), ("normalization-21", 5, 3),
         ("plain", 3, 44), ("rotation-0.2", 3, 44), ("rotation-0.3", 3, 20), ("dropout", 3, 20),
-        ("lbfgs-after-30", 3, 33), ("rotation-noise-dropout-convolution", 1, 108),
+        ("lbfgs-after-30", 3, 33), ("modern", 5, 40),
+        ("rotation-noise-dropout-convolution", 1, 108),
     ):  # fmt: skip
         assert all(wanted[name, seed] >= epochs for seed in range(1, seeds + 1)), name
     double = {
@@ -180,9 +183,9 @@ def test_a_run_that_continues_another(tmp_path, monkeypatch):
     assert runner.run_all([second], tmp_path / "alone", quiet=True) == []
     assert runner.run_all([first], tmp_path / "both", quiet=True) == []
     trained = []
-    real = training._one_epoch
+    real = loop._one_epoch
     monkeypatch.setattr(
-        training, "_one_epoch", lambda epoch, *rest: trained.append(epoch) or real(epoch, *rest)
+        loop, "_one_epoch", lambda epoch, *rest: trained.append(epoch) or real(epoch, *rest)
     )
     assert runner.run_all([second], tmp_path / "both", resume=True, quiet=True) == []
     assert trained == [3, 4]
@@ -225,3 +228,24 @@ def test_the_small_set():
         "experiment": e.name, "dtype": "float32", "seed": 1, "perturbed_weight": None
     }).name == "float32-seed1"  # fmt: skip
     assert e.settings()["small"] is True and "small" not in EVERY["plain"].settings()
+
+
+def test_what_is_chosen_is_chosen_without_the_test_set():
+    whole = experiments.digits(7, None, None)
+    for choice in experiments.CHOICES["modern"]:
+        assert choice.validation == 5000 and choice.training_digits == 55_000
+    splits = experiments.digits(7, None, None, validation=5000)
+    assert torch.equal(splits.test_images, whole.train_images[55_000:])
+    assert torch.equal(splits.test_labels, whole.train_labels[55_000:])
+    assert torch.equal(splits.train_images, whole.train_images[:55_000])
+    assert torch.equal(splits.train_labels, whole.train_labels[:55_000])
+
+
+def test_modern_is_the_original_network_at_falling_rates():
+    modern = experiments.build(EVERY["modern"])
+    original = experiments.build(EVERY["original"])
+    assert str(modern.model) == str(original.model)
+    rates = [modern.optimizers[e].param_groups[0]["lr"] for e in range(1, 41)]
+    assert rates[0] == 1.5e-3 and rates == sorted(rates, reverse=True)
+    assert rates[20] == pytest.approx(0.75e-3) and 0 < rates[-1] < 1e-5
+    assert "RandomAffine(rotation=0.15, scale=0.08" in str(modern.transform)

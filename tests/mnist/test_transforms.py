@@ -9,7 +9,14 @@ from conftest import torch7_cases, torch7_tensor
 
 from mnist_ops import torch7, training
 from mnist_ops.mnist import data, models
-from mnist_ops.mnist.transforms import Compose, GaussianNoise, RandomRotation, rotate
+from mnist_ops.mnist.transforms import (
+    Compose,
+    GaussianNoise,
+    RandomAffine,
+    RandomRotation,
+    affine,
+    rotate,
+)
 from mnist_ops.torch7 import Generator, optim
 from mnist_ops.training.online import OptimizerEngine
 
@@ -205,6 +212,69 @@ class TestRotate:
             rotate(*arguments)
 
 
+def affine_loops(image, matrix, fill):
+    """Pixel by pixel in float64; image (C, H, W)."""
+    channels, height, width = image.shape
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+
+    def pixel(c, j, i):
+        return image[c, j, i] if 0 <= i < width and 0 <= j < height else fill
+
+    result = np.zeros_like(image)
+    for c in range(channels):
+        for j in range(height):
+            for i in range(width):
+                u, v = matrix @ np.array([i - cx, j - cy, 1.0]) + np.array([cx, cy])
+                i0, j0 = math.floor(u), math.floor(v)
+                a, b = u - i0, v - j0
+                top = (1 - a) * pixel(c, j0, i0) + a * pixel(c, j0, i0 + 1)
+                bottom = (1 - a) * pixel(c, j0 + 1, i0) + a * pixel(c, j0 + 1, i0 + 1)
+                result[c, j, i] = (1 - b) * top + b * bottom
+    return result
+
+
+class TestAffine:
+    @pytest.mark.parametrize("shape", [(2, 7, 10), (1, 12, 5), (1, 1, 1)])
+    def test_is_that_of_loops(self, shape):
+        images = torch.randn(8, *shape, dtype=torch.float64)
+        matrices = torch.eye(2, 3, dtype=torch.float64) + 0.4 * torch.randn(8, 2, 3).double()
+        matrices[:, :, 2] *= 3
+        results = affine(images, matrices, 0.7)
+        for image, matrix, result in zip(images, matrices, results, strict=True):
+            expected = affine_loops(image.numpy(), matrix.numpy(), 0.7)
+            np.testing.assert_allclose(result.numpy(), expected, rtol=1e-10, atol=1e-10)
+        close = affine(images.float(), matrices, 0.7)
+        torch.testing.assert_close(close.double(), results, rtol=0, atol=2e-4)
+
+    def test_a_rotation_is_one(self):
+        images, angles = torch.randn(5, 1, 8, 11).double(), torch.randn(5, dtype=torch.float64)
+        cos, sin, zero = angles.cos(), angles.sin(), torch.zeros(5, dtype=torch.float64)
+        matrices = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(5, 2, 3)
+        assert torch.equal(affine(images, matrices), rotate(images, angles, "bilinear"))
+
+    def test_whole_pixels_gradients_and_nothing(self):
+        images = torch.randn(2, 1, 6, 7, dtype=torch.float64, requires_grad=True)
+        matrices = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]).expand(2, 2, 3)
+        moved = affine(images, matrices)
+        torch.testing.assert_close(moved[:, :, 1:, :-2], images[:, :, :-1, 2:])
+        assert (moved[:, :, 0].abs() < 1e-12).all()
+        assert torch.autograd.gradcheck(lambda x: affine(x, matrices, 0.3), images)
+        assert affine(images[:0], matrices[:0]).shape == (0, 1, 6, 7)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ((torch.ones(3, 3), torch.ones(1, 2, 3)), ValueError, r"must be \(N, C, H, W\)"),
+            ((torch.ones(2, 1, 3, 3), torch.ones(1, 2, 3)), ValueError, r"\(2, 2, 3\), one per"),
+            ((torch.ones(1, 1, 3, 3), torch.ones(1, 2, 3).long()), TypeError, "got torch.int64"),
+            ((torch.ones(1, 1, 3, 3), torch.ones(1, 2, 3), math.nan), ValueError, "fill must be"),
+        ],
+    )
+    def test_arguments(self, arguments, error, message):
+        with pytest.raises(error, match=f"affine: .*{message}"):
+            affine(*arguments)
+
+
 def state(generator):
     return [
         x.tolist() if isinstance(x, torch.Tensor) else x for x in generator.get_state().values()
@@ -229,6 +299,7 @@ def pipelines(seed=3):
         ),
         (Compose(RandomRotation(0.2, g := Generator(9)), lambda x: x + g.uniform().to(x)), [g]),
         (Compose(), []),
+        (RandomAffine(g := Generator(10), 0.2, 0.1, 0.2, 1.5), [g]),
     ]
 
 
@@ -266,12 +337,36 @@ class TestRandom:
         assert state(g) == state(generator)
 
     def test_whether_a_batch_can_be_given(self):
-        assert [transform.batched for transform, _ in pipelines()] == [True] * 5 + [False, True]
+        assert [transform.batched for transform, _ in pipelines()] == [True] * 5 + [
+            False,
+            True,
+            True,
+        ]
 
     def test_nothing_happens_without_strength(self):
         images = torch.randn(3, 1, 8, 8)
         assert torch.equal(RandomRotation(0, Generator())(images), images)
         assert torch.equal(GaussianNoise(0.0, Generator())(images), images)
+
+    def test_affine_is_what_its_numbers_say(self):
+        images = torch.randn(6, 1, 9, 12, dtype=torch.float64)
+        transform = RandomAffine(Generator(3), 0.3, 0.1, 0.2, 1.5, fill=-2.0)
+        generator, matrices = Generator(3), []
+        for _ in range(6):
+            z = generator.normal(size=5).numpy()
+            turn = 0.3 * z[0]
+            matrix = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+            matrix = matrix @ np.array([[1, 0.2 * z[2]], [0, 1]]) / math.exp(0.1 * z[1])
+            matrices.append(np.column_stack([matrix, 1.5 * z[3:]]))
+        expected = affine(images, torch.from_numpy(np.stack(matrices)), fill=-2.0)
+        torch.testing.assert_close(transform(images), expected, rtol=1e-12, atol=1e-12)
+        assert state(transform.generator) == state(generator)
+        torch.testing.assert_close(RandomAffine(Generator())(images), images, rtol=0, atol=1e-12)
+        for name in ("rotation", "scale", "shear", "shift"):
+            with pytest.raises(ValueError, match=f"RandomAffine: {name} must be finite and >= 0"):
+                RandomAffine(Generator(), **{name: -1.0})
+        words = "RandomAffine(rotation=0.3, scale=0.1, shear=0.2, shift=1.5, fill=-2.0)"
+        assert str(transform) == words
 
     def test_noise_has_its_strength(self):
         noise = GaussianNoise(0.5, Generator(2))(torch.full((40, 1, 32, 32), 2.0)) - 2.0
