@@ -6,6 +6,7 @@ report cuts its numbers (:func:`mnist_ops.lab.reports.cut`), and so does every c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,18 +247,14 @@ def confusion_cells(run: Run) -> dict[str, tuple[int, int, list[str]]]:
     for split, key in (("training", "train_confusion"), ("test", "confusion")):
         equal, total, others = 0, 0, []
         for number, entry in logged.items():
-            ours = (
-                run["epochs"][int(number) - 1].get(key)
-                if int(number) <= len(run["epochs"])
-                else None
-            )
-            for true, (row, theirs) in enumerate(zip(ours or (), entry[split], strict=False)):
-                for predicted, (mine, count) in enumerate(zip(row, theirs, strict=True)):
-                    total += 1
-                    equal += mine == count
-                    if mine != count:
-                        where = f"epoch {number}, {split}, {true} as {predicted}"
-                        others.append(f"{where}: {mine}, in the log {count}")
+            epoch = run["epochs"][int(number) - 1] if int(number) <= len(run["epochs"]) else {}
+            ours, theirs = epoch.get(key), entry[split]
+            for i, j in itertools.product(range(10), range(10)) if ours else ():
+                total += 1
+                equal += ours[i][j] == theirs[i][j]
+                if ours[i][j] != theirs[i][j]:
+                    where = f"epoch {number}, {split}, {i} as {j}"
+                    others.append(f"{where}: {ours[i][j]}, in the log {theirs[i][j]}")
         if total:
             found[split] = equal, total, others
     return found

@@ -4,6 +4,7 @@ import base64
 import copy
 import re
 import resource
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from test_figures import write_digits
 from test_statistics import record, runs_of
 
-from mnist_ops.lab import pages, reports
+from mnist_ops.lab import experiments, pages, reports
 
 
 class Html(HTMLParser):
@@ -205,6 +206,34 @@ def test_runs_of_an_experiment_that_has_changed_are_not_used(tmp_path, images, n
     text = pages.write(given, tmp_path, images)[0].read_text("utf-8")
     assert "`relu/seed1`: 2 (its experiment has changed since: not used)" in text
     assert "reLU: **not run**" in text
+
+
+def test_the_small_set(tmp_path, images, no_figures):
+    """The epoch that comes nearest to 78, 60 and 45 %, and the setting nearest to 30 %."""
+    runs = []
+    for size, accuracies in ((32, (57, 77, 80)), (64, (40, 61, 63)), (128, (25, 45, 51))):
+        history = [(10.0, float(x)) for x in accuracies]
+        runs += [record(f"small-batch-{size}", s, history) for s in (1, 2)]
+        runs += [record(f"batch-{size}", 1, [(75.0, 90.0)])]
+    runs += [record("small-momentum-0.9-lr-1e-1", 1, [(60.0, 50.0), (39.0, 31.0)])]
+    runs += [record("small-momentum-0-lr-1e-3", s, [(0.0, 90.0 + s)]) for s in (1, 2, 3)]
+    text = pages.write({"runs": runs}, tmp_path, images)[1].read_text("utf-8")
+    assert "| small set | test | 2 of 3 | 77.0 | 61.0 | 45.0 | 1.0 |" in text
+    assert "| all of MNIST | training | 1 of 1 | 75.0 | 75.0 | 75.0 | 30.0 |" in text
+    assert "local normalization |" not in text  # not run
+    assert "nearest: 77.0 / 61.0 / 45.0 (small set, test, epoch 2 of 3) |" in text
+    assert "| momentum | learning rate 1e-3 | learning rate 1e-1 |" in text
+    assert "| 0 | 92.00 ± 1.00 (3) | – |" in text and "| 0.9 | – | 31.00 |" in text
+    assert "nearest: 31.0 % (`small-momentum-0.9-lr-1e-1`) |" in text
+
+
+def test_experiments_of_neither_report(tmp_path, images, no_figures, monkeypatch):
+    extra = replace(experiments.EXPERIMENTS["original"], name="new", title="a new one", section="")
+    monkeypatch.setitem(experiments.EXPERIMENTS, "new", extra)
+    runs = [record("new", s, [(99.0, 99.6 + s / 100)]) for s in (1, 2, 3)]
+    text = pages.write({"runs": runs}, tmp_path, images)[1].read_text("utf-8")
+    assert "## Beyond the reports\n\n- `new`: a new one" in text
+    assert "| `new` | 3 | 1 | 99.00 ± 0.00 (3) | 99.62 ± 0.01 (3) | 99.62 ± 0.01 (3) |" in text
 
 
 def test_a_full_disk_leaves_the_old_pages(tmp_path, images):
