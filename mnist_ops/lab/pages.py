@@ -250,8 +250,12 @@ class _Report:
 
     def group(self, *names: str) -> str:
         """Experiments that the report prints no table of: what they reach."""
+        return self.reached(self.in_group(*names))
+
+    def reached(self, names: Iterable[str]) -> str:
+        """What experiments reach by the last epoch of most seeds."""
         rows = []
-        for name in self.in_group(*names):
+        for name in names:
             lengths = sorted((len(run["epochs"]) for run in self.of(name)), reverse=True)
             if not lengths:
                 rows.append([f"`{name}`", "not run", *["–"] * 4])
@@ -532,11 +536,21 @@ class _Report:
         return f"{words}\n\n{_table(head, rows)}" if rows else ""
 
     def beyond(self) -> str:
-        """Experiments of neither report."""
-        every = experiments.EXPERIMENTS.items()
-        names = [name for name, e in every if not e.section.startswith("report")]
-        told = _items(f"`{name}`: {experiments.EXPERIMENTS[name].title}" for name in names)
-        return f"## Beyond the reports\n\n{told}\n\n{self.group(*names)}" if names else ""
+        """Experiments of neither report, and what they were chosen from."""
+        parts = []
+        for name, experiment in experiments.EXPERIMENTS.items():
+            if not experiment.section.startswith("report"):
+                told = f"`{name}`: {experiment.title}"
+                parts += [f"{told}; {experiment.note}." if experiment.note else f"{told}."]
+                parts += [self.reached([name])]
+                if choices := experiments.CHOICES.get(name):
+                    parts.append(
+                        f"It was chosen among these, trained without the last "
+                        f"{choices[0].validation:,} training images and tested on them:"
+                    )
+                    parts.append(_items(f"`{c.name}`: {c.title}" for c in choices))
+                    parts.append(self.reached(c.name for c in choices))
+        return "\n\n".join(["## Beyond the reports", *parts]) if parts else ""
 
 
 _ALL = "rotation-noise-dropout-convolution"

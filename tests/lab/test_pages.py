@@ -229,10 +229,13 @@ def test_the_small_set(tmp_path, images, no_figures):
 
 def test_experiments_of_neither_report(tmp_path, images, no_figures, monkeypatch):
     extra = replace(experiments.EXPERIMENTS["original"], name="new", title="a new one", section="")
+    choice = replace(extra, name="new--first", title="a choice", validation=5000)
     monkeypatch.setitem(experiments.EXPERIMENTS, "new", extra)
+    monkeypatch.setitem(experiments.CHOICES, "new", [choice])
     runs = [record("new", s, [(99.0, 99.6 + s / 100)]) for s in (1, 2, 3)]
     text = pages.write({"runs": runs}, tmp_path, images)[1].read_text("utf-8")
-    assert "## Beyond the reports\n\n- `new`: a new one" in text
+    assert "## Beyond the reports" in text and "`new`: a new one." in text
+    assert "without the last 5,000 training images" in text and "| `new--first` | not run |" in text
     assert "| `new` | 3 | 1 | 99.00 ± 0.00 (3) | 99.62 ± 0.01 (3) | 99.62 ± 0.01 (3) |" in text
 
 
