@@ -247,8 +247,10 @@ def confusion_cells(run: Run) -> dict[str, tuple[int, int, list[str]]]:
     for split, key in (("training", "train_confusion"), ("test", "confusion")):
         equal, total, others = 0, 0, []
         for number, entry in logged.items():
-            epoch = run["epochs"][int(number) - 1] if int(number) <= len(run["epochs"]) else {}
-            ours, theirs = epoch.get(key), entry[split]
+            there = int(number) <= len(run["epochs"])
+            epoch: Mapping[str, Any] = run["epochs"][int(number) - 1] if there else {}
+            ours: Any = epoch.get(key)
+            theirs = entry[split]
             for i, j in itertools.product(range(10), range(10)) if ours else ():
                 total += 1
                 equal += ours[i][j] == theirs[i][j]
