@@ -14,8 +14,9 @@ more than are asked for, or fewer.
 
 --plan works through mnist_ops/lab/plan.json in the order of what its steps decide and starts no
 epoch that would not end in time. It goes on where the last call ended, however that one ended, and
-puts all that --out holds into --results, the committed ones unless given: a run that is there with
-more epochs stays. With --dry-run it says how many hours are left, with --no-run it only merges.
+puts all that --out holds into --results, the committed ones unless given, and makes the pages
+beside them again: a run that is there with more epochs stays. With --dry-run it says how many hours
+are left, with --no-run it only merges.
 """
 
 import argparse
@@ -223,7 +224,7 @@ def work_through(args: argparse.Namespace) -> int:
     }
     deadline = None if args.minutes is None else time.time() + 60.0 * args.minutes
     # What is committed need not be made again.
-    runner.merge(args.out, args.results)
+    changed = runner.merge(args.out, args.results)
     pace = plan.pace(plan.tasks(steps, **options), args.out)
     failures = []
     if not (args.dry_run or args.no_run):
@@ -240,11 +241,15 @@ def work_through(args: argparse.Namespace) -> int:
                 any_device=True,
             )
         finally:
-            runner.merge(args.out, args.results)
+            changed += runner.merge(args.out, args.results)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
-    for step, epochs, seconds in plan.left(steps, args.out, pace=pace, **options):
+    if changed or args.no_run:
+        pages.write(records.read_results(args.results), args.results.parent, args.data)
+    for step, epochs, seconds in plan.left(steps, args.out, **options):
         print(f"{epochs:5d} epochs, {seconds / 3600:6.1f} core hours left: {step.title}")
+    print(f"an epoch takes {pace:.1f} times as long here as on an idle core of the plan's machine")
+    print(f"{changed} runs are new or longer in {args.results}")
     return 1 if failures else 0
 
 

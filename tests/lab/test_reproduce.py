@@ -92,6 +92,45 @@ def test_killed_and_resumed(straight, tmp_path, jobs):
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
+def test_a_plan_killed_and_merged(tmp_path):
+    """Whatever is killed whenever: the file has each run once, with all its complete epochs."""
+    out, results = tmp_path / "out", tmp_path / "merged" / "results.json"
+    options = ["--plan", "full", "--limit", "20", "--out", out, "--results", results]
+    process = start(*options, "--minutes", "10", "--jobs", "2", start_new_session=True)
+    deadline = time.monotonic() + 240
+    while sum(path.read_text().count("\n") > 1 for path in out.glob("runs/*/*/log.csv")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not results.exists()
+    for _ in range(2):  # a second time changes nothing
+        code, text, errors = reproduce(*options, "--no-run")
+        assert code == 0, errors
+        runs = json.loads(results.read_text())["runs"]
+        names = [run["experiment"] for run in runs]
+        assert len(names) == len(set(names)) >= 3
+        assert all(len(run["epochs"]) == 1 and run["limit"] == 20 for run in runs)
+    assert "0 runs are new or longer" in text
+    assert f"{19 - len(names):5d} epochs" in text.splitlines()[0]
+    assert (results.parent / "report-1.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "full", "--experiment", "mse"], "--plan has runs of its own"),
+        (["--experiment", "mse", "--minutes", "3"], "--minutes needs --plan"),
+        (["--plan", "half"], "invalid choice: 'half'"),
+    ],
+)
+def test_what_a_plan_does_not_go_with(script, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
 def processes_of(group):
     """Those of a process group that live, as their command lines."""
     listed = subprocess.run(
