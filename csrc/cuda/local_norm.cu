@@ -16,7 +16,13 @@
 //             plane (divides by coef, takes the root, applies the threshold, ...). Long kernels:
 //             rows, then columns; 2-D kernels at once
 //   apply     from planes back to every channel
-// Launches: subtractive 4 forward and backward; divisive 4 and 5; contrastive 6 and 8.
+// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9.
+//
+// Squares leave the range of the type that computes long before their roots do, and the gradient
+// has the inverse of a square. Images for which that happens go through their sums and blurs again,
+// multiplied by a power of two (Range): in the same kernel where they are in shared memory, in one
+// more launch, repair, where they are not. All other images have the bits that they would have
+// without.
 //
 // A kernel whose sum is 0 or not finite gives infinities and NaN: to refuse it, as the CPU does,
 // the host would have to wait for the device.
@@ -24,6 +30,8 @@
 #include "../local_norm.h"
 
 #include "common.cuh"
+
+#include <array>
 
 namespace mnist_ops::cuda {
 namespace {
@@ -72,8 +80,9 @@ __device__ __forceinline__ A coefficient(const BlurGeometry& g, int64_t h, int64
 // weights. A thread computes a pixel; the taps come from L1, one address for all threads of a warp.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(int64_t taps, BlurGeometry g, const double* __restrict__ values,
-                   A* __restrict__ weight, A* __restrict__ flipped, A* __restrict__ coef) {
+    prepare_kernel(int64_t taps, BlurGeometry g, int64_t N, const double* __restrict__ values,
+                   A* __restrict__ weight, A* __restrict__ flipped, A* __restrict__ coef,
+                   A* __restrict__ flags) {
   __shared__ double shared[kThreads / kWarp];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
@@ -87,18 +96,65 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = first_item<int64_t>(); i < g.H * g.W; i += item_stride<int64_t>()) {
     coef[i] = coefficient<A>(g, i / g.W, i % g.W, normalised);
   }
+  for (int64_t i = first_item<int64_t>(); i < N; i += item_stride<int64_t>()) flags[i] = A(0);
+}
+
+// ------------------------------------------------------------------------------------------ range
+
+// Where the type that computes has no digits for what is computed from a deviation s: its square,
+// and for the gradient 1 / s^2.
+//
+// An image with a sum of squares beyond kLeast or kMost is computed again in units of 1 / lift. Of
+// all powers of two, lift is the one that brings the smallest deviation above the threshold to
+// kTarget: then h, which is largest there, has a place, and y has one at every pixel of an image
+// whose numbers lie less than 40 powers of ten apart (float64: 350). Magnitudes further apart than
+// squares may be are added up once more, as parts: kPart makes squares of what is far larger than
+// the smallest.
+template <typename A>
+struct Range {
+  static constexpr bool kWide = sizeof(A) == 8;
+  static constexpr A kLargest = std::numeric_limits<A>::max();
+  static constexpr A kLeast = A(kWide ? 0x1p-700 : 0x1p-80), kMost = A(kWide ? 0x1p700 : 0x1p80);
+  static constexpr A kTarget = A(kWide ? 0x1p-400 : 0x1p-40);
+  // lift is kLeastLift times a power of kStep, up to kMostLift.
+  static constexpr A kStep = A(kWide ? 0x1p200 : 0x1p20);
+  static constexpr A kLeastLift = A(kWide ? 0x1p-800 : 0x1p-100);
+  static constexpr A kMostLift = A(kWide ? 0x1p800 : 0x1p100);
+  static constexpr A kMeasure = A(kWide ? 0x1p600 : 0x1p90);  // the lift that shows small numbers
+  static constexpr A kPart = A(kWide ? 0x1p-600 : 0x1p-80);
+  static constexpr A kNeedsPart = A(kWide ? 0x1p1000 : 0x1p120);  // sums of squares
+  static constexpr A kIsPart = kNeedsPart * kPart * kPart;
+};
+
+// Of the image that a block works on: in shared memory, where it costs no register.
+template <typename A>
+struct Units {
+  A lift, part, by_part;  // and 1 / part
+  A lift_of_known;        // the lift for what is in range without one
+};
+
+// float16 squared is in float32's range.
+template <typename T>
+constexpr bool kLeavesRange = !std::is_same_v<T, Half>;
+
+// Whether a sum of squares says nothing reliable. A small one may, where its deviation (of a sum of
+// kLeast: least) is below the threshold anyway.
+template <typename A>
+__device__ __forceinline__ bool out_of_range(A squares, A least, A threshold) {
+  return !(squares <= Range<A>::kMost) ||
+         (squares < Range<A>::kLeast && !(std::abs(least) < threshold));
 }
 
 // ----------------------------------------------------------------------------------------- reduce
 
 // The sums over channels that a pass computes. Its terms are functions of the gradient, the input
-// and the mean of a pixel; a pass without gradients reads the input alone.
+// and the mean of a pixel, in units of 1 / scale; a pass without gradients reads the input alone.
 struct SumOfInput {
   static constexpr int kSums = 1;
   static constexpr bool kReadsGradient = false;
   template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A, A x, A) const {
-    sums[0] += x;
+  __device__ void operator()(A (&sums)[kSums], A, A x, A scale, A) const {
+    sums[0] += x * scale;
   }
 };
 
@@ -106,8 +162,9 @@ struct SumOfSquares {
   static constexpr int kSums = 1;
   static constexpr bool kReadsGradient = false;
   template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A, A x, A mean) const {
-    sums[0] += (x - mean) * (x - mean);
+  __device__ void operator()(A (&sums)[kSums], A, A x, A scale, A mean) const {
+    const A z = x * scale - mean;
+    sums[0] += z * z;
   }
 };
 
@@ -115,9 +172,10 @@ struct SumsOfGradient {
   static constexpr int kSums = 3;
   static constexpr bool kReadsGradient = true;
   template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A grad, A x, A mean) const {
-    sums[0] += grad * (x - mean);
-    sums[1] += (x - mean) * (x - mean);
+  __device__ void operator()(A (&sums)[kSums], A grad, A x, A scale, A mean) const {
+    const A z = x * scale - mean;
+    sums[0] += grad * z;
+    sums[1] += z * z;
     sums[2] += grad;
   }
 };
@@ -180,7 +238,8 @@ __global__ void __launch_bounds__(kThreads) reduce_planes_kernel(Reduction<T> r)
         const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(r.grad + i) : xs;
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          Terms{}(sums[j], static_cast<A>(gs.values[j]), static_cast<A>(xs.values[j]), mean[j]);
+          Terms{}(sums[j], static_cast<A>(gs.values[j]), static_cast<A>(xs.values[j]), A(1),
+                  mean[j]);
         }
       }
     }
@@ -229,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) reduce_channels_kernel(Reduction<T> 
       for (int64_t c = lane; c < r.C; c += lanes) {
         const int64_t i = pixel * r.C + c;
         const A grad = Terms::kReadsGradient ? static_cast<A>(r.grad[i]) : A(0);
-        Terms{}(sums, grad, static_cast<A>(r.input[i]), mean);
+        Terms{}(sums, grad, static_cast<A>(r.input[i]), A(1), mean);
       }
     }
 #pragma unroll
@@ -260,27 +319,21 @@ struct FinishMean {
   }
 };
 
-// What the channels are divided by, from the blurred sum of squares.
+// What the channels are divided by, from the blurred sum of squares; for the gradient (where there
+// is a q) also h in its place. Images out of range get a flag.
 template <typename A>
 struct FinishDivisor {
-  A channels, threshold, value;
+  A channels, threshold, value, root_of_least;
+  int64_t HW;
   const A* coef;
-  A* d;
-  __device__ void operator()(A blurred, int64_t pixel, int64_t at) const {
-    d[pixel] = divisor(local_deviation(blurred, channels, coef[at]), threshold, value);
-  }
-};
-
-// The same, and h in place of q.
-template <typename A>
-struct FinishDivisorGradient {
-  A channels, threshold, value;
-  const A* coef;
-  A *d, *q;
+  A *flags, *d, *q;  // no flags where the range is not left
   __device__ void operator()(A blurred, int64_t pixel, int64_t at) const {
     const A s = local_deviation(blurred, channels, coef[at]);
-    q[pixel] = divisor_gradient(q[pixel], s, coef[at], threshold);
+    if (q) q[pixel] = divisor_gradient(q[pixel], s, coef[at], threshold);
     d[pixel] = divisor(s, threshold, value);
+    if (flags && out_of_range(blurred, root_of_least / coef[at], threshold)) {
+      flags[pixel / HW] = A(1);
+    }
   }
 };
 
@@ -558,12 +611,14 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 //            window of a pixel begins at the pixel's own index
 //   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
 //            blurred, the partial sums of groups of threads and of blocks
-//   d        begins where scratch ends: the partial sums are done with when it is written
+//   d        begins where scratch ends; where the gradient has three partial sums, among them,
+//   which
+//            are done with when it is written
 struct PlaneLayout {
   int W4, pitch;            // of scratch and of in
   int scratch_rows, above;  // rows of zeros above
   int flat, taps_pitch;     // the size of a flat plane, and of a row of taps
-  int weight, flipped, coef, mean, q, grads, centred, scratch, d;  // in begins at 0
+  int weight, flipped, units, coef, mean, q, grads, centred, scratch, d;  // in begins at 0
   int64_t size;
 
   PlaneLayout(const BlurGeometry& g, bool backward, int groups) {
@@ -582,13 +637,15 @@ struct PlaneLayout {
       end += count;
       return static_cast<int>(begin);
     };
-    weight = take(taps), flipped = take(taps);
+    weight = take(taps), flipped = take(taps), units = take(4);
     coef = take(flat), mean = take(flat);
     q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
     centred = take(backward ? flat : 0);
     const int64_t blurred = int64_t{scratch_rows} * W4;
-    scratch = take(std::max(blurred + flat, int64_t{backward ? 3 : 1} * groups * flat));
-    d = static_cast<int>(scratch + blurred);
+    const int64_t partial = int64_t{backward ? 3 : 1} * groups * flat;
+    scratch =
+        take(backward ? std::max(blurred + flat, partial) : std::max(blurred, partial) + flat);
+    d = static_cast<int>(backward ? scratch + blurred : end - flat);
     size = end;
   }
 };
@@ -602,34 +659,35 @@ struct ImageArguments {
   bool channels_last, separable;
   bool direct;  // few channels, no shares: a thread adds up those of a pixel
   int64_t N;
-  int C, H, W, taps_h, taps_w;
+  int C, H, W, HW, taps_h, taps_w;
   int cluster, share, groups;     // blocks of an image; channels or pixels of a block
   int image_bytes;                // that a share takes in shared memory
+  int size;                       // elements of an image
   Divider by_W, by_row, by_line;  // a row's packs; what an element is divided by for its pixel
   PlaneLayout at;
-  opmath_t<T> threshold, value;
+  opmath_t<T> threshold, value, root_of_least, by_channels;
   const double* kernel;
   const T* grad;   // backward
   const T* input;  // of the subtractive backward: the gradient
   T* out;
 };
 
-// What stands in a plane that others are divided by: for float32 its reciprocal, finite so that 0
-// stays 0, for float64 itself.
-template <typename A>
+// What stands in a plane that others are divided by: itself if exact, or else its reciprocal,
+// finite so that 0 stays 0.
+template <bool kExact, typename A>
 __device__ __forceinline__ A as_divisor(A d) {
-  if constexpr (sizeof(A) == 8) return d;
+  if constexpr (kExact) return d;
   const A inverse = A(1) / d;
-  constexpr A kLargest = A(3.4028234663852886e38);
-  return d != A(0) && inverse > kLargest ? kLargest : inverse;
+  return d != A(0) && inverse > Range<A>::kLargest ? Range<A>::kLargest : inverse;
 }
-template <typename A>
+template <bool kExact, typename A>
 __device__ __forceinline__ A divided(A value, A prepared) {
-  if constexpr (sizeof(A) == 8) return value / prepared;
+  if constexpr (kExact) return value / prepared;
   return value * prepared;
 }
 
-// The values of the last pass, of an element and its pixel's planes.
+// The values of the last pass, of an element and its pixel's planes, which are in units of 1 / lift
+// (see Range).
 struct MinusMean {
   static constexpr int kPlanes = 1;
   static constexpr bool kReadsBoth = false;
@@ -638,21 +696,23 @@ struct MinusMean {
     return x - mean;
   }
 };
+template <bool kExact, typename A>
 struct CentredByDivisor {
+  A lift;
   static constexpr int kPlanes = 2;
   static constexpr bool kReadsBoth = false;
-  template <typename A>
   __device__ A operator()(A x, A, A mean, A d, A) const {
-    return divided(x - mean, d);
+    return divided<kExact>(x * lift - mean, d);
   }
 };
 // offset = mean * b - t
+template <bool kExact, typename A>
 struct GradientOfDivisor {
+  A lift;
   static constexpr int kPlanes = 3;
   static constexpr bool kReadsBoth = true;
-  template <typename A>
   __device__ A operator()(A grad, A x, A b, A d, A offset) const {
-    return divided(grad, d) - x * b + offset;
+    return (divided<kExact>(grad, d) - x * lift * b + offset) * lift;
   }
 };
 
@@ -662,26 +722,47 @@ template <bool kPacked, typename T>
 struct ImageBlock {
   using A = opmath_t<T>;
   static constexpr int m = kPacked ? kImagePack<T> : 1;
+  static constexpr bool kExact = sizeof(A) == 8;  // coef and d; or they are reciprocals
 
   const ImageArguments<T>& a;
   A* const planes;
-  int rank, threads, thread;
-  int HW, first, count;  // of the share, in elements
+  const int rank, threads, thread;
 
   __device__ __forceinline__ ImageBlock(const ImageArguments<T>& arguments, A* memory)
       : a(arguments),
         planes(memory),
         rank(static_cast<int>(blockIdx.x) % arguments.cluster),
         threads(static_cast<int>(blockDim.x)),
-        thread(static_cast<int>(threadIdx.x)),
-        HW(arguments.H * arguments.W) {
-    const int unit = a.channels_last ? a.C : HW, units = a.channels_last ? HW : a.C;
-    const int begin = min_of(rank * a.share, units), end = min_of(begin + a.share, units);
-    first = begin * unit;
-    count = (end - begin) * unit;
+        thread(static_cast<int>(threadIdx.x)) {}
+
+  // Of the share, in elements: where it begins in the image, and how many there are.
+  __device__ __forceinline__ int first() const {
+    return min_of(rank * a.share, a.channels_last ? a.HW : a.C) * (a.channels_last ? a.C : a.HW);
+  }
+  __device__ __forceinline__ int count() const {
+    return min_of((rank + 1) * a.share, a.channels_last ? a.HW : a.C) *
+               (a.channels_last ? a.C : a.HW) -
+           first();
   }
 
   __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
+
+  // Planes, and what a plane's values are divided by.
+  __device__ __forceinline__ A* in() const { return planes; }
+  __device__ __forceinline__ A* mean() const { return planes + a.at.mean; }
+  __device__ __forceinline__ A* d() const { return planes + a.at.d; }
+  __device__ __forceinline__ A* q() const { return planes + a.at.q; }
+  __device__ __forceinline__ A* grads() const { return planes + a.at.grads; }
+  __device__ __forceinline__ A* centred() const { return planes + a.at.centred; }
+  __device__ __forceinline__ Units<A>& units() const {
+    return *reinterpret_cast<Units<A>*>(planes + a.at.units);
+  }
+  __device__ __forceinline__ A over_channels(A value) const {
+    return divided<kExact>(value, kExact ? static_cast<A>(a.C) : a.by_channels);
+  }
+  __device__ __forceinline__ A over_coef(A value, int p) const {
+    return divided<kExact>(value, planes[a.at.coef + p]);
+  }
 
   // ------------------------------------------------------------------------------- preparation
 
@@ -721,7 +802,7 @@ struct ImageBlock {
       }
       __syncthreads();
     }
-    for (int p = thread; p < HW; p += threads) {
+    for (int p = thread; p < a.HW; p += threads) {
       const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p))), w = p - h * a.W;
       A total = A(0);
       if (a.separable) {
@@ -747,33 +828,36 @@ struct ImageBlock {
 
   // Begins to copy this block's share; wait_for_copies() and a barrier, and it is there.
   __device__ __forceinline__ void load(T* to, const T* image) const {
-    const T* from = image + first;
+    const T* from = image + first();
     constexpr int n = kPacked ? kPackSize<T> : 1;
+    const int packs = count() / n;
 #pragma unroll 8
-    for (int i = thread; i < count / n; i += threads) copy_pack<n>(to + i * n, from + i * n);
+    for (int i = thread; i < packs; i += threads) copy_pack<n>(to + i * n, from + i * n);
   }
 
   // ------------------------------------------------------------------------------------ sums
 
-  // use(p, where, sums) for every pixel, with the sums over all channels that Terms names; `where`
-  // is the pixel's place in the plane `in`. Ends with a barrier.
+  // use(p, where, sums) for every pixel, with the sums over all channels that Terms names of the
+  // input in units of 1 / scale, where the mean is in units of scale_of_mean / scale; `where` is
+  // the pixel's place in the plane `in`. Ends with a barrier.
   template <typename Terms, typename Use>
-  __device__ __forceinline__ void reduce(const T* grad, const T* x, const Use& use) const {
+  __device__ __forceinline__ void reduce(const T* grad, const T* x, A scale, A scale_of_mean,
+                                         const Use& use) const {
     A *partial = planes + a.at.scratch, *mean = planes + a.at.mean;
     const auto add = [&](A(&to)[Terms::kSums], int i, A centre) {
       Terms{}(to, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
-              centre);
+              scale, centre);
     };
     const auto add_pack = [&](A(&to)[Terms::kSums], const Pack<T, m>& gs, const Pack<T, m>& xs,
                               int j, A centre) {
       Terms{}(to, Terms::kReadsGradient ? static_cast<A>(gs.values[j]) : A(0),
-              static_cast<A>(xs.values[j]), centre);
+              static_cast<A>(xs.values[j]), scale, centre);
     };
     const int flat = a.at.flat;
     if (a.direct) {
       // below
     } else if (a.channels_last) {
-      const int packs = a.C / m, pixels = min_of(HW - rank * a.share, a.share);
+      const int packs = a.C / m, pixels = min_of(a.HW - rank * a.share, a.share);
       // So many neighbouring threads that they read from all banks.
       constexpr int most = kPacked ? static_cast<int>(128 / (4 * sizeof(T))) : kWarp;
       int lanes = 1;
@@ -783,7 +867,7 @@ struct ImageBlock {
         const int pixel = base + thread / lanes;
         A total[Terms::kSums] = {};
         if (pixel < pixels) {
-          const A centre = mean[rank * a.share + pixel];
+          const A centre = mean[rank * a.share + pixel] * scale_of_mean;
 #pragma unroll 2
           for (int c = lane; c < packs; c += lanes) {
             const int i = (pixel * packs + c) * m;
@@ -801,14 +885,16 @@ struct ImageBlock {
       }
       __syncthreads();
     } else {
-      const int packs = HW / m, channels = min_of(a.C - rank * a.share, a.share);
+      const int packs = a.HW / m, channels = min_of(a.C - rank * a.share, a.share);
       const int group = a.groups > 1 ? thread / packs : 0;
       for (int q = thread - group * packs; q < packs && group < a.groups; q += threads) {
         A total[m][Terms::kSums] = {};
-        const Pack<A, m> centre = load_pack<m>(mean + q * m);
+        Pack<A, m> centre = load_pack<m>(mean + q * m);
+#pragma unroll
+        for (int j = 0; j < m; ++j) centre.values[j] *= scale_of_mean;
 #pragma unroll 4
         for (int c = group; c < channels; c += a.groups) {
-          const int i = c * HW + q * m;
+          const int i = c * a.HW + q * m;
           const Pack<T, m> xs = load_pack<m>(x + i);
           const Pack<T, m> gs = Terms::kReadsGradient ? load_pack<m>(grad + i) : xs;
 #pragma unroll
@@ -826,7 +912,7 @@ struct ImageBlock {
     }
     if (a.cluster > 1) {
       if (a.groups > 1) {  // this block's own first, for others to read one number a pixel
-        for (int p = thread; p < HW; p += threads) {
+        for (int p = thread; p < a.HW; p += threads) {
 #pragma unroll
           for (int k = 0; k < Terms::kSums; ++k) {
             A* const sums = partial + k * a.groups * flat + p;
@@ -838,11 +924,11 @@ struct ImageBlock {
       }
       sync_cluster();
     }
-    for (int p = thread; p < HW; p += threads) {
+    for (int p = thread; p < a.HW; p += threads) {
       A sums[Terms::kSums] = {};
       if (a.direct) {
-        const A centre = mean[p];
-        for (int c = 0; c < a.C; ++c) add(sums, c * HW + p, centre);
+        const A centre = mean[p] * scale_of_mean;
+        for (int c = 0; c < a.C; ++c) add(sums, c * a.HW + p, centre);
       } else {
         // Of all blocks, of the one that has the pixel, or of this block's groups.
         const bool gathered = a.cluster > 1 && !a.channels_last;
@@ -869,9 +955,10 @@ struct ImageBlock {
   // ------------------------------------------------------------------------------------ blur
 
   // finish(blurred, p, where) for every pixel of the plane `in`, which finish may write: the next
-  // blur's. Ends with a barrier.
+  // blur's. Whether finish was true for one of them, for all threads of the block. Ends with a
+  // barrier.
   template <typename Finish>
-  __device__ __forceinline__ void blur(bool adjoint, const Finish& finish) const {
+  __device__ __forceinline__ bool blur(bool adjoint, const Finish& finish) const {
     const PlaneLayout& at = a.at;
     const A *in = planes, *taps = planes + (adjoint ? at.flipped : at.weight);
     A* const scratch = planes + at.scratch;
@@ -900,6 +987,7 @@ struct ImageBlock {
       store_four(scratch + (at.above + h) * W4 + w, sums);
     }
     __syncthreads();
+    bool any = false;
     for (int i = thread; i < (a.H + 3) / 4 * a.W; i += threads) {
       const int group = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(i))),
                 w = i - group * a.W, h = group * 4;
@@ -919,24 +1007,25 @@ struct ImageBlock {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (h + j < a.H) {
-          finish(sums[j], (h + j) * a.W + w, (h + j) * at.pitch + w + a.taps_w / 2);
+          any |= finish(sums[j], (h + j) * a.W + w, (h + j) * at.pitch + w + a.taps_w / 2);
         }
       }
     }
-    __syncthreads();
+    return __syncthreads_or(any);
   }
 
   // ----------------------------------------------------------------------------------- apply
 
   // image = value(u, v, planes) for every element of this share. Ends with a barrier.
   template <typename Value>
-  __device__ __forceinline__ void apply(T* image, const T* u, const T* v, const A* plane0,
-                                        const A* plane1, const A* plane2) const {
+  __device__ __forceinline__ void apply(const Value& value, T* image, const T* u, const T* v,
+                                        const A* plane0, const A* plane1, const A* plane2) const {
     constexpr int n = kPacked ? kPackSize<T> : 1;
-    T* const out = image + first;
+    T* const out = image + first();
+    const int size = count();
     // What two turns of three planes take are more registers than there are.
 #pragma unroll(Value::kReadsBoth ? 1 : 2)
-    for (int i = thread * n; i < count; i += threads * n) {
+    for (int i = thread * n; i < size; i += threads * n) {
       const Pack<T, n> us = load_pack<n>(u + i);
       const Pack<T, n> vs = Value::kReadsBoth ? load_pack<n>(v + i) : us;
       Pack<T, n> to;
@@ -952,9 +1041,9 @@ struct ImageBlock {
 #pragma unroll
         for (int k = 0; k < Value::kPlanes; ++k) {
           if (a.channels_last) {
-            const A value = from[k][p];
+            const A of_pixel = from[k][p];
 #pragma unroll
-            for (int j = 0; j < m; ++j) of[k].values[j] = value;
+            for (int j = 0; j < m; ++j) of[k].values[j] = of_pixel;
           } else {
             of[k] = load_pack<m>(from[k] + p);
           }
@@ -963,9 +1052,9 @@ struct ImageBlock {
         for (int k = Value::kPlanes; k < 3; ++k) of[k] = of[0];
 #pragma unroll
         for (int j = 0; j < m; ++j) {
-          to.values[c + j] = static_cast<T>(
-              Value{}(static_cast<A>(us.values[c + j]), static_cast<A>(vs.values[c + j]),
-                      of[0].values[j], of[1].values[j], of[2].values[j]));
+          to.values[c + j] = static_cast<T>(value(static_cast<A>(us.values[c + j]),
+                                                  static_cast<A>(vs.values[c + j]), of[0].values[j],
+                                                  of[1].values[j], of[2].values[j]));
         }
       }
       store_pack(out + i, to);
@@ -974,7 +1063,180 @@ struct ImageBlock {
   }
 };
 
+// ------------------------------------------------------------------------------- one image
+//
+// The operators, for a block that has an image and its planes where it can sum (reduce), blur and
+// apply: an ImageBlock in shared memory, a MemoryBlock in global memory. All blocks of a cluster
+// decide alike: they have the same planes.
+
+// In turn kAsItIs; where that leaves the range, kMeasure looks for smaller deviations, kLifted is
+// the result, or, with kPart, all but the pixels that are far larger than the smallest.
+enum Turn { kAsItIs, kMeasure, kLifted, kPart };
+
+// Writes what stands in the plane d, from a pixel's blurred sum of squares and its deviation s in
+// units of 1 / lift. Whether the result cannot stay.
+template <typename T, typename Block, typename A>
+__device__ __forceinline__ bool finish_divisor(const Block& block, int turn, A lift, A blurred, A s,
+                                               int64_t p, A& d) {
+  using R = Range<A>;
+  constexpr A kTiny = std::numeric_limits<A>::denorm_min();  // what divides is not 0
+  const A threshold = block.a.threshold * lift, value = block.a.value * lift;
+  d = as_divisor<Block::kExact>(divisor(s, threshold, value < kTiny ? kTiny : value));
+  if (!kLeavesRange<T> || turn >= kLifted) return false;
+  if (turn == kAsItIs) {
+    const A least = block.over_coef(block.a.root_of_least, p);
+    if (!out_of_range(blurred, least, threshold)) return false;
+    if (blurred >= R::kLeast) return true;
+  } else if (s > threshold && blurred <= R::kLargest) {
+    d = as_divisor<Block::kExact>(s / R::kMeasure);
+    return false;
+  }
+  d = as_divisor<Block::kExact>(R::kLargest);  // unknown, or none: does not count for lift_for()
+  return true;
+}
+
+// The lift for the divisors of the plane d, which all threads of the block have written, and no
+// less than that of another plane.
+template <typename Block, typename A>
+__device__ __forceinline__ A lift_for(const Block& block, const A* d, A lift) {
+  using R = Range<A>;
+  for (; lift < R::kMostLift; lift *= R::kStep) {
+    bool any = false;
+    for (int64_t p = block.thread; p < block.a.HW; p += block.threads) {
+      any |= divided<Block::kExact>(R::kTarget, d[p]) > lift;
+    }
+    if (!__syncthreads_or(any)) break;
+  }
+  return lift;
+}
+
+// After a turn that was not good enough: what is in shared memory for the next one.
+template <typename Block, typename A>
+__device__ __forceinline__ void next_turn(const Block& block, int turn, const A* d) {
+  using R = Range<A>;
+  Units<A>& units = block.units();
+  Units<A> next = units;
+  if (turn == kAsItIs) {
+    next.lift_of_known = lift_for(block, d, R::kLeastLift);
+    next.lift = R::kMeasure;
+  } else if (turn == kMeasure) {
+    next.lift = lift_for(block, d, next.lift_of_known);
+  } else {
+    next.part = R::kPart;
+    next.by_part = 1 / R::kPart;
+  }
+  if (block.thread == 0) units = next;
+  __syncthreads();
+}
+
+// units.lift and units.part are 1.
+template <typename Block, typename T>
+__device__ __forceinline__ void forward_image(const Block& block, const T* x, T* out) {
+  using A = opmath_t<T>;
+  using R = Range<A>;
+  A *mean = block.mean(), *d = block.d(), *in = block.in();
+  const Units<A>& units = block.units();
+#pragma unroll 1
+  for (int turn = kAsItIs;; ++turn) {
+    if (block.a.kind != LocalNorm::kDivisive && turn != kPart) {
+      block.template reduce<SumOfInput>(
+          x, x, units.lift, A(1), [&](auto p, auto where, const A(&sums)[1]) {
+            in[where] = block.a.adjoint ? block.over_coef(sums[0], p) : sums[0];
+          });
+      block.blur(block.a.adjoint, [&](A blurred, auto p, auto) {
+        const A share = block.over_channels(blurred);
+        mean[p] = block.a.adjoint ? share : block.over_coef(share, p);
+        return false;
+      });
+    }
+    if (block.a.kind == LocalNorm::kSubtractive) {
+      return block.apply(MinusMean{}, out, x, x, mean, mean, mean);
+    }
+    block.template reduce<SumOfSquares>(
+        x, x, units.lift * units.part, units.part,
+        [&](auto, auto where, const A(&sums)[1]) { in[where] = sums[0]; });
+    const bool again = block.blur(false, [&](A blurred, auto p, auto) {
+      const A s = block.over_coef(std::sqrt(block.over_channels(blurred)), p);
+      if (kLeavesRange<T> && turn == kPart && !(blurred >= R::kIsPart)) return false;
+      const bool wrong =
+          finish_divisor<T>(block, turn, units.lift, blurred, s * units.by_part, p, d[p]);
+      return kLeavesRange<T> && (turn == kLifted ? !(blurred <= R::kNeedsPart) : wrong);
+    });
+    if (!kLeavesRange<T> || turn == kPart || (turn != kMeasure && !again)) break;
+    next_turn(block, turn, d);
+  }
+  block.apply(CentredByDivisor<Block::kExact, A>{units.lift}, out, x, x, mean, d, d);
+}
+
+// Divisive and contrastive. Where s is that much larger than elsewhere that it would need kPart,
+// the gradient is 0 next to the one there. units.lift is 1.
+template <typename Block, typename T>
+__device__ __forceinline__ void backward_image(const Block& block, const T* g, const T* x, T* out) {
+  using A = opmath_t<T>;
+  A *mean = block.mean(), *d = block.d(), *in = block.in();
+  A *q = block.q(), *grads = block.grads(), *centred = block.centred();
+  A *b = q, *offset = grads;  // what comes in their place
+  const bool contrastive = block.a.kind == LocalNorm::kContrastive;
+  const A channels = static_cast<A>(block.a.C);
+  const Units<A>& units = block.units();
+#pragma unroll 1
+  for (int turn = kAsItIs;; ++turn) {
+    if (contrastive) {
+      block.template reduce<SumOfInput>(
+          x, x, units.lift, A(1),
+          [&](auto p, auto where, const A(&sums)[1]) { in[where] = centred[p] = sums[0]; });
+      block.blur(false, [&](A blurred, auto p, auto) {
+        const A value = block.over_coef(block.over_channels(blurred), p);
+        mean[p] = value;
+        centred[p] -= channels * value;
+        return false;
+      });
+    }
+    block.template reduce<SumsOfGradient>(g, x, units.lift, A(1),
+                                          [&](auto p, auto where, const A(&sums)[3]) {
+                                            q[p] = sums[0];
+                                            in[where] = sums[1];
+                                            if (contrastive)
+                                              grads[p] = sums[2];  // or the offset stays 0
+                                          });
+    const bool again = block.blur(false, [&](A blurred, auto p, auto where) {
+      const A root = std::sqrt(block.over_channels(blurred)), s = block.over_coef(root, p);
+      // divisor_gradient(), as s * coef is the root
+      const bool above = s > block.a.threshold * units.lift && s > A(0);
+      in[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
+      return finish_divisor<T>(block, turn, units.lift, blurred, s, p, d[p]);
+    });
+    if (!kLeavesRange<T> || (turn != kMeasure && !again)) break;
+    next_turn(block, turn, d);
+  }
+  block.blur(true, [&](A blurred, auto p, auto where) {
+    const A share = block.over_channels(blurred);
+    b[p] = share;
+    if (contrastive) {
+      in[where] = block.over_coef(divided<Block::kExact>(grads[p], d[p]) - centred[p] * share, p);
+    }
+    return false;
+  });
+  if (contrastive) {
+    block.blur(true, [&](A blurred, auto p, auto) {
+      offset[p] = mean[p] * b[p] - block.over_channels(blurred);
+      return false;
+    });
+  }
+  block.apply(GradientOfDivisor<Block::kExact, A>{units.lift}, out, g, x, b, d, offset);
+}
+
 constexpr int kMostImageThreads = 512;
+
+// The first image of a block and the distance to its next one.
+template <typename T>
+__device__ __forceinline__ int64_t first_image(const ImageArguments<T>& a) {
+  return blockIdx.x / static_cast<unsigned>(a.cluster);
+}
+template <typename T>
+__device__ __forceinline__ int64_t image_stride(const ImageArguments<T>& a) {
+  return gridDim.x / static_cast<unsigned>(a.cluster);
+}
 
 template <bool kPacked, typename T>
 __global__ void __launch_bounds__(kMostImageThreads, 2)
@@ -982,43 +1244,17 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
   using A = opmath_t<T>;
   unsigned char* const memory = dynamic_shared_memory();
   T* const x = reinterpret_cast<T*>(memory);
-  A* const planes = reinterpret_cast<A*>(memory + a.image_bytes);
-  const ImageBlock<kPacked, T> block(a, planes);
-  A *mean = planes + a.at.mean, *d = planes + a.at.d, *coef = planes + a.at.coef;
-  const int64_t size = int64_t{a.C} * block.HW;
-  const int64_t begin = blockIdx.x / static_cast<unsigned>(a.cluster);
-  const int64_t step = gridDim.x / static_cast<unsigned>(a.cluster);
-  const A channels = static_cast<A>(a.C), by_channels = sizeof(A) == 8 ? channels : 1 / channels;
-  block.load(x, a.input + begin * size);
-  block.prepare();
-  for (int64_t image = begin; image < a.N; image += step) {
-    if (image != begin) block.load(x, a.input + image * size);
+  const ImageBlock<kPacked, T> block(a, reinterpret_cast<A*>(memory + a.image_bytes));
+  for (int64_t image = first_image(a); image < a.N; image += image_stride(a)) {
+    block.load(x, a.input + image * a.size);
+    if (image == first_image(a)) block.prepare();
+    if (block.thread == 0) block.units() = {1, 1, 1, 1};
     wait_for_copies();
     __syncthreads();
-    if (a.kind != LocalNorm::kDivisive) {
-      block.template reduce<SumOfInput>(x, x, [&](int p, int where, const A(&sums)[1]) {
-        planes[where] = a.adjoint ? divided(sums[0], coef[p]) : sums[0];
-      });
-      block.blur(a.adjoint, [&](A blurred, int p, int) {
-        const A share = divided(blurred, by_channels);
-        mean[p] = a.adjoint ? share : divided(share, coef[p]);
-      });
-    }
-    if (a.kind == LocalNorm::kSubtractive) {
-      block.template apply<MinusMean>(a.out + image * size, x, x, mean, mean, mean);
-    } else {
-      block.template reduce<SumOfSquares>(
-          x, x, [&](int, int where, const A(&sums)[1]) { planes[where] = sums[0]; });
-      block.blur(false, [&](A blurred, int p, int) {
-        const A s = divided(std::sqrt(divided(blurred, by_channels)), coef[p]);
-        d[p] = as_divisor(divisor(s, a.threshold, a.value));
-      });
-      block.template apply<CentredByDivisor>(a.out + image * size, x, x, mean, d, d);
-    }
+    forward_image(block, x, a.out + image * a.size);
   }
 }
 
-// Divisive and contrastive.
 template <bool kPacked, typename T>
 __global__ void __launch_bounds__(kMostImageThreads, 2)
     backward_image_kernel(const __grid_constant__ ImageArguments<T> a) {
@@ -1026,60 +1262,15 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
   unsigned char* const memory = dynamic_shared_memory();
   T* const g = reinterpret_cast<T*>(memory);
   T* const x = reinterpret_cast<T*>(memory + a.image_bytes);
-  A* const planes = reinterpret_cast<A*>(memory + 2 * a.image_bytes);
-  const ImageBlock<kPacked, T> block(a, planes);
-  A *mean = planes + a.at.mean, *d = planes + a.at.d, *coef = planes + a.at.coef;
-  A *q = planes + a.at.q, *grads = planes + a.at.grads, *centred = planes + a.at.centred;
-  A *b = q, *offset = grads;  // what comes in their place
-  const bool contrastive = a.kind == LocalNorm::kContrastive;
-  const int64_t size = int64_t{a.C} * block.HW;
-  const int64_t begin = blockIdx.x / static_cast<unsigned>(a.cluster);
-  const int64_t step = gridDim.x / static_cast<unsigned>(a.cluster);
-  const A channels = static_cast<A>(a.C), by_channels = sizeof(A) == 8 ? channels : 1 / channels;
-  block.load(g, a.grad + begin * size);
-  block.load(x, a.input + begin * size);
-  block.prepare();
-  for (int64_t image = begin; image < a.N; image += step) {
-    if (image != begin) {
-      block.load(g, a.grad + image * size);
-      block.load(x, a.input + image * size);
-    }
+  const ImageBlock<kPacked, T> block(a, reinterpret_cast<A*>(memory + 2 * a.image_bytes));
+  for (int64_t image = first_image(a); image < a.N; image += image_stride(a)) {
+    block.load(g, a.grad + image * a.size);
+    block.load(x, a.input + image * a.size);
+    if (image == first_image(a)) block.prepare();
+    if (block.thread == 0) block.units() = {1, 1, 1, 1};
     wait_for_copies();
     __syncthreads();
-    if (contrastive) {
-      block.template reduce<SumOfInput>(
-          x, x, [&](int p, int where, const A(&sums)[1]) { planes[where] = centred[p] = sums[0]; });
-      block.blur(false, [&](A blurred, int p, int) {
-        const A value = divided(divided(blurred, by_channels), coef[p]);
-        mean[p] = value;
-        centred[p] -= channels * value;
-      });
-    }
-    block.template reduce<SumsOfGradient>(g, x, [&](int p, int where, const A(&sums)[3]) {
-      q[p] = sums[0];
-      planes[where] = sums[1];
-      if (contrastive) grads[p] = sums[2];  // or the offset stays 0
-    });
-    block.blur(false, [&](A blurred, int p, int where) {
-      const A root = std::sqrt(divided(blurred, by_channels)), s = divided(root, coef[p]);
-      d[p] = as_divisor(divisor(s, a.threshold, a.value));
-      // divisor_gradient(), as s * coef is the root
-      const bool above = s > a.threshold && s > A(0);
-      planes[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
-    });
-    block.blur(true, [&](A blurred, int p, int where) {
-      const A share = divided(blurred, by_channels);
-      b[p] = share;
-      if (contrastive) {
-        planes[where] = divided(divided(grads[p], d[p]) - centred[p] * share, coef[p]);
-      }
-    });
-    if (contrastive) {
-      block.blur(true, [&](A blurred, int p, int) {
-        offset[p] = mean[p] * b[p] - divided(blurred, by_channels);
-      });
-    }
-    block.template apply<GradientOfDivisor>(a.out + image * size, g, x, b, d, offset);
+    backward_image(block, g, x, a.out + image * a.size);
   }
 }
 
@@ -1153,6 +1344,12 @@ ImagePlan plan_images(const Multiprocessors& device, const Images& images, const
   return plan;
 }
 
+// The deviation of a sum of squares of Range::kLeast, times coef.
+template <typename A>
+A root_of_least(int64_t C) {
+  return std::sqrt(Range<A>::kLeast / static_cast<A>(C));
+}
+
 // Whether the images went into shared memory. `gradient`: of divisive or contrastive, from grad
 // and input; else the forward, or with `adjoint` the gradient of subtractive.
 template <bool gradient, typename T>
@@ -1193,18 +1390,22 @@ bool run_images(const Launcher& launcher, const Images& images, const Tensor& ke
                             .C = static_cast<int>(images.C),
                             .H = static_cast<int>(g.H),
                             .W = static_cast<int>(g.W),
+                            .HW = static_cast<int>(HW),
                             .taps_h = static_cast<int>(g.taps_h),
                             .taps_w = static_cast<int>(g.taps_w),
                             .cluster = plan.cluster,
                             .share = plan.share,
                             .groups = plan.groups,
                             .image_bytes = static_cast<int>(plan.image_bytes),
+                            .size = static_cast<int>(images.C * HW),
                             .by_W = Divider(g.W),
                             .by_row = Divider(ceil_div(g.W, 4)),
                             .by_line = Divider(images.channels_last ? images.C : HW),
                             .at = PlaneLayout(g, gradient, plan.groups),
                             .threshold = static_cast<opmath_t<T>>(options.threshold),
                             .value = static_cast<opmath_t<T>>(options.value),
+                            .root_of_least = root_of_least<opmath_t<T>>(images.C),
+                            .by_channels = 1 / static_cast<opmath_t<T>>(images.C),
                             .kernel = values.const_data_ptr<double>(),
                             .grad = grad,
                             .input = input,
@@ -1215,6 +1416,146 @@ bool run_images(const Launcher& launcher, const Images& images, const Tensor& ke
 }
 
 // ------------------------------------------------------------------------------------------- steps
+
+// What repair takes of the steps.
+template <typename T>
+struct RepairArguments {
+  using A = opmath_t<T>;
+  LocalNorm kind;
+  static constexpr bool adjoint = false;  // of subtractive, which repair has no part in
+  int64_t N, C, HW, channel, pixel;       // distances of neighbours
+  BlurGeometry geometry;
+  A threshold, value, root_of_least;
+  const A *flags, *weight, *flipped, *coef;
+  A* planes[7];  // in, scratch, mean, d, q, grads, centred of all images
+  const T* grad;
+  const T* input;
+  T* out;
+};
+
+// A block's work on an image in global memory, of any size: one pixel a thread at a time.
+template <typename T>
+struct MemoryBlock {
+  using A = opmath_t<T>;
+  static constexpr bool kExact = true;
+
+  const RepairArguments<T>& a;
+  int64_t image, HW;
+  int thread, threads;
+  Units<A>* shared;
+
+  __device__ MemoryBlock(const RepairArguments<T>& arguments, int64_t number, Units<A>* of_block)
+      : a(arguments),
+        image(number),
+        HW(arguments.HW),
+        thread(static_cast<int>(threadIdx.x)),
+        threads(kThreads),
+        shared(of_block) {}
+
+  __device__ A* plane(int k) const { return a.planes[k] + image * HW; }
+  __device__ A* in() const { return plane(0); }
+  __device__ A* mean() const { return plane(2); }
+  __device__ A* d() const { return plane(3); }
+  __device__ A* q() const { return plane(4); }
+  __device__ A* grads() const { return plane(5); }
+  __device__ A* centred() const { return plane(6); }
+  __device__ Units<A>& units() const { return *shared; }
+  __device__ A over_channels(A value) const { return value / static_cast<A>(a.C); }
+  __device__ A over_coef(A value, int64_t p) const { return value / a.coef[p]; }
+
+  template <typename Terms, typename Use>
+  __device__ void reduce(const T* grad, const T* x, A scale, A scale_of_mean,
+                         const Use& use) const {
+#pragma unroll 1
+    for (int64_t p = thread; p < HW; p += threads) {
+      A sums[Terms::kSums] = {};
+      const A centre = mean()[p] * scale_of_mean;
+#pragma unroll 1
+      for (int64_t c = 0; c < a.C; ++c) {
+        const int64_t i = c * a.channel + p * a.pixel;
+        Terms{}(sums, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
+                scale, centre);
+      }
+      use(p, p, sums);
+    }
+    __syncthreads();
+  }
+
+  // One pixel of a correlation with a kernel of taps_h x taps_w.
+  __device__ A correlated(const A* from, const A* weight, int64_t taps_h, int64_t taps_w,
+                          int64_t p) const {
+    const int64_t H = a.geometry.H, W = a.geometry.W, h = p / W, w = p % W;
+    const Taps rows = taps_inside(h, H, taps_h), columns = taps_inside(w, W, taps_w);
+    A sum = A(0);
+#pragma unroll 1
+    for (int64_t i = rows.first; i < rows.last; ++i) {
+      const A* row = from + (h + i - taps_h / 2) * W + w - taps_w / 2;
+#pragma unroll 1
+      for (int64_t k = columns.first; k < columns.last; ++k) {
+        sum += row[k] * weight[i * taps_w + k];
+      }
+    }
+    return sum;
+  }
+
+  template <typename Finish>
+  __device__ bool blur(bool adjoint, const Finish& finish) const {
+    const BlurGeometry& g = a.geometry;
+    const A* weight = adjoint ? a.flipped : a.weight;
+    A* const scratch = plane(1);
+    bool any = false;
+#pragma unroll 1
+    for (int64_t p = thread; p < HW; p += threads) {
+      scratch[p] = correlated(in(), weight, g.separable ? 1 : g.taps_h, g.taps_w, p);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int64_t p = thread; p < HW; p += threads) {
+      any |= finish(g.separable ? correlated(scratch, weight, g.taps_h, 1, p) : scratch[p], p, p);
+    }
+    return __syncthreads_or(any);
+  }
+
+  template <typename Value>
+  __device__ void apply(const Value& value, T* out, const T* u, const T* v, const A* plane0,
+                        const A* plane1, const A* plane2) const {
+#pragma unroll 1
+    for (int64_t p = thread; p < HW; p += threads) {
+      const A of[3] = {plane0[p], plane1[p], Value::kPlanes > 2 ? plane2[p] : A(0)};
+#pragma unroll 1
+      for (int64_t c = 0; c < a.C; ++c) {
+        const int64_t i = c * a.channel + p * a.pixel;
+        out[i] = static_cast<T>(value(static_cast<A>(u[i]),
+                                      Value::kReadsBoth ? static_cast<A>(v[i]) : A(0), of[0], of[1],
+                                      of[2]));
+      }
+    }
+  }
+};
+
+// Images that the steps before found out of range, a block each, from their input on.
+template <bool kGradient, typename T>
+__global__ void __launch_bounds__(kThreads)
+    repair_kernel(const __grid_constant__ RepairArguments<T> a) {
+  __shared__ Units<opmath_t<T>> units;
+  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
+    if (a.flags[image] == opmath_t<T>(0)) continue;
+    __syncthreads();  // before the units of the image before are overwritten
+    if (threadIdx.x == 0) units = {1, 1, 1, 1};
+    const MemoryBlock<T> block(a, image, &units);
+    for (int64_t p = threadIdx.x; p < a.HW && a.kind == LocalNorm::kDivisive; p += kThreads) {
+      block.mean()[p] = 0;
+      if constexpr (kGradient) block.grads()[p] = 0;
+    }
+    __syncthreads();
+    const int64_t first = image * a.C * a.HW;
+    if constexpr (kGradient) {
+      backward_image(block, a.grad + first, a.input + first, a.out + first);
+    } else {
+      forward_image(block, a.input + first, a.out + first);
+    }
+  }
+}
 
 // The steps above on one batch of images, with the planes they need.
 template <typename T>
@@ -1230,18 +1571,20 @@ class Problem {
         HW_(images.H * images.W),
         channels_last_(images.channels_last),
         blur_{images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1), kernel.dim() == 1},
-        channels(static_cast<A>(images.C)),
-        threshold(static_cast<A>(options.threshold)),
-        value(static_cast<A>(options.value)) {
+        kind_(options.kind),
+        threshold_(static_cast<A>(options.threshold)),
+        value_(static_cast<A>(options.value)),
+        channels(static_cast<A>(images.C)) {
     const Tensor values = kernel_in_double(kernel);
     const int64_t taps = values.numel();
-    workspace_ = new_tensor(images.data, {2 * taps + HW_ + planes * N_ * HW_},
+    workspace_ = new_tensor(images.data, {2 * taps + HW_ + planes * N_ * HW_ + N_},
                             type_to_compute_in(images.data));
     weight_[0] = workspace_.mutable_data_ptr<A>();
     weight_[1] = weight_[0] + taps;
     coef = weight_[1] + taps;
-    launcher_.run_over(prepare_kernel<A>, HW_, taps, blur_, values.const_data_ptr<double>(),
-                       weight_[0], weight_[1], coef);
+    flags_ = coef + HW_ + planes * N_ * HW_;
+    launcher_.run_over(prepare_kernel<A>, HW_, taps, blur_, N_, values.const_data_ptr<double>(),
+                       weight_[0], weight_[1], coef, flags_);
   }
 
   A* plane(int64_t k) const { return coef + HW_ + k * N_ * HW_; }
@@ -1285,6 +1628,46 @@ class Problem {
     }
   }
 
+  // What becomes of a blurred sum of squares; with a q, for the gradient.
+  FinishDivisor<A> to_divisor(A* d, A* q = nullptr) const {
+    return {channels,
+            threshold_,
+            value_,
+            root_of_least<A>(C_),
+            HW_,
+            coef,
+            kLeavesRange<T> ? flags_ : nullptr,
+            d,
+            q};
+  }
+
+  // After that: images that it found out of range, once more. The planes are as in RepairArguments.
+  template <bool kGradient>
+  void repair(const std::array<A*, 7>& planes, const T* grad, const T* input, T* out) const {
+    if constexpr (kLeavesRange<T>) {
+      RepairArguments<T> a{.kind = kind_,
+                           .N = N_,
+                           .C = C_,
+                           .HW = HW_,
+                           .channel = channels_last_ ? 1 : HW_,
+                           .pixel = channels_last_ ? C_ : 1,
+                           .geometry = blur_,
+                           .threshold = threshold_,
+                           .value = value_,
+                           .root_of_least = root_of_least<A>(C_),
+                           .flags = flags_,
+                           .weight = weight_[0],
+                           .flipped = weight_[1],
+                           .coef = coef,
+                           .planes = {},
+                           .grad = grad,
+                           .input = input,
+                           .out = out};
+      std::copy(planes.begin(), planes.end(), a.planes);
+      launcher_.run_blocks(repair_kernel<kGradient, T>, N_, kThreads, a);
+    }
+  }
+
   template <typename Value>
   void apply(const T* a, const T* b, const Planes<A>& planes, T* out) const {
     constexpr int n = kPackSize<T>;
@@ -1325,9 +1708,12 @@ class Problem {
   BlurGeometry blur_;
   Tensor workspace_;  // everything below, one allocation
   A* weight_[2];      // [adjoint]
+  A* flags_;          // of images: not 0 where they are out of range
+  LocalNorm kind_;
+  A threshold_, value_;
 
  public:
-  A channels, threshold, value;
+  A channels;
   A* coef;
 };
 
@@ -1336,7 +1722,8 @@ void forward_images(const Launcher& launcher, const Images& images, const Tensor
                     const LocalNormOptions& options, const T* x, T* y) {
   const Problem<T> problem(launcher, images, kernel, options, 4);
   A *sum = problem.plane(0), *scratch = problem.plane(1), *d = problem.plane(2);
-  A* mean = options.kind == LocalNorm::kDivisive ? nullptr : problem.plane(3);
+  A* const plane_of_mean = problem.plane(3);
+  A* mean = options.kind == LocalNorm::kDivisive ? nullptr : plane_of_mean;
   if (mean) {
     problem.template reduce<SumOfInput>({.input = x, .sums = {sum}});
     problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
@@ -1349,10 +1736,9 @@ void forward_images(const Launcher& launcher, const Images& images, const Tensor
   const bool second = mean != nullptr;
   problem.template reduce<SumOfSquares>(
       {.input = x, .mean = mean, .sums = {sum}, .descending = second});
-  problem.blur(
-      sum, scratch, false,
-      FinishDivisor<A>{problem.channels, problem.threshold, problem.value, problem.coef, d});
+  problem.blur(sum, scratch, false, problem.to_divisor(d));
   problem.template apply<Divide>(x, x, {.mean = mean, .d = d, .descending = !second}, y);
+  problem.template repair<false>({sum, scratch, plane_of_mean, d}, nullptr, x, y);
 }
 
 template <typename T, typename A = opmath_t<T>>
@@ -1386,14 +1772,14 @@ void divisive_backward_images(const Launcher& launcher, const Images& images, co
                                            .mean = mean,
                                            .sums = {q, squares, grads},
                                            .descending = contrastive});
-  problem.blur(squares, scratch, false,
-               FinishDivisorGradient<A>{problem.channels, problem.threshold, problem.value,
-                                        problem.coef, d, q});
+  problem.blur(squares, scratch, false, problem.to_divisor(d, q));
   problem.blur(q, scratch, true,
                FinishB<A>{problem.channels, problem.coef, d, grads, mean, b, sum});
   if (contrastive) problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
   problem.template apply<DivideGradient>(
       g, x, {.mean = mean, .d = d, .b = b, .t = t, .descending = !contrastive}, gx);
+  A* const plane_of_mean = contrastive ? mean : b;
+  problem.template repair<true>({squares, scratch, plane_of_mean, d, q, grads, sum}, g, x, gx);
 }
 
 // ------------------------------------------------------------------------------------- operators

@@ -129,6 +129,7 @@ A* cluster_peer(A* variable, int) {
 // To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
 // have come here.
 void wait_for_block();
+bool any_of_block(bool mine);
 void wait_for_warp();
 
 // One slot for each thread of the block, to hand a value to another one.
@@ -257,6 +258,9 @@ class KernelGraph {
 
 inline void __syncthreads() {
   cuda_emulator::wait_for_block();
+}
+inline int __syncthreads_or(int predicate) {
+  return cuda_emulator::any_of_block(predicate != 0);
 }
 inline void __syncwarp() {
   cuda_emulator::wait_for_warp();

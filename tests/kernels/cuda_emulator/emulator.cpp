@@ -293,6 +293,17 @@ void wait_for_block() {
   wait(blocks_of_cluster ? barriers_of_blocks[current / blockDim.x] : block_barrier);
 }
 
+bool any_of_block(bool mine) {
+  *exchange_slot(current) = mine;
+  wait_for_block();
+  const unsigned threads = blockDim.x * blockDim.y;
+  const unsigned first = blocks_of_cluster ? current / threads * threads : 0;
+  bool any = false;
+  for (unsigned i = 0; i < threads; ++i) any |= *exchange_slot(first + i) != 0;
+  wait_for_block();  // before a slot is used again
+  return any;
+}
+
 void wait_for_warp() {
   wait(warp_barriers[current / kWarp]);
 }
