@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,61 @@ def contrastive_norm2d(
     x: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
 ) -> Tensor:
     return divisive_norm2d(subtractive_norm2d(x, kernel), kernel, threshold, threshold_value)
+
+
+def norm_in_long_double(
+    name: str, x: Tensor, kernel: Tensor, threshold: float, value: float, grad: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """divisive_norm2d or contrastive_norm2d with a separable kernel, and the gradient.
+
+    In NumPy's long double, whose range holds the squares of every dtype's numbers.
+    """
+    wide = np.longdouble
+    unit = kernel.numpy().astype(wide)
+    unit /= unit.sum()
+    radius, (height, width) = len(unit) // 2, x.shape[-2:]
+
+    def band(size):
+        matrix = np.zeros((size, size), dtype=wide)
+        for i in range(size):
+            for k in range(len(unit)):
+                if 0 <= i + k - radius < size:
+                    matrix[i, i + k - radius] = unit[k]
+        return matrix
+
+    rows, columns = band(height), band(width)
+
+    def blur(plane):
+        return np.einsum("ih,nhw,jw->nij", rows, plane, columns)[:, None]
+
+    def adjoint(plane):
+        return np.einsum("hi,nhw,wj->nij", rows, plane[:, 0], columns)[:, None]
+
+    channels = wide(x.shape[1])
+    z, g = (t.double().numpy().astype(wide) for t in (x, grad))
+    coef = blur(np.ones((1, height, width), dtype=wide))
+    if name == "contrastive_norm2d":
+        z = z - blur(z.sum(1)) / channels / coef
+    s = np.sqrt(blur((z * z).sum(1)) / channels) / coef
+    above = s > threshold
+    d = np.where(above, s, wide(value))
+    safe = np.where(above, s, wide(1))
+    h = np.where(above, (g * z).sum(1, keepdims=True) / (safe**3 * coef**2), wide(0))
+    gz = g / d - z * adjoint(h) / channels
+    if name == "contrastive_norm2d":
+        gz = gz - adjoint(gz.sum(1, keepdims=True) / coef) / channels
+    return z / d, gz
+
+
+def assert_close_at_any_scale(ours: Tensor, expected: np.ndarray, tolerance: float) -> None:
+    """Compare images, relative to the largest number of each that their dtype holds."""
+    info = torch.finfo(ours.dtype)
+    for image, reference in zip(ours.cpu().double().numpy(), expected, strict=True):
+        scale = np.abs(reference).max()
+        if scale > np.longdouble(info.max):
+            continue
+        error = np.abs(image.astype(np.longdouble) - reference).max()
+        assert error <= tolerance * scale + np.longdouble(info.smallest_normal), (error, scale)
 
 
 def stage2d(

@@ -129,8 +129,9 @@ struct Range {
 // Of the image that a block works on: in shared memory, where it costs no register.
 template <typename A>
 struct Units {
-  A lift, part, by_part;  // and 1 / part
-  A lift_of_known;        // the lift for what is in range without one
+  A lift = 1, part = 1, by_lift = 1, by_part = 1;  // and 1 / lift, 1 / part
+  A lift_of_known = 1;                             // the lift for what is in range without one
+  A unused[3] = {};                                // eight elements
 };
 
 // float16 squared is in float32's range.
@@ -637,7 +638,7 @@ struct PlaneLayout {
       end += count;
       return static_cast<int>(begin);
     };
-    weight = take(taps), flipped = take(taps), units = take(4);
+    weight = take(taps), flipped = take(taps), units = take(8);
     coef = take(flat), mean = take(flat);
     q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
     centred = take(backward ? flat : 0);
@@ -705,14 +706,14 @@ struct CentredByDivisor {
     return divided<kExact>(x * lift - mean, d);
   }
 };
-// offset = mean * b - t
+// offset = mean * b - t; d is in units of 1
 template <bool kExact, typename A>
 struct GradientOfDivisor {
   A lift;
   static constexpr int kPlanes = 3;
   static constexpr bool kReadsBoth = true;
   __device__ A operator()(A grad, A x, A b, A d, A offset) const {
-    return (divided<kExact>(grad, d) - x * lift * b + offset) * lift;
+    return divided<kExact>(grad, d) + (offset - x * lift * b) * lift;
   }
 };
 
@@ -1074,14 +1075,20 @@ struct ImageBlock {
 enum Turn { kAsItIs, kMeasure, kLifted, kPart };
 
 // Writes what stands in the plane d, from a pixel's blurred sum of squares and its deviation s in
-// units of 1 / lift. Whether the result cannot stay.
-template <typename T, typename Block, typename A>
-__device__ __forceinline__ bool finish_divisor(const Block& block, int turn, A lift, A blurred, A s,
+// units of 1 / lift: so is d, or for the gradient in units of 1. Whether the result cannot stay.
+template <typename T, bool kGradient, typename Block, typename A>
+__device__ __forceinline__ bool finish_divisor(const Block& block, int turn, A blurred, A s,
                                                int64_t p, A& d) {
   using R = Range<A>;
-  constexpr A kTiny = std::numeric_limits<A>::denorm_min();  // what divides is not 0
-  const A threshold = block.a.threshold * lift, value = block.a.value * lift;
-  d = as_divisor<Block::kExact>(divisor(s, threshold, value < kTiny ? kTiny : value));
+  const Units<A>& units = block.units();
+  const A threshold = block.a.threshold * units.lift;
+  if constexpr (kGradient) {
+    d = as_divisor<Block::kExact>(s > threshold || s != s ? s * units.by_lift : block.a.value);
+  } else {
+    constexpr A kTiny = std::numeric_limits<A>::denorm_min();  // what divides is not 0
+    const A value = block.a.value * units.lift;
+    d = as_divisor<Block::kExact>(divisor(s, threshold, value < kTiny ? kTiny : value));
+  }
   if (!kLeavesRange<T> || turn >= kLifted) return false;
   if (turn == kAsItIs) {
     const A least = block.over_coef(block.a.root_of_least, p);
@@ -1125,6 +1132,7 @@ __device__ __forceinline__ void next_turn(const Block& block, int turn, const A*
     next.part = R::kPart;
     next.by_part = 1 / R::kPart;
   }
+  next.by_lift = 1 / next.lift;
   if (block.thread == 0) units = next;
   __syncthreads();
 }
@@ -1158,8 +1166,7 @@ __device__ __forceinline__ void forward_image(const Block& block, const T* x, T*
     const bool again = block.blur(false, [&](A blurred, auto p, auto) {
       const A s = block.over_coef(std::sqrt(block.over_channels(blurred)), p);
       if (kLeavesRange<T> && turn == kPart && !(blurred >= R::kIsPart)) return false;
-      const bool wrong =
-          finish_divisor<T>(block, turn, units.lift, blurred, s * units.by_part, p, d[p]);
+      const bool wrong = finish_divisor<T, false>(block, turn, blurred, s * units.by_part, p, d[p]);
       return kLeavesRange<T> && (turn == kLifted ? !(blurred <= R::kNeedsPart) : wrong);
     });
     if (!kLeavesRange<T> || turn == kPart || (turn != kMeasure && !again)) break;
@@ -1204,7 +1211,7 @@ __device__ __forceinline__ void backward_image(const Block& block, const T* g, c
       // divisor_gradient(), as s * coef is the root
       const bool above = s > block.a.threshold * units.lift && s > A(0);
       in[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
-      return finish_divisor<T>(block, turn, units.lift, blurred, s, p, d[p]);
+      return finish_divisor<T, true>(block, turn, blurred, s, p, d[p]);
     });
     if (!kLeavesRange<T> || (turn != kMeasure && !again)) break;
     next_turn(block, turn, d);
@@ -1213,7 +1220,8 @@ __device__ __forceinline__ void backward_image(const Block& block, const T* g, c
     const A share = block.over_channels(blurred);
     b[p] = share;
     if (contrastive) {
-      in[where] = block.over_coef(divided<Block::kExact>(grads[p], d[p]) - centred[p] * share, p);
+      const A over_d = divided<Block::kExact>(grads[p], d[p]) * units.by_lift;
+      in[where] = block.over_coef(over_d - centred[p] * share, p);
     }
     return false;
   });
@@ -1248,7 +1256,7 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
   for (int64_t image = first_image(a); image < a.N; image += image_stride(a)) {
     block.load(x, a.input + image * a.size);
     if (image == first_image(a)) block.prepare();
-    if (block.thread == 0) block.units() = {1, 1, 1, 1};
+    if (block.thread == 0) block.units() = {};
     wait_for_copies();
     __syncthreads();
     forward_image(block, x, a.out + image * a.size);
@@ -1267,7 +1275,7 @@ __global__ void __launch_bounds__(kMostImageThreads, 2)
     block.load(g, a.grad + image * a.size);
     block.load(x, a.input + image * a.size);
     if (image == first_image(a)) block.prepare();
-    if (block.thread == 0) block.units() = {1, 1, 1, 1};
+    if (block.thread == 0) block.units() = {};
     wait_for_copies();
     __syncthreads();
     backward_image(block, g, x, a.out + image * a.size);
@@ -1541,7 +1549,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
     if (a.flags[image] == opmath_t<T>(0)) continue;
     __syncthreads();  // before the units of the image before are overwritten
-    if (threadIdx.x == 0) units = {1, 1, 1, 1};
+    if (threadIdx.x == 0) units = {};
     const MemoryBlock<T> block(a, image, &units);
     for (int64_t p = threadIdx.x; p < a.HW && a.kind == LocalNorm::kDivisive; p += kThreads) {
       block.mean()[p] = 0;

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import loops
 import pytest
 import torch
 from torch import Tensor
@@ -560,6 +561,62 @@ def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case
             for name in ("divisive_norm2d", "contrastive_norm2d"):
                 one.check(name, x, kernel, 1e-4, 1e-4, loosen=4)
                 one.check(f"{name}_backward", grad, x, kernel, 1e-4, 1e-4, loosen=20)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_local_normalization_of_images_of_any_magnitude(emulator: Emulator, dtype: torch.dtype):
+    """In shared memory, in clusters of blocks, step by step: in units of a power of two each."""
+    case = Cases(7, dtype)
+    rtol = {torch.float64: 1e-11, torch.float32: 4e-5, torch.bfloat16: 0.24}[dtype]
+    factors = [1e-36, 1e-30, 1e-22, 1e-16, 1e-10, 1.0, 1e10, 1e16, 1e20, 1e30, 1e37]
+    if dtype == torch.float64:
+        factors += [1e-300, 1e-200, 1e-120, 1e120, 1e200, 1e300]
+    # The emulated memory holds an image of 1, 8 or 5 channels, or a part of one of 24.
+    shapes = ((3, 1, 9, 8), (3, 8, 9, 8), (3, 5, 7, 9), (3, 24, 6, 8))
+    for i, factor in enumerate(factors):
+        for name in ("divisive_norm2d", "contrastive_norm2d"):
+            shape = shapes[(i + len(name)) % 4]
+            image = torch.randn(shape, generator=case.generator, dtype=torch.float64) * factor
+            image[1, ..., :3] = 0
+            image[2, 0, 4, 4] *= case.choice(1e6, 1e6 if factor > 1 else 1e30)
+            if dtype != torch.float64:
+                image.clamp_(-2e38, 2e38)
+            layout = case.choice("contiguous", "channels last", "misaligned")
+            x, grad = placed(image.to(dtype), layout), case.normal(shape, layout)
+            kernel = torch.tensor([0.2, 0.7, 1.0, 0.6, 0.3], dtype=torch.float64)
+            if case.random.random() < 0.25:
+                kernel = torch.outer(kernel, kernel)  # not taken apart
+            thresholds = case.choice((0.0, 1.0), (1e-4, 1e-4), (0.0, 1e-20), (1e20, 1e20))
+            images = case.choice(emulator.mode.image_bytes, 5 << 10)
+            mode = replace(emulator.mode, image_bytes=images if emulator.mode.image_bytes else 0)
+            one = Emulator(emulator.configure, mode)
+            (y,) = one(name, x, kernel, *thresholds)
+            (grad_input,) = one(f"{name}_backward", grad, x, kernel, *thresholds)
+            rows = kernel if kernel.dim() == 1 else kernel[2]
+            expected = loops.norm_in_long_double(name, x, rows, *thresholds, grad)
+            loops.assert_close_at_any_scale(y, expected[0], rtol)
+            loops.assert_close_at_any_scale(grad_input, expected[1], rtol)
+
+
+@pytest.mark.parametrize("image_bytes", (48 << 10, 0))
+def test_local_normalization_changes_no_bit_of_images_in_range(configure, image_bytes: int):
+    """One image out of range among others, and infinity and NaN, which stay where they are."""
+    emulator = Emulator(configure, replace(MODES[0], image_bytes=image_bytes))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 12, 12, generator=generator)
+    grad, kernel = torch.randn(x.shape, generator=generator), torch.tensor([1.0, 2.0, 1.0])
+    spoilt = x.clone()
+    spoilt[1] *= 1e25
+    spoilt[3, 0, 2, 2], spoilt[3, 1, 9, 9] = math.inf, math.nan
+    for name in ("divisive_norm2d", "contrastive_norm2d"):
+        (y,), (z,) = (emulator(name, t, kernel, 0.1, 0.5) for t in (x, spoilt))
+        assert torch.equal(y[::2], z[::2])
+        torch.testing.assert_close(
+            z[3], getattr(mnist_ops, name)(spoilt, kernel, 0.1, 0.5)[3], equal_nan=True
+        )
+        (y,), (z,) = (emulator(f"{name}_backward", grad, t, kernel, 0.1, 0.5) for t in (x, spoilt))
+        assert torch.equal(y[::2], z[::2])
+        assert z[3, :, 0, 11].isfinite().all() and z[3, :, 2, 2].isnan().any()
 
 
 def test_kernels_that_sum_to_zero_give_no_number(configure):

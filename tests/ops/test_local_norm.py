@@ -320,58 +320,6 @@ def test_gaussian_arguments():
 # ------------------------------------------------------------------------------------------- range
 
 
-def _wide_reference(name, x, kernel, threshold, value, grad):
-    """Forward and gradient in NumPy's long double, whose range holds every dtype's squares."""
-    wide = np.longdouble
-    unit = kernel.numpy().astype(wide)
-    unit /= unit.sum()
-    radius, (height, width) = len(unit) // 2, x.shape[-2:]
-
-    def band(size):
-        matrix = np.zeros((size, size), dtype=wide)
-        for i in range(size):
-            for k in range(len(unit)):
-                if 0 <= i + k - radius < size:
-                    matrix[i, i + k - radius] = unit[k]
-        return matrix
-
-    rows, columns = band(height), band(width)
-
-    def blur(plane):
-        return np.einsum("ih,nhw,jw->nij", rows, plane, columns)[:, None]
-
-    def adjoint(plane):
-        return np.einsum("hi,nhw,wj->nij", rows, plane[:, 0], columns)[:, None]
-
-    channels = wide(x.shape[1])
-    z, g = (t.double().numpy().astype(wide) for t in (x, grad))
-    coef = blur(np.ones((1, height, width), dtype=wide))
-    if name == "contrastive_norm2d":
-        z = z - blur(z.sum(1)) / channels / coef
-    s = np.sqrt(blur((z * z).sum(1)) / channels) / coef
-    above = s > threshold
-    d = np.where(above, s, wide(value))
-    safe = np.where(above, s, wide(1))
-    h = np.where(above, (g * z).sum(1, keepdims=True) / (safe**3 * coef**2), wide(0))
-    gz = g / d - z * adjoint(h) / channels
-    if name == "contrastive_norm2d":
-        gz = gz - adjoint(gz.sum(1, keepdims=True) / coef) / channels
-    return z / d, gz
-
-
-def _assert_close_at_any_scale(ours, expected, dtype):
-    """Like assert_close, relative to the largest number of each pixel's neighbourhood: an image."""
-    ours = ours.detach().cpu().double().numpy().astype(np.longdouble)
-    largest = np.longdouble(torch.finfo(dtype).max)
-    tiny = np.longdouble(torch.finfo(dtype).smallest_normal)
-    for image, reference in zip(ours, expected, strict=True):
-        scale = np.abs(reference).max()
-        if scale > largest:  # not to be held by the dtype
-            continue
-        error = np.abs(image - reference).max()
-        assert error <= 8 * TOLERANCE[dtype] * scale + tiny, (error, scale)
-
-
 @pytest.mark.parametrize("name", FUNCTIONS[1:])
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -394,9 +342,9 @@ def test_images_of_any_magnitude(device, name, channels, layout, dtype):
             leaf = x.clone().to(device).requires_grad_()
             y = getattr(mnist_ops, name)(leaf, kernel.to(device), threshold, value)
             (gx,) = torch.autograd.grad(y, leaf, g.to(device))
-            expected = _wide_reference(name, x, kernel, threshold, value, g)
-            _assert_close_at_any_scale(y.detach(), expected[0], dtype)
-            _assert_close_at_any_scale(gx, expected[1], dtype)
+            expected = loops.norm_in_long_double(name, x, kernel, threshold, value, g)
+            loops.assert_close_at_any_scale(y.detach(), expected[0], 8 * TOLERANCE[dtype])
+            loops.assert_close_at_any_scale(gx, expected[1], 8 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
