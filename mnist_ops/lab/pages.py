@@ -10,8 +10,6 @@ results give the same bytes. ::
 
 from __future__ import annotations
 
-import base64
-import html
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training import write_atomically, write_text
-from . import derivations, experiments, figures, records, reports, statistics, tables
+from . import derivations, experiments, figures, markdown, records, reports, statistics, tables
 from .reports import cut
 from .statistics import Run, Sample
 
-__all__ = ["to_html", "write"]
+__all__ = ["write"]
 
 _FOLDER = "figures"
 _SHOWN_MISTAKES = 12
@@ -33,93 +31,6 @@ _SHOWN_EPOCHS = 6
 _SIZES = {32: 78.0, 64: 60.0, 128: 45.0}
 _LOGS = {"original": "original", "three-layer": "three_layer"}
 _NAMES = {"original": "the original network", "three-layer": "three layers"}
-_CSS = """
-:root { --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de; --link: #0550ae; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --paper: #0d1117;
-  --line: #30363d; --link: #79b8ff; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; overflow-wrap: break-word; }
-h1 { line-height: 1.25; margin-top: 3rem; } h2 { border-top: 1px solid var(--line);
-  padding-top: 1.2rem; margin-top: 2.5rem; } a { color: var(--link); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem;
-  font-variant-numeric: tabular-nums; } th, td { padding: .2rem .5rem; text-align: left;
-  vertical-align: top; border-bottom: 1px solid var(--line); }
-img { display: block; width: 100%; max-width: 30rem; background: #fff;
-  border: 1px solid var(--line); }
-"""
-
-
-# --- Markdown and HTML -------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> str:
-    """A table in Markdown, behind the words of ``folded`` if there are any; none without rows."""
-    rows = [list(row) for row in rows]
-    if not rows:
-        return ""
-    lines = [list(head), ["---"] * len(head), *rows]
-    text = "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
-    return f"<details><summary>{folded}</summary>\n\n{text}\n\n</details>" if folded else text
-
-
-def _items(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
-
-
-def _inline(text: str) -> str:
-    text = html.escape(text)
-    for pattern, tag in (
-        (r"`([^`]+)`", "code"),
-        (r"\*\*(.+?)\*\*", "strong"),
-        (r"\*(\S[^*]*)\*", "em"),
-    ):
-        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
-    return re.sub(r"\[([^\]]+)\]\((https://[^)\s]+)\)", r'<a href="\2">\1</a>', text)
-
-
-def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
-    """The inside of ``<body>`` for the Markdown that these pages use.
-
-    Args:
-        markdown: headings, paragraphs, lists, tables, figures and folded parts, each a block
-            between empty lines; bold, emphasis, code and links inside. All else is escaped.
-        images: by the paths that the figures name.
-    """
-    made = []
-    for block in markdown.strip().split("\n\n"):
-        folded = re.fullmatch(r"<details><summary>(.*)</summary>", block)
-        figure = re.fullmatch(r"!\[(.*)\]\((.*)\)", block)
-        if folded:
-            made.append(f"<details><summary>{_inline(folded[1])}</summary>")
-        elif block == "</details>":
-            made.append(block)
-        elif figure:
-            data = base64.b64encode(images[figure[2]]).decode("ascii")
-            words = html.escape(figure[1])
-            made.append(f'<img src="data:image/png;base64,{data}" alt="{words}">')
-        elif heading := re.match(r"(#+) ", block):
-            level = len(heading[1])
-            made.append(f"<h{level}>{_inline(block[level + 1 :])}</h{level}>")
-        elif block.startswith("- "):
-            items = "\n".join(f"<li>{_inline(line[2:])}</li>" for line in block.split("\n"))
-            made.append(f"<ul>\n{items}\n</ul>")
-        elif block.startswith("| "):
-            lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.split("\n")]
-            rows = [
-                "".join(
-                    f"<{tag}>{_inline(cell.strip().replace(chr(92) + '|', '|'))}</{tag}>"
-                    for cell in line
-                )
-                for tag, line in zip(["th", "", *["td"] * len(lines)], lines, strict=False)
-                if tag
-            ]
-            inside = "\n".join(f"<tr>{row}</tr>" for row in rows)
-            made.append(f'<div class="scroll"><table>\n{inside}\n</table></div>')
-        elif block:
-            made.append(f"<p>{_inline(block)}</p>")
-    return "\n".join(made) + "\n"
 
 
 # --- Numbers -----------------------------------------------------------------------------------
@@ -200,7 +111,7 @@ class _Report:
 
     def claims(self, section: str) -> str:
         """The report's sentences in a section, each with its verdict."""
-        return _items(
+        return markdown.items(
             f"“{v.claim.quote}” **{v.outcome.capitalize()}**: {v.sentence}."
             + (f" ({v.claim.note})" if v.claim.note and v.claim.kind != "none" else "")
             for v in self.verdicts
@@ -212,7 +123,7 @@ class _Report:
         return (
             "Each printed line was evaluated at random inputs and compared with autograd; b is the "
             "softmax's beta.\n\n"
-        ) + _table(
+        ) + markdown.table(
             ["line", "printed", "outcome", "remark"],
             [
                 (r.line.source.split(", ", 1)[1], f"`{r.line.printed}`", r.outcome, r.line.remark)
@@ -241,7 +152,7 @@ class _Report:
         return (
             "Every run with the commit, torch, precision and machine that made it. `results.json` "
             "has all its epochs.\n\n"
-        ) + _table(head, rows, f"{count} runs in {len(rows)} groups")
+        ) + markdown.table(head, rows, f"{count} runs in {len(rows)} groups")
 
     def in_group(self, *names: str) -> dict[str, dict[int, Any]]:
         """The experiments of a group, or of a name, none of them with points."""
@@ -268,7 +179,7 @@ class _Report:
             shown = [_mean(statistics.mean_sd(x)) for x in values]
             rows.append([f"`{name}`", str(len(values[0])), str(last), *shown])
         head = ["experiment", "seeds", "epoch", "training %", "test %", "best test % until then"]
-        return _table(head, rows)
+        return markdown.table(head, rows)
 
     def figure_of(self, name: str, words: str, lines: Mapping[str, Any], points: str) -> str:
         """Curves of experiments, by name, with points."""
@@ -282,7 +193,7 @@ class _Report:
     def brief(self) -> str:
         """The main numbers: printed and ours."""
         rows = self.brief_1() if self.number == 1 else self.brief_2()
-        return _table(["what", "printed", "here"], rows)
+        return markdown.table(["what", "printed", "here"], rows)
 
     # Report 1.
 
@@ -323,7 +234,7 @@ class _Report:
             told.append(f"{column}: **{tables.column_verdict(cells)}**{which}")
         parts = ("printed", "seed 1", "images", "all seeds")
         head = ["column", "epoch", *(f"{split}: {p}" for split in tables.SPLITS for p in parts)]
-        return f"{_table(head, rows)}\n\n{_items(told)}"
+        return f"{markdown.table(head, rows)}\n\n{markdown.items(told)}"
 
     def table_figure(self, number: str) -> str:
         """The curves of a table of report 1 with its numbers as points."""
@@ -391,7 +302,7 @@ class _Report:
                 f"Confusion matrices from epoch 20 on, {split}: {equal:,} of {total:,} cells "
                 + "; ".join(["equal", *others[:_SHOWN_EPOCHS]]) + "."
             )  # fmt: skip
-        return "\n".join([told[0], "", _items(told[1:])])
+        return "\n".join([told[0], "", markdown.items(told[1:])])
 
     def candidates(self, name: str, words: str) -> str:
         """The guesses at a column, closest first."""
@@ -416,7 +327,9 @@ class _Report:
         ]
         head = ["configuration", "training (images)", "test (images)", "run"]
         missing = "; ".join(guess.title for guess, cells in rows if not cells)
-        parts = [told, _table(head, shown[:3]), _table(head, shown[3:], f"{len(shown[3:])} more")]
+        nearest, others = shown[:3], shown[3:]
+        parts = [told, markdown.table(head, nearest)]
+        parts.append(markdown.table(head, others, f"{len(others)} more"))
         return "\n\n".join([*parts, f"Not run: {missing}." if missing else ""])
 
     def inside(self) -> str:
@@ -489,7 +402,7 @@ class _Report:
     def sizes(self) -> str:
         """The batch sizes' nearest epochs."""
         head = ["data", "split", "epoch", *(f"{s} ({x:g} %)" for s, x in _SIZES.items())]
-        return _table([*head, "farthest (points)"], self._nearest()) or "Not run."
+        return markdown.table([*head, "farthest (points)"], self._nearest()) or "Not run."
 
     def small_sizes(self) -> str:
         """The batch sizes on the small set, epoch by epoch."""
@@ -507,7 +420,7 @@ class _Report:
             for e in range(1, last + 1 if all(chosen) else 1)
         ]
         head = ["epoch", *(f"`{name}`" for name in names)]
-        return _table(head, rows, "The small set epoch by epoch: training / test in %")
+        return markdown.table(head, rows, "The small set epoch by epoch: training / test in %")
 
     def _grid(self) -> dict[str, Sample]:
         """Test accuracy of the momenta and learning rates on the small set."""
@@ -533,7 +446,7 @@ class _Report:
             for momentum in dict.fromkeys(momentum for momentum, *_ in split)
         ]
         head = ["momentum", *(f"learning rate {rate}" for rate in rates)]
-        return f"{words}\n\n{_table(head, rows)}" if rows else ""
+        return f"{words}\n\n{markdown.table(head, rows)}" if rows else ""
 
     def beyond(self) -> str:
         """Experiments of neither report, and what they were chosen from."""
@@ -548,7 +461,7 @@ class _Report:
                         f"It was chosen among these, trained without the last "
                         f"{choices[0].validation:,} training images and tested on them:"
                     )
-                    parts.append(_items(f"`{c.name}`: {c.title}" for c in choices))
+                    parts.append(markdown.items(f"`{c.name}`: {c.title}" for c in choices))
                     parts.append(self.reached(c.name for c in choices))
         return "\n\n".join(["## Beyond the reports", *parts]) if parts else ""
 
@@ -606,14 +519,7 @@ def write(
         page = re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
         paths.append(folder / f"report-{number}.md")
         write_text(paths[-1], page)
-        bodies.append(to_html(page, report.images))
+        bodies.append(markdown.to_html(page, report.images))
     paths.append(folder / "report.html")
-    write_text(
-        paths[-1],
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>Two reports on MNIST of 2016, run again</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{''.join(bodies)}</body>\n</html>\n",
-    )
+    write_text(paths[-1], markdown.html_page("Two reports on MNIST of 2016, run again", bodies))
     return paths

@@ -12,7 +12,7 @@ import torch
 from test_figures import write_digits
 from test_statistics import record, runs_of
 
-from mnist_ops.lab import experiments, pages, reports
+from mnist_ops.lab import experiments, markdown, pages, reports
 
 
 class Html(HTMLParser):
@@ -173,7 +173,7 @@ def test_everything_is_escaped():
     evil = "<b>&\"'{{ 777 }}|*_</details>"
     cell = evil.replace("|", "\\|")
     blocks = [f"# {evil}", f"{evil} x", f"- {evil}", f"| {cell} |\n| --- |", f"![{evil}](a.png)"]
-    page = Html(pages.to_html("\n\n".join(blocks), {"a.png": b""}))
+    page = Html(markdown.to_html("\n\n".join(blocks), {"a.png": b""}))
     assert page.text.count(evil) == 4 and ("img", "alt", evil) in page.attributes
 
 
