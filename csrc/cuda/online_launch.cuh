@@ -2,7 +2,7 @@
 // cooperative kernel whose blocks wait for each other.
 #pragma once
 
-#include "common.cuh"
+#include "launch.cuh"
 
 #include <vector>
 

@@ -18,15 +18,13 @@
 // which the host waits once a call.
 
 #include "online_launch.cuh"
-#include "online_phases.cuh"
+#include "online_step.cuh"
 
 namespace mnist_ops::cuda {
 namespace {
 
 constexpr const char* kOp = "online_sgd_models";
-constexpr int kMaxPhases = 40;  // that the persistent kernel keeps in the block's own memory
 constexpr int kStepsInGraph = 16;
-constexpr int64_t kBarrierStride = 32;                // numbers between the barriers of two models
 constexpr int64_t kPieceElements = int64_t{1} << 26;  // of images gathered at a time
 
 enum class Mode { kAuto, kGraph, kPersistent };
@@ -146,57 +144,6 @@ __global__ void prepare_kernel(int64_t models, const int64_t* kernels, int64_t w
   }
 }
 
-// ----------------------------------------------------------------------------------------- drivers
-
-// Counted in the device's memory, for each model: the next sample, and the one in work.
-struct Counters {
-  int64_t *next, *current;
-};
-
-// Both drivers' kernel, as it takes the compiler long: phases [0, phases) of the program, for the
-// models from first_model on.
-//   persistent  barriers are given: `steps` steps of all phases; after those that end a level all
-//               blocks of a model wait for each other
-//   graph       the phases are one level's, the step is the one that `counters` say. The first
-//               level of a step reads `next` and tells the others, which read `current`; the last
-//               level advances `next`: nobody reads what a kernel's other blocks write.
-template <typename T>
-__global__ void __launch_bounds__(512, 1)
-    run_phases(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
-               int64_t first_model, int64_t steps, unsigned* barriers, Counters counters,
-               bool is_first, bool is_last) {
-  T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-  __shared__ double own_program[kMaxPhases * sizeof(Phase) / sizeof(double)];
-  static_assert(sizeof(Phase) % sizeof(double) == 0);
-  const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
-  const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
-  const bool persistent = barriers != nullptr;
-  const int64_t begin =
-      persistent ? run.first : (is_first ? counters.next : counters.current)[model];
-  const auto* words = reinterpret_cast<const double*>(program);
-  const auto count = static_cast<unsigned>(phases * sizeof(Phase) / sizeof(double));
-  for (unsigned i = threadIdx.x; i < count; i += blockDim.x) own_program[i] = words[i];
-  __syncthreads();
-  const auto* own = reinterpret_cast<const Phase*>(own_program);
-  unsigned round = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    const Step<T> step{run, run.workspace + model * run.model_stride, model, begin + i, block};
-    for (int32_t p = 0; p < phases; ++p) {
-      run_phase(own[p], step, shared);
-      if (persistent && own[p].ends_level) {
-        wait_for_blocks(barriers + kBarrierStride * model, static_cast<unsigned>(run.blocks),
-                        ++round);
-      } else {
-        __syncthreads();
-      }
-    }
-  }
-  if (!persistent && block == 0 && threadIdx.x == 0) {
-    if (is_first) counters.current[model] = begin;
-    if (is_last) counters.next[model] = begin + 1;
-  }
-}
-
 // ------------------------------------------------------------------------------------ the operator
 
 // A tensor on the device with a copy of numbers of the host.
@@ -247,7 +194,7 @@ class Engine {
     run_.models = static_cast<int32_t>(models);
     run_.loss = call.loss;
     run_.nesterov = call.nesterov;
-    device_.allow_shared_memory(run_phases<T>);
+    device_.allow_shared_memory(run_phases_kernel<T>());
   }
 
   void run() {
@@ -356,8 +303,8 @@ class Engine {
   }
 
   bool choose_persistent() {
-    const bool possible =
-        program_.phases <= kMaxPhases && device_.resident_blocks(run_phases<T>, shared_bytes()) > 0;
+    const bool possible = program_.phases <= kMaxPhases &&
+                          device_.resident_blocks(run_phases_kernel<T>(), shared_bytes()) > 0;
     MNIST_OPS_CHECK(possible || call_.mode != Mode::kPersistent, kOp,
                     ": the persistent kernel needs a device with cooperative launches and at most ",
                     kMaxPhases, " phases a step, the network has ", program_.phases);
@@ -376,8 +323,8 @@ class Engine {
         unsigned* no_barriers = nullptr;
         const int64_t first_model = 0, steps = 1;
         const bool is_first = l == 0, is_last = l + 1 == program_.levels.size();
-        launch(run_phases<T>, blocks, shared_bytes(), phases, program_.levels[l].count, run_,
-               first_model, steps, no_barriers, where, is_first, is_last);
+        launch(run_phases_kernel<T>(), blocks, shared_bytes(), phases, program_.levels[l].count,
+               run_, first_model, steps, no_barriers, where, is_first, is_last);
         phases += program_.levels[l].count;
       }
     };
@@ -414,14 +361,14 @@ class Engine {
     // Barriers of different models in different lines of the cache.
     const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
-    const int64_t resident = device_.resident_blocks(run_phases<T>, shared_bytes());
+    const int64_t resident = device_.resident_blocks(run_phases_kernel<T>(), shared_bytes());
     const int64_t together = std::min(call_.models, resident);
     // No more for one model than there are multiprocessors: they would only wait for each other.
     run_.blocks =
         static_cast<int32_t>(std::min<int64_t>(resident / together, device_.multiprocessors()));
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
-      device_.launch_together(run_phases<T>, models * run_.blocks, shared_bytes(),
+      device_.launch_together(run_phases_kernel<T>(), models * run_.blocks, shared_bytes(),
                               program_on_device(), program_.phases, run_, first, run_.piece,
                               static_cast<unsigned*>(barriers.data_ptr()), Counters{}, false,
                               false);
@@ -536,8 +483,8 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   for (const Tensor& tensor : own) sizes.push_back(tensor.numel());
   const Cooperation device(parameters[0]);
   const bool wide = dtype == ScalarType::Double;
-  const int64_t memory = wide ? device.free_shared_memory(run_phases<double>)
-                              : device.free_shared_memory(run_phases<float>);
+  const int64_t memory = wide ? device.free_shared_memory(run_phases_kernel<double>())
+                              : device.free_shared_memory(run_phases_kernel<float>());
   const auto dtype_bytes = static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
   const Program program =
       Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes, fuse).plan();

@@ -5,7 +5,8 @@
 
 #include "../sigmoid.h"
 
-#include "common.cuh"
+#include "fast_math.cuh"
+#include "memory.cuh"
 
 namespace mnist_ops::cuda {
 namespace {

@@ -1,0 +1,571 @@
+// Phases of online SGD: convolution, with what follows it in a stage.
+#pragma once
+
+#include "online_norm.cuh"
+
+namespace mnist_ops::cuda {
+
+// A convolution's input, zero outside; mean: what is subtracted from every channel, or nullptr.
+template <typename T>
+struct ConvolutionInput {
+  const T* data;
+  const T* mean;
+  int32_t C, H, W;
+
+  __device__ T operator()(int32_t h, int32_t w, int32_t c) const {
+    if (h < 0 || h >= H || w < 0 || w >= W) return T(0);
+    const int32_t pixel = h * W + w;
+    return mean == nullptr ? data[pixel * C + c] : data[pixel * C + c] - mean[pixel];
+  }
+};
+
+// Adds one input channel's part to the 2 x 2 outputs whose first input is (h0, w0); weight(k) gives
+// the channel's weights. K is the size of a square kernel that was compiled for, or 0.
+template <int K, typename T, typename W>
+__device__ __forceinline__ void correlate(T (&sum)[4], const ConvolutionInput<T>& in, int32_t c,
+                                          int32_t h0, int32_t w0, int32_t kernel_h,
+                                          int32_t kernel_w, const W& weight) {
+  if constexpr (K == 0) {
+    for (int32_t kh = 0; kh < kernel_h; ++kh) {
+      for (int32_t kw = 0; kw < kernel_w; ++kw) {
+        const T a = weight(kh * kernel_w + kw);
+        sum[0] += a * in(h0 + kh, w0 + kw, c);
+        sum[1] += a * in(h0 + kh, w0 + kw + 1, c);
+        sum[2] += a * in(h0 + kh + 1, w0 + kw, c);
+        sum[3] += a * in(h0 + kh + 1, w0 + kw + 1, c);
+      }
+    }
+  } else {
+    // A row of the input serves two rows of weights: the one it came with, and the one before.
+    T before[K] = {};
+#pragma unroll
+    for (int r = 0; r <= K; ++r) {
+      T now[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) now[k] = r < K ? weight(r * K + k) : T(0);
+      if (h0 + r >= 0 && h0 + r < in.H) {  // the same for all lanes, and half of a gradient's rows
+        T x[K + 1];
+#pragma unroll
+        for (int q = 0; q <= K; ++q) x[q] = in(h0 + r, w0 + q, c);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          sum[0] += now[k] * x[k];
+          sum[1] += now[k] * x[k + 1];
+          sum[2] += before[k] * x[k];
+          sum[3] += before[k] * x[k + 1];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) before[k] = now[k];
+    }
+  }
+}
+
+// The L2 norm of four numbers.
+template <typename T>
+__device__ __forceinline__ T norm_of_four(const T (&v)[4]) {
+  const T sum = v[0] * v[0] + v[1] * v[1] + (v[2] * v[2] + v[3] * v[3]);
+  if (is_safe_square_sum(sum)) return std::sqrt(sum);
+  PoolGeometryOf<int32_t> g{};
+  g.H = g.W = g.kernel_h = g.kernel_w = 2;
+  g.OH = g.OW = g.stride_h = g.stride_w = 1;
+  g.in_h = 2, g.in_w = 1;
+  return scaled_window_norm<Norm::kTwo>(v, g, T(2), 0, 0);
+}
+
+// Writes a tile's outputs of channel o, and the pooled one, which it returns.
+template <typename T>
+__device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)[4], int32_t h,
+                                        int32_t w, int32_t o) {
+  const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
+  T* y = s.at(p.y);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int32_t row = h + i / 2, column = w + i % 2;
+    v[i] = activation_value(p.activation, v[i] + bias);
+    if (row < p.OH && column < p.OW) y[(row * p.OW + column) * p.O + o] = v[i];
+  }
+  if (!p.fused_pool) return v[0];
+  const T norm = norm_of_four(v);
+  s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm;
+  return norm;
+}
+
+// Tasks of one output channel and some tiles, a warp for a tile, lanes for input channels. Bound by
+// reading: a lane reads (K + 1)^2 inputs and K^2 weights for 4 K^2 multiplications, the inputs in
+// whole lines from the caches, the weights from the block's own memory.
+template <int K, typename T>
+__device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t block,
+                                     int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
+  const int32_t taps = p.kernel_h * p.kernel_w, step = odd(taps);
+  const int32_t lane = thread_index() % kWarp, warps = thread_count() / kWarp;
+  const Tiles tiles = tiles_of(p.OH, p.OW);
+  const int32_t chunks = (tiles.count + p.per_task - 1) / p.per_task;
+  const T* weights = s.at(p.weight);
+  each_task(p.tasks, block, blocks, [&](int32_t task) {
+    const int32_t o = task / chunks, begin = task % chunks * p.per_task;
+    const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
+    if (K > 0 || p.staged) {
+      __syncthreads();  // the task before may still be reading
+      for (int32_t i = thread_index(); i < p.C * taps; i += thread_count()) {
+        shared[i / taps * step + i % taps] = weights[weight_index(p, o, i / taps, i % taps)];
+      }
+      __syncthreads();
+    }
+    for (int32_t tile = begin + thread_index() / kWarp; tile < end; tile += warps) {
+      const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
+      T sum[4] = {};
+      for (int32_t c = lane; c < p.C; c += kWarp) {
+        if (K > 0 || p.staged) {
+          const T* row = shared + c * step;
+          correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
+                       [&](int32_t k) { return row[k]; });
+        } else {
+          correlate<0>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
+                       [&](int32_t k) { return weights[weight_index(p, o, c, k)]; });
+        }
+      }
+      for (auto& part : sum) part = lane_sum(part, kWarp);
+      if (lane == 0) store_tile(p, s, sum, h, w, o);
+    }
+  });
+}
+
+// Tasks of some tiles and all output channels, a thread for a tile and a channel: for the few input
+// channels of an image. All weights are in the block's own memory.
+template <int K, typename T>
+__device__ void convolution_by_threads(const Phase& p, const Step<T>& s, int32_t block,
+                                       int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
+  const int32_t taps = p.kernel_h * p.kernel_w, step = odd(p.C * taps);
+  for (int32_t i = thread_index(); i < p.O * p.C * taps; i += thread_count()) {
+    const int32_t o = i / (p.C * taps), j = i % (p.C * taps);
+    shared[o * step + j] = s.at(p.weight)[weight_index(p, o, j / taps, j % taps)];
+  }
+  T* partial = shared + p.O * step;  // sums over the channels of a warp
+  __syncthreads();
+  const int32_t lanes = (p.O + kWarp - 1) / kWarp * kWarp < thread_count()
+                            ? (p.O + kWarp - 1) / kWarp * kWarp
+                            : thread_count() / kWarp * kWarp;
+  const int32_t group = thread_index() / lanes, first = thread_index() % lanes;
+  const Tiles tiles = tiles_of(p.OH, p.OW);
+  each_task(p.tasks, block, blocks, [&](int32_t task) {
+    const int32_t tile = task * p.per_task + group;
+    const bool mine = group < p.per_task && tile < tiles.count;
+    const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
+    T total = T(0);
+    if (mine) {
+      for (int32_t o = first; o < p.O; o += lanes) {
+        T sum[4] = {};
+        for (int32_t c = 0; c < p.C; ++c) {
+          const T* row = shared + o * step + c * taps;
+          correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
+                       [&](int32_t k) { return row[k]; });
+        }
+        total += store_tile(p, s, sum, h, w, o);
+      }
+    }
+    if (p.channel_sum == kNowhere) return;
+    total = lane_sum(total, kWarp);
+    if (thread_index() % kWarp == 0) partial[thread_index() / kWarp] = total;
+    __syncthreads();
+    if (mine && first == 0) {
+      T sum = T(0);
+      for (int32_t i = 0; i < lanes / kWarp; ++i) sum += partial[group * (lanes / kWarp) + i];
+      s.at(p.channel_sum)[tile] = sum;
+    }
+    __syncthreads();
+  });
+}
+
+// The gradient of a convolution's output at one pixel and channel, from what its activation gave
+// (y), the pooled value, and the gradient that comes from behind, less the normalization's plane.
+template <typename T>
+__device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g) {
+  if (l.pooling) g *= norm_gradient<Norm::kTwo>(y, pooled, T(2));
+  return activation_gradient(l.activation, g, y);
+}
+
+// A tiled convolution, forward or for the input's gradient. A task has two rows of the output and G
+// output channels. The rows of the input that it needs go into the block's own memory, zeros where
+// they reach into the padding's columns, and the weights of its channels. Then a warp has S columns
+// of one of the rows and M of the output channels: its lanes take an input channel each, of 32, and
+// rows of the kernel; S M sums stay in registers, and S + 4 inputs and 5 M weights feed 5 S M
+// multiplications. What lanes, and then warps, have added up meets in the block's memory, in a
+// fixed order.
+template <int S, int G, int M, typename T>
+__device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
+                                  T* shared) {
+  static_assert(G % M == 0);
+  constexpr int K = kTile, kTaps = K * K, kSums = S * G, kPack = kPackSize<T>, kShares = G / M;
+  constexpr int kFlipStep = (G * kTaps) | 1;
+  const TilePlan& t = p.tile;
+  const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  const int32_t warps = thread_count() / kWarp;
+  const int32_t groups = (p.O + G - 1) / G, segments = (t.width - K + 1) / S;
+  const int32_t chunks = p.C / kWarp, depth = chunks * t.parts;
+  const int32_t channel_step = p.flip ? kFlipStep : kTaps;
+  const int32_t output_step = p.flip ? kTaps : p.C * kTaps;
+  const int32_t all_weights = p.flip ? p.C * kFlipStep : G * p.C * kTaps;
+  const int32_t all_sums = 2 * segments * kSums;
+  T* map = shared;  // (row, column, channel)
+  T* weights = map + (K + 1) * t.width * p.C;
+  T* sums = weights + (all_weights + 3) / 4 * 4;
+  T* biases = sums + depth * all_sums;
+  const bool local = p.local.present != 0;
+  const T* x = local ? s.at(p.local.y) : s.map(p.x);
+  const T* dy = local ? s.at(p.dy) : nullptr;
+  const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
+  const Divisor across(p.W), row_packs(p.W * p.C / kPack), row_numbers(p.W * p.C), by_chunk(chunks);
+
+  // Of a task: its first output row and channel, the input's rows [first, last) that are there, and
+  // the row in the padding or not that is the first one in `map`.
+  struct Task {
+    int32_t pair, group, top, first, last;
+  };
+  const auto task_at = [&](int32_t task) {
+    Task k;
+    k.pair = task / groups, k.group = task - k.pair * groups;
+    k.top = 2 * k.pair - p.padding_h;
+    k.first = k.top > 0 ? k.top : 0;
+    k.last = k.top + K + 1 < p.H ? k.top + K + 1 : p.H;
+    return k;
+  };
+  const auto stage = [&](const Task& k) {
+    const int32_t packs = p.W * p.C / kPack;
+    const T* from = x + k.first * p.W * p.C;
+    T* to = map + ((k.first - k.top) * t.width + p.padding_w) * p.C;
+    for (int32_t i = thread_index(); i < (k.last - k.first) * packs; i += thread_count()) {
+      const int32_t row = row_packs.quotient(i);
+      copy_pack<kPackSize<T>>(to + row * t.width * p.C + (i - row * packs) * kPack,
+                              from + i * kPack);
+    }
+    const int32_t o = k.group * G, present = p.O - o < G ? p.O - o : G;
+    if (p.flip) {
+      // In the order of the transposed convolution, whose kernels are turned around.
+      const T* source = s.at(p.weight) + o * kTaps;
+      for (int32_t i = thread_index(); i < p.C * G * kTaps; i += thread_count()) {
+        const int32_t c = i / (G * kTaps), j = i % (G * kTaps), g = j / kTaps;
+        if (g < present) {
+          copy_pack<1>(weights + c * kFlipStep + g * kTaps + kTaps - 1 - j % kTaps,
+                       source + c * p.O * kTaps + j);
+        }
+      }
+    } else {
+      const T* source = s.at(p.weight) + o * p.C * kTaps;
+      for (int32_t i = thread_index() * kPack; i < present * p.C * kTaps;
+           i += thread_count() * kPack) {
+        copy_pack<kPackSize<T>>(weights + i, source + i);
+      }
+    }
+    if (p.bias != kNowhere && thread_index() < present) {
+      copy_pack<1>(biases + thread_index(), s.at(p.bias) + o + thread_index());
+    }
+    const int32_t padding = t.width - p.W;
+    for (int32_t i = warp; i < (k.last - k.first) * padding; i += warps) {
+      const int32_t row = i / padding, j = i % padding;
+      const int32_t column = j < p.padding_w ? j : j + p.W;
+      T* at = map + ((k.first - k.top + row) * t.width + column) * p.C;
+      for (int32_t c = lane; c < p.C; c += kWarp) at[c] = T(0);
+    }
+  };
+
+  // Where the operand is a gradient that goes back through what is local: kAhead loads on their way
+  // for 32 channels of a pixel each.
+  constexpr int kAhead = 8;
+  T ahead_dy[kAhead] = {}, ahead_pooled[kAhead] = {};
+  const auto place = [&](const Task& k, int32_t unit, int32_t& behind, int32_t& at) {
+    const int32_t i = by_chunk.quotient(unit), c = (unit - i * chunks) * kWarp + lane;
+    const int32_t row = across.quotient(i), h = k.first + row, w = i - row * p.W;
+    behind = p.local.pooling ? h / 2 * (p.W / 2) + w / 2 : h * p.W + w;
+    at = ((h - k.top) * t.width + p.padding_w + w) * p.C + c;
+    return behind * p.C + c;
+  };
+  const auto load_local = [&](const Task& k, int32_t first) {
+    const int32_t units = (k.last - k.first) * p.W * chunks;
+#pragma unroll
+    for (int q = 0; q < kAhead; ++q) {
+      const int32_t unit = first + q * warps;
+      if (unit >= units) continue;
+      int32_t behind, at;
+      const int32_t from = place(k, unit, behind, at);
+      ahead_dy[q] = dy[from];
+      if (pooled != nullptr) ahead_pooled[q] = pooled[from];
+    }
+  };
+
+  if (block < p.tasks) {
+    const Task k = task_at(block);
+    stage(k);
+    if (local) load_local(k, warp);
+  }
+  const T* mean = prepare_mean(local ? p.local.blur : p.blur, s, local ? dy : x, shared + t.memory);
+  each_task(p.tasks, block, blocks, [&](int32_t task) {
+    const Task k = task_at(task);
+    if (task != block) {
+      __syncthreads();  // the task before may still be reading
+      stage(k);
+      if (local) load_local(k, warp);
+    }
+    wait_for_copies();
+    __syncthreads();
+    if (local) {
+      const int32_t units = (k.last - k.first) * p.W * chunks;
+      for (int32_t first = warp; first < units; first += kAhead * warps) {
+        if (first != warp) load_local(k, first);
+#pragma unroll
+        for (int q = 0; q < kAhead; ++q) {
+          const int32_t unit = first + q * warps;
+          if (unit >= units) continue;
+          int32_t behind, at;
+          place(k, unit, behind, at);
+          const T g = mean == nullptr ? ahead_dy[q] : ahead_dy[q] - mean[behind];
+          map[at] = local_value(p.local, map[at], ahead_pooled[q], g);
+        }
+      }
+      __syncthreads();
+    } else if (mean != nullptr) {
+      for (int32_t i = warp; i < (k.last - k.first) * p.W; i += warps) {
+        const int32_t row = across.quotient(i), h = k.first + row, w = i - row * p.W;
+        T* at = map + ((h - k.top) * t.width + p.padding_w + w) * p.C;
+        const T m = mean[h * p.W + w];
+        for (int32_t c = lane; c < p.C; c += kWarp) at[c] -= m;
+      }
+      __syncthreads();
+      // The normalized input is left for the update: each row by the tasks of its pair of rows.
+      const int32_t begin = k.pair == 0 ? 0 : k.first;
+      const int32_t next = k.top + 2 > 0 ? k.top + 2 : 0;
+      const int32_t end = 2 * k.pair + 2 >= p.OH || next > p.H ? p.H : next;
+      T* flat = s.at(p.flat) + begin * p.W * p.C;
+      for (int32_t i = k.group * thread_count() + thread_index(); i < (end - begin) * p.W * p.C;
+           i += groups * thread_count()) {
+        const int32_t row = row_numbers.quotient(i);
+        flat[i] = map[((begin + row - k.top) * t.width + p.padding_w) * p.C + i - row * p.W * p.C];
+      }
+    }
+    for (int32_t unit = warp; unit < depth * 2 * segments * kShares; unit += warps) {
+      const int32_t place_of_sums = unit / kShares, m = unit % kShares * M;
+      const int32_t d = place_of_sums / (2 * segments), j = place_of_sums - d * 2 * segments;
+      const int32_t r = j >= segments, segment = j - r * segments;
+      const int32_t part = d / chunks, c = (d - part * chunks) * kWarp + lane;
+      T sum[S * M] = {};
+      const int32_t kh_end = (part + 1) * K / t.parts;
+      for (int32_t kh = part * K / t.parts; kh < kh_end; ++kh) {
+        const int32_t h = k.top + r + kh;
+        if (h < 0 || h >= p.H) continue;
+        const T* from = map + ((r + kh) * t.width + segment * S) * p.C + c;
+        const T* weight = weights + c * channel_step + m * output_step + kh * K;
+        T in[S + K - 1];
+#pragma unroll
+        for (int i = 0; i < S + K - 1; ++i) in[i] = from[i * p.C];
+#pragma unroll
+        for (int g = 0; g < M; ++g) {
+#pragma unroll
+          for (int kw = 0; kw < K; ++kw) {
+            const T a = weight[g * output_step + kw];
+#pragma unroll
+            for (int i = 0; i < S; ++i) sum[i * M + g] += a * in[i + kw];
+          }
+        }
+      }
+      const T total = lane_sums(sum, lane);
+      if (lane < S * M) sums[place_of_sums * kSums + lane / M * G + m + lane % M] = total;
+    }
+    __syncthreads();
+    for (int32_t i = thread_index(); i < all_sums; i += thread_count()) {
+      const int32_t at = i / kSums, r = at >= segments, g = i % kSums % G;
+      const int32_t row = 2 * k.pair + r, o = k.group * G + g;
+      const int32_t column = (at - r * segments) * S + i % kSums / G;
+      T value = sums[i];
+      for (int32_t d = 1; d < depth; ++d) value += sums[d * all_sums + i];
+      const bool inside = row < p.OH && column < p.OW && o < p.O;
+      if (!inside) {
+        value = T(0);
+      } else {
+        if (p.bias != kNowhere) value += biases[g];
+        if (!p.flip) value = activation_value(p.activation, value);
+        s.at(p.y)[(row * p.OW + column) * p.O + o] = value;
+      }
+      sums[i] = value;
+    }
+    if (!p.fused_pool && t.group_sum == kNowhere) return;
+    __syncthreads();
+    const auto value_at = [&](int32_t r, int32_t column, int32_t g) {
+      return sums[(r * segments + column / S) * kSums + column % S * G + g];
+    };
+    if (p.fused_pool) {
+      for (int32_t i = thread_index(); i < p.OW / 2 * G; i += thread_count()) {
+        const int32_t g = i % G, w = i / G * 2, o = k.group * G + g;
+        if (o >= p.O) continue;
+        const T v[4] = {value_at(0, w, g), value_at(0, w + 1, g), value_at(1, w, g),
+                        value_at(1, w + 1, g)};
+        s.at(p.pooled)[(k.pair * (p.OW / 2) + w / 2) * p.O + o] = norm_of_four(v);
+      }
+    }
+    if (t.group_sum != kNowhere) {
+      for (int32_t i = thread_index(); i < 2 * p.OW; i += thread_count()) {
+        const int32_t r = i >= p.OW, column = i - r * p.OW, row = 2 * k.pair + r;
+        if (row >= p.OH) continue;
+        T sum = T(0);
+#pragma unroll
+        for (int g = 0; g < G; ++g) sum += value_at(r, column, g);
+        s.at(t.group_sum)[(k.group * p.OH + row) * p.OW + column] = sum;
+      }
+    }
+  });
+}
+
+// Takes a map of few channels into the block's own memory as planes with their padding.
+template <typename T>
+__device__ __forceinline__ void stage_planes(const Phase& p, const T* x, T* planes) {
+  const int32_t height = p.H + 2 * p.padding_h, width = p.W + 2 * p.padding_w;
+  const Divisor across(width);
+  for (int32_t i = thread_index(); i < height * width; i += thread_count()) {
+    const int32_t row = across.quotient(i), h = row - p.padding_h;
+    const int32_t w = i - row * width - p.padding_w;
+    const bool inside = h >= 0 && h < p.H && w >= 0 && w < p.W;
+    for (int32_t c = 0; c < p.C; ++c) {
+      T* to = planes + c * height * width + i;
+      if (inside) {
+        copy_pack<1>(to, x + (h * p.W + w) * p.C + c);
+      } else {
+        *to = T(0);
+      }
+    }
+  }
+}
+
+// A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels, a
+// thread an output. The whole input and all weights are in the block's own memory.
+template <int K, typename T>
+__device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
+                                  T* shared) {
+  const int32_t kernel_h = K > 0 ? K : p.kernel_h, kernel_w = K > 0 ? K : p.kernel_w;
+  const int32_t taps = p.C * kernel_h * kernel_w, step = odd(taps);
+  const int32_t height = p.H + 2 * p.padding_h, width = p.tile.width;
+  const int32_t lanes = (p.O + kWarp - 1) / kWarp * kWarp, lane = thread_index() % kWarp;
+  const Divisor by_taps(taps), by_lanes(lanes), by_width(p.W);
+  T* weights = shared;
+  T* planes = weights + p.O * step;
+  T* values = planes + p.C * height * width;
+  T* partial = values + p.tile.group * 4 * p.O;
+  T* biases = partial + p.tile.group * (lanes / kWarp);
+  const T* x = s.map(p.x);
+  stage_planes(p, x, planes);
+  for (int32_t i = thread_index(); i < p.O * taps; i += thread_count()) {
+    const int32_t o = by_taps.quotient(i);
+    copy_pack<1>(weights + o * step + i - o * taps, s.at(p.weight) + i);
+  }
+  if (p.bias != kNowhere) {
+    for (int32_t o = thread_index(); o < p.O; o += thread_count()) {
+      copy_pack<1>(biases + o, s.at(p.bias) + o);
+    }
+  }
+  const T* mean = prepare_mean(p.blur, s, x, shared + p.tile.memory);
+  wait_for_copies();
+  __syncthreads();
+  if (mean != nullptr) {
+    for (int32_t i = thread_index(); i < p.H * p.W; i += thread_count()) {
+      const int32_t h = by_width.quotient(i), w = i - h * p.W;
+      for (int32_t c = 0; c < p.C; ++c) {
+        T& at = planes[(c * height + h + p.padding_h) * width + w + p.padding_w];
+        at -= mean[i];
+        if (block == 0) s.at(p.flat)[i * p.C + c] = at;
+      }
+    }
+    __syncthreads();
+  }
+  const Tiles tiles = tiles_of(p.OH, p.OW);
+  const Divisor across(tiles.across);
+  each_task(p.tasks, block, blocks, [&](int32_t task) {
+    const int32_t first = task * p.tile.group;
+    const int32_t count = tiles.count - first < p.tile.group ? tiles.count - first : p.tile.group;
+    if (task != block) __syncthreads();  // the task before may still be reading
+    for (int32_t i = thread_index(); i < count * 4 * lanes; i += thread_count()) {
+      const int32_t j = by_lanes.quotient(i), o = i - j * lanes, tile = first + j / 4;
+      if (o >= p.O) continue;
+      const int32_t tile_row = across.quotient(tile);
+      const int32_t row = tile_row * 2 + j % 4 / 2;
+      const int32_t column = (tile - tile_row * tiles.across) * 2 + j % 2;
+      if (row >= p.OH || column >= p.OW) continue;
+      T sum = p.bias == kNowhere ? T(0) : biases[o];
+      for (int32_t c = 0; c < p.C; ++c) {
+        const T* weight = weights + o * step + c * kernel_h * kernel_w;
+        const T* from = planes + (c * height + row) * width + column;
+#pragma unroll
+        for (int32_t kh = 0; kh < kernel_h; ++kh) {
+#pragma unroll
+          for (int32_t kw = 0; kw < kernel_w; ++kw) {
+            sum += weight[kh * kernel_w + kw] * from[kh * width + kw];
+          }
+        }
+      }
+      sum = activation_value(p.activation, sum);
+      s.at(p.y)[(row * p.OW + column) * p.O + o] = sum;
+      values[j * p.O + o] = sum;
+    }
+    if (!p.fused_pool) return;
+    __syncthreads();
+    for (int32_t i = thread_index(); i < count * lanes; i += thread_count()) {
+      const int32_t j = by_lanes.quotient(i), o = i - j * lanes;
+      T norm = T(0);
+      if (o < p.O) {
+        const T* v = values + j * 4 * p.O + o;
+        const T window[4] = {v[0], v[p.O], v[2 * p.O], v[3 * p.O]};
+        norm = norm_of_four(window);
+        s.at(p.pooled)[(first + j) * p.O + o] = norm;
+      }
+      if (p.channel_sum == kNowhere) continue;
+      norm = lane_sum(norm, kWarp);
+      if (lane == 0) partial[i / kWarp] = norm;
+    }
+    if (p.channel_sum == kNowhere) return;
+    __syncthreads();
+    for (int32_t i = thread_index(); i < count; i += thread_count()) {
+      T sum = T(0);
+      for (int32_t j = 0; j < lanes / kWarp; ++j) sum += partial[i * (lanes / kWarp) + j];
+      s.at(p.channel_sum)[first + i] = sum;
+    }
+  });
+}
+
+template <typename T>
+__device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
+                            T* shared) {
+  if (p.tile.group != 0) {
+    if (!p.split) {
+      return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, block, blocks, shared)
+                                                : first_convolution<0>(p, s, block, blocks, shared);
+    }
+    if (p.tile.group == 3) return tiled_convolution<5, 3, 3>(p, s, block, blocks, shared);
+    return p.tile.segment == 5 ? tiled_convolution<5, 4, 2>(p, s, block, blocks, shared)
+                               : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
+  }
+  const T* x = s.map(p.x);
+  const T* mean = prepare_mean(p.blur, s, x, shared);
+  const ConvolutionInput<T> in{x, mean, p.C, p.H, p.W};
+  if (mean != nullptr) {
+    shared += mean_numbers(p.blur);
+    // Each block leaves a part of the normalized input for the update.
+    const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
+    for (int32_t i = block * thread_count() + thread_index(); i < p.C * p.H * p.W;
+         i += parts * thread_count()) {
+      s.at(p.flat)[i] = x[i] - mean[i / p.C];
+    }
+  }
+  const bool square = p.kernel_h == p.kernel_w && p.staged;
+  if (p.split) {
+    if (square && p.kernel_h == 5) {
+      convolution_by_warps<5>(p, s, block, blocks, in, shared);
+    } else if (square && p.kernel_h == 3) {
+      convolution_by_warps<3>(p, s, block, blocks, in, shared);
+    } else {
+      convolution_by_warps<0>(p, s, block, blocks, in, shared);
+    }
+  } else if (square && p.kernel_h == 5) {
+    convolution_by_threads<5>(p, s, block, blocks, in, shared);
+  } else {
+    convolution_by_threads<0>(p, s, block, blocks, in, shared);
+  }
+}
+
+}  // namespace mnist_ops::cuda

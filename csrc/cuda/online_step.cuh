@@ -1,0 +1,156 @@
+// Online SGD on CUDA: one step of one model as a block of threads sees it, and what all phases use.
+#pragma once
+
+#include "../online/program.h"
+#include "../softmax.h"
+
+#include "memory.cuh"
+#include "reduce.cuh"
+
+namespace mnist_ops::cuda {
+
+using namespace mnist_ops::online;
+
+// What all steps of a call have in common.
+template <typename T>
+struct Run {
+  T* workspace;
+  int64_t model_stride, velocity_shift;  // velocity_shift 0: no momentum
+  const T* samples;                      // (models, piece, H, W, C)
+  int64_t first, piece, image_size;      // of this piece: index in the call, samples, elements
+  const int64_t* targets;                // (models, count)
+  const double* uniform;                 // (models, count, uniforms)
+  int64_t count, uniforms;
+  const double* settings;  // (models, kSettings)
+  T* losses;               // (models, count)
+  int64_t* predictions;
+  int32_t models, blocks;  // blocks of each model
+  Loss loss;
+  bool nesterov;
+};
+
+// The same pointer, of which the compiler then knows that it is one to the device's memory: such
+// loads are shorter, and may be moved ahead of stores to a block's own memory.
+template <typename T>
+__device__ __forceinline__ T* in_device_memory(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
+
+// One step of one model, seen by one block.
+template <typename T>
+struct Step {
+  const Run<T>& run;
+  T* base;
+  int64_t model, index;  // index of the sample in the call
+  int32_t block;         // of the model's blocks
+
+  __device__ T* at(int64_t offset) const { return in_device_memory(base + offset); }
+  __device__ const T* map(int64_t offset) const {
+    const int64_t sample = model * run.piece + index - run.first;
+    return in_device_memory(offset != kImage ? base + offset
+                                             : run.samples + sample * run.image_size);
+  }
+  __device__ T* velocity(int64_t offset) const {
+    return run.velocity_shift == 0 ? nullptr : at(offset + run.velocity_shift);
+  }
+  __device__ int32_t target() const {
+    return static_cast<int32_t>(run.targets[model * run.count + index]);
+  }
+  __device__ const double* uniform(int64_t first) const {
+    return run.uniform + (model * run.count + index) * run.uniforms + first;
+  }
+  // Steps that were made before the call. To be read early: the other settings lie beside it.
+  __device__ double steps_before() const { return run.settings[model * kSettings + kSteps]; }
+  __device__ Update<T> update(double steps) const {
+    const double* s = run.settings + model * kSettings;
+    const double t = steps + static_cast<double>(index);
+    Update<T> u;
+    u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
+    u.weight_decay = static_cast<T>(s[kWeightDecay]);
+    u.momentum = static_cast<T>(s[kMomentum]);
+    u.keep = static_cast<T>(1.0 - s[kDampening]);
+    u.first = index == 0 && s[kStarted] == 0.0;
+    u.nesterov = run.nesterov;
+    return u;
+  }
+};
+
+__device__ __forceinline__ int32_t thread_index() {
+  return static_cast<int32_t>(threadIdx.x);
+}
+__device__ __forceinline__ int32_t thread_count() {
+  return static_cast<int32_t>(blockDim.x);
+}
+
+// Calls body(task) for the tasks of this block; `block` counts from the phase's first task.
+template <typename F>
+__device__ __forceinline__ void each_task(int32_t tasks, int32_t block, int32_t blocks,
+                                          const F& body) {
+  for (int32_t task = block; task < tasks; task += blocks) body(task);
+}
+
+// body(i) for this thread's element of each task, of n elements in all.
+template <typename F>
+__device__ __forceinline__ void each_element(const Phase& p, int32_t n, int32_t block,
+                                             int32_t blocks, const F& body) {
+  each_task(p.tasks, block, blocks, [&](int32_t task) {
+    const int32_t i = task * thread_count() + thread_index();
+    if (i < n) body(i);
+  });
+}
+
+// Quotients of small numbers, below 2^20, by one divisor: a few instructions each.
+struct Divisor {
+  float reciprocal;
+
+  __device__ explicit Divisor(int32_t by) : reciprocal(1.0f / static_cast<float>(by)) {}
+  __device__ int32_t quotient(int32_t n) const {
+    return static_cast<int32_t>((static_cast<float>(n) + 0.5f) * reciprocal);
+  }
+};
+
+// The sums over the lanes of a warp of n values: lane i gets that of values[i].
+template <int n, typename T>
+__device__ __forceinline__ T lane_sums(const T (&values)[n], int32_t lane) {
+  static_assert(n <= kWarp);
+  T v[kWarp];
+#pragma unroll
+  for (int i = 0; i < kWarp; ++i) v[i] = i < n ? values[i] : T(0);
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < kWarp / 2; ++i) {
+      if (i >= distance || i >= n) continue;
+      const T give = upper ? v[i] : v[i + distance];
+      const T keep = upper ? v[i + distance] : v[i];
+      v[i] = keep + __shfl_xor_sync(kWholeWarp, give, distance);
+    }
+  }
+  return v[0];
+}
+
+// ------------------------------------------------------------------------------------- the kernel
+
+constexpr int kMaxPhases = 40;  // that the persistent kernel keeps in the block's own memory
+constexpr int64_t kBarrierStride = 32;  // numbers between the barriers of two models
+
+// Counted in the device's memory, for each model: the next sample, and the one in work.
+struct Counters {
+  int64_t *next, *current;
+};
+
+// run_phases of online_phases.cuh, which has a file for each type: it takes the compiler longest.
+template <typename T>
+using RunPhases = void(const Phase* program, int32_t phases, Run<T> run, int64_t first_model,
+                       int64_t steps, unsigned* barriers, Counters counters, bool is_first,
+                       bool is_last);
+template <typename T>
+RunPhases<T>* run_phases_kernel();
+
+}  // namespace mnist_ops::cuda
