@@ -319,13 +319,4 @@ __device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A
   }
 }
 
-// In stage_tiles.cu: the stage where 2 x 2 windows with p = 2 tile the image, whose pooled map fits
-// into the shared memory of a block. False, and nothing done, elsewhere.
-template <typename T>
-bool forward_tiles(const Images& x, const Tensor& kernel, const StageArguments& arguments,
-                   Tensor& output);
-template <typename T>
-bool backward_tiles(const Tensor& grad_output, const Images& x, const Tensor& kernel,
-                    const StageArguments& arguments, Tensor& grad_input);
-
 }  // namespace mnist_ops::cuda

@@ -72,7 +72,7 @@ PACKED = (
     Packed(rf"forward_tile_kernel<[013], \w+, {TYPE}>", rest=True),
     Packed(f"backward_tile_kernel<{TYPE}>", rest=True),
     Packed(f"nll_gradient_kernel<{N}, {TYPE}>", rest=True),
-    # stage_tiles.cu; a few narrow stores are those of the rest of a map
+    # stage.cu; a few narrow stores are those of the rest of a map
     Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True),
     Packed(r"tile_(forward|backward)_kernel<\w+, (?P<n>2), (?P<type>double)>", rest=True),
 )

@@ -1,4 +1,4 @@
-"""Online SGD on CUDA without a GPU: csrc/cuda/online_sgd.cu, emulated, against the CPU's engine.
+"""Online SGD on CUDA without a GPU: csrc/cuda/online_*, emulated, against the CPU's engine.
 
 The emulator runs the very code of the device (test_cuda_emulator.py says what that shows and what
 it does not), here with cooperative launches too: the threads of all blocks are there at once, and
