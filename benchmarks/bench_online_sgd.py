@@ -22,7 +22,7 @@ Contenders
                   weights' way through memory and the loop itself cost nothing
 
 On CUDA, without TF32, timed with the device idle before and after
-    graph, persistent  ``OnlineSGD`` in its two modes, float32 and float64
+    persistent    ``OnlineSGD``, float32 and float64
     tuned eager   as above, on the device
     captured      the same step, forward, backward and update, as one ``torch.cuda.CUDAGraph`` that
                   is replayed for each sample: PyTorch's own operators without the interpreter
@@ -194,15 +194,13 @@ def captured_runner(device: str) -> Runner:
     return run
 
 
-def engine_runner(
-    dtype: torch.dtype, threads: int, device: str = "cpu", mode: str = "auto", count: int = 0
-) -> Runner:
+def engine_runner(dtype: torch.dtype, threads: int, device: str = "cpu", count: int = 0) -> Runner:
     """Train the library's network with the engine; with a count, so many of them at once."""
     networks = [
         models.convnet(dtype=dtype, device=device, generator=torch7.start(seed=seed))
         for seed in range(1, max(count, 1) + 1)
     ]
-    engine = OnlineSGD(networks if count else networks[0], threads=threads, mode=mode)
+    engine = OnlineSGD(networks if count else networks[0], threads=threads)
 
     def run(images: Tensor, labels: Tensor) -> None:
         engine.run(images, labels, torch.arange(len(images), device=images.device))
@@ -303,9 +301,8 @@ def on_cuda(args: argparse.Namespace) -> dict[str, Any]:
     """The table of one model on CUDA."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     runners = {
-        f"{mode} {name}": engine_runner(dtype, 1, "cuda", mode)
+        f"persistent {name}": engine_runner(dtype, 1, "cuda")
         for name, dtype in (("float32", torch.float32), ("float64", torch.float64))
-        for mode in ("graph", "persistent")
     }
     runners["tuned eager float32"] = eager_runner(True, False, "cuda")
     try:

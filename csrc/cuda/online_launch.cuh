@@ -1,5 +1,5 @@
-// The two ways in which online SGD gets its phases onto a device: a CUDA graph of kernels, and one
-// cooperative kernel whose blocks wait for each other.
+// How online SGD gets onto a device: one cooperative kernel whose blocks wait for each other, and
+// small kernels before and after it.
 #pragma once
 
 #include "launch.cuh"
@@ -11,7 +11,6 @@ namespace mnist_ops::cuda {
 #if defined(MNIST_OPS_CUDA_EMULATOR)
 using cuda_emulator::block_threads;
 using cuda_emulator::Cooperation;
-using cuda_emulator::KernelGraph;
 using cuda_emulator::wait_for_blocks;
 #else
 
@@ -94,14 +93,6 @@ class Cooperation {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  template <typename Kernel, typename... Arguments>
-  void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
-                          const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<size_t>(shared_bytes),
-             stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
   // All blocks run at the same time, or the launch fails.
   template <typename Kernel, typename... Arguments>
   void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
@@ -113,57 +104,10 @@ class Cooperation {
                "the cooperative kernel does not start");
   }
 
-  cudaStream_t stream() const { return stream_; }
-
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
   int multiprocessors_ = 0, cooperative_ = 0;
-};
-
-// Kernels one after the other, put together node by node: unlike a capture that works on the
-// default stream, too, and disturbs no other thread. A graph that is destroyed while it runs is
-// freed when it has finished.
-class KernelGraph {
- public:
-  explicit KernelGraph(const Cooperation& device) : stream_(device.stream()) {
-    check_cuda(cudaGraphCreate(&graph_, 0), "cannot make a graph");
-  }
-  KernelGraph(const KernelGraph&) = delete;
-  KernelGraph& operator=(const KernelGraph&) = delete;
-  ~KernelGraph() {
-    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
-  }
-
-  template <typename Kernel, typename... Arguments>
-  void add(Kernel* kernel, int64_t blocks, int64_t shared_bytes, const Arguments&... arguments) {
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    cudaKernelNodeParams node{};
-    node.func = reinterpret_cast<void*>(kernel);
-    node.gridDim = dim3(static_cast<unsigned>(blocks));
-    node.blockDim = dim3(kBlockThreads);
-    node.sharedMemBytes = static_cast<unsigned>(shared_bytes);
-    node.kernelParams = pointers;  // copied
-    cudaGraphNode_t added = nullptr;
-    check_cuda(cudaGraphAddKernelNode(&added, graph_, last_ == nullptr ? nullptr : &last_,
-                                      last_ == nullptr ? 0 : 1, &node),
-               "cannot add a kernel to the graph");
-    last_ = added;
-  }
-
-  void launch() {
-    if (executable_ == nullptr) {
-      check_cuda(cudaGraphInstantiate(&executable_, graph_, 0), "cannot instantiate the graph");
-    }
-    check_cuda(cudaGraphLaunch(executable_, stream_), "cannot launch the graph");
-  }
-
- private:
-  cudaStream_t stream_;
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t executable_ = nullptr;
-  cudaGraphNode_t last_ = nullptr;
 };
 
 #endif

@@ -1,6 +1,6 @@
 // The phases of online SGD (../online/program.h) as a block of threads runs them.
 //
-// run_phase() is the same code in both drivers (online_sgd.cu). A block takes tasks first, first +
+// A block takes tasks first, first +
 // blocks, ... of a phase; the threads of a block take a task's elements, and meet at barriers of
 // the block only. What a block keeps in its own memory lives no longer than the phase.
 //
@@ -90,47 +90,41 @@ __device__ void run_phase(const Phase& p, const Step<T>& s, T* shared) {
 
 namespace {
 
-// Both drivers' kernel, as it takes the compiler long: phases [0, phases) of the program, for the
-// models from first_model on.
-//   persistent  barriers are given: `steps` steps of all phases; after those that end a level all
-//               blocks of a model wait for each other
-//   graph       the phases are one level's, the step is the one that `counters` say. The first
-//               level of a step reads `next` and tells the others, which read `current`; the last
-//               level advances `next`: nobody reads what a kernel's other blocks write.
+// `steps` steps of all phases of the program, for the models from first_model on. After those that
+// end a level all blocks of a model wait for each other. A program of more phases than a block
+// keeps is read phase by phase.
 template <typename T>
 __global__ void __launch_bounds__(512, 1)
     run_phases(const Phase* program, int32_t phases, const __grid_constant__ Run<T> run,
-               int64_t first_model, int64_t steps, unsigned* barriers, Counters counters,
-               bool is_first, bool is_last) {
+               int64_t first_model, int64_t steps, unsigned* barriers) {
   T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
   __shared__ double own_program[kMaxPhases * sizeof(Phase) / sizeof(double)];
   static_assert(sizeof(Phase) % sizeof(double) == 0);
   const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
   const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
-  const bool persistent = barriers != nullptr;
-  const int64_t begin =
-      persistent ? run.first : (is_first ? counters.next : counters.current)[model];
-  const auto* words = reinterpret_cast<const double*>(program);
-  const auto count = static_cast<unsigned>(phases * sizeof(Phase) / sizeof(double));
-  for (unsigned i = threadIdx.x; i < count; i += blockDim.x) own_program[i] = words[i];
-  __syncthreads();
+  const auto read = [&](const Phase* from, int32_t count) {
+    const auto* words = reinterpret_cast<const double*>(from);
+    const auto size = static_cast<unsigned>(count * sizeof(Phase) / sizeof(double));
+    for (unsigned i = threadIdx.x; i < size; i += blockDim.x) own_program[i] = words[i];
+    __syncthreads();
+  };
   const auto* own = reinterpret_cast<const Phase*>(own_program);
+  const bool fits = phases <= kMaxPhases;
+  if (fits) read(program, phases);
   unsigned round = 0;
   for (int64_t i = 0; i < steps; ++i) {
-    const Step<T> step{run, run.workspace + model * run.model_stride, model, begin + i, block};
+    const Step<T> step{run, run.workspace + model * run.model_stride, model, run.first + i, block};
     for (int32_t p = 0; p < phases; ++p) {
-      run_phase(own[p], step, shared);
-      if (persistent && own[p].ends_level) {
+      if (!fits) read(program + p, 1);
+      const Phase& phase = own[fits ? p : 0];
+      run_phase(phase, step, shared);
+      if (phase.ends_level) {
         wait_for_blocks(barriers + kBarrierStride * model, static_cast<unsigned>(run.blocks),
                         ++round);
       } else {
         __syncthreads();
       }
     }
-  }
-  if (!persistent && block == 0 && threadIdx.x == 0) {
-    if (is_first) counters.current[model] = begin;
-    if (is_last) counters.next[model] = begin + 1;
   }
 }
 

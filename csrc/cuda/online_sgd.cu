@@ -2,16 +2,14 @@
 // at once.
 //
 // A step is a program (../online/program.h) of a few levels, whose phases (online_phases.cuh) all
-// threads of the device share. Two drivers run the same code and give the same bits:
-//   graph       a kernel for each level, many steps in one CUDA graph that is replayed; which
-//               sample comes next is counted in the device's memory
-//   persistent  one cooperative kernel that goes through samples and levels itself; the blocks of a
-//               model wait for each other between levels
-// Blocks are shared out evenly among the models, and the models of a call run side by side.
+// threads of the device share: one cooperative kernel goes through samples and levels, and the
+// blocks of a model wait for each other between levels. Blocks are shared out evenly among the
+// models, and the models of a call run side by side. (A CUDA graph of a kernel for each level took
+// 78 us a step of the original network on an H100, this kernel 65.)
 //
 // Bound by latency: a step of the original network has 70 MFLOP, a microsecond or two of the
 // device's time, in six levels that depend on each other. What counts is their number, the wait
-// between them (a kernel's end and start, or a barrier of about a microsecond), and the way from
+// between them (a barrier of about a microsecond), and the way from
 // the second-level cache at the start of each.
 //
 // Nothing is read or changed before order, labels and kernels were looked at on the device, for
@@ -24,10 +22,7 @@ namespace mnist_ops::cuda {
 namespace {
 
 constexpr const char* kOp = "online_sgd_models";
-constexpr int kStepsInGraph = 16;
 constexpr int64_t kPieceElements = int64_t{1} << 26;  // of images gathered at a time
-
-enum class Mode { kAuto, kGraph, kPersistent };
 
 // ------------------------------------------------------------------------------------ before a run
 
@@ -166,7 +161,6 @@ struct Call {
   const Tensor &images, &labels, &order, &uniform, &settings;
   Loss loss;
   bool nesterov;
-  Mode mode;
   bool fuse;
   int64_t models;
 };
@@ -212,16 +206,10 @@ class Engine {
     Tensor samples = new_tensor(losses_, {call_.models * piece * run_.image_size});
     run_.samples = samples.template const_data_ptr<T>();
     upload_program();
-    const bool persistent = choose_persistent();
-    counters_ = torch::stable::new_zeros(call_.order, {2 * call_.models});
     for (run_.first = 0; run_.first < run_.count; run_.first += piece) {
       run_.piece = std::min(piece, run_.count - run_.first);
       gather(samples);
-      if (persistent) {
-        run_persistent();
-      } else {
-        run_graph();
-      }
+      run_piece();
     }
     move(true);
   }
@@ -302,45 +290,6 @@ class Engine {
     }
   }
 
-  bool choose_persistent() {
-    const bool possible = program_.phases <= kMaxPhases &&
-                          device_.resident_blocks(run_phases_kernel<T>(), shared_bytes()) > 0;
-    MNIST_OPS_CHECK(possible || call_.mode != Mode::kPersistent, kOp,
-                    ": the persistent kernel needs a device with cooperative launches and at most ",
-                    kMaxPhases, " phases a step, the network has ", program_.phases);
-    return possible && call_.mode != Mode::kGraph;
-  }
-
-  void run_graph() {
-    // As many blocks as the device has multiprocessors, shared out among the models.
-    run_.blocks = std::max<int32_t>(1, device_.multiprocessors() / run_.models);
-    const int64_t blocks = int64_t{run_.blocks} * run_.models;
-    int64_t* counters = counters_.template mutable_data_ptr<int64_t>();
-    const Counters where{counters, counters + run_.models};
-    const auto each_level = [&](const auto& launch) {
-      const Phase* phases = program_on_device();
-      for (std::size_t l = 0; l < program_.levels.size(); ++l) {
-        unsigned* no_barriers = nullptr;
-        const int64_t first_model = 0, steps = 1;
-        const bool is_first = l == 0, is_last = l + 1 == program_.levels.size();
-        launch(run_phases_kernel<T>(), blocks, shared_bytes(), phases, program_.levels[l].count,
-               run_, first_model, steps, no_barriers, where, is_first, is_last);
-        phases += program_.levels[l].count;
-      }
-    };
-    int64_t left = run_.piece;
-    if (left >= 2 * kStepsInGraph) {
-      KernelGraph graph(device_);
-      for (int i = 0; i < kStepsInGraph; ++i) {
-        each_level([&](const auto&... arguments) { graph.add(arguments...); });
-      }
-      for (; left >= kStepsInGraph; left -= kStepsInGraph) graph.launch();
-    }
-    for (; left > 0; --left) {
-      each_level([&](const auto&... arguments) { device_.launch_with_shared(arguments...); });
-    }
-  }
-
   // The phases of all levels, one after the other.
   void upload_program() {
     std::vector<double> words;
@@ -357,11 +306,12 @@ class Engine {
   }
   const Phase* program_on_device() const { return static_cast<const Phase*>(phases_.data_ptr()); }
 
-  void run_persistent() {
+  void run_piece() {
     // Barriers of different models in different lines of the cache.
     const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
     const int64_t resident = device_.resident_blocks(run_phases_kernel<T>(), shared_bytes());
+    MNIST_OPS_CHECK(resident > 0, kOp, ": needs a device with cooperative launches");
     const int64_t together = std::min(call_.models, resident);
     // No more for one model than there are multiprocessors: they would only wait for each other.
     run_.blocks =
@@ -370,15 +320,14 @@ class Engine {
       const int64_t models = std::min(together, call_.models - first);
       device_.launch_together(run_phases_kernel<T>(), models * run_.blocks, shared_bytes(),
                               program_on_device(), program_.phases, run_, first, run_.piece,
-                              static_cast<unsigned*>(barriers.data_ptr()), Counters{}, false,
-                              false);
+                              static_cast<unsigned*>(barriers.data_ptr()));
     }
   }
 
   const Call& call_;
   const Program& program_;
   Cooperation device_;
-  Tensor losses_, workspace_, settings_, targets_, counters_, table_, phases_;
+  Tensor losses_, workspace_, settings_, targets_, table_, phases_;
   Run<T> run_{};
 };
 
@@ -395,7 +344,7 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                                              std::vector<Tensor> kernels, Tensor images,
                                              Tensor labels, Tensor order, Tensor uniform,
                                              int64_t loss, Tensor settings, bool nesterov,
-                                             int64_t driver, bool fuse) {
+                                             bool fuse) {
   MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
   const ScalarType dtype = parameters[0].scalar_type();
   MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
@@ -421,8 +370,7 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
           settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
       kOp, ": settings must be float64 (", models, ", ", int{kSettings}, ") on the CPU, got ",
       torch::headeronly::toString(settings.scalar_type()), " ", shape_string(settings));
-  MNIST_OPS_CHECK(loss >= 0 && loss <= 2 && driver >= 0 && driver <= 2, kOp,
-                  ": loss and driver must be 0, 1 or 2, got ", loss, " and ", driver);
+  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
   const Tensor numbers_of_models = contiguous_of(settings);
   const double* setting = numbers_of_models.const_data_ptr<double>();
   bool momentum = false;
@@ -506,7 +454,6 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                   numbers_of_models,
                   static_cast<Loss>(loss),
                   nesterov,
-                  static_cast<Mode>(driver),
                   fuse,
                   models};
   if (order.size(1) > 0) {

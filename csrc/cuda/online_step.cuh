@@ -137,19 +137,13 @@ __device__ __forceinline__ T lane_sums(const T (&values)[n], int32_t lane) {
 
 // ------------------------------------------------------------------------------------- the kernel
 
-constexpr int kMaxPhases = 40;  // that the persistent kernel keeps in the block's own memory
+constexpr int kMaxPhases = 40;          // that a block keeps in its own memory
 constexpr int64_t kBarrierStride = 32;  // numbers between the barriers of two models
-
-// Counted in the device's memory, for each model: the next sample, and the one in work.
-struct Counters {
-  int64_t *next, *current;
-};
 
 // run_phases of online_phases.cuh, which has a file for each type: it takes the compiler longest.
 template <typename T>
 using RunPhases = void(const Phase* program, int32_t phases, Run<T> run, int64_t first_model,
-                       int64_t steps, unsigned* barriers, Counters counters, bool is_first,
-                       bool is_last);
+                       int64_t steps, unsigned* barriers);
 template <typename T>
 RunPhases<T>* run_phases_kernel();
 

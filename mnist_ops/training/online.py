@@ -37,7 +37,6 @@ from ..torch7.optim import SGD
 __all__ = ["OnlineSGD", "OptimizerEngine", "SharedLaunches", "UnsupportedError"]
 
 LOSSES = ("nll", "multi_margin", "mse")
-MODES = ("auto", "graph", "persistent")
 
 # Dropout's random numbers are drawn for a piece of a run at a time: at most this many.
 _NUMBERS_AT_ONCE = 1 << 21
@@ -95,10 +94,6 @@ class OnlineSGD:
         nesterov: needs ``momentum > 0`` and ``dampening=0``.
         threads: how many threads of PyTorch's pool may share the work of a sample on the CPU. The
             results do not depend on it.
-        mode: on CUDA, ``"graph"``: a CUDA graph of kernels, many steps of it at a time;
-            ``"persistent"``: one cooperative kernel that goes through the samples itself, without
-            any launches; ``"auto"``: persistent, but for networks of more than about fifteen layers
-            and devices without cooperative kernels. The results do not depend on it.
 
     Attributes:
         description: what runs, in a line.
@@ -140,16 +135,11 @@ class OnlineSGD:
         dampening: float | None = None,
         nesterov: bool = False,
         threads: int = 1,
-        mode: str = "auto",
     ) -> None:
-        if mode not in MODES:
-            known = ", ".join(map(repr, MODES))
-            raise ValueError(f"OnlineSGD: mode must be {known}, got {mode!r}")
-        self.mode = mode
         self.engines: list[OnlineSGD] = []
         if isinstance(model, (list, tuple)):
             rates = {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay}
-            others = (momentum, dampening, nesterov, threads, mode)
+            others = (momentum, dampening, nesterov, threads)
             self._start_several(model, loss, rates, others)
             return
         assert isinstance(model, nn.Module)
@@ -190,7 +180,7 @@ class OnlineSGD:
         dtype = str(self._parameters[0].dtype).removeprefix("torch.")
         if self._device.type == "cuda":
             self._operator = torch.ops.mnist_ops.online_sgd_models
-            how = f"{self._device}, {'CUDA graph' if mode == 'graph' else 'persistent kernel'}"
+            how = f"{self._device}, persistent kernel"
         else:
             how = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
         self.description = f"compiled online SGD, {dtype}, {how}, batch size 1"
@@ -566,7 +556,6 @@ def _run_together(
             LOSSES.index(first.loss),
             torch.tensor(settings, dtype=torch.float64, device="cpu"),
             first.nesterov,
-            MODES.index(first.mode),
             True,
         )
     for engine, each in zip(engines, velocities, strict=True):
@@ -612,7 +601,7 @@ class _SharedCall:
     def kind(self) -> str:
         """Calls of one kind can be one."""
         e = self.engine
-        others = (e.loss, e.nesterov, e.momentum > 0, e.mode, tuple(self.order.shape))
+        others = (e.loss, e.nesterov, e.momentum > 0, tuple(self.order.shape))
         return repr((*e._layout(), *others))
 
 
@@ -728,7 +717,7 @@ class OptimizerEngine(OnlineSGD):
             each sample's random numbers are the transform's, then dropout's, as they are used; one
             that has ``draw(image)`` and ``apply_numbers(images, numbers)``, as those of
             :mod:`mnist_ops.mnist.transforms`, is then applied to many samples at once, too.
-        threads: as for :class:`OnlineSGD`, as is ``mode``.
+        threads: as for :class:`OnlineSGD`.
         shared: of several runs in threads of one process, see :class:`SharedLaunches`.
 
     Raises:
@@ -742,7 +731,6 @@ class OptimizerEngine(OnlineSGD):
         criterion: Callable[..., Tensor] = torch7.nll_loss,
         transform: Callable[[Tensor], Tensor] | None = None,
         threads: int = 1,
-        mode: str = "auto",
         shared: SharedLaunches | None = None,
     ) -> None:
         if type(optimizer) is not SGD:
@@ -757,7 +745,7 @@ class OptimizerEngine(OnlineSGD):
         self.transform = transform
         self._drawn: Tensor | None = None
         settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
-        super().__init__(model, loss, threads=threads, mode=mode, **settings)
+        super().__init__(model, loss, threads=threads, **settings)
         if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
             raise UnsupportedError("the optimizer's parameters are not those of the network")
         self.shared = shared

@@ -3,10 +3,10 @@
 The emulator runs the very code of the device (test_cuda_emulator.py says what that shows and what
 it does not), here with cooperative launches too: the threads of all blocks are there at once, and
 blocks take turns, in random order, where they wait for each other. Blocks have 64 threads unless a
-test says otherwise, on a GPU 512; the code knows no number. CUDA graphs are run kernel by kernel.
+test says otherwise, on a GPU 512; the code knows no number.
 
-Each network is trained by the CPU's engine, by the graph's kernels, by the persistent kernel, and
-once with every layer on its own; the first two on CUDA must agree to the last bit.
+Each network is trained by the CPU's engine, by the kernel as it is, and by the kernel with every
+layer on its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import copy
 import ctypes
 import itertools
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from torch.nn import Conv2d, Flatten, Linear, MaxPool2d, ReLU, Sequential, Tanh
 
 from mnist_ops import gaussian1d, nn, torch7
 from mnist_ops.mnist import models
-from mnist_ops.training import online
 from mnist_ops.training.online import LOSSES, OnlineSGD, OptimizerEngine
 
 __all__ = ["_memory_filled_with_nan"]  # a fixture for all tests
@@ -68,11 +66,7 @@ def emulated(emulated_cuda: ctypes.CDLL) -> Device:
     return Device(emulated_cuda)
 
 
-DRIVERS = {
-    "graph": ("graph", True),
-    "persistent": ("persistent", True),
-    "one by one": ("auto", False),
-}
+PLANS = {"fused": True, "one by one": False}
 
 
 def compare(
@@ -83,7 +77,6 @@ def compare(
     steps: int = 12,
     tolerance: float = 1e-12,
     loss: str = "nll",
-    drivers: Sequence[str] = tuple(DRIVERS),
     **settings: object,
 ) -> None:
     """Train copies of the model, and hold losses, predictions and all state side by side."""
@@ -91,11 +84,9 @@ def compare(
     expected_model = copy.deepcopy(model)
     expected_engine = OnlineSGD(expected_model, loss, **settings)
     expected = expected_engine.run(images, labels, order)
-    bits = {}
-    for name in drivers:
-        mode, fuse = DRIVERS[name]
+    for name, fuse in PLANS.items():
         ours = copy.deepcopy(model)
-        engine = emulated.put(OnlineSGD(ours, loss, mode=mode, **settings), fuse)
+        engine = emulated.put(OnlineSGD(ours, loss, **settings), fuse)
         losses, predictions = engine.run(images, labels, order)
         assert losses.dtype == expected[0].dtype and losses.shape == (steps,)
         scale = max(1.0, expected[0].abs().max().item())
@@ -107,9 +98,6 @@ def compare(
             bound = tolerance * max(wanted.abs().max().item(), 1e-3)
             torch.testing.assert_close(got, wanted, rtol=0, atol=bound, msg=lambda m, n=name: n + m)
         assert engine.steps == steps
-        bits[name] = torch.cat([losses, values(ours)])
-    if {"graph", "persistent"} <= bits.keys():
-        assert torch.equal(bits["graph"], bits["persistent"])
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -204,13 +192,12 @@ def test_ends_and_losses(emulated, loss, last):
     compare(emulated, model, images, labels, loss=loss, steps=5, lr=0.005)
 
 
-@pytest.mark.parametrize("name", DRIVERS)
-def test_a_common_offset_of_the_scores_costs_no_digits(emulated, name):
+@pytest.mark.parametrize("fuse", PLANS.values(), ids=PLANS)
+def test_a_common_offset_of_the_scores_costs_no_digits(emulated, fuse):
     emulated.set()
-    mode, fuse = DRIVERS[name]
     for beta in (1.0, -0.75, 2.5):
         model, images, labels, losses, _ = offset_network(beta, torch.float32)
-        engine = emulated.put(OnlineSGD(model, "nll", mode=mode, lr=0.0), fuse)
+        engine = emulated.put(OnlineSGD(model, "nll", lr=0.0), fuse)
         got, _ = engine.run(images, labels, torch.arange(6))
         eps = torch.finfo(torch.float32).eps
         torch.testing.assert_close(got.double(), losses, rtol=4 * eps, atol=0)
@@ -288,13 +275,13 @@ def test_tiles(emulated, layers, kilobytes):
 
 
 def test_as_many_layers_as_one_likes(emulated):
+    """Of more phases than a block keeps of the program."""
     emulated.set()
     model = Sequential(*itertools.chain(*[(Linear(5, 5), Tanh()) for _ in range(30)])).double()
     images, labels = samples(5, classes=5)
-    compare(emulated, model, images, labels, 3, loss="mse", drivers=["graph", "one by one"], lr=0.1)
-    engine = emulated.put(OnlineSGD(model, "mse", mode="persistent"))
-    with pytest.raises(RuntimeError, match=r"the persistent kernel needs .* at most 40 phases"):
-        engine.run(images, labels, torch.arange(2))
+    compare(
+        emulated, model, images, labels, 3, loss="mse", lr=0.1
+    )  # more phases than a block keeps
 
 
 # -------------------------------------------------------------- optimizer, dtypes, devices, runs
@@ -337,12 +324,10 @@ def test_the_device_changes_no_bit(emulated, widths):
     images, labels = samples(1, 16, 16, classes=10)
     order = torch.randint(0, 20, (5,))
     found = []
-    for (multiprocessors, seed), mode in itertools.product(
-        [(1, 0), (2, 1), (7, 2), (40, 3)], ["graph", "persistent"]
-    ):
+    for multiprocessors, seed in [(1, 0), (2, 1), (7, 2), (40, 3)]:
         emulated.set(multiprocessors, 64, seed)
         model = models.convnet(widths, image_size=16, generator=torch7.start(seed=1))
-        losses, _ = emulated.put(OnlineSGD(model, lr=0.05, mode=mode)).run(images, labels, order)
+        losses, _ = emulated.put(OnlineSGD(model, lr=0.05)).run(images, labels, order)
         found.append(torch.cat([losses, values(model)]))
     assert all(torch.equal(found[0], other) for other in found)
 
@@ -397,7 +382,7 @@ def test_chunks_and_saved_states_change_nothing(emulated, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = dropping(seed=2)
     resumed.load_state_dict(state["model"])
-    again = emulated.put(OnlineSGD(resumed, mode="graph", **settings))
+    again = emulated.put(OnlineSGD(resumed, **settings))
     again.load_state_dict(state["engine"])
     parts = [*first, again.run(images, labels, order[15:])]
     for got, wanted in zip(zip(*parts, strict=True), whole, strict=True):
@@ -426,9 +411,8 @@ def test_in_place_of_autograd(emulated):
 # ----------------------------------------------------------------------------- several models
 
 
-@pytest.mark.parametrize("mode", ["graph", "persistent"])
 @pytest.mark.parametrize("multiprocessors", [1, 2, 7])
-def test_several_models_at_once(emulated, mode, multiprocessors):
+def test_several_models_at_once(emulated, multiprocessors):
     """Each with its order, settings, kernels and random numbers, as if it were alone."""
     images, labels = samples(1, 16, 16, classes=10)
     order = torch.randint(0, 20, (3, 6))
@@ -438,7 +422,7 @@ def test_several_models_at_once(emulated, mode, multiprocessors):
     alone = copy.deepcopy(networks)
     emulated.set(multiprocessors)
     settings = {"lr_decay": 0.01, "momentum": 0.5}
-    engine = OnlineSGD(networks, lr=rates, weight_decay=decays, mode=mode, **settings)
+    engine = OnlineSGD(networks, lr=rates, weight_decay=decays, **settings)
     assert engine.description.endswith("3 models at once")
     emulated.put(engine)
     parts = [engine.run(images, labels, piece) for piece in order.split([2, 4], dim=1)]
@@ -500,12 +484,6 @@ def test_kernels_without_a_sum_are_refused(emulated):
             emulated.put(OnlineSGD(model)).run(*samples(3, 9, 8), torch.arange(2))
 
 
-def test_every_mode_is_a_mode_of_the_operator():
-    assert online.MODES == ("auto", "graph", "persistent")
-    with pytest.raises(ValueError, match="mode must be 'auto', 'graph', 'persistent', got 'fast'"):
-        OnlineSGD(Linear(2, 2), mode="fast")
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -529,7 +507,7 @@ def test_the_raw_operator_refuses_settings(emulated, wrong, message):
         torch.zeros(4, dtype=torch.int64),
         torch.arange(3).unsqueeze(0),
         torch.empty(0, dtype=torch.float64),
-        *(0, settings, False, 0, True),
+        *(0, settings, False, True),
     ]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.mnist_ops_emulated.online_sgd_models(*arguments)

@@ -635,14 +635,14 @@ def cuda():
     return "cuda"
 
 
-def on_both(device, model, mode, steps=50, shape=(3, 9, 8), classes=4, **settings):
+def on_both(device, model, steps=50, shape=(3, 9, 8), classes=4, **settings):
     """Train copies on the CPU and on the device; losses, predictions, and all values of both."""
     images, labels = samples(*shape, classes=classes)
     order = torch.randint(0, 20, (steps,))
     found = []
     for where in ("cpu", device):
         ours = copy.deepcopy(model).to(where)
-        engine = OnlineSGD(ours, mode=mode, **settings)
+        engine = OnlineSGD(ours, **settings)
         losses, predictions = engine.run(images, labels, order)
         assert losses.device.type == where and engine.steps == steps
         state = torch.cat([values(ours), *(v.flatten() for v in engine.velocities)])
@@ -654,37 +654,34 @@ def on_both(device, model, mode, steps=50, shape=(3, 9, 8), classes=4, **setting
 def test_layer_on_cuda(cuda, layer):
     model = network(copy.deepcopy(layer))
     lr = 1e-6 if getattr(layer, "norm_type", 1) < 1 else 0.02
-    for mode in ("graph", "persistent"):
-        expected, found = on_both(cuda, model, mode, lr=lr, momentum=0.5)
-        for got, wanted in zip(found, expected, strict=True):
-            bound = 1e-11 * wanted.abs().max().item()
-            torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+    expected, found = on_both(cuda, model, lr=lr, momentum=0.5)
+    for got, wanted in zip(found, expected, strict=True):
+        bound = 1e-11 * wanted.abs().max().item()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("mode", ["graph", "persistent"])
-def test_a_thousand_steps_on_cuda(cuda, mode):
+def test_a_thousand_steps_on_cuda(cuda):
     model = models.convnet(dtype=torch.float64, generator=torch7.start(seed=1))
     images = {"shape": (1, 32, 32), "classes": 10}
-    expected, found = on_both(cuda, model, mode, steps=1000, lr=1e-3, **images)
+    expected, found = on_both(cuda, model, steps=1000, lr=1e-3, **images)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
-    expected, found = on_both(cuda, model.float(), mode, steps=1000, lr=1e-3, **images)
+    expected, found = on_both(cuda, model.float(), steps=1000, lr=1e-3, **images)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_same_bits_in_every_run_and_mode(cuda, dtype):
-    """With a graph, a persistent kernel, and one model among few and among many others."""
+def test_the_same_bits_in_every_run(cuda, dtype):
+    """Alone, and as one model among few and among many others."""
     images, labels = samples(1, 32, 32, classes=10)
     order = torch.randint(0, 20, (100,))
     found = []
-    kinds = (("graph", 1), ("persistent", 1), ("persistent", 1), ("auto", 5), ("graph", 200))
-    for mode, among in kinds:
+    for among in (1, 1, 5, 200):
         networks = [
             models.convnet(dtype=dtype, device=cuda, generator=torch7.start(seed=1))
             for _ in range(among)
         ]
-        losses, _ = OnlineSGD(networks, mode=mode).run(images, labels, order)
+        losses, _ = OnlineSGD(networks).run(images, labels, order)
         found.append(torch.cat([losses[-1], values(networks[-1])]))
     assert all(torch.equal(found[0], other) for other in found)
 
@@ -695,17 +692,16 @@ def test_opcheck_on_cuda(cuda):
     images, labels = samples(3, 9, 8)
     values_of = [p.detach().clone() for model in networks for p in model.parameters()]
     settings = torch.tensor([[0.1, 0.0, 0.0, 0.5, 0.5, 0.0, 0.0]] * 2, dtype=torch.float64)
-    for mode in (1, 2):
-        arguments = (
-            values_of,
-            [torch.zeros_like(value) for value in values_of],
-            engine.engines[0]._network,
-            [kernel for each in engine.engines for kernel in each._kernels],
-            *(images.to(cuda), labels.to(cuda), torch.arange(10, device=cuda).reshape(2, 5)),
-            torch.empty(0, dtype=torch.float64, device=cuda),
-            *(0, settings, False, mode, True),
-        )
-        torch.library.opcheck(torch.ops.mnist_ops.online_sgd_models, arguments)
+    arguments = (
+        values_of,
+        [torch.zeros_like(value) for value in values_of],
+        engine.engines[0]._network,
+        [kernel for each in engine.engines for kernel in each._kernels],
+        *(images.to(cuda), labels.to(cuda), torch.arange(10, device=cuda).reshape(2, 5)),
+        torch.empty(0, dtype=torch.float64, device=cuda),
+        *(0, settings, False, True),
+    )
+    torch.library.opcheck(torch.ops.mnist_ops.online_sgd_models, arguments)
 
 
 def test_errors_on_the_device_change_nothing(device):

@@ -214,15 +214,8 @@ class Cooperation {
 
   template <typename Kernel, typename... Arguments>
   void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
-    launch_with_shared(kernel, blocks, 0, arguments...);
-  }
-
-  template <typename Kernel, typename... Arguments>
-  void launch_with_shared(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
-                          const Arguments&... arguments) const {
-    run_grid(
-        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
-        [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
+    run_grid(dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+             [&] { kernel(arguments...); });
   }
 
   template <typename Kernel, typename... Arguments>
@@ -232,26 +225,6 @@ class Cooperation {
         dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
         [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
-};
-
-// The kernels of a graph with copies of their arguments, run one after the other.
-class KernelGraph {
- public:
-  explicit KernelGraph(const Cooperation& device) : device_(device) {}
-
-  template <typename Kernel, typename... Arguments>
-  void add(Kernel* kernel, int64_t blocks, int64_t shared_bytes, const Arguments&... arguments) {
-    nodes_.push_back(
-        [=, this] { device_.launch_with_shared(kernel, blocks, shared_bytes, arguments...); });
-  }
-
-  void launch() const {
-    for (const auto& node : nodes_) node();
-  }
-
- private:
-  const Cooperation& device_;
-  std::vector<std::function<void()>> nodes_;
 };
 
 }  // namespace cuda_emulator
