@@ -214,7 +214,8 @@ class _Report:
 
     def _log_words(self, found: tables.LogComparison) -> str:
         equal = 2 * found.epochs - sum(map(len, found.apart.values()))
-        return f"{equal} of {2 * found.epochs} equal to the image, in {found.epochs} epochs run"
+        ours = f"{found.epochs} epoch{'s' * (found.epochs > 1)}"
+        return f"{equal} of {2 * found.epochs} numbers equal to the image ({ours} run)"
 
     def printed_table(self, number: str) -> str:
         """A table of report 1 beside seed 1 and all seeds, and a line a column."""
