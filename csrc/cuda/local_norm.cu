@@ -29,7 +29,8 @@
 
 #include "../local_norm.h"
 
-#include "common.cuh"
+#include "memory.cuh"
+#include "reduce.cuh"
 
 #include <array>
 
