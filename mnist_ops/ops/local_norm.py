@@ -16,7 +16,6 @@ from ._common import (
     check_images,
     check_number,
     check_same_device,
-    compute_type,
     direct,
     empty_images,
     register_autograd,
@@ -313,35 +312,43 @@ class _Divisive:
     r"""Derivatives of divisive normalization, in PyTorch's own differentiable operators.
 
     With E the blurred channel mean, A its adjoint on one plane, r = E(sum_c v_c x_c) and m = 1
-    where s is above the threshold: J v = v / d - x m r / (s^3 coef^2). The images are divided by
-    their largest magnitude before they are squared, as in the kernels.
+    where s is above the threshold: J v = v / d - x m r / (s^3 coef^2).
+
+    All of it in float64, whatever x has: squares and third powers of float32 are in its range. The
+    images are brought to a largest magnitude of 2^150 before they are squared. So 1 / s^5 is in
+    range for deviations down to 10^-90 of the image's largest number: all of float32's.
     """
+
+    LARGEST = 2.0**150
 
     def __init__(self, x: Tensor, kernel: Tensor, threshold: float, value: float) -> None:
         self.dtype, self.shape = x.dtype, x.shape
-        self.wide = compute_type(x.dtype)
         x = self._widen(x)
         kernel = kernel.double()
-        self.unit = (kernel / kernel.sum()).to(self.wide)
+        self.unit = kernel / kernel.sum()
         largest = x.detach().abs().amax((1, 2, 3), keepdim=True)
-        self.scale = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
-        self.x = x / self.scale
+        self.largest = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+        self.x = x / self.largest * self.LARGEST
         self.coef = _correlate(torch.ones_like(x[:1, :1]), self.unit)
         energy = self.blur(self.x * self.x)
         # sqrt's own derivative is infinite at 0, where the convention is 0.
         positive = energy > 0
         s = torch.where(positive, energy, 1.0).sqrt() * positive / self.coef
-        unscaled = s * self.scale
+        unscaled = s / self.LARGEST * self.largest
         self.above = (unscaled > threshold) & positive
         self.s = torch.where(self.above, s, 1.0)
         self.d = torch.where(unscaled > threshold, unscaled, value)
         self.cubed = torch.where(self.above, 1 / (self.s**3 * self.coef**2), 0.0)
 
     def _widen(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.wide).reshape(-1, *self.shape[-3:])
+        return tensor.double().reshape(-1, *self.shape[-3:])
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).reshape(self.shape)
+
+    def _per_unit(self, tensor: Tensor) -> Tensor:
+        """Return a derivative by the scaled images as one by the images."""
+        return tensor / self.largest * self.LARGEST
 
     def blur(self, images: Tensor) -> Tensor:
         """E: what each pixel's neighbourhood has of the mean over the channels."""
@@ -354,11 +361,12 @@ class _Divisive:
     def first_order(self, v: Tensor) -> Tensor:
         """J v."""
         v = self._widen(v)
-        return self._narrow(v / self.d - self.x * self.cubed * self.blur(v * self.x) / self.scale)
+        along_s = self.x * self.cubed * self.blur(v * self.x)
+        return self._narrow(v / self.d - self._per_unit(along_s))
 
     def second_order(self, v: Tensor, g: Tensor) -> Tensor:
         """The gradient of the sum of g * (J v) with respect to x; linear in v."""
-        v, g = self._widen(v), self._widen(g)
+        v, g = (self._per_unit(self._widen(t)) for t in (v, g))
         q = (g * self.x).sum(1, keepdim=True)
         r = self.blur(v * self.x)
         # Through s: d/ds of v.g/d is -v.g/s^2, d/ds of the other term +3 q r / (s^4 coef^2); ds/dx
@@ -367,7 +375,7 @@ class _Divisive:
         through_s = torch.where(self.above, through_s / (self.s * self.coef**2), 0.0)
         grad = self.x * self.adjoint(through_s)
         grad = grad - v * self.adjoint(q * self.cubed) - g * self.cubed * r
-        return self._narrow(grad / self.scale / self.scale)
+        return self._narrow(grad)
 
 
 def _directional(v: Tensor, x: Tensor, kernel: Tensor, threshold: float, value: float) -> Tensor:
@@ -397,9 +405,10 @@ def _contrastive_second_order(
 ) -> tuple[Tensor, Tensor]:
     # backward(g, x) = S^T D(g, S x), with S the subtractive normalization and D the divisive
     # gradient: the chain rule over the pieces.
-    centred, v = (_ops.subtractive_norm2d(t, kernel) for t in (x, v))
-    grad_g, grad_centred = _second_order(v, g, centred, kernel, threshold, value)
-    return grad_g, _ops.subtractive_norm2d_backward(grad_centred, kernel)
+    centred, v = (_ops.subtractive_norm2d(t.double(), kernel) for t in (x, v))
+    grad_g, grad_centred = _second_order(v, g.double(), centred, kernel, threshold, value)
+    grad_x = _ops.subtractive_norm2d_backward(grad_centred, kernel)
+    return grad_g.to(x.dtype), grad_x.to(x.dtype)
 
 
 def _contrastive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
@@ -415,8 +424,8 @@ def _divisive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: 
 def _contrastive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
     refuse_kernel_tangent(kernel_tangent)
     input, kernel = ctx.saved_tensors
-    tangent, centred = (_ops.subtractive_norm2d(t, kernel) for t in (tangent, input))
-    return _directional(tangent, centred, kernel, *ctx.options)
+    wide, centred = (_ops.subtractive_norm2d(t.double(), kernel) for t in (tangent, input))
+    return _directional(wide, centred, kernel, *ctx.options).to(input.dtype)
 
 
 def normalization_backward_jvp(name: str, second_order: Any) -> Any:

@@ -347,6 +347,58 @@ def test_images_of_any_magnitude(device, name, channels, layout, dtype):
             loops.assert_close_at_any_scale(gx, expected[1], 8 * TOLERANCE[dtype])
 
 
+def _in_pytorch(name, x, kernel, threshold, value):
+    """The formulas in float64 and PyTorch's operators, for its own derivatives."""
+    unit = torch.outer(kernel, kernel) / kernel.sum() ** 2
+
+    def blur(images):
+        sums = images.sum(1, keepdim=True) / images.shape[1]
+        return torch.nn.functional.conv2d(sums, unit[None, None], padding=len(kernel) // 2)
+
+    coef = blur(torch.ones_like(x))
+    if name == "contrastive_norm2d":
+        x = x - blur(x) / coef
+    energy = blur(x * x)
+    s = torch.where(energy > 0, energy, 1).sqrt() * (energy > 0) / coef
+    return x / torch.where(s > threshold, s, value)
+
+
+def _second_derivatives(function, x, g, v):
+    leaf, grad = x.clone().requires_grad_(), g.clone().requires_grad_()
+    (grad_x,) = torch.autograd.grad(function(leaf), leaf, grad, create_graph=True)
+    tangent = torch.func.jvp(function, (x,), (v,))[1]
+    of_gradient = torch.func.jvp(lambda t: torch.func.vjp(function, t)[1](g)[0], (x,), (v,))[1]
+    return *torch.autograd.grad(grad_x, (grad, leaf), v), tangent, of_gradient
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_second_derivatives_of_images_of_any_magnitude(device, name, dtype, threshold):
+    """Forward mode and double backward of x, g and v times c are those of x, g and v."""
+    generator = torch.Generator().manual_seed(5)
+    kernel = gaussian1d(3)
+    x, g, v = (torch.randn(3, 2, 7, 9, generator=generator).double() for _ in "xgv")
+    x[1, :, :, :4] = 0
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-6
+    for huge in (1.0, 1e6, 1e15, 1e30):
+        x[2, 0, 3, 3] = huge
+        reference = _second_derivatives(
+            lambda t: _in_pytorch(name, t, kernel, threshold, 0.5), x, g, v
+        )
+        exponents = [-73, 0, 66] if dtype == torch.float32 else [-830, -664, 0, 500, 664, 830]
+        for c in (2.0**e for e in exponents):
+            if huge * c > torch.finfo(dtype).max:
+                continue
+            ours = _second_derivatives(
+                lambda t: getattr(mnist_ops, name)(t, kernel.to(device), threshold * c, 0.5 * c),
+                *((t * c).to(dtype).to(device) for t in (x, g, v)),
+            )
+            for actual, expected in zip(ours, reference, strict=True):
+                error = (actual.detach().cpu().double() - expected).abs().amax((1, 2, 3))
+                assert (error <= tolerance * expected.abs().amax((1, 2, 3))).all(), (huge, c)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sums_of_channels_near_the_end_of_the_range(name):
     for dtype, largest in ((torch.float32, 3e38), (torch.float64, 1.5e308)):
