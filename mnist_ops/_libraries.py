@@ -61,10 +61,11 @@ def _load_cpu() -> str:
     if not runs:
         raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
     chosen = os.environ.get(_CPU_VARIABLE) or runs[0]
+    if chosen == "none":  # the operators are then composed of PyTorch's, see ops/definitions.py
+        return chosen
     if chosen not in runs:
-        raise ImportError(
-            f"mnist_ops: {_CPU_VARIABLE} must be one of {', '.join(runs)} here, got {chosen!r}"
-        )
+        known = ", ".join([*runs, "none"])
+        raise ImportError(f"mnist_ops: {_CPU_VARIABLE} must be one of {known}, got {chosen!r}")
     torch.ops.load_library(str(_HERE / f"_cpu_{chosen}.so"))
     return chosen
 
@@ -100,11 +101,12 @@ def build_info() -> dict[str, object]:
         - ``compiler``, ``built_with_torch``, ``target_torch``: the C++ compiler, the torch whose
           headers were used, and the oldest torch the libraries load into;
         - ``torch``: the torch that is running;
-        - ``cpu_capability``: the instruction set of the CPU kernels in use, ``"avx2"`` or
-          ``"baseline"`` (the environment variable ``MNIST_OPS_CPU_CAPABILITY`` chooses);
+        - ``cpu_capability``: the instruction set of the CPU kernels in use, ``"avx2"``,
+          ``"baseline"`` or ``"none"`` (the environment variable ``MNIST_OPS_CPU_CAPABILITY``
+          chooses);
         - ``cuda_archs``: the CUDA architectures compiled for, as ``["8.0", "9.0+PTX"]``, empty
           where the CUDA library is not in use;
-        - ``cuda``: ``"available"``, or the reason why CUDA tensors cannot be used.
+        - ``cuda``: ``"available"``, or the reason why there are no kernels for them.
 
     Example:
         >>> import mnist_ops

@@ -1,5 +1,6 @@
 """The operators, one module for each family: function, fake kernel, autograd, vmap, autocast."""
 
+from . import definitions  # noqa: F401  # for devices without kernels
 from .kernels import gaussian1d, gaussian2d
 from .local_norm import contrastive_norm2d, divisive_norm2d, subtractive_norm2d
 from .lp_pool import lp_pool2d

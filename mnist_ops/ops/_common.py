@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .._libraries import CUDA_MISSING
+from .._libraries import CPU_CAPABILITY, CUDA_MISSING
 
 # Python's registrations for the operators whose schemas are in csrc/library.cpp.
 _library = torch.library.Library("mnist_ops", "FRAGMENT")
@@ -23,17 +23,13 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_floating(op: str, name: str, tensor: object) -> None:
-    """Refuse what is not a floating-point tensor on a device that has kernels."""
+    """Refuse what is not a floating-point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype is torch.float32 and not tensor.is_cuda:
-        return  # nothing to refuse, found out at once: small calls are bound by Python
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
         )
-    if tensor.is_cuda and CUDA_MISSING:
-        raise RuntimeError(f"{op}: {name} is on {tensor.device}, but CUDA kernels: {CUDA_MISSING}")
 
 
 def check_images(op: str, tensor: object) -> None:
@@ -89,20 +85,41 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def _check_tensors(name: str) -> Callable[[Sequence[Any]], list[tuple[str, Tensor]]]:
+    """Return what refuses None in the place of a tensor of ``mnist_ops::name``.
+
+    The dispatcher takes None for one. The arguments that are tensors come back with their names.
+    """
+    arguments = getattr(torch.ops.mnist_ops, name).default._schema.arguments
+    places = [(i, a.name) for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
+
+    def check(values: Sequence[Any]) -> list[tuple[str, Tensor]]:
+        tensors = [(argument, values[i]) for i, argument in places]
+        for argument, value in tensors:
+            if value is None:
+                raise TypeError(f"{name}: {argument} must be a Tensor, got None")
+        return tensors
+
+    return check
+
+
 def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorate the fake kernel of ``mnist_ops::name``, which also compares the tensors' devices.
+    """Decorate the fake kernel of ``mnist_ops::name``, which also checks dtypes and devices.
 
     A call with tensors on the CPU and on the meta device comes here, too, and would be given memory
     without values.
     """
     names = [a.name for a in getattr(torch.ops.mnist_ops, name).default._schema.arguments]
+    check = _check_tensors(name)
 
     def register(fake: Callable[..., Any]) -> None:
         def checked(*args: Any, **kwargs: Any) -> Any:
             values = [*args, *(kwargs[key] for key in names[len(args) :])]
-            tensors = [(n, v) for n, v in zip(names, values, strict=True) if isinstance(v, Tensor)]
-            for other, tensor in tensors[1:]:
+            tensors = check(values)
+            for other, tensor in tensors:
                 check_same_device(name, other, tensor, *tensors[0])
+                if other != "target":
+                    check_floating(name, other, tensor)
             return fake(*values)
 
         torch.library.register_fake(f"mnist_ops::{name}", checked)
@@ -160,6 +177,9 @@ def batch_first(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
     return tensor.movedim(in_dim, 0)
 
 
+#: Devices whose kernels are there; elsewhere the operators are what definitions.py says.
+HAS_KERNELS = {"cpu": CPU_CAPABILITY != "none", "cuda": not CUDA_MISSING}
+
 #: The autograd functions for eager PyTorch that register_autograd made.
 _eager_functions: dict[str, Any] = {}
 
@@ -185,6 +205,11 @@ def direct(name: str) -> Callable[..., Any]:
     autocast, transforms = torch._C._is_any_autocast_enabled, peek_interpreter_stack
     parameter = torch.nn.Parameter
 
+    def recorded(input: Tensor, *args: Any) -> Any:
+        if HAS_KERNELS.get(input.device.type, False):
+            return _eager_functions[name].apply(input, *args)
+        return op(input, *args)
+
     def call(input: Tensor, *args: Any) -> Any:
         kind = type(input)
         if (
@@ -197,10 +222,10 @@ def direct(name: str) -> Callable[..., Any]:
             return op(input, *args)
         if is_grad_enabled():
             if input.requires_grad:
-                return _eager_functions[name].apply(input, *args)
+                return recorded(input, *args)
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
-                    return _eager_functions[name].apply(input, *args)
+                    return recorded(input, *args)
         with below_autograd():
             return dispatch(input, *args)
 
@@ -267,8 +292,11 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
     _eager_functions[name] = function("eager_autograd", forward=eager, backward=backward)
     within_dispatch = function("autograd", forward=forward, backward=gradients, jvp=tangents_of)
 
+    check = _check_tensors(name)
+
     def kernel(keyset: Any, *args: Any) -> Any:
         # Called in any case: it sees for itself who requires grad and who has a tangent.
+        check(args)
         with enable_single_level_autograd_function():
             return within_dispatch.apply(*args)
 

@@ -149,10 +149,16 @@ def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> 
 
 
 def output_size(
-    op: str, input: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool
+    op: str,
+    input: Tensor,
+    norm_type: float,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil: bool,
 ) -> list[Any]:
     """Return [height, width] of the pooled map; refuse windows that no kernel takes."""
-    check_windows(op, 1.0, kernel, stride, padding, ceil)
+    check_windows(op, norm_type, kernel, stride, padding, ceil, input.dtype)
     check_fit(op, input, kernel, padding)
     sizes = input.shape[-2:]
     return [_pooled(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
@@ -182,7 +188,7 @@ for _key in ("CPU", "CUDA"):
 
 @register_fake("lp_pool2d")
 def _(input, norm_type, kernel_size, stride, padding, ceil_mode):
-    size = output_size("lp_pool2d", input, kernel_size, stride, padding, ceil_mode)
+    size = output_size("lp_pool2d", input, norm_type, kernel_size, stride, padding, ceil_mode)
     return empty_images(input, *size)
 
 

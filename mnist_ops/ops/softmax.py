@@ -140,6 +140,15 @@ def softmax_nll(
     check_floating(op, "input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
+    _check_target(op, input, target)
+    check_reduction(op, reduction)
+    check_same_device(op, "target", target, "input", input)
+    if target.dtype is not torch.int64:
+        target = target.long()
+    return _softmax_nll(input, target, check_beta(op, beta, input.dtype), reduction)[0]
+
+
+def _check_target(op: str, input: Tensor, target: Tensor) -> None:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"{op}: target must be integer class indices, got {target.dtype}")
     if input.dim() == 0:
@@ -150,11 +159,8 @@ def softmax_nll(
             f"{op}: target must have the shape {tuple(expected)} for an input of "
             f"{tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    check_reduction(op, reduction)
-    check_same_device(op, "target", target, "input", input)
-    if target.dtype is not torch.int64:
-        target = target.long()
-    return _softmax_nll(input, target, check_beta(op, beta, input.dtype), reduction)[0]
+    if input.shape[min(1, input.dim() - 1)] == 0:
+        raise ValueError(f"{op}: input has no classes, its shape is {tuple(input.shape)}")
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:
@@ -207,6 +213,7 @@ for _name in ("softmax", "log_softmax"):
 @register_fake("softmax_nll")
 def _(input, target, beta, reduction):
     wide = compute_type(input.dtype)
+    _check_target("softmax_nll", input, target)
     loss = input.new_empty(target.shape if reduction == "none" else ())
     largest, log_sum = (input.new_empty(target.shape, dtype=wide) for _ in range(2))
     return loss, largest, log_sum

@@ -110,7 +110,7 @@ def check_activation(op: str, activation: object) -> None:
 
 @register_fake("stage2d")
 def _(input, kernel, activation, norm_type, kernel_size, stride, padding, ceil_mode):
-    size = output_size("stage2d", input, kernel_size, stride, padding, ceil_mode)
+    size = output_size("stage2d", input, norm_type, kernel_size, stride, padding, ceil_mode)
     return empty_images(input, *size)
 
 

@@ -266,10 +266,11 @@ class OnlineSGD:
                     raise UnsupportedError(
                         f"{where} is on {parameter.device}, the engine runs on the CPU and on CUDA"
                     )
-                if parameter.is_cuda and _libraries.CUDA_MISSING:
-                    raise UnsupportedError(
-                        f"{where} is on {parameter.device}: {_libraries.CUDA_MISSING}"
-                    )
+                missing = _libraries.CUDA_MISSING
+                if not parameter.is_cuda:
+                    missing = "the CPU's are not loaded" * (_libraries.CPU_CAPABILITY == "none")
+                if missing:
+                    raise UnsupportedError(f"{where} is on {parameter.device}: {missing}")
                 if parameter.dtype not in (torch.float64, torch.float32):
                     raise UnsupportedError(f"{where} is {parameter.dtype}, not float64 or float32")
                 seen.add(id(parameter))

@@ -133,7 +133,8 @@ def expected_of_alike(base: str, args: Args) -> list[Expected]:
         return [Expected(g * y * (1 - y), terms * max(1.0, references.magnitude(y)), output.dtype)]
     dim, beta = rest
     if base == "softmax":
-        value, size = beta * y * (g - (g * y).sum(dim, keepdim=True)), references.magnitude(y) ** 2
+        value, size = beta * y * (g - (g * y).sum(dim, keepdim=True)), references.magnitude(y)
+        size = min(size, 1e150) ** 2
     else:
         e = y.exp()
         value, size = beta * (g - e * g.sum(dim, keepdim=True)), 1 + references.magnitude(e)
@@ -464,6 +465,9 @@ def derived(
             return references.scale(name, kind, wide, rest, wide_g, wide_v)
 
         expected = [Expected(y, scaled("y"), x.dtype)]
+        narrow = name == "stage2d" and x.dtype != torch.float64
+        if narrow and math.isinf(rest[2]) and how in ("grad", "double", "jvp"):
+            raise Unclear("which activation is the largest: rounding may make them equal")
         if how == "grad":
             values = gradients(promise.function, wide, wide_g, None)
             expected.append(Expected(values[0], scaled("gx"), x.dtype))

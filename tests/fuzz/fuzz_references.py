@@ -280,7 +280,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
             return None
 
     x = soft(lambda: floating(args["input"]))
-    tensors = [t for t in args.values() if isinstance(t, Tensor)]
+    tensors = [t for k, t in args.items() if isinstance(t, Tensor) and k != "ceil_mode"]
     kernel = args.get("kernel")
     own = [t for t in tensors if t is not kernel or raw or t.is_meta]
     if len({t.device.type for t in own}) > 1:

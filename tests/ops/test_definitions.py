@@ -1,0 +1,118 @@
+"""The operators written in PyTorch's own operations: a second opinion on every kernel."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mnist_ops
+from mnist_ops import gaussian1d, gaussian2d
+from mnist_ops.ops.definitions import DEFINITIONS
+
+WINDOWS = [
+    ([2, 2], [2, 2], [0, 0], False),
+    ([3, 2], [1, 2], [1, 1], False),
+    ([3, 3], [2, 2], [1, 0], True),
+    ([2, 3], [3, 2], [0, 1], True),
+]
+THRESHOLDS = [(0.0, 1.0), (1e-4, 1e-4), (0.5, 0.25)]
+CASES = [
+    *(("lp_pool2d", (p, *w)) for p in (0.5, 1.0, 2.0, 3.0, math.inf) for w in WINDOWS),
+    *(("subtractive_norm2d", (k,)) for k in (gaussian1d(3), gaussian2d(5))),
+    *(
+        (name, (k, *t))
+        for name in ("divisive_norm2d", "contrastive_norm2d")
+        for k in (gaussian1d(5), gaussian2d(3))
+        for t in THRESHOLDS
+    ),
+    *(
+        ("stage2d", (gaussian1d(3), activation, 2.0, *windows))
+        for activation in ("tanh", "relu", "sigmoid", "identity")
+        for windows in WINDOWS[:3]
+    ),
+    ("sigmoid", ()),
+    *((name, (d, b)) for name in ("softmax", "log_softmax") for d in (1, 3) for b in (1.0, -2.5)),
+    *(("softmax_nll", (None, 1.5, reduction)) for reduction in ("mean", "sum", "none")),
+]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
+def test_kernels_compute_what_is_defined(name, arguments, zeros):
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    if zeros:
+        x[:, :, :4] = 0
+    if name == "softmax_nll":
+        arguments = (torch.randint(3, (2, 7, 8)), *arguments[1:])
+
+    def both(function):
+        leaf = x.clone().requires_grad_()
+        result = function(leaf, *arguments)
+        result = result[0] if isinstance(result, tuple) else result
+        grad = torch.linspace(-1, 1, result.numel(), dtype=x.dtype).view_as(result)
+        result.backward(grad)
+        return result.detach(), leaf.grad
+
+    expected = both(DEFINITIONS[name])
+    torch.testing.assert_close(
+        both(getattr(torch.ops.mnist_ops, name)), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+def test_devices_without_kernels_have_the_definitions():
+    for name in DEFINITIONS:
+        table = torch._C._dispatch_dump_table(f"mnist_ops::{name}")
+        rows = dict(line.split(": ", 1) for line in table.splitlines() if ": " in line)
+        for device in ("MPS", "XPU", "PrivateUse1"):
+            for key in (device, f"Autograd{device}"):
+                assert "definitions.py" in rows[key], (name, key, rows[key])
+
+
+# Tests that hold the operators against loops, PyTorch and vectors of Torch7, not against bits.
+ELSEWHERE = {
+    "test_lp_pool.py": "(equals_the_loops and not bfloat16) or vectors",
+    "test_local_norm.py": "(equals_the_loops and not bfloat16) or vectors",
+    "test_stage.py": "equals_the_loops and float32",
+    "test_softmax.py": "sigmoid_equals or nll_gradients",  # others look at layouts
+}
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
+def test_the_operators_without_their_kernels(file):
+    """The operators' own tests, with the definitions on the CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name(file)), "-k", f"({ELSEWHERE[file]}) and not cuda"],
+        env={**os.environ, "MNIST_OPS_CPU_CAPABILITY": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout
+
+
+def test_whoever_has_no_kernels_is_told_once():
+    code = """
+import torch, mnist_ops
+model = mnist_ops.nn.Stage2d(mnist_ops.gaussian1d(3))
+x = torch.randn(1, 2, 8, 8, requires_grad=True)
+for _ in range(2):
+    model(x).sum().backward()
+hessian = torch.func.hessian(lambda x: mnist_ops.lp_pool2d(x, 3, 2).sum())
+print(tuple(hessian(x.detach()[0, :, :2, :2]).shape), mnist_ops.build_info()["cpu_capability"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MNIST_OPS_CPU_CAPABILITY": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split("\n")[0] == "(2, 2, 2, 2, 2, 2) none", result.stderr
+    assert result.stderr.count("mnist_ops: there are no kernels for cpu") == 1
+    assert mnist_ops.build_info()["cpu_capability"] != "none"
