@@ -36,10 +36,14 @@ def lp_pool2d(
     x: Tensor, p: float, kernel: Any, stride: Any, padding: Any, ceil_mode: bool
 ) -> Tensor:
     """Gather every window, then take norms."""
+    counts = [
+        window_count(x.shape[d - 2], kernel[d], stride[d], padding[d], ceil_mode) for d in range(2)
+    ]
+    if x.numel() == 0 or 0 in counts:
+        return x.new_zeros((*x.shape[:-2], *counts)) + 0 * x.sum()
     grids = []
-    for d in range(2):
+    for d, count in enumerate(counts):
         size = x.shape[d - 2]
-        count = window_count(size, kernel[d], stride[d], padding[d], ceil_mode)
         first = torch.arange(count) * stride[d] - padding[d]
         last = (first + kernel[d]).clamp(max=size)
         first = first.clamp(min=0)
@@ -47,9 +51,6 @@ def lp_pool2d(
         index = first[:, None] + torch.arange(longest)
         grids.append((index.clamp(0, max(size - 1, 0)), index < last[:, None]))
     (rows, row_fits), (columns, column_fits) = grids
-    shape = (*x.shape[:-2], len(rows), len(columns))
-    if x.numel() == 0 or rows.numel() == 0 or columns.numel() == 0:
-        return x.new_zeros(shape) + 0 * x.sum()
     fits = row_fits[:, None, :, None] & column_fits[None, :, None, :]
     windows = torch.where(fits, x[..., rows[:, None, :, None], columns[None, :, None, :]], 0.0)
     windows = windows.flatten(-2)
@@ -267,6 +268,11 @@ class Promise:
     reference_args: tuple[Any, ...]  # as the functions above take them, after x
 
 
+def too_large(tensor: Tensor) -> bool:
+    """Whether the references would take too long, of empty images of a billion rows, too."""
+    return max(tensor.numel(), *tensor.shape, 0) > 10**6
+
+
 def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
     """What ``name`` promises for ``args``; raises Refused or Unclear."""
     problem: Unclear | None = None  # what is refused is looked for first
@@ -304,7 +310,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
     if problem:
         raise problem
     assert rest is not None and x is not None
-    if max(t.numel() for t in tensors) > 10**6:
+    if any(map(too_large, tensors)):
         raise Unclear("more than there is memory for")
     largest = 1e308 if x.dtype == torch.float64 else 3e38
     beta = 1.0 if x.is_meta else abs(args.get("beta", 1.0))
