@@ -3,10 +3,11 @@
 A run is a record of ``results.json``; the claims are ``claims.json``
 (:data:`mnist_ops.lab.reports.CLAIMS`). Everything here is a pure function of both. ::
 
-    >>> from mnist_ops.lab import records, reports, statistics
-    >>> runs = statistics.usable(records.read_results(path)["runs"])
-    >>> for verdict in statistics.verdicts(reports.CLAIMS.values(), runs):
-    ...     print(verdict.claim.quote, verdict.outcome, verdict.sentence)
+    from mnist_ops.lab import records, reports, statistics
+
+    runs = statistics.usable(records.read_results("results.json")["runs"])
+    for verdict in statistics.verdicts(reports.CLAIMS.values(), runs):
+        print(verdict.claim.quote, verdict.outcome, verdict.sentence)
 
 **Two kinds of evidence.** What a report says of its own run ("never exceeded 99.56 %", the same
 numbers) is decided exactly, by seed 1, whose weights and shuffles are those of the original; how

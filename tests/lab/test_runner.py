@@ -64,7 +64,7 @@ def test_tasks():
     assert len(set(folders)) == 8
     assert folders[1] == Path("out/runs/original/float32-seed1-weight0")
     assert tasks[0].digits == 40
-    assert runner.tasks(QUICK, dtype="float64")[0].digits == 31 * 60_000
+    assert runner.tasks(QUICK, dtype="float64")[0].digits == 47 * 60_000
     assert runner.tasks(QUICK, dtype="float64")[0].experiment.dtype == "float64"
 
 
