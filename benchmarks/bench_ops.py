@@ -175,7 +175,7 @@ def candidates(case: Case, compile: bool) -> dict[str, Function]:
     """Everything that is timed but the copy: ``"eager: way"``, ``"compile: way"``."""
     found = {"mnist_ops": case.ours} | {f"eager: {k}": f for k, f in case.eager.items()}
     if compile:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for name, function in case.compiled.items():
             compiled = torch.compile(function, fullgraph=True, dynamic=False)
             found[f"compile: {name}"] = compiled

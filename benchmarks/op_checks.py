@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import mnist_ops
+from mnist_ops import _torch_private
 from mnist_ops.lab import command_line
 
 SKIPPED = 77
@@ -224,7 +225,9 @@ def streams(check: Check, device: torch.device, quick: bool) -> str:
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(2_000_000)  # a millisecond or so: work launched elsewhere sees zeros
+        _torch_private.sleep_on_gpu(
+            2_000_000
+        )  # a millisecond or so: work launched elsewhere sees zeros
         late.copy_(x)
         found = check.run(late)
     torch.cuda.synchronize()

@@ -90,7 +90,7 @@ class SubtractiveNorm2d(torch.nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._non_persistent_buffers_set.discard("kernel")  # of pickles of version 1
+        self.register_buffer("kernel", self.kernel)  # of pickles of version 1
 
     def _checked(self, kernel: Tensor) -> Tensor:
         """Refuse what is no kernel; return a float64 copy, on the CPU where it has values."""
@@ -106,7 +106,7 @@ class SubtractiveNorm2d(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Restore the kernel's values, as PyTorch's wrappers ask of a module after ``to_empty``."""
         if self._has_values:
-            self._buffers["kernel"] = self._exact.to(self.kernel.device, copy=True)
+            self.register_buffer("kernel", self._exact.to(self.kernel.device, copy=True))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.kernel
@@ -117,7 +117,7 @@ class SubtractiveNorm2d(torch.nn.Module):
         # .half() and .float() round the weights, which are normalised in float64; to_empty loses
         # them.
         if self._has_values and after is not before and not after.is_meta:
-            self._buffers["kernel"] = self._exact.to(after.device, copy=True)
+            self.register_buffer("kernel", self._exact.to(after.device, copy=True))
         return result
 
     def _load_from_state_dict(
@@ -168,7 +168,7 @@ class SubtractiveNorm2d(torch.nn.Module):
                 f"{_brief(exact)}"
             )
         if mine.is_meta and assign:
-            self._buffers["kernel"] = self._exact.to(saved.device, copy=True)
+            self.register_buffer("kernel", self._exact.to(saved.device, copy=True))
 
     def _kernel(self) -> Tensor:
         if not self._has_values and not self.kernel.is_meta:

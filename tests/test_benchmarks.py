@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnist_ops import _torch_private
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 NAMES = (
@@ -370,11 +372,7 @@ def test_checks_run_every_operator(modules):
     """The list of operators of the device checks lacks none of the library's."""
     cpu = torch.device("cpu")
     names = {name.split()[0] for name in modules["op_checks"].operators(cpu)}
-    schemas = {
-        schema.name.removeprefix("mnist_ops::")
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("mnist_ops::")
-    }
+    schemas = _torch_private.operators("mnist_ops")
     derived = ("backward", "jvp", "sgd")
     assert names == {s for s in schemas if not any(part in s for part in derived)}
     for check in modules["op_checks"].checks(cpu, "quick"):

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .. import _torch_private as private
 from .._libraries import CPU_CAPABILITY, CUDA_MISSING
 
 # Python's registrations for the operators whose schemas are in csrc/library.cpp.
@@ -90,7 +89,7 @@ def _check_tensors(name: str) -> Callable[[Sequence[Any]], list[tuple[str, Tenso
 
     The dispatcher takes None for one. The arguments that are tensors come back with their names.
     """
-    arguments = getattr(torch.ops.mnist_ops, name).default._schema.arguments
+    arguments = private.arguments(getattr(torch.ops.mnist_ops, name).default)
     places = [(i, a.name) for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
 
     def check(values: Sequence[Any]) -> list[tuple[str, Tensor]]:
@@ -109,7 +108,7 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
     A call with tensors on the CPU and on the meta device comes here, too, and would be given memory
     without values.
     """
-    names = [a.name for a in getattr(torch.ops.mnist_ops, name).default._schema.arguments]
+    names = [a.name for a in private.arguments(getattr(torch.ops.mnist_ops, name).default)]
     check = _check_tensors(name)
 
     def register(fake: Callable[..., Any]) -> None:
@@ -184,12 +183,6 @@ HAS_KERNELS = {"cpu": CPU_CAPABILITY != "none", "cuda": not CUDA_MISSING}
 _eager_functions: dict[str, Any] = {}
 
 
-def within_dual_level() -> bool:
-    """Whether tensors can have tangents now: within ``forward_ad.dual_level`` or ``func.jvp``."""
-    # Private, but there is no other way to know; without it every tensor may have one.
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
 def direct(name: str) -> Callable[..., Any]:
     """Return ``torch.ops.mnist_ops.<name>``, on a shorter way where there is one.
 
@@ -199,10 +192,9 @@ def direct(name: str) -> Callable[..., Any]:
     once. It takes half or less of the time of a small call.
     """
     op = getattr(torch.ops.mnist_ops, name).default
-    dispatch = op._op  # what OpOverload.__call__ calls
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    dispatch, below_autograd = private.entry(op), private.below_autograd
     is_grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
-    autocast, transforms = torch._C._is_any_autocast_enabled, peek_interpreter_stack
+    autocast, transforms = private.autocast, private.transforms
     parameter = torch.nn.Parameter
 
     def recorded(input: Tensor, *args: Any) -> Any:
@@ -217,7 +209,7 @@ def direct(name: str) -> Callable[..., Any]:
             or is_compiling()
             or autocast()
             or transforms() is not None
-            or within_dual_level()
+            or private.within_dual_level()
         ):
             return op(input, *args)
         if is_grad_enabled():
@@ -249,8 +241,7 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
     and Hessians work.
     """
     op = getattr(torch.ops.mnist_ops, name).default
-    dispatch = op._op
-    below_autograd = torch._C._AutoDispatchBelowAutograd
+    dispatch, below_autograd = private.entry(op), private.below_autograd
 
     def eager(ctx: Any, *args: Any) -> Any:
         with below_autograd():
@@ -262,7 +253,7 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
     def forward(ctx: Any, *args: Any) -> Any:
         # autograd.Function turns both modes off in here; an outer level of torch.func, which this
         # call may be passed on to, has to record them.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        with torch.enable_grad(), private.set_forward_mode(True):
             output = eager(ctx, *args)
         ctx.set_materialize_grads(False)  # a tangent that is not there is None, not zeros
         ctx.save_for_forward(*(getattr(ctx, "to_save", None) or ()))
@@ -275,7 +266,7 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
 
     def tangents_of(ctx: Any, *tangents: Tensor | None) -> Any:
         # Again for outer levels. The tensors of this level have tangents, which are here.
-        with forward_ad._set_fwd_grad_enabled(True):
+        with private.set_forward_mode(True):
             primal = SimpleNamespace(
                 saved_tensors=tuple(
                     forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors
@@ -286,8 +277,7 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
 
     def function(suffix: str, **methods: Any) -> Any:
         methods = {key: staticmethod(method) for key, method in methods.items()}
-        base = torch.autograd.function._SingleLevelFunction
-        return type(f"{name}_{suffix}", (base,), methods)
+        return type(f"{name}_{suffix}", (private.SingleLevelFunction,), methods)
 
     _eager_functions[name] = function("eager_autograd", forward=eager, backward=backward)
     within_dispatch = function("autograd", forward=forward, backward=gradients, jvp=tangents_of)
@@ -297,7 +287,7 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
     def kernel(keyset: Any, *args: Any) -> Any:
         # Called in any case: it sees for itself who requires grad and who has a tangent.
         check(args)
-        with enable_single_level_autograd_function():
+        with private.single_level():
             return within_dispatch.apply(*args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)

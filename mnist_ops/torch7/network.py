@@ -269,7 +269,7 @@ def _sequential(layer: _Layer) -> nn.Module:
 
 
 def _set(
-    module: nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm, **values: Tensor | None
+    module: nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d, **values: Tensor | None
 ) -> nn.Module:
     """Copy into parameters and buffers."""
     with torch.no_grad():
@@ -325,7 +325,7 @@ def _linear(layer: _Layer) -> nn.Module:
     return _set(module, weight=weight, bias=bias)
 
 
-def _batch_normalization(layer: _Layer, kind: type[nn.modules.batchnorm._BatchNorm]) -> nn.Module:
+def _batch_normalization(layer: _Layer, kind: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> nn.Module:
     mean = layer.tensor("running_mean")
     features, eps = mean.numel(), layer.number("eps", 1e-5)
     if mean.dim() != 1:
@@ -597,7 +597,7 @@ def _statistics(module: nn.Module) -> list[Tensor]:
     return [
         each.running_mean
         for each in module.modules()
-        if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.running_mean is not None
+        if isinstance(each, (nn.BatchNorm1d, nn.BatchNorm2d)) and each.running_mean is not None
     ]
 
 

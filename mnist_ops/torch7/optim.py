@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_private import foreach
 from ..ops._common import check_integer, check_number
 
 __all__ = ["ASGD", "CG", "LBFGS", "SGD"]
@@ -134,10 +135,10 @@ class SGD(_Torch7Optimizer):
             # the arithmetic.
             update: Any = [p.grad for p in params]
             if group["weight_decay"]:
-                update = torch._foreach_add(update, params, alpha=group["weight_decay"])
+                update = foreach("add")(update, params, alpha=group["weight_decay"])
             if group["momentum"]:
                 update = self._momentum(group, params, update)
-            torch._foreach_add_(params, update, alpha=-rate)
+            foreach("add_")(params, update, alpha=-rate)
         return loss
 
     def _momentum(
@@ -154,10 +155,10 @@ class SGD(_Torch7Optimizer):
                 state["velocity"] = gradient.clone()
             velocities.append(state["velocity"])
         if old_velocities:
-            torch._foreach_mul_(old_velocities, group["momentum"])
-            torch._foreach_add_(old_velocities, old_gradients, alpha=1.0 - group["dampening"])
+            foreach("mul_")(old_velocities, group["momentum"])
+            foreach("add_")(old_velocities, old_gradients, alpha=1.0 - group["dampening"])
         if group["nesterov"]:
-            return list(torch._foreach_add(gradients, velocities, alpha=group["momentum"]))
+            return list(foreach("add")(gradients, velocities, alpha=group["momentum"]))
         return velocities
 
 
@@ -243,17 +244,17 @@ class ASGD(_Torch7Optimizer):
                 continue
             gradients: Any = [p.grad for p in params]
             if group["weight_decay"]:
-                gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
-            torch._foreach_mul_(params, 1.0 - group["lambd"] * rate)
-            torch._foreach_add_(params, gradients, alpha=-rate)
+                gradients = foreach("add")(gradients, params, alpha=group["weight_decay"])
+            foreach("mul_")(params, 1.0 - group["lambd"] * rate)
+            foreach("add_")(params, gradients, alpha=-rate)
             for param in params:
                 if "average" not in self.state[param]:
                     self.state[param]["average"] = param.clone()
             averages = [self.state[param]["average"] for param in params]
             if share == 1.0:
-                torch._foreach_copy_(averages, params)
+                foreach("copy_")(averages, params)
             else:
-                torch._foreach_add_(averages, torch._foreach_sub(params, averages), alpha=share)
+                foreach("add_")(averages, foreach("sub")(params, averages), alpha=share)
         return loss
 
     @contextmanager

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _libraries, torch7
+from .. import _torch_private as private
 from .. import nn as ops_nn
 from ..ops._common import check_integer, check_number, pair
 from ..ops.lp_pool import check_windows
@@ -174,7 +175,7 @@ class OnlineSGD:
         self.velocities: list[Tensor] = []
         # The operator that runs several models, and this one as one of them; None: the CPU's.
         self._operator: Any = None
-        self._placed: dict[str, tuple[Any, int, Tensor]] = {}
+        self._placed: dict[str, tuple[Any, object, Tensor]] = {}
         self._read_model()
         self._device = self._parameters[0].device
         dtype = str(self._parameters[0].dtype).removeprefix("torch.")
@@ -401,10 +402,11 @@ class OnlineSGD:
         if tensor.device == self._device:
             return tensor
         known = self._placed.get(name)
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+        version = private.version(tensor)
+        if known is not None and known[0]() is tensor and known[1] == version:
             return known[2]
         moved = tensor.to(self._device)
-        self._placed[name] = (weakref.ref(tensor), tensor._version, moved)
+        self._placed[name] = (weakref.ref(tensor), version, moved)
         return moved
 
     def _run(
@@ -636,7 +638,7 @@ class SharedLaunches:
         self._condition = threading.Condition()
         self._stopped = False
         # What the engines have moved to the device, once for all of them.
-        self._placed: dict[str, tuple[Any, int, Tensor]] = {}
+        self._placed: dict[str, tuple[Any, object, Tensor]] = {}
 
     def leave(self) -> None:
         """One member will call no more."""
@@ -817,13 +819,13 @@ _CRITERIA: dict[Callable[..., Tensor], str] = {
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The layers in the order of forward, with their names in the model."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    if any(hooks) or module._backward_pre_hooks:
+    if private.has_hooks(module):
         raise UnsupportedError(f"layer {name or type(module).__name__!r} has hooks")
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        for child_name, child in module._modules.items():
-            assert child is not None
-            yield from _layers(child, f"{name}.{child_name}" if name else child_name)
+        # named_children would leave out a layer that comes a second time.
+        for child_name, child in module.named_modules(remove_duplicate=False):
+            if child is not module and "." not in child_name:
+                yield from _layers(child, f"{name}.{child_name}" if name else child_name)
     elif type(module) is ops_nn.Stage2d:
         yield from _layers(module.unfused(), name)
     elif not isinstance(module, nn.Identity):

@@ -12,6 +12,8 @@ import torch
 from fuzz_references import FLOATING
 from torch import Tensor
 
+from mnist_ops import _torch_private
+
 Args = dict[str, Any]
 ALIKE = ("sigmoid", "softmax", "log_softmax")  # of any shape, and each has a layout of its own
 IMAGES = ("lp_pool2d", "subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d", "stage2d")
@@ -168,7 +170,7 @@ class Draw:
             view.copy_(self.values(kind, math.prod(shape), dtype).reshape(shape))
         self.memory.append((memory, memory.clone()))
         if layout == "negated" and dtype in (torch.float64, torch.float32):
-            view = torch._neg_view(view)
+            view = _torch_private.negated(view)
         return view
 
     def changed(self) -> bool:

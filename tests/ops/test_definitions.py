@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mnist_ops
-from mnist_ops import gaussian1d, gaussian2d
+from mnist_ops import _torch_private, gaussian1d, gaussian2d
 from mnist_ops.ops.definitions import DEFINITIONS
 
 WINDOWS = [
@@ -67,8 +67,7 @@ def test_kernels_compute_what_is_defined(name, arguments, zeros):
 
 def test_devices_without_kernels_have_the_definitions():
     for name in DEFINITIONS:
-        table = torch._C._dispatch_dump_table(f"mnist_ops::{name}")
-        rows = dict(line.split(": ", 1) for line in table.splitlines() if ": " in line)
+        rows = _torch_private.dispatch_table(f"mnist_ops::{name}")
         for device in ("MPS", "XPU", "PrivateUse1"):
             for key in (device, f"Autograd{device}"):
                 assert "definitions.py" in rows[key], (name, key, rows[key])

@@ -434,7 +434,7 @@ def test_integers_have_no_tangents(device):
 @every_operator
 def test_compiled(device, operator):
     """In Dynamo's graphs no Python variable tells that there are tangents."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64, device=device)
     ours, _ = both(operator, x)
 

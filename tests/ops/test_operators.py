@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mnist_ops
-from mnist_ops import gaussian1d, gaussian2d
+from mnist_ops import _torch_private, gaussian1d, gaussian2d
 
 KERNEL = gaussian1d(3)
 
@@ -136,11 +136,7 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
 
 def test_every_schema_is_checked():
     """No operator of the library is missing from the list that opcheck runs over."""
-    schemas = {
-        schema.name.removeprefix("mnist_ops::")
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("mnist_ops::")
-    }
+    schemas = _torch_private.operators("mnist_ops")
     checked = {name for name, _ in registered_calls("cpu", torch.float32)}
     assert {s for s in schemas if "sgd" not in s} == checked
     for schema in schemas:
@@ -179,8 +175,6 @@ def test_opcheck(device, layout, grad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fake_kernels_say_what_the_kernels_do(device, dtype):
     """Shape, strides, dtype, for layouts in which nothing is where one would think."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     for name, arguments in registered_calls(device, dtype):
         for change in (
             lambda t: t,
@@ -190,7 +184,7 @@ def test_fake_kernels_say_what_the_kernels_do(device, dtype):
         ):
             real = [change(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments]
             operator = getattr(torch.ops.mnist_ops, name)
-            with FakeTensorMode() as mode:
+            with _torch_private.fake_mode() as mode:
                 fake = operator(
                     *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in real)
                 )
@@ -209,7 +203,7 @@ def test_fake_kernels_say_what_the_kernels_do(device, dtype):
 @pytest.fixture(autouse=True)
 def _forget_compiled() -> None:
     # The operators share one test function, whose recompilations Dynamo counts.
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @every_operator
@@ -441,7 +435,7 @@ def test_current_stream_is_used(device):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
+        _torch_private.sleep_on_gpu(10_000_000)
         late = x * 1
         y = mnist_ops.contrastive_norm2d(mnist_ops.sigmoid(late), KERNEL.to(device))
     torch.cuda.current_stream().wait_stream(stream)
