@@ -39,6 +39,7 @@ try:
         reports,
         runner,
         statistics,
+        storage,
         tables,
     )
     from mnist_ops.mnist import data
@@ -224,7 +225,7 @@ def work_through(args: argparse.Namespace) -> int:
     }
     deadline = None if args.minutes is None else time.time() + 60.0 * args.minutes
     # What is committed need not be made again.
-    changed = runner.merge(args.out, args.results)
+    changed = storage.merge(args.out, args.results)
     pace = plan.pace(plan.tasks(steps, **options), args.out)
     failures = []
     if not (args.dry_run or args.no_run):
@@ -241,7 +242,7 @@ def work_through(args: argparse.Namespace) -> int:
                 any_device=True,
             )
         finally:
-            changed += runner.merge(args.out, args.results)
+            changed += storage.merge(args.out, args.results)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if changed or args.no_run:

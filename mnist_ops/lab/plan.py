@@ -8,7 +8,7 @@ A plan is data, in ``plan.json``: steps of experiments, seeds and epochs. ``exam
     >>> tasks = plan.tasks(steps)
 
 Each run is in one step only. How far all of them are, on this machine, is in the folder of their
-results and in the committed ones, see :func:`mnist_ops.lab.runner.merge`.
+results and in the committed ones, see :func:`mnist_ops.lab.storage.merge`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from . import experiments, records, runner
+from . import experiments, records, runner, storage
 
 __all__ = ["NAMES", "Step", "left", "pace", "read", "tasks"]
 
@@ -132,7 +132,7 @@ def pace(todo: Sequence[runner.Task], out: str | Path) -> float:
     """
     ratios = []
     for task in todo:
-        measured = runner.seconds_per_epoch(task.folder(Path(out)))
+        measured = storage.seconds_per_epoch(task.folder(Path(out)))
         if measured is not None and task.seconds:
             ratios.append(measured / task.seconds)
     return statistics.median(ratios) if ratios else 1.0
@@ -146,14 +146,14 @@ def left(steps: Sequence[Step], out: str | Path, **options: Any) -> list[tuple[S
         out: the folder of all results.
         options: for :func:`tasks`.
     """
-    runs = runner.collect(out)["runs"]
+    runs = storage.collect(out)["runs"]
     known = {records.folder(Path(), run): len(run["epochs"]) for run in runs}
     epochs, seconds = dict.fromkeys(steps, 0), dict.fromkeys(steps, 0.0)
     for step, task in _by_step(steps, **options):
         if known.get(task.folder(Path()), 0) >= task.epochs:
             continue
         # A record without a checkpoint is nothing to go on from.
-        e, done = task.experiment, runner.epochs_done(task.folder(Path(out)))
+        e, done = task.experiment, storage.epochs_done(task.folder(Path(out)))
         if e.continues and e.switch is not None:
             done = max(done, e.switch - 1)
         missing = max(0, task.epochs - done)

@@ -1,12 +1,9 @@
 """Run many experiments: side by side, safe to kill, every result in plain files.
 
 Each run (:class:`Task`) has a folder of its own under ``OUT/runs`` with a checkpoint, a log and
-``run.json``; :func:`collect` puts all of them together in ``OUT/results.json``. Whatever is killed
-whenever: :func:`run_all` with ``resume=True`` continues every run after its last complete epoch and
-ends with the same ``results.json``.
-
-A folder that kept only ``results.json`` (one under version control, say) is as good as one
-with all its runs, but for their checkpoints: :func:`run_all` writes their ``run.json`` again.
+``run.json``; :mod:`mnist_ops.lab.storage` puts all of them together in ``OUT/results.json``.
+Whatever is killed whenever: :func:`run_all` with ``resume=True`` continues every run after its last
+complete epoch and ends with the same ``results.json``.
 
 What is there is taken for what is asked for only where all that defines a run is the same: the
 experiment with its settings, seed, dtype, limit, perturbed weight, kind of device, and the data,
@@ -26,11 +23,9 @@ Workers on this machine end with the process that hands out the work, however th
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +36,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +44,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, training
+from .. import training
 from ..mnist import data
 from ..training import online
-from . import command_line, experiments, records
+from ..training.loop import progress_bar
+from . import command_line, experiments, records, storage
 from .experiments import Experiment
 from .records import RunError
 
 __all__ = [
     "RunError",
     "Task",
-    "collect",
-    "environment",
-    "epochs_done",
-    "merge",
+    "commit_of",
     "processor",
     "run_all",
-    "seconds_per_epoch",
     "tasks",
 ]
 
 _WORST_MISTAKES = 24
-# How often a worker says how far it is and the bars are drawn.
+# How often the bars are drawn, and a worker looks whether it is still wanted.
 _SECONDS = 0.5
 
 
@@ -155,28 +148,20 @@ def tasks(
     return made
 
 
-def environment(repository: Path | None = None) -> dict[str, Any]:
-    """What a result depends on: versions, the processor and, in a git checkout, the commit."""
-    commit = None
-    if repository is not None:
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            git = ["git", "-C", str(repository)]
-            options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": True}
-            commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-            changed = subprocess.run(
-                # What runs leave is no part of what they were made with.
-                [*git, "status", "--porcelain", "-uno", "--", ":!benchmarks/results"],
-                **options,
-            )
-            if changed.stdout.strip():
-                commit += " with changes"
-    return {
-        "commit": commit,
-        "mnist_ops": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": _machine("cpu"),
-    }
+def commit_of(repository: Path | None) -> str | None:
+    """The commit of a git checkout, and whether it has been changed; None where there is none."""
+    if repository is None:
+        return None
+    git = ["git", "-C", str(repository)]
+    options: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "check": True}
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        # What runs leave is no part of what they were made with.
+        others = ["status", "--porcelain", "-uno", "--", ":!benchmarks/results"]
+        changed = subprocess.run([*git, *others], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit} with changes" if changed else commit
 
 
 def processor() -> str:
@@ -186,15 +171,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    training.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _number(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity: the loss of a run that diverged becomes null."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _machine(device: str) -> str:
@@ -229,28 +205,6 @@ def _describe(task: Task, identity: str, commit: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _epochs(history: Sequence[Mapping[str, Any]], details: bool) -> list[dict[str, Any]]:
-    """The epochs of a record; with details the training's confusion matrices, too."""
-
-    def train_confusion(result: Mapping[str, Any]) -> bool:
-        return details and bool(result.get("train_confusion"))
-
-    return [
-        {
-            "epoch": result["epoch"],
-            "train_accuracy": result["train_accuracy"],
-            "test_accuracy": result["test_accuracy"],
-            "train_loss": _number(result["train_loss"]),
-            "test_loss": _number(result["test_loss"]),
-            "learning_rate": _number(result["learning_rate"]),
-            "curve": [round(value, 4) for value in result["curve"]],
-            "confusion": result["confusion"],
-            **({"train_confusion": result["train_confusion"]} if train_confusion(result) else {}),
-        }
-        for result in history
-    ]
 
 
 def _digits(task: Task) -> data.Splits:
@@ -288,72 +242,6 @@ def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
     }
 
 
-class _Progress:
-    """Says in a small file how far a run is, for the process that draws the bars."""
-
-    def __init__(self, path: Path, task: Task, epochs_done: int) -> None:
-        self.path = path
-        self.name = task.name
-        self.per_epoch = task.digits_per_epoch
-        self.digits = epochs_done * self.per_epoch
-        self.lines: list[str] = []
-        self.write()
-
-    def write(self) -> None:
-        state = json.dumps({"digits": self.digits, "lines": self.lines}).encode()
-        with contextlib.suppress(OSError):  # a full disk stops the run where it loses something
-            training.write_atomically(self.path, lambda file: file.write(state), sync=False)
-        self.written = time.monotonic()
-
-    def on_progress(self, digits: int) -> None:
-        self.digits += digits
-        if time.monotonic() - self.written > _SECONDS:
-            self.write()
-
-    def on_epoch(self, result: training.EpochResult) -> None:
-        self.digits = result.epoch * self.per_epoch
-        self.lines.append(f"{self.name}: {result}")
-        self.write()
-
-
-_PROGRESS: dict[str, Any] = {"digits": records.COUNT, "lines": [records.TEXT]}
-
-
-def _progress_path(task: Task, out: Path) -> Path:
-    return task.folder(out) / "progress.json"
-
-
-def epochs_done(folder: Path) -> int:
-    """Complete epochs, from the log that the training loop keeps."""
-    try:
-        return max(0, (folder / training.LOG).read_bytes().count(b"\n") - 1)
-    except OSError:
-        return 0
-
-
-def _known(out: Path) -> dict[Path, dict[str, Any]]:
-    """The record of every run in a folder: its ``run.json``, or else what ``results.json`` says.
-
-    Raises:
-        RunError: if one is damaged, or leads out of the folder.
-    """
-    known = {}
-    if (out / "results.json").exists():
-        for run in records.read_results(out / "results.json")["runs"]:
-            known[records.folder(out, run)] = run
-    for path in sorted(out.glob("runs/*/*/run.json")):
-        known[path.parent] = records.read_run(path)
-    for folder in known:
-        _check_inside(folder, out)
-    return known
-
-
-def _check_inside(folder: Path, out: Path) -> None:
-    """Refuse a folder that a link leads out of ``out``."""
-    if not folder.resolve().is_relative_to(out):
-        raise RunError(f"{folder} is a link that leads out of {out}, to {folder.resolve()}")
-
-
 def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:
     return record is not None and len(record["epochs"]) >= task.epochs
 
@@ -374,20 +262,12 @@ def _check_same(
         with warnings.catch_warnings(), contextlib.suppress(training.CheckpointError):
             warnings.simplefilter("ignore")
             saved = training.load_latest(folder)[1]["settings"]
-            found = _difference_of_settings(saved, definition)
+            found = storage.difference_of_settings(saved, definition)
     if found is not None:
         raise RunError(
             f"{task.name}: what {folder} holds was made with {found}: "
             "ask for the same again, or choose another folder"
         )
-
-
-def _difference_of_settings(saved: Mapping[str, Any], definition: Mapping[str, Any]) -> str | None:
-    """The same for a checkpoint, which knows no device and of the data no more than their mean."""
-    keys = ("seed", "limit", "perturbed_weight")
-    rest = {name: saved.get(name) for name in definition["settings"]}
-    then = {**definition, **{key: saved.get(key) for key in keys}, "settings": rest}
-    return records.difference(then, definition)
 
 
 def _start_worker(parent: int) -> None:
@@ -475,23 +355,21 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
             _check_same(task, identity, out, known, work.any_device)
             if _is_complete(task, known):
                 return
-            work.check_time(seconds_per_epoch(folder) or task.seconds)
+            work.check_time(storage.seconds_per_epoch(folder) or task.seconds)
             resume = work.resume and _has_checkpoint(folder)
             if known is not None and not records.same_device(known, {"device": task.device}):
                 resume = False
-            progress = _Progress(_progress_path(task, out), task, epochs_done(folder) * resume)
             record = _describe(task, identity, work.commit)
             # What is there stays until there is more: a run that begins anew may fail at once.
             written = known is None and not resume
             if written:
-                _write_json(path, record | {"epochs": []})
+                storage.write_json(path, record | {"epochs": []})
 
             def on_epoch(result: training.EpochResult) -> None:
                 nonlocal written
-                progress.on_epoch(result)
                 if not written:
                     before = known["epochs"] if resume and known is not None else []
-                    _write_json(path, record | {"epochs": before})
+                    storage.write_json(path, record | {"epochs": before})
                     written = True
                 _keep_checkpoint(task, folder, result.epoch)
                 if result.epoch < task.epochs:
@@ -511,16 +389,14 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
                 verbose=False,
                 progress=False,
                 shared=shared,
-                on_progress=progress.on_progress,
                 on_epoch=on_epoch,
             )
-            record["epochs"] = _epochs(
-                [asdict(result) for result in history], task.experiment.details
-            )
+            epochs = [asdict(result) for result in history]
+            record["epochs"] = storage.epoch_records(epochs, task.experiment.details)
             if task.experiment.details:
                 record |= _details(task, model)
             training.save_checkpoint(folder / "model.pt", model.state_dict())
-            _write_json(path, record)
+            storage.write_json(path, record)
     except _OutOfTimeError:
         pass
     except Exception as error:  # one run that fails must not take the others with it
@@ -528,15 +404,6 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
     finally:
         if shared is not None:
             shared.leave()
-
-
-def seconds_per_epoch(folder: Path) -> float | None:
-    """What the last epoch of a run took, from its log."""
-    try:
-        last = (folder / training.LOG).read_text(errors="replace").splitlines()[-1]
-        return float(last.rsplit(",", 1)[1])
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def _kept(folder: Path, epoch: int) -> Path:
@@ -547,8 +414,9 @@ def _kept(folder: Path, epoch: int) -> Path:
 def _keep_checkpoint(task: Task, folder: Path, epoch: int) -> None:
     name = task.experiment.name
     if any(e.continues == name and e.switch == epoch + 1 for e in experiments.EVERY.values()):
-        shutil.copyfile(folder / training.CHECKPOINT, part := folder / f".{os.getpid()}.part")
-        os.replace(part, _kept(folder, epoch))
+        with open(folder / training.CHECKPOINT, "rb") as source:
+            copy = partial(shutil.copyfileobj, source)
+            training.write_atomically(_kept(folder, epoch), copy)
 
 
 def _checkpoint_to_begin_with(task: Task, out: Path) -> Path | None:
@@ -586,44 +454,16 @@ def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
     return [group for found in groups.values() for group in found]
 
 
-@dataclass
-class _Row:
-    """What the display knows of one run."""
-
-    task: Task
-    path: Path
-    digits: int
-    lines: int = 0
-    bar: Any = None
-    place: int = 0
-
-
 class _Display:
-    """A bar for all runs, one for each that is running, and a line for each epoch."""
+    """A bar over runs, one over epochs, and a line for each new epoch, all from the runs' logs."""
 
-    def __init__(self, todo: Sequence[Task], out: Path, show: bool, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self.tqdm, self.quiet = tqdm, quiet
-        self.options: dict[str, Any] = {
-            "unit": " digits",
-            "unit_scale": True,
-            "dynamic_ncols": True,
-            "leave": False,
-            "disable": not show,
-            "file": sys.stderr,
-        }
-        self.rows = []
-        for task in todo:
-            done = min(task.epochs, epochs_done(task.folder(out))) * task.digits_per_epoch
-            self.rows.append(_Row(task, _progress_path(task, out), done))
-        self.total = tqdm(
-            total=sum(task.digits for task in todo),
-            initial=sum(row.digits for row in self.rows),
-            desc=f"{len(todo)} runs",
-            position=0,
-            **self.options,
-        )
+    def __init__(self, todo: Sequence[Task], out: Path, progress: bool | None, quiet: bool) -> None:
+        self.todo = [(task, task.folder(out)) for task in todo]
+        self.quiet = quiet
+        self.seen = [storage.epochs_done(folder) for _, folder in self.todo]
+        self.runs = progress_bar("runs", len(todo), " runs", progress)
+        total, done = sum(task.epochs for task in todo), sum(self.seen)
+        self.epochs = progress_bar("epochs", total, " epochs", progress, done)
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -635,47 +475,29 @@ class _Display:
         self.stopping.set()
         self.thread.join()
         self._look()
-        for row in self.rows:
-            if row.bar is not None:
-                row.bar.close()
-        self.total.close()
+        self.epochs.close()
+        self.runs.close()
 
     def _watch(self) -> None:
         while not self.stopping.wait(_SECONDS):
             self._look()
 
     def _look(self) -> None:
-        for row in self.rows:
-            with contextlib.suppress(RunError):  # none yet, or not any more
-                self._draw(row, records.read_json(row.path, _PROGRESS))
+        for i, (task, folder) in enumerate(self.todo):
+            results = storage.log(folder)
+            for result in results[self.seen[i] :]:
+                if result is not None and not self.quiet:
+                    self._say(f"{task.name}: {result}")
+            self.epochs.update(len(results) - self.seen[i])
+            self.runs.update(self.seen[i] < task.epochs <= len(results))
+            self.seen[i] = len(results)
 
-    def _draw(self, row: _Row, state: dict[str, Any]) -> None:
-        finished = state["digits"] >= row.task.digits
-        if row.bar is None and not finished:
-            taken = {other.place for other in self.rows if other.bar is not None}
-            row.place = next(i for i in range(1, len(self.rows) + 2) if i not in taken)
-            row.bar = self.tqdm(
-                total=row.task.digits,
-                initial=row.digits,
-                desc=row.task.name,
-                position=row.place,
-                **self.options,
-            )
-        if row.bar is not None:
-            row.bar.update(state["digits"] - row.digits)
-        self.total.update(state["digits"] - row.digits)
-        row.digits = state["digits"]
-        for line in state["lines"][row.lines :]:
-            if not self.quiet:
-                try:
-                    self.tqdm.write(line, file=sys.stdout)
-                    sys.stdout.flush()
-                except (OSError, ValueError):  # nobody reads any more: the results count
-                    self.quiet = True
-        row.lines = len(state["lines"])
-        if finished and row.bar is not None:
-            row.bar.close()
-            row.bar = None
+    def _say(self, line: str) -> None:
+        try:
+            self.runs.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except (OSError, ValueError):  # nobody reads any more: the results count
+            self.quiet = True
 
 
 def run_all(
@@ -697,7 +519,7 @@ def run_all(
         out: the folder of all results; other runs in it stay.
         jobs: how many at once, each with its share of the cores.
         resume: continue what is there; without it, a run that is there already is refused.
-        progress: bars on standard error; ``None``: on a terminal only.
+        progress: bars on standard error; ``None``: on a terminal or in a notebook.
         quiet: no line per epoch on standard output.
         repository: the git checkout whose commit is recorded.
         together: so many runs of one network (seeds, say, or learning rates) at most are one of the
@@ -726,7 +548,7 @@ def run_all(
     out = Path(out).resolve()
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file, not a folder for results")
-    known = _known(out)
+    known = storage.known(out)
     there = [t.name for t in todo if t.folder(out) in known or _has_checkpoint(t.folder(out))]
     if there and not resume:
         raise RunError(
@@ -747,24 +569,22 @@ def run_all(
             failures.append(_failure(task, identity))
             continue
         record = known.get(task.folder(out))
-        _check_inside(task.folder(out), out)
+        storage.check_inside(task.folder(out), out)
         _check_same(task, identity, out, record, any_device)
         if not _is_complete(task, record):
             left.append((task, identity))
 
     out.mkdir(parents=True, exist_ok=True)
-    _sweep(out)
-    _restore(known)
+    storage.sweep(out)
+    storage.restore(known)
     deadline = math.inf if deadline is None else deadline
-    where = environment(repository)
-    work = _Work(out, resume, where["commit"], deadline, any_device)
+    work = _Work(out, resume, commit_of(repository), deadline, any_device)
     groups = _groups(left, together)
     threads = max(1, cpu_count() // jobs)
     before = torch.get_num_threads()
-    show = sys.stderr.isatty() if progress is None else progress
     try:
         if left:
-            with _Display([task for task, _ in left], out, show, quiet):
+            with _Display([task for task, _ in left], out, progress, quiet):
                 calls = (delayed(_run_group)(group, work, threads) for group in groups)
                 pool = Parallel(
                     n_jobs=min(jobs, len(groups)),
@@ -780,149 +600,5 @@ def run_all(
         ) from None
     finally:
         torch.set_num_threads(before)
-        for task, _ in left:
-            _progress_path(task, out).unlink(missing_ok=True)
-        _write_json(out / "results.json", collect(out, where))
+        storage.write_results(out / "results.json", storage.collect(out)["runs"])
     return failures
-
-
-_PART = re.compile(r"\.(\d+)(-\d+)?\.part")
-
-
-def _sweep(out: Path) -> None:
-    """Remove what killed runs left: files that were not finished, and how far they were."""
-    for path in [*out.glob(".*.part"), *out.glob("figures/.*.part")]:
-        found = _PART.search(path.name)
-        # A process that lives may be about to finish it. This one is not.
-        if found and not (found[1] != str(os.getpid()) and _lives(int(found[1]))):
-            path.unlink(missing_ok=True)
-    for path in [*out.glob("runs/*/*/progress.json"), *out.glob("runs/*/*/*.part")]:
-        with contextlib.suppress(training.FolderInUseError), training.locked(path.parent):
-            path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether there is a process of this number on this machine; yes where nobody can tell."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _restore(known: Mapping[Path, dict[str, Any]]) -> None:
-    """Give each run that only ``results.json`` knows a ``run.json`` again, lest it be forgotten."""
-    for folder, record in known.items():
-        if not (folder / "run.json").exists():
-            # Whoever is at work there writes it.
-            with contextlib.suppress(training.FolderInUseError), training.locked(folder):
-                _write_json(folder / "run.json", record)
-
-
-def collect(out: str | os.PathLike[str], where: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All runs in a folder, in a fixed order, those under way up to their last complete epoch.
-
-    Args:
-        out: a folder that :func:`run_all` wrote.
-        where: the environment to record, :func:`environment` unless given.
-
-    Raises:
-        RunError: if a ``run.json`` is damaged.
-    """
-    runs = []
-    for path in sorted(Path(out).glob("runs/*/*/run.json")):
-        record = records.read_run(path)
-        if epochs_done(path.parent) > len(record["epochs"]):
-            _add_epochs(record, path.parent)
-        runs.append(record)
-    return {"format": 1, "environment": where or environment(), "runs": _in_order(runs)}
-
-
-def _in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    order = {name: i for i, name in enumerate(experiments.EXPERIMENTS)}
-    return sorted(
-        runs,
-        key=lambda run: (
-            order.get(run["experiment"], len(order)),
-            run["experiment"],
-            run["dtype"],
-            run["seed"],
-            -1 if run["perturbed_weight"] is None else run["perturbed_weight"],
-        ),
-    )
-
-
-def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
-    """Put the runs of a folder into a file of results, and give the folder what only the file has.
-
-    Of a run that both have the one with more epochs stays, whole: epochs are never mixed. No run is
-    lost or there twice, however often, and by however many processes, this is done.
-
-    Args:
-        out: a folder that :func:`run_all` wrote, or will.
-        results: a ``results.json``, perhaps under version control; made if it is missing.
-
-    Returns:
-        How many runs in the file are new or have more epochs than before.
-
-    Raises:
-        RunError: if a record is damaged, or a run is defined differently there and here. Nothing
-            has been written then.
-    """
-    from filelock import FileLock
-
-    out, path = Path(out).resolve(), Path(results).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        there: dict[str, Any] = {"format": 1, "environment": environment(), "runs": []}
-        if path.exists():
-            there = records.read_results(path)
-        runs = {records.folder(out, run): run for run in there["runs"]}
-        ours: dict[Path, dict[str, Any]] = {
-            records.folder(out, run): run for run in collect(out)["runs"]
-        } | {
-            folder: run for folder, run in _known(out).items() if not (folder / "run.json").exists()
-        }
-        changed, missing = 0, {}
-        for folder, run in ours.items():
-            if not run["epochs"]:
-                continue
-            known = runs.setdefault(folder, run)
-            if known is not run and (found := records.difference(known, run, True)):
-                raise RunError(f"{folder.name} of {run['experiment']}: {path} has it with {found}")
-            if known is run or len(run["epochs"]) > len(known["epochs"]):
-                runs[folder] = run
-                changed += 1
-        for folder, run in runs.items():
-            if folder not in ours or len(ours[folder]["epochs"]) < len(run["epochs"]):
-                missing[folder] = run
-        if changed:
-            _write_json(path, {**there, "runs": _in_order(list(runs.values()))})
-    for folder, run in missing.items():
-        _check_inside(folder, out)
-        with contextlib.suppress(training.FolderInUseError), training.locked(folder):
-            _write_json(folder / "run.json", run)
-    return changed
-
-
-def _add_epochs(record: dict[str, Any], folder: Path) -> None:
-    """The epochs of a run under way, from its checkpoint; a warning where it cannot be used."""
-    lost = "its last epochs are missing in the results"
-    try:
-        path, state = training.load_latest(folder)
-        if found := _difference_of_settings(state["settings"], record):
-            raise RunError(f"{path} was made with {found}")
-        known = experiments.EVERY.get(record["experiment"])
-        epochs = _epochs(state["history"], known is not None and known.details)
-        records.check({**record, "epochs": epochs}, records.RUN, str(folder))
-    except (training.CheckpointError, RunError) as error:
-        warnings.warn(f"{error}: {lost}", stacklevel=3)
-    except (KeyError, TypeError, ValueError) as error:
-        warnings.warn(f"{path} is not a checkpoint ({error!r}): {lost}", stacklevel=3)
-    else:
-        if len(epochs) > len(record["epochs"]):
-            record["epochs"] = epochs

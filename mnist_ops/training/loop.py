@@ -40,11 +40,17 @@ _CURVE_POINTS = 60
 _CURVE_SAMPLES = 50
 
 
-def _progress_bar(description: str, total: int, unit: str, show: bool) -> Any:
-    from tqdm import tqdm
+def progress_bar(
+    description: str, total: int, unit: str, show: bool | None, initial: int = 0
+) -> Any:
+    """A bar on standard error or in a notebook; ``show=None``: only where somebody sees it."""
+    from tqdm import auto, notebook
 
-    return tqdm(
+    if show is None:
+        show = sys.stderr.isatty() or issubclass(auto.tqdm, notebook.tqdm_notebook)
+    return auto.tqdm(
         total=total,
+        initial=initial,
         desc=description,
         unit=unit,
         disable=not show,
@@ -82,7 +88,7 @@ def evaluate(
         labels: ``(N,)`` int64.
         criterion: as for :func:`fit`.
         batch_size: images at a time; it does not change the result beyond rounding.
-        progress: show a bar; ``None``: on a terminal only.
+        progress: show a bar; ``None``: on a terminal or in a notebook.
 
     Returns:
         The confusion matrix and the mean loss.
@@ -96,8 +102,7 @@ def evaluate(
     parameter = next(model.parameters())
     confusion: ConfusionMatrix | None = None
     total = 0.0
-    show = sys.stderr.isatty() if progress is None else progress
-    bars = _progress_bar("testing", len(images), " digits", show)
+    bars = progress_bar("testing", len(images), " digits", progress)
     with _evaluating(model), torch.no_grad(), bars as bar:
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             target = target.to(parameter.device)
@@ -129,13 +134,13 @@ def _train_epoch(
     order: Tensor,
     chunk: int,
     description: str,
-    show: bool,
+    progress: bool | None,
     on_progress: Callable[[int], object] | None,
 ) -> tuple[float, float, list[float], tuple[Tensor, Tensor]]:
     """One pass: accuracy in %, mean loss, the accuracy's curve, predictions and their targets."""
     rights, all_losses, seen = [], [], []
     right = predicted = 0
-    with _progress_bar(description, len(order), " digits", show) as bar:
+    with progress_bar(description, len(order), " digits", progress) as bar:
         for piece in order.split(chunk):
             losses, predictions, *others = engine.run(images, labels, piece)
             samples = others[0] if others else piece
@@ -213,7 +218,7 @@ def fit(
             :class:`mnist_ops.training.online.SharedLaunches`; each calls ``leave()`` afterwards.
         chunk: samples handed to the engine at a time; unless given about 200, or the ``chunk`` that
             the engine wishes for.
-        progress: show progress bars on standard error; ``None``: on a terminal only.
+        progress: show progress bars on standard error; ``None``: on a terminal or in a notebook.
         verbose: print the engine's description and one line per epoch to standard output.
         on_progress: called after each chunk with the number of samples just trained.
         on_epoch: called with each new epoch's result, after its checkpoint has been written.
@@ -257,7 +262,6 @@ def fit(
     if chunk is None:
         chunk = max(8 * batch_size, *(getattr(one, "chunk", 200) for one in engines.values()))
     chunk = batch_size * max(1, min(chunk, len(train[0]) + batch_size) // batch_size)
-    show = sys.stderr.isatty() if progress is None else progress
     folder = None if folder is None else Path(folder)
     definition = (
         {}
@@ -303,7 +307,7 @@ def fit(
                         criterion,
                         f"epoch {epoch}/{epochs}",
                         chunk,
-                        show,
+                        progress,
                         on_progress,
                     )
                     if _diverged(result) and not any(map(_diverged, run.history)):
@@ -367,17 +371,17 @@ def _one_epoch(
     criterion: Criterion,
     description: str,
     chunk: int,
-    show: bool,
+    progress: bool | None,
     on_progress: Callable[[int], object] | None,
 ) -> EpochResult:
     start = time.perf_counter()
     rate = _learning_rate(optimizer)
     accuracy, loss, curve, online_predictions = _train_epoch(
-        engine, *train, order, chunk, description, show, on_progress
+        engine, *train, order, chunk, description, progress, on_progress
     )
     averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
     with averaged():
-        confusion, test_loss = evaluate(model, *test, criterion, progress=show)
+        confusion, test_loss = evaluate(model, *test, criterion, progress=progress)
     train_confusion = ConfusionMatrix(len(confusion.counts))
     train_confusion.add(*online_predictions)
     return EpochResult(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mnist_ops import training
-from mnist_ops.lab import experiments, plan, records, runner
+from mnist_ops.lab import experiments, plan, records, runner, storage
 from mnist_ops.lab.experiments import EVERY
 from mnist_ops.training import loop
 
@@ -68,7 +68,7 @@ def straight(tmp_path_factory):
     """Two runs of two epochs, and the file that they were merged into."""
     folder = tmp_path_factory.mktemp("straight")
     assert runner.run_all(short(["original", "mse"]), folder / "out", quiet=True) == []
-    assert runner.merge(folder / "out", folder / "results.json") == 2
+    assert storage.merge(folder / "out", folder / "results.json") == 2
     return folder
 
 
@@ -97,7 +97,7 @@ def test_no_epoch_starts_that_would_end_too_late(straight, tmp_path, monkeypatch
     monkeypatch.undo()
     # The log says how long an epoch takes here, and with time enough the rest follows.
     assert plan.pace(todo, tmp_path) == pytest.approx(
-        sum(runner.seconds_per_epoch(task.folder(tmp_path)) / 5.0 for task in todo) / 2
+        sum(storage.seconds_per_epoch(task.folder(tmp_path)) / 5.0 for task in todo) / 2
     )
     assert runner.run_all(todo, tmp_path, resume=True, deadline=soon, quiet=True) == []
     expected = runs_of(straight / "results.json")
@@ -133,10 +133,10 @@ def test_merging_loses_nothing_and_doubles_nothing(straight, tmp_path):
     path.write_text(json.dumps(record | {"epochs": record["epochs"][:1]}))
     (path.parent / training.LOG).unlink()  # as in a folder from which the run is gone
     for changed in (1, 0):
-        assert runner.merge(out, results) == changed
+        assert storage.merge(out, results) == changed
         assert runs_of(results) == [longer[0], other, longer[1]]
         # And the folder knows all of them: nothing is made twice.
-        assert runner.collect(out)["runs"] == [longer[0], other, longer[1]]
+        assert storage.collect(out)["runs"] == [longer[0], other, longer[1]]
 
 
 def test_merging_what_was_made_otherwise_is_refused(straight, tmp_path):
@@ -146,7 +146,7 @@ def test_merging_what_was_made_otherwise_is_refused(straight, tmp_path):
     results.write_text(json.dumps({"format": 1, "runs": [original, other]}))
     before = results.read_bytes()
     with pytest.raises(runner.RunError, match=r"mse: .* has it with noise = 0.5, this run has 0.0"):
-        runner.merge(straight / "out", results)
+        storage.merge(straight / "out", results)
     assert results.read_bytes() == before
 
 
@@ -154,7 +154,7 @@ def test_an_empty_run_is_not_merged(tmp_path):
     [task] = short(["original"])
     late = replace(task, seconds=1.0)
     assert runner.run_all([late], tmp_path, deadline=time.time(), quiet=True) == []
-    assert runner.merge(tmp_path, tmp_path / "other.json") == 0
+    assert storage.merge(tmp_path, tmp_path / "other.json") == 0
     assert not (tmp_path / "other.json").exists()
 
 

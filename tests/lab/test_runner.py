@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,9 +20,10 @@ import torch
 from filelock import FileLock
 from test_figures import write_digits
 
-from mnist_ops.lab import experiments, records, runner
+from mnist_ops.lab import experiments, records, runner, storage
 from mnist_ops.lab.experiments import EXPERIMENTS
 from mnist_ops.mnist import data
+from mnist_ops.training import loop
 
 QUICK = [replace(EXPERIMENTS[name], dtype="float32") for name in ("original", "mse")]
 
@@ -70,7 +72,9 @@ def test_tasks():
 
 def test_results(straight):
     results = json.loads(content(straight))
-    assert results["environment"]["machine"].endswith(f"{os.cpu_count()} cores")
+    # Whoever collects the runs is none of their circumstances: each has its own.
+    assert set(results) == {"format", "runs"}
+    assert all(run["machine"].endswith(f"{os.cpu_count()} cores") for run in results["runs"])
     names = [(run["experiment"], run["seed"]) for run in results["runs"]]
     assert names == [("original", 1), ("original", 2), ("mse", 1), ("mse", 2)]
     for run in results["runs"]:
@@ -103,7 +107,6 @@ def test_two_at_once_give_the_same(straight, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert sum(line.startswith("mse, float32, seed 2: epoch   2: training") for line in lines) == 1
-    assert not list(tmp_path.glob("runs/*/*/progress.json"))
 
 
 @pytest.mark.parametrize(("together", "jobs"), [(3, 1), (2, 2)])
@@ -223,7 +226,7 @@ def test_one_failure_leaves_the_others(tmp_path):
     failures = runner.run_all([bad, good], tmp_path / "out", quiet=True)
     assert len(failures) == 1
     assert failures[0].startswith("original, float32, seed 2: DataError: ")
-    done = {run["seed"]: len(run["epochs"]) for run in runner.collect(tmp_path / "out")["runs"]}
+    done = {run["seed"]: len(run["epochs"]) for run in storage.collect(tmp_path / "out")["runs"]}
     assert done == {1: 1}
 
 
@@ -301,7 +304,7 @@ def test_epochs_of_another_run_are_not_collected(straight, tmp_path):
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"limit": None, "epochs": []}))
     with pytest.warns(UserWarning, match="limit = 20, this run has None: its last epochs"):
-        runs = runner.collect(tmp_path)["runs"]
+        runs = storage.collect(tmp_path)["runs"]
     assert [len(run["epochs"]) for run in runs] == [0, 2, 2, 2]
 
 
@@ -448,20 +451,49 @@ def test_damaged_records_are_named_in_one_line(straight, tmp_path):
 def test_a_log_of_any_bytes(straight, tmp_path):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
     (some_tasks()[0].folder(tmp_path) / "log.csv").write_bytes(b"\xff\n" * 10)
-    assert len(runner.collect(tmp_path)["runs"][0]["epochs"]) == 2
+    assert len(storage.collect(tmp_path)["runs"][0]["epochs"]) == 2
     assert runner.run_all(some_tasks(epochs=3, seeds=1), tmp_path, resume=True, quiet=True) == []
 
 
-def test_progress_of_any_bytes(straight, tmp_path, capsys):
-    """The bars are for people: what they cannot read they do not show."""
+def test_one_bar_over_runs_and_one_over_epochs(tmp_path, monkeypatch, capsys):
+    bars = []
+
+    def progress_bar(*arguments):
+        bars.append(loop.progress_bar(*arguments))
+        return bars[-1]
+
+    monkeypatch.setattr(runner, "progress_bar", progress_bar)
+    assert runner.run_all(some_tasks(seeds=1), tmp_path, progress=True) == []
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("runs", 2, 2), ("epochs", 4, 4)]
+    out, err = capsys.readouterr()
+    assert len(re.findall("epoch   [12]: training", out)) == 4
+    assert "runs: " in err and "epochs: " in err
+
+
+def test_the_display_reads_logs_of_any_bytes(straight, tmp_path, capsys):
+    """It is for people: what it cannot read it does not show."""
     task = some_tasks()[0]
-    path = runner._progress_path(task, tmp_path)
-    path.parent.mkdir(parents=True)
-    with runner._Display([task], tmp_path, show=False, quiet=False) as display:
-        for text in ("", "[]", '{"digits": "5", "lines": null}', '{"digits": 5}', "\xff"):
-            path.write_text(text, encoding="latin-1")
+    folder = task.folder(tmp_path)
+    folder.mkdir(parents=True)
+    good = (task.folder(straight) / "log.csv").read_bytes()
+    with runner._Display([task], tmp_path, False, False) as display:
+        for text in (b"", b"\xff\n", good[:-2], good, good + b"1,2,3\n"):
+            (folder / "log.csv").write_bytes(text)
             display._look()
-    assert capsys.readouterr().out == ""
+    assert re.fullmatch(f"{task.name}: epoch   1: [^\n]*\n{task.name}: epoch   2: [^\n]* s\n",
+                        capsys.readouterr().out)  # fmt: skip
+
+
+def test_bars_in_a_notebook(monkeypatch):
+    """Standard error is no terminal there."""
+    from tqdm import auto, notebook
+
+    assert loop.progress_bar("a", 1, "", None).disable
+    monkeypatch.setattr(auto, "tqdm", type("Bar", (notebook.tqdm_notebook,), {
+        "__init__": lambda self, **options: vars(self).update(options),
+        "__del__": lambda self: None}))  # fmt: skip
+    assert not loop.progress_bar("a", 1, "", None).disable
+    assert loop.progress_bar("a", 1, "", False).disable
 
 
 def test_a_reader_that_stops_reading_stops_no_run(tmp_path, monkeypatch):
@@ -477,25 +509,18 @@ def test_a_reader_that_stops_reading_stops_no_run(tmp_path, monkeypatch):
 
 def test_what_killed_runs_leave_is_swept(straight, tmp_path):
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
     (tmp_path / "figures").mkdir()
     folder = some_tasks()[0].folder(tmp_path)
-    left = [
-        tmp_path / f".results.json.{dead.pid}.part",
-        tmp_path / f".summary.md.{dead.pid}-17.part",
-        tmp_path / f".results.json.{os.getpid()}-17.part",
-        tmp_path / "figures" / f".filters.png.{dead.pid}-17.part",
-        folder / f".checkpoint.pt.{dead.pid}-17.part",
-        folder / f"progress.{dead.pid}.part",
-        folder / "progress.json",
-    ]
-    kept = [tmp_path / f".results.json.{os.getppid()}-17.part", tmp_path / "my.part"]
-    for path in left + kept:
+    left = [tmp_path / ".results.json.7-7.part", tmp_path / "figures" / ".filters.png.7-17.part"]
+    fresh = tmp_path / ".results.json.8-17.part", tmp_path / "my.part"
+    of_a_run = folder / ".checkpoint.pt.7-17.part"
+    for path in (*left, *fresh, of_a_run):
         path.touch()
-    assert runner.run_all([], tmp_path) == []
-    assert [path for path in left if path.exists()] == []
-    assert all(path.exists() for path in kept)
+    for path in left:
+        os.utime(path, (0, time.time() - 4000))
+    assert runner.run_all(some_tasks(epochs=3, seeds=1), tmp_path, resume=True, quiet=True) == []
+    assert [path for path in (*left, of_a_run) if path.exists()] == []
+    assert all(path.exists() for path in fresh)
 
 
 def test_a_full_disk(straight, tmp_path):
@@ -516,9 +541,7 @@ def test_a_full_disk(straight, tmp_path):
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(tmp_path / "results.json")
     assert len(failures) == 1 and "File too large" in failures[0] and "\n" not in failures[0]
-    after = tree(tmp_path)
-    after.pop(runner._progress_path(job[0], Path()), None)
-    assert after == before
+    assert tree(tmp_path) == before
 
 
 def test_a_folder_that_is_a_file(tmp_path):
@@ -593,7 +616,7 @@ def test_a_damaged_checkpoint_costs_no_results(tmp_path):
     log = tasks[1].folder(tmp_path) / "log.csv"
     log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
     with pytest.warns(UserWarning, match="its last epochs are missing"):
-        assert len(runner.collect(tmp_path)["runs"]) == 2
+        assert len(storage.collect(tmp_path)["runs"]) == 2
 
 
 def test_a_flipped_bit_costs_an_epoch_and_no_digit(straight, tmp_path):
@@ -623,16 +646,16 @@ def test_jobs_are_checked(tmp_path):
 
 
 def test_the_commit(tmp_path):
-    assert runner.environment(tmp_path / "nowhere")["commit"] is None
+    assert runner.commit_of(None) is runner.commit_of(tmp_path / "nowhere") is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    commit = runner.environment(tmp_path)["commit"]
+    commit = runner.commit_of(tmp_path)
     assert len(commit) == 40
     (tmp_path / "file").write_text("2")
-    assert runner.environment(tmp_path)["commit"] == f"{commit} with changes"
+    assert runner.commit_of(tmp_path) == f"{commit} with changes"
 
 
 def test_a_folder_with_nothing_but_results(straight, tmp_path):
