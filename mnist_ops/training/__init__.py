@@ -34,6 +34,7 @@ from ._files import (  # noqa: E402
     write_text,
     write_torch,
 )
+from .averaging import AveragedSGD  # noqa: E402
 from .checkpoint import (  # noqa: E402
     BACKUP_CHECKPOINT,
     CHECKPOINT,
@@ -54,6 +55,7 @@ __all__ = [
     "LOG",
     "PREVIOUS_CHECKPOINT",
     "AutogradEngine",
+    "AveragedSGD",
     "CheckpointError",
     "ConfusionMatrix",
     "Criterion",

@@ -736,7 +736,7 @@ class OptimizerEngine(OnlineSGD):
         threads: int = 1,
         shared: SharedLaunches | None = None,
     ) -> None:
-        if type(optimizer) is not SGD:
+        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
             raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not SGD")
         if len(optimizer.param_groups) != 1:
             raise UnsupportedError("the optimizer has several parameter groups")

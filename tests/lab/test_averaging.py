@@ -1,0 +1,87 @@
+"""Weights that are averaged over the ends of epochs, as one of the choices for ``modern``."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mnist_ops import training
+from mnist_ops.lab import experiments, plan
+from mnist_ops.torch7.optim import SGD
+
+CHOICE = experiments.EVERY["modern--averaged"]
+LATE = CHOICE.optimizers[13]
+#: Two epochs of SGD, three that are averaged.
+QUICK = replace(CHOICE, optimizers={1: {"name": "sgd", "lr": 5e-3}, 3: {**LATE, "lr": 5e-3}})
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(epochs, optimizers=QUICK.optimizers, **options):
+    quick = replace(QUICK, optimizers=optimizers)
+    return experiments.train(quick, 1, epochs, 40, verbose=False, progress=False, **options)
+
+
+def vector(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_it_is_one_of_the_choices_of_the_plan():
+    assert CHOICE in experiments.CHOICES["modern"] and CHOICE.validation == 5000
+    assert "modern--averaged" in {task.experiment.name for task in plan.tasks(plan.read("full"))}
+    rates = [CHOICE.optimizers[e]["lr"] for e in range(1, 14)]
+    assert list(CHOICE.optimizers) == list(range(1, 14)) and CHOICE.epochs == 20
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_mean_of_the_weights_is_tested():
+    """The steps are those of SGD, by the compiled engine; the test is that of the mean."""
+    plain = {epoch: {**options, "name": "sgd"} for epoch, options in QUICK.optimizers.items()}
+    ends = [vector(run(epochs, plain)[1]) for epochs in (3, 4, 5)]
+    history, model = run(5)
+    assert torch.equal(vector(model), ends[-1])
+    assert [r.train_loss for r in history] == [r.train_loss for r in run(5, plain)[0]]
+    digits = experiments.digits(7, None, 40, validation=5000)
+    for epoch in (3, 5):
+        mean = torch.stack(ends[: epoch - 2]).mean(0)
+        torch.nn.utils.vector_to_parameters(mean, model.parameters())
+        _, loss = training.evaluate(model, digits.test_images, digits.test_labels)
+        assert history[epoch - 1].test_loss == pytest.approx(loss, rel=1e-12)
+    assert history[4].test_loss != run(5, plain)[0][4].test_loss
+
+
+def test_resumed(tmp_path):
+    """The means are in the checkpoint."""
+    straight, _ = run(5)
+    run(4, folder=tmp_path)
+    resumed, _ = run(5, folder=tmp_path, resume=True)
+    keys = ("epoch", "train_loss", "test_loss", "test_accuracy")
+    assert [[vars(r)[k] for k in keys] for r in resumed] == [
+        [vars(r)[k] for k in keys] for r in straight
+    ]
+
+
+def test_the_engine_of_steps_of_its_own():
+    parts = experiments.build(QUICK)
+    choose = training.choose_engine
+    assert choose(parts.model, parts.optimizers[3]).description.startswith("compiled")
+
+    class Other(SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    engine = choose(parts.model, Other(parts.model.parameters()))
+    assert "not compiled: the optimizer is Other, not SGD" in engine.description
+
+
+def test_the_weights_come_back():
+    """After an error in the test, too."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = training.AveragedSGD([parameter], lr=1.0)
+    for value, mean in ((1.0, 1.0), (4.0, 2.5), (1.0, 2.0)):
+        with torch.no_grad():
+            parameter.fill_(value)
+        with pytest.raises(KeyError), optimizer.averaged():
+            assert torch.equal(parameter, torch.tensor([mean, mean]))
+            raise KeyError
+        assert torch.equal(parameter, torch.tensor([value, value]))
