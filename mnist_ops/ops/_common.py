@@ -188,12 +188,13 @@ def direct(name: str) -> Callable[..., Any]:
 
     The Autograd kernels are Python (see ``register_autograd``), and a call of the operator goes
     from Python through the dispatcher into Python again. For plain tensors in eager PyTorch,
-    outside of ``torch.func``, autocast and forward-mode AD, what that kernel would do is done at
-    once. It takes half or less of the time of a small call.
+    outside of ``torch.func``, ``torch.jit.trace``, autocast and forward-mode AD, what that kernel
+    would do is done at once. It takes half or less of the time of a small call.
     """
     op = getattr(torch.ops.mnist_ops, name).default
     dispatch, below_autograd = private.entry(op), private.below_autograd
     is_grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+    is_tracing = torch.jit.is_tracing
     autocast, transforms = private.autocast, private.transforms
     parameter = torch.nn.Parameter
 
@@ -208,6 +209,7 @@ def direct(name: str) -> Callable[..., Any]:
             (kind is not Tensor and kind is not parameter)
             or is_compiling()
             or autocast()
+            or is_tracing()
             or transforms() is not None
             or private.within_dual_level()
         ):

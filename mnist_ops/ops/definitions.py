@@ -11,7 +11,6 @@ Each takes what its operator's schema lists, with windows as pairs.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .._libraries import CPU_CAPABILITY, CUDA_MISSING
 from ._common import compute_type, is_channels_last
-from .lp_pool import output_size
+from .lp_pool import is_infinite, output_size
 
 __all__ = ["DEFINITIONS"]
 
@@ -47,7 +46,7 @@ def lp_pool2d(
         missing = [pad, max(0, (out - 1) * s + k - size - pad), *missing]
     windows = F.pad(x, missing).unfold(-2, kernel[0], stride[0]).unfold(-2, kernel[1], stride[1])
     windows = windows[..., : sizes[0], : sizes[1], :, :].flatten(-2)
-    if math.isinf(p):
+    if is_infinite(p, x.dtype):
         return windows.amax(-1)
     scale = windows.detach().amax(-1, keepdim=True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)

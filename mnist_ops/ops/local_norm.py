@@ -22,6 +22,7 @@ from ._common import (
     register_fake,
     register_image_vmap,
 )
+from ._public import batch, public
 
 _ops = torch.ops.mnist_ops
 _subtractive_norm2d = direct("subtractive_norm2d")
@@ -32,6 +33,7 @@ _contrastive_norm2d = direct("contrastive_norm2d")
 _contrastive_norm2d_grad = direct("contrastive_norm2d_backward")
 
 
+@public(batch)
 def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
     r"""Subtract from each pixel the weighted mean of its neighbourhood, over all channels.
 
@@ -74,6 +76,7 @@ def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
     return _subtractive_norm2d(input, _checked(op, input, kernel))
 
 
+@public(batch)
 def divisive_norm2d(
     input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
 ) -> Tensor:
@@ -119,6 +122,7 @@ def divisive_norm2d(
     return _divisive_norm2d(input, kernel, *thresholds)
 
 
+@public(batch)
 def contrastive_norm2d(
     input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
 ) -> Tensor:

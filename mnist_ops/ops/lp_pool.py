@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from ._common import (
     register_image_vmap,
     sum_of_tangents,
 )
+from ._public import planes, public
 
 _ops = torch.ops.mnist_ops
 _lp_pool2d = direct("lp_pool2d")
 _lp_pool2d_grad = direct("lp_pool2d_backward")
 
 
+@public(planes)
 def lp_pool2d(
     input: Tensor,
     norm_type: float,
@@ -112,7 +114,7 @@ def check_windows(
                 f"number of the type that is computed in, {wide}, got {norm_type}"
             )
         if p > info.max:
-            p = math.inf
+            p = INFINITE
     kernel = pair(op, "kernel_size", kernel_size)
     steps = kernel if stride is None else pair(op, "stride", stride)
     pads = pair(op, "padding", padding)
@@ -129,7 +131,18 @@ def check_windows(
     return p, kernel, steps, pads, bool(ceil_mode)
 
 
-def _pooled(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
+#: What the operators are given for p = inf. They take it for that, as all p of :func:`is_infinite`;
+#: inf itself cannot be read again from what AOTInductor writes.
+INFINITE = sys.float_info.max
+
+
+def is_infinite(p: float, dtype: torch.dtype) -> bool:
+    """Whether an operator takes p for inf, as ``usable_norm_type`` of lp_pool.h does."""
+    return p > (2.0**57 if dtype is torch.float64 else 2.0**28)
+
+
+def pooled_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
+    """Windows along one dimension of ``size`` pixels."""
     span = size + 2 * padding - kernel
     pooled = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
     # The last window must start inside the image or its left padding.
@@ -161,7 +174,7 @@ def output_size(
     check_windows(op, norm_type, kernel, stride, padding, ceil, input.dtype)
     check_fit(op, input, kernel, padding)
     sizes = input.shape[-2:]
-    return [_pooled(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
+    return [pooled_size(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
 
 
 # ---------------------------------------------------------------------------- forward-mode kernel
@@ -271,7 +284,7 @@ def _curvature(v: Tensor, w: Tensor, x: Tensor, y: Tensor, p: float, *windows: A
     With r = \|x\| / y and J the first derivative, it is (p - 1) / y (sum of r^(p - 2) v w -
     J v J w). At x = 0 the power is taken as 0 where p is not 2, as in the kernels.
     """
-    if p == 1 or p == math.inf:
+    if p == 1 or is_infinite(p, x.dtype):
         return torch.zeros_like(y)
     dtype = x.dtype
     wide = compute_type(dtype)

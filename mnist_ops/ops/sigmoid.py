@@ -15,12 +15,14 @@ from ._common import (
     register_autograd,
     register_fake,
 )
+from ._public import public
 
 _ops = torch.ops.mnist_ops
 _sigmoid = direct("sigmoid")
 _sigmoid_grad = direct("sigmoid_backward")
 
 
+@public(lambda arguments: range(arguments["input"].dim()))
 def sigmoid(input: Tensor) -> Tensor:
     r"""Logistic sigmoid, element by element, with its backward in one kernel.
 

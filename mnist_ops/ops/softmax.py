@@ -23,6 +23,7 @@ from ._common import (
     register_autograd,
     register_fake,
 )
+from ._public import public
 
 _ops = torch.ops.mnist_ops
 _softmax = direct("softmax")
@@ -33,6 +34,12 @@ _softmax_nll = direct("softmax_nll")
 _softmax_nll_grad = direct("softmax_nll_backward")
 
 
+def _other_dims(arguments: dict[str, Any]) -> list[int]:
+    dims = range(arguments["input"].dim())
+    return [d for d in dims if d != arguments.get("dim", -1) % len(dims)]
+
+
+@public(_other_dims)
 def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
     r"""Softmax of ``beta * input`` along one dimension.
 
@@ -70,6 +77,7 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
     return _softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
 
 
+@public(_other_dims)
 def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
     r"""Logarithm of :func:`softmax`, computed without taking a logarithm of a small number.
 
@@ -102,6 +110,13 @@ def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
     return _log_softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
 
 
+def _rows(arguments: dict[str, Any]) -> list[int]:
+    # A loss that is reduced has parts of all.
+    rows = arguments["input"].dim() > 1 and arguments.get("reduction") == "none"
+    return [0] if rows else []
+
+
+@public(_rows)
 def softmax_nll(
     input: Tensor, target: Tensor, beta: float = 1.0, reduction: str = "mean"
 ) -> Tensor:

@@ -17,6 +17,7 @@ from ._common import (
     register_fake,
     register_image_vmap,
 )
+from ._public import batch, public
 from .local_norm import (
     kernel_beside,
     normalization_backward_jvp,
@@ -33,6 +34,7 @@ _stage2d_grad = direct("stage2d_backward")
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
 
 
+@public(batch)
 def stage2d(
     input: Tensor,
     kernel: Tensor,

@@ -34,6 +34,8 @@ def _approximate_exponential(z: Tensor) -> Tensor:
 
 
 class _ApproximateLogSoftmax(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input: Tensor) -> Tensor:
         # Torch7 keeps the maximum and its differences in the input's type and sums in double.
@@ -44,6 +46,13 @@ class _ApproximateLogSoftmax(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (output,) = ctx.saved_tensors
+        change = (tangent * output.double().exp()).sum(-1, keepdim=True)
+        return (tangent - change).to(tangent.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -63,8 +72,9 @@ def log_softmax(input: Tensor) -> Tensor:
               + 1.0172526\cdot 10^{-5} z^4\Bigr)^{-8}
 
     for :math:`z_j < 13`, else :math:`e_j = 0`. The backward is that of the exact function,
-    ``grad - exp(output) * grad.sum(-1)``, as in Torch7, so a numerical gradient differs from it by
-    up to about 1e-4. Use :func:`mnist_ops.log_softmax` wherever digits need not match.
+    ``grad - exp(output) * grad.sum(-1)``, as in Torch7, and so is forward mode; a numerical
+    gradient differs by up to about 1e-4. Use :func:`mnist_ops.log_softmax` wherever digits need not
+    match.
 
     Args:
         input: floating point, ``(..., classes)`` with at least one class. Sums run in float64.
@@ -77,6 +87,18 @@ def log_softmax(input: Tensor) -> Tensor:
     return _ApproximateLogSoftmax.apply(input)
 
 
+@torch.fx.wrap  # one node of its graphs, which hold no choice
+def _log_softmax_over_classes(input: Tensor) -> Tensor:
+    return ops.log_softmax(input, 1) if input.dim() == 4 else log_softmax(input)
+
+
+@torch.fx.wrap
+def _softmax_over_classes(input: Tensor) -> Tensor:
+    dim = 1 if input.dim() == 4 else -1
+    e = _approximate_exponential(input.amax(dim, keepdim=True) - input)
+    return (e / e.sum(dim, keepdim=True)).to(input.dtype)
+
+
 class LogSoftmax(nn.Module):
     """Torch7's ``nn.LogSoftMax``. See :func:`log_softmax`.
 
@@ -86,7 +108,7 @@ class LogSoftmax(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., classes)``, or maps ``(N, C, H, W)``, to the same shape."""
-        return ops.log_softmax(input, 1) if input.dim() == 4 else log_softmax(input)
+        return _log_softmax_over_classes(input)
 
 
 class Softmax(nn.Module):
@@ -98,9 +120,7 @@ class Softmax(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., classes)``, or maps ``(N, C, H, W)`` over C, to the same shape."""
-        dim = 1 if input.dim() == 4 else -1
-        e = _approximate_exponential(input.amax(dim, keepdim=True) - input)
-        return (e / e.sum(dim, keepdim=True)).to(input.dtype)
+        return _softmax_over_classes(input)
 
 
 class Dropout(nn.Module):
