@@ -67,20 +67,6 @@ MNIST_OPS_HD A divisor_gradient(A q, A s, A coef, A threshold) {
   return s != s ? s : A(0);
 }
 
-// One output of a correlation along one dimension of length size: sum over k of
-// in[(i + k - radius) * step] * weight[k]. The CUDA kernels' rows and columns.
-template <typename A>
-MNIST_OPS_HD A correlate_at(const A* in, int64_t step, int64_t size, int64_t i, const A* weight,
-                            int64_t taps) {
-  const int64_t radius = taps / 2;
-  A sum = A(0);
-  for (int64_t k = 0; k < taps; ++k) {
-    const int64_t j = i + k - radius;
-    if (j >= 0 && j < size) sum += in[j * step] * weight[k];
-  }
-  return sum;
-}
-
 // coef of the pixel (h, w) of an image of H x W, from the normalised kernel: what its taps inside
 // the image sum to.
 template <typename A>

@@ -1,4 +1,4 @@
-// The blur of a plane: its geometry, its coefficient, four neighbouring results at a time.
+// The blur of a plane: its geometry, one pixel, four neighbouring results at a time.
 #pragma once
 
 #include "../local_norm.h"
@@ -23,30 +23,22 @@ __device__ __forceinline__ Taps taps_inside(int64_t i, int64_t size, int64_t tap
   return {i < radius ? radius - i : 0, i + radius < size ? taps : size + radius - i};
 }
 
-// One pixel of the blur of a plane of ones, with the weights weight(k).
-template <typename A, typename Weight>
-__device__ __forceinline__ A coefficient(const BlurGeometry& g, int64_t h, int64_t w,
-                                         const Weight& weight) {
-  const Taps rows = taps_inside(h, g.H, g.taps_h);
-  const Taps columns = taps_inside(w, g.W, g.taps_w);
+// One pixel of the correlation of a plane with taps_h x taps_w weights.
+template <typename A>
+__device__ __forceinline__ A correlated(const A* plane, const BlurGeometry& g, const A* weight,
+                                        int64_t taps_h, int64_t taps_w, int64_t pixel) {
+  const int64_t h = quotient(pixel, g.W), w = pixel - h * g.W;
+  const Taps rows = taps_inside(h, g.H, taps_h), columns = taps_inside(w, g.W, taps_w);
   A sum = A(0);
-  if (g.separable) {
-    A row = A(0);
 #pragma unroll 1
-    for (int64_t k = columns.first; k < columns.last; ++k) row += weight(k);
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    const A* row = plane + (h + i - taps_h / 2) * g.W + w - taps_w / 2;
 #pragma unroll 1
-    for (int64_t k = rows.first; k < rows.last; ++k) sum += row * weight(k);
-  } else {
-    for (int64_t kh = rows.first; kh < rows.last; ++kh) {
-#pragma unroll 1
-      for (int64_t kw = columns.first; kw < columns.last; ++kw) sum += weight(kh * g.taps_w + kw);
-    }
+    for (int64_t k = columns.first; k < columns.last; ++k) sum += row[k] * weight[i * taps_w + k];
   }
   return sum;
 }
 
-// Every block adds up the kernel for itself, so that one launch does; the first one leaves the
-// weights. A thread computes a pixel; the taps come from L1, one address for all threads of a warp.
 // Four values, by instructions of 16 bytes.
 template <typename A>
 struct Four {

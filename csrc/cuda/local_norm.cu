@@ -9,14 +9,8 @@
 // of the multiprocessor copy theirs. Images too large for that are shared by the blocks of a
 // cluster, up to 8 of them (from compute capability 9.0 on).
 //
-// Other images: the steps are kernels of their own, so that images and kernels may have any size.
-//   prepare   the kernel divided by its sum, and the coef plane
-//   reduce    sums over channels, several in one pass over the data
-//   blur      rows and columns of a tile by way of shared memory; the same launch finishes the
-//             plane (divides by coef, takes the root, applies the threshold, ...). Long kernels:
-//             rows, then columns; 2-D kernels at once
-//   apply     from planes back to every channel
-// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9.
+// Other images: the steps are kernels of their own (local_norm_steps.cu), so that images and
+// kernels may have any size.
 //
 // Squares leave the range of the type that computes long before their roots do, and the gradient
 // has the inverse of a square. Images for which that happens go through their sums and blurs again,
@@ -26,8 +20,6 @@
 //
 // A kernel whose sum is 0 or not finite gives infinities and NaN: to refuse it, as the CPU does,
 // the host would have to wait for the device.
-
-#include "../local_norm.h"
 
 #include "local_norm.cuh"
 

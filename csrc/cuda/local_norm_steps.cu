@@ -1,104 +1,150 @@
-// Local normalization step by step, of images of any size.
+// Local normalization step by step, of images of any size: each step is a kernel for all images.
+//   prepare   the kernel divided by its sum, and the coef plane
+//   reduce    sums over channels, several in one pass over the data
+//   blur      rows and columns of a tile by way of shared memory; the same launch finishes the
+//             plane (divides by coef, takes the root, applies the threshold, ...). Long kernels:
+//             rows, then columns; 2-D kernels at once
+//   apply     from planes back to every channel
+//   repair    images whose squares left the range once more, a block each
+// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9; and repair.
+//
+// The passes over the data have indices in 64 bits and divide in 32 where the numbers allow it
+// (quotient()): memory is what they wait for. What planes are for is an argument, not a kernel of
+// its own: they are 1/C of the data.
 
-#include "local_norm.cuh"
-
-#include <array>
+#include "local_norm_steps.cuh"
 
 namespace mnist_ops::cuda {
 namespace {
 
+// Every block adds up the kernel for itself and leaves the same weights, so that one launch does.
+// For coef a thread computes a pixel; the taps come from L1, one address for all threads of a warp.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(int64_t taps, BlurGeometry g, int64_t N, const double* __restrict__ values,
-                   A* __restrict__ weight, A* __restrict__ flipped, A* __restrict__ coef,
-                   A* __restrict__ flags) {
+    prepare_kernel(const __grid_constant__ Planes<A> s, const double* __restrict__ values) {
   __shared__ double shared[kThreads / kWarp];
+  const BlurGeometry& g = s.geometry;
+  const int64_t taps = g.separable ? g.taps_w : g.taps_h * g.taps_w;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < taps; i += kThreads) sum += values[i];
   sum = block_sum<kThreads>(sum, shared);
-  const auto normalised = [=](int64_t i) { return static_cast<A>(values[i] / sum); };
-  if (blockIdx.x == 0) {
-    for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
-      weight[i] = flipped[taps - 1 - i] = normalised(i);
-    }
+  for (int64_t i = threadIdx.x; i < taps; i += kThreads) {
+    s.weight[i] = s.flipped[taps - 1 - i] = static_cast<A>(values[i] / sum);
   }
-  for (int64_t i = first_item<int64_t>(); i < g.H * g.W; i += item_stride<int64_t>()) {
-    coef[i] = coefficient<A>(g, i / g.W, i % g.W, normalised);
+  __syncthreads();
+  for (int64_t i = first_item<int64_t>(); i < s.HW; i += item_stride<int64_t>()) {
+    s.coef[i] =
+        coefficient_at(i / g.W, i % g.W, g.H, g.W, s.weight, g.taps_h, g.taps_w, g.separable);
   }
-  for (int64_t i = first_item<int64_t>(); i < N; i += item_stride<int64_t>()) flags[i] = A(0);
+  if (s.flags == nullptr) return;
+  for (int64_t i = first_item<int64_t>(); i < s.N; i += item_stride<int64_t>()) s.flags[i] = A(0);
 }
 
-// What a pass reads and writes. Planes hold all images, N * H * W pixels.
-template <typename T>
-struct Reduction {
-  using A = opmath_t<T>;
-  int64_t N = 0, C = 0, HW = 0;
-  const T* grad = nullptr;
-  const T* input = nullptr;
-  const A* mean = nullptr;  // of every pixel; null means 0
-  const A* coef = nullptr;  // of one image: what the sums are divided by; null means 1
-  A* sums[3] = {};
-  bool descending = false;  // from the end of memory: what the pass before read last is in L2
-};
+// ----------------------------------------------------------------------------------------- reduce
 
-// The number of this block, in the order in which they start or in the other one.
-__device__ __forceinline__ unsigned block_number(bool descending) {
+// What a pass adds up over the channels of a pixel, for the plane in; the gradient's pass adds up
+// for q and grads, too. kQuotient: the input (for the subtractive gradient), divided by coef.
+enum class Sums { kInput, kQuotient, kSquares, kGradient };
+
+// The number of this block, in the order in which they start or in the other one: what the pass
+// before read last is in L2.
+__device__ __forceinline__ int64_t block_number(bool descending) {
   return descending ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 }
 
-template <typename T, typename A, int kSums>
-__device__ __forceinline__ void write_sums(const Reduction<T>& r, int64_t pixel,
-                                           const A (&sums)[kSums]) {
-  const A divide_by = r.coef ? r.coef[pixel % r.HW] : A(1);
+// The sums of n neighbours in memory from element i on: of one channel, or of the channels of one
+// pixel.
+template <bool kGradient, int n, typename T, typename A>
+__device__ __forceinline__ void add_pack(const Steps<T>& s, bool squares, int64_t i,
+                                         const A (&mean)[n], A (&sums)[n][3]) {
+  const Pack<T, n> xs = load_pack<n>(s.input + i);
+  const Pack<T, n> gs = kGradient ? load_pack<n>(s.grad + i) : xs;
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) r.sums[k][pixel] = sums[k] / divide_by;
+  for (int j = 0; j < n; ++j) {
+    const A z = static_cast<A>(xs.values[j]) - mean[j];
+    if constexpr (kGradient) {
+      const A grad = static_cast<A>(gs.values[j]);
+      sums[j][0] += z * z;
+      sums[j][1] += grad * z;
+      sums[j][2] += grad;
+    } else {
+      sums[j][0] += squares ? z * z : z;
+    }
+  }
+}
+
+// The same for the channels first, first + step, ... of n pixels of which the first element is i.
+template <bool kGradient, int n, typename T, typename A>
+__device__ __forceinline__ void add_channels(const Steps<T>& s, bool squares, int64_t i,
+                                             int64_t first, int64_t step, const A (&mean)[n],
+                                             A (&sums)[n][3]) {
+  const int64_t stride = s.stride_c();
+#pragma unroll 4
+  for (int64_t c = first; c < s.C; c += step) {
+    add_pack<kGradient>(s, squares, i + c * stride, mean, sums);
+  }
+}
+
+template <int n, typename T, typename A>
+__device__ __forceinline__ void add_pixels(const Steps<T>& s, Sums what, int64_t pixel, int64_t i,
+                                           int64_t first, int64_t step, A (&sums)[n][3]) {
+  const bool centred =
+      s.kind == LocalNorm::kContrastive && (what == Sums::kSquares || what == Sums::kGradient);
+  A mean[n];
+#pragma unroll
+  for (int j = 0; j < n; ++j) mean[j] = centred ? s.mean[pixel + j] : A(0);
+  if (what == Sums::kGradient) {
+    add_channels<true>(s, true, i, first, step, mean, sums);
+  } else {
+    add_channels<false>(s, what == Sums::kSquares, i, first, step, mean, sums);
+  }
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void write_sums(const Steps<T>& s, Sums what, int64_t pixel,
+                                           const A (&sums)[3]) {
+  s.in[pixel] = what == Sums::kQuotient ? sums[0] / s.coef[pixel % s.HW] : sums[0];
+  // The contrastive gradient needs the input's sum once more.
+  if (what == Sums::kInput && s.grad) s.centred[pixel] = sums[0];
+  if (what == Sums::kGradient) s.q[pixel] = sums[1], s.grads[pixel] = sums[2];
 }
 
 // NCHW: neighbouring threads take neighbouring packs of n pixels, so that each channel is read
 // coalesced; n divides H * W. blockDim.y threads share the channels of a pack; their sums are added
 // in order of threadIdx.y.
-template <int n, typename Terms, typename T>
-__global__ void __launch_bounds__(kThreads) reduce_planes_kernel(Reduction<T> r) {
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_planes_kernel(const __grid_constant__ Steps<T> s, Sums what, bool descending) {
   using A = opmath_t<T>;
-  __shared__ A partial[Terms::kSums][n][kThreads];
-  const int64_t packs = r.N * r.HW / n, groups = blockDim.y;
+  __shared__ A partial[3][n][kThreads];
+  const int64_t packs = s.N * s.HW / n, groups = blockDim.y;
+  const int kinds = what == Sums::kGradient ? 3 : 1;
   const unsigned slot = threadIdx.y * blockDim.x + threadIdx.x;
   // The same number of turns for every thread of a block: they meet at the barriers.
-  for (int64_t base = static_cast<int64_t>(block_number(r.descending)) * blockDim.x; base < packs;
+  for (int64_t base = block_number(descending) * blockDim.x; base < packs;
        base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t pixel = (base + threadIdx.x) * n;
     const bool inside = base + threadIdx.x < packs;
-    A sums[n][Terms::kSums] = {};
+    A sums[n][3] = {};
     if (inside) {
-      const int64_t first = pixel / r.HW * r.C * r.HW + pixel % r.HW;
-      A mean[n];
-#pragma unroll
-      for (int j = 0; j < n; ++j) mean[j] = r.mean ? r.mean[pixel + j] : A(0);
-#pragma unroll 4
-      for (int64_t c = threadIdx.y; c < r.C; c += groups) {
-        const int64_t i = first + c * r.HW;
-        const Pack<T, n> xs = load_pack<n>(r.input + i);
-        const Pack<T, n> gs = Terms::kReadsGradient ? load_pack<n>(r.grad + i) : xs;
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-          Terms{}(sums[j], static_cast<A>(gs.values[j]), static_cast<A>(xs.values[j]), A(1),
-                  mean[j]);
-        }
-      }
+      const int64_t image = pixel / s.HW;
+      add_pixels(s, what, pixel, pixel + image * (s.C - 1) * s.HW, threadIdx.y, groups, sums);
     }
     if (groups > 1) {
 #pragma unroll
-      for (int k = 0; k < Terms::kSums; ++k) {
+      for (int k = 0; k < 3; ++k) {
 #pragma unroll
-        for (int j = 0; j < n; ++j) partial[k][j][slot] = sums[j][k];
+        for (int j = 0; j < n; ++j) {
+          if (k < kinds) partial[k][j][slot] = sums[j][k];
+        }
       }
       __syncthreads();
       if (threadIdx.y == 0) {
 #pragma unroll
-        for (int k = 0; k < Terms::kSums; ++k) {
+        for (int k = 0; k < 3; ++k) {
 #pragma unroll
           for (int j = 0; j < n; ++j) {
-            for (unsigned y = 1; y < groups; ++y) {
+            for (unsigned y = 1; k < kinds && y < groups; ++y) {
               sums[j][k] += partial[k][j][y * blockDim.x + threadIdx.x];
             }
           }
@@ -108,130 +154,82 @@ __global__ void __launch_bounds__(kThreads) reduce_planes_kernel(Reduction<T> r)
     }
     if (threadIdx.y == 0 && inside) {
 #pragma unroll
-      for (int j = 0; j < n; ++j) write_sums(r, pixel + j, sums[j]);
+      for (int j = 0; j < n; ++j) write_sums(s, what, pixel + j, sums[j]);
     }
   }
 }
 
 // NHWC: `lanes` threads of a warp take the channels of one pixel, which lie side by side.
-template <typename Terms, typename T>
-__global__ void __launch_bounds__(kThreads) reduce_channels_kernel(Reduction<T> r, int lanes) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_channels_kernel(const __grid_constant__ Steps<T> s, Sums what, bool descending,
+                           int lanes) {
   using A = opmath_t<T>;
-  const int64_t pixels = r.N * r.HW;
+  const int64_t pixels = s.N * s.HW;
   const int64_t per_block = kThreads / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
-  for (int64_t base = block_number(r.descending) * per_block; base < pixels;
+  for (int64_t base = block_number(descending) * per_block; base < pixels;
        base += gridDim.x * per_block) {
     const int64_t pixel = base + threadIdx.x / static_cast<unsigned>(lanes);
-    A sums[Terms::kSums] = {};
-    if (pixel < pixels) {
-      const A mean = r.mean ? r.mean[pixel] : A(0);
-#pragma unroll 4
-      for (int64_t c = lane; c < r.C; c += lanes) {
-        const int64_t i = pixel * r.C + c;
-        const A grad = Terms::kReadsGradient ? static_cast<A>(r.grad[i]) : A(0);
-        Terms{}(sums, grad, static_cast<A>(r.input[i]), A(1), mean);
-      }
-    }
+    A sums[1][3] = {};
+    if (pixel < pixels) add_pixels(s, what, pixel, pixel * s.C, lane, lanes, sums);
 #pragma unroll
-    for (int k = 0; k < Terms::kSums; ++k) sums[k] = lane_sum(sums[k], lanes);
-    if (lane == 0 && pixel < pixels) write_sums(r, pixel, sums);
+    for (int k = 0; k < 3; ++k) sums[0][k] = lane_sum(sums[0][k], lanes);
+    if (lane == 0 && pixel < pixels) write_sums(s, what, pixel, sums[0]);
   }
 }
 
 // ------------------------------------------------------------------------------------------- blur
 
-// What becomes of a blurred pixel: pixel is its index among all images', at within its image.
+// What becomes of a blurred plane.
+//   kRows     nothing yet: the columns are still to come
+//   kMean     mean = est(x) / coef
+//   kDivisor  d; for the gradient also h, in the place of q. Images out of range get a flag
+//   kShare    b = (*)^T(h) / C; for contrastive also the plane that the subtractive gradient then
+//             blurs, in the place of the sum of the input: the sum over channels of the divisive
+//             gradient, divided by coef
+//   kAdjoint  t = (*)^T(sum / coef) / C, the subtractive gradient's
+enum class Finish { kRows, kMean, kDivisor, kShare, kAdjoint };
 
-// Nothing yet: after the rows, the columns are still to come.
+// Of one pixel: `pixel` is its index among all images', `at` within its image.
 template <typename A>
-struct Store {
-  A* out;
-  __device__ void operator()(A blurred, int64_t pixel, int64_t) const { out[pixel] = blurred; }
-};
-
-// mean = est(x) / coef
-template <typename A>
-struct FinishMean {
-  A channels;
-  const A* coef;
-  A* mean;
-  __device__ void operator()(A blurred, int64_t pixel, int64_t at) const {
-    mean[pixel] = blurred / channels / coef[at];
-  }
-};
-
-// What the channels are divided by, from the blurred sum of squares; for the gradient (where there
-// is a q) also h in its place. Images out of range get a flag.
-template <typename A>
-struct FinishDivisor {
-  A channels, threshold, value, root_of_least;
-  int64_t HW;
-  const A* coef;
-  A *flags, *d, *q;  // no flags where the range is not left
-  __device__ void operator()(A blurred, int64_t pixel, int64_t at) const {
-    const A s = local_deviation(blurred, channels, coef[at]);
-    if (q) q[pixel] = divisor_gradient(q[pixel], s, coef[at], threshold);
-    d[pixel] = divisor(s, threshold, value);
-    if (flags && out_of_range(blurred, root_of_least / coef[at], threshold)) {
-      flags[pixel / HW] = A(1);
+__device__ __forceinline__ void finish(const Planes<A>& s, Finish step, A blurred, int64_t pixel,
+                                       int64_t at) {
+  const A channels = static_cast<A>(s.C), coef = s.coef[at];
+  if (step == Finish::kRows) {
+    s.scratch[pixel] = blurred;
+  } else if (step == Finish::kMean) {
+    s.mean[pixel] = local_mean(blurred, channels, coef);
+  } else if (step == Finish::kDivisor) {
+    const A deviation = local_deviation(blurred, channels, coef);
+    if (s.q) s.q[pixel] = divisor_gradient(s.q[pixel], deviation, coef, s.threshold);
+    s.d[pixel] = divisor(deviation, s.threshold, s.value);
+    if (s.flags && out_of_range(blurred, s.root_of_least / coef, s.threshold)) {
+      s.flags[pixel / s.HW] = A(1);
     }
-  }
-};
-
-// B = (*)^T(h) / C; for contrastive also the plane that the subtractive gradient then blurs: the
-// sum over channels of the divisive gradient, divided by coef, in place of the sum of the input.
-template <typename A>
-struct FinishB {
-  A channels;
-  const A *coef, *d, *grads, *mean;
-  A *b, *sum;  // sum is null for divisive
-  __device__ void operator()(A blurred, int64_t pixel, int64_t at) const {
+  } else if (step == Finish::kShare) {
     const A share = blurred / channels;
-    b[pixel] = share;
-    if (sum) {
-      const A centred = sum[pixel] - channels * mean[pixel];
-      sum[pixel] = (grads[pixel] / d[pixel] - centred * share) / coef[at];
+    s.b[pixel] = share;
+    if (s.kind == LocalNorm::kContrastive) {
+      const A centred = s.centred[pixel] - channels * s.mean[pixel];
+      s.centred[pixel] = (s.grads[pixel] / s.d[pixel] - centred * share) / coef;
     }
+  } else {
+    s.t[pixel] = blurred / channels;
   }
-};
-
-// The subtractive gradient's plane (*)^T(sum / coef) / C.
-template <typename A>
-struct FinishAdjointMean {
-  A channels;
-  A* t;
-  __device__ void operator()(A blurred, int64_t pixel, int64_t) const {
-    t[pixel] = blurred / channels;
-  }
-};
+}
 
 // One pixel a thread; a pixel's neighbours were read by neighbouring threads and come from cache,
-// as do the taps. `in` is none of the planes that finish writes.
-enum class BlurStep { kRows, kColumns, kWhole };
-
-template <BlurStep step, typename A, typename Finish>
+// as do the taps. `in` is none of the planes that finish() writes.
+template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    blur_kernel(int64_t pixels, BlurGeometry g, const A* __restrict__ weight,
-                const A* __restrict__ in, Finish finish) {
-  for (int64_t i = first_item<int64_t>(); i < pixels; i += item_stride<int64_t>()) {
-    const int64_t row = i / g.W;  // among the rows of all images
-    const int64_t w = i - row * g.W;
-    const int64_t h = row % g.H;
-    A blurred = A(0);
-    if constexpr (step == BlurStep::kRows) {
-      blurred = correlate_at(in + row * g.W, 1, g.W, w, weight, g.taps_w);
-    } else if constexpr (step == BlurStep::kColumns) {
-      blurred = correlate_at(in + (row - h) * g.W + w, g.W, g.H, h, weight, g.taps_h);
-    } else {
-      const Taps rows = taps_inside(h, g.H, g.taps_h);
-      for (int64_t k = rows.first; k < rows.last; ++k) {
-        blurred += correlate_at(in + (row + k - g.taps_h / 2) * g.W, 1, g.W, w,
-                                weight + k * g.taps_w, g.taps_w);
-      }
-    }
-    finish(blurred, i, h * g.W + w);
+    blur_kernel(const __grid_constant__ Planes<A> s, Finish step, const A* __restrict__ in,
+                const A* __restrict__ weight, int64_t taps_h, int64_t taps_w) {
+  for (int64_t i = first_item<int64_t>(); i < s.N * s.HW; i += item_stride<int64_t>()) {
+    const int64_t image = quotient(i, s.HW), at = i - image * s.HW;
+    const A* plane = in + image * s.HW;
+    finish(s, step, correlated(plane, s.geometry, weight, taps_h, taps_w, at), i, at);
   }
 }
 
@@ -242,10 +240,11 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kTileSide = 32;
 constexpr int kTileRadius = 10;
 
-template <typename A, typename Finish>
+template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    blur_tile_kernel(int64_t N, BlurGeometry g, const A* __restrict__ weight,
-                     const A* __restrict__ in, Finish finish) {
+    blur_tile_kernel(const __grid_constant__ Planes<A> s, Finish step, const A* __restrict__ in,
+                     const A* __restrict__ weight) {
+  const BlurGeometry& g = s.geometry;
   constexpr int kSide = kTileSide + 2 * kTileRadius, kMost = 2 * kTileRadius + 4;
   constexpr int kGroups = kTileSide / 4;  // of four neighbours, along either dimension
   alignas(kVectorBytes) __shared__ A tile[kSide * kSide];
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kThreads)
                 across = (g.W + kTileSide - 1) / kTileSide;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kMost) weights[thread] = thread < taps ? weight[thread] : A(0);
-  for (int64_t t = blockIdx.x; t < N * down * across; t += gridDim.x) {
+  for (int64_t t = blockIdx.x; t < s.N * down * across; t += gridDim.x) {
     const int64_t image = t / (down * across), place = t % (down * across);
     const int64_t top = place / across * kTileSide, left = place % across * kTileSide;
     const A* plane = in + image * g.H * g.W;
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (h + j < g.H && w < g.W) {
-          finish(sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
+          finish(s, step, sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
         }
       }
     }
@@ -306,372 +305,179 @@ __global__ void __launch_bounds__(kThreads)
 
 // ------------------------------------------------------------------------------------------ apply
 
-// The planes that the last pass takes; null where it has no use for one.
-template <typename A>
-struct Planes {
-  const A *mean = nullptr, *d = nullptr, *b = nullptr, *t = nullptr;
-  bool descending = false;  // as in Reduction
-};
-
-// Values of the last pass at one element.
-struct Subtract {
-  static constexpr bool kReadsInput = false;
-  template <typename A>
-  __device__ A operator()(A x, A, const Planes<A>& planes, int64_t pixel) const {
-    return x - planes.mean[pixel];
-  }
-};
-
-struct Divide {
-  static constexpr bool kReadsInput = false;
-  template <typename A>
-  __device__ A operator()(A x, A, const Planes<A>& planes, int64_t pixel) const {
-    return (x - (planes.mean ? planes.mean[pixel] : A(0))) / planes.d[pixel];
-  }
-};
-
-struct DivideGradient {
-  static constexpr bool kReadsInput = true;
-  template <typename A>
-  __device__ A operator()(A grad, A x, const Planes<A>& planes, int64_t pixel) const {
-    const A centred = x - (planes.mean ? planes.mean[pixel] : A(0));
-    return grad / planes.d[pixel] - centred * planes.b[pixel] - (planes.t ? planes.t[pixel] : A(0));
-  }
-};
-
-// out = value(a, b, planes) for every element, in the order of memory in either layout, n elements
-// a thread: n > 1 only where a pack stays within a row of pixels (NCHW: n divides H * W) or within
-// a pixel (NHWC: n divides C). b is read if the value needs it.
-template <bool kChannelsLast, int n, typename Value, typename T, typename I>
-__global__ void __launch_bounds__(kThreads)
-    apply_kernel(I packs, I C, I HW, const T* __restrict__ a, const T* __restrict__ b,
-                 Planes<opmath_t<T>> planes, T* __restrict__ out) {
-  using A = opmath_t<T>;
-  using U = std::make_unsigned_t<I>;  // unsigned division is the cheaper one
-  const I first = static_cast<I>(block_number(planes.descending)) * kThreads + threadIdx.x;
-  for (I pack = first; pack < packs; pack += item_stride<I>()) {
-    const I i = pack * n;
-    I pixel;
-    if constexpr (kChannelsLast) {
-      pixel = static_cast<I>(static_cast<U>(i) / static_cast<U>(C));
-    } else {
-      const U plane = static_cast<U>(i) / static_cast<U>(HW);
-      const U image = plane / static_cast<U>(C);
-      pixel = static_cast<I>(static_cast<U>(i) - (plane - image) * static_cast<U>(HW));
+// The numbers of a plane for n neighbours in memory, of which the first belongs to `pixel`: n
+// pixels or, in NHWC, one. `otherwise` where there is no such plane.
+template <int n, typename T, typename A>
+__device__ __forceinline__ void of_neighbours(const Steps<T>& s, const A* plane, int64_t pixel,
+                                              A otherwise, A (&values)[n]) {
+  constexpr int m = n == 1 ? 1 : kImagePack<T>;
+#pragma unroll
+  for (int i = 0; i < n; i += m) {
+    Pack<A, m> pack;
+    if (plane && !s.channels_last) pack = load_pack<m>(plane + pixel + i);
+    const A of_pixel = plane && s.channels_last ? plane[pixel] : otherwise;
+#pragma unroll
+    for (int j = 0; j < m; ++j) {
+      values[i + j] = plane && !s.channels_last ? pack.values[j] : of_pixel;
     }
-    const Pack<T, n> from_a = load_pack<n>(a + i);
-    const Pack<T, n> from_b = Value::kReadsInput ? load_pack<n>(b + i) : from_a;
+  }
+}
+
+// Every element of the output in the order of memory, n elements a thread: n > 1 only where a pack
+// stays within a row of pixels (NCHW: n divides H * W) or within a pixel (NHWC: n divides C).
+template <int n, typename T>
+__global__ void __launch_bounds__(kThreads)
+    apply_kernel(const __grid_constant__ Steps<T> s, bool descending) {
+  using A = opmath_t<T>;
+  const int64_t packs = s.N * s.C * s.HW / n;
+  const A* const mean = s.kind == LocalNorm::kDivisive ? nullptr : s.mean;
+  const A* const t = s.kind == LocalNorm::kContrastive ? s.t : nullptr;
+  for (int64_t pack = block_number(descending) * kThreads + threadIdx.x; pack < packs;
+       pack += item_stride<int64_t>()) {
+    const int64_t i = pack * n;
+    int64_t pixel = 0;
+    if (s.channels_last) {
+      pixel = quotient(i, s.C);
+    } else {
+      const int64_t plane = quotient(i, s.HW);
+      pixel = i - (plane - quotient(plane, s.C)) * s.HW;
+    }
+    const Pack<T, n> xs = load_pack<n>(s.input + i);
+    A means[n], result[n];
+    of_neighbours(s, mean, pixel, A(0), means);
+#pragma unroll
+    for (int j = 0; j < n; ++j) result[j] = static_cast<A>(xs.values[j]) - means[j];
+    if (s.kind != LocalNorm::kSubtractive) {
+      A d[n];
+      of_neighbours(s, s.d, pixel, A(1), d);
+      if (s.grad) {
+        const Pack<T, n> gs = load_pack<n>(s.grad + i);
+        A b[n], ts[n];
+        of_neighbours(s, s.b, pixel, A(0), b);
+        of_neighbours(s, t, pixel, A(0), ts);
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+          result[j] = static_cast<A>(gs.values[j]) / d[j] - result[j] * b[j] - ts[j];
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < n; ++j) result[j] /= d[j];
+      }
+    }
     Pack<T, n> to;
 #pragma unroll
-    for (int j = 0; j < n; ++j) {
-      to.values[j] =
-          static_cast<T>(Value{}(static_cast<A>(from_a.values[j]), static_cast<A>(from_b.values[j]),
-                                 planes, static_cast<int64_t>(pixel + (kChannelsLast ? 0 : j))));
-    }
-    store_pack(out + i, to);
+    for (int j = 0; j < n; ++j) to.values[j] = static_cast<T>(result[j]);
+    store_pack(s.out + i, to);
   }
 }
 
-// ------------------------------------------------------------------------------------------- steps
+// --------------------------------------------------------------------------------------- launches
 
-// What repair takes of the steps.
-template <typename T>
-struct RepairArguments {
-  using A = opmath_t<T>;
-  LocalNorm kind;
-  static constexpr bool adjoint = false;  // of subtractive, which repair has no part in
-  int64_t N, C, HW, channel, pixel;       // distances of neighbours
-  BlurGeometry geometry;
-  A threshold, value, root_of_least;
-  const A *flags, *weight, *flipped, *coef;
-  A* planes[7];  // in, scratch, mean, d, q, grads, centred of all images
-  const T* grad;
-  const T* input;
-  T* out;
-};
-
-// A block's work on an image in global memory, of any size: one pixel a thread at a time.
-template <typename T>
-struct MemoryBlock {
-  using A = opmath_t<T>;
-  static constexpr bool kExact = true;
-
-  const RepairArguments<T>& a;
-  int64_t image, HW;
-  int thread, threads;
-  Units<A>* shared;
-
-  __device__ MemoryBlock(const RepairArguments<T>& arguments, int64_t number, Units<A>* of_block)
-      : a(arguments),
-        image(number),
-        HW(arguments.HW),
-        thread(static_cast<int>(threadIdx.x)),
-        threads(kThreads),
-        shared(of_block) {}
-
-  __device__ A* plane(int k) const { return a.planes[k] + image * HW; }
-  __device__ A* in() const { return plane(0); }
-  __device__ A* mean() const { return plane(2); }
-  __device__ A* d() const { return plane(3); }
-  __device__ A* q() const { return plane(4); }
-  __device__ A* grads() const { return plane(5); }
-  __device__ A* centred() const { return plane(6); }
-  __device__ Units<A>& units() const { return *shared; }
-  __device__ A over_channels(A value) const { return value / static_cast<A>(a.C); }
-  __device__ A over_coef(A value, int64_t p) const { return value / a.coef[p]; }
-
-  template <typename Terms, typename Use>
-  __device__ void reduce(const T* grad, const T* x, A scale, A scale_of_mean,
-                         const Use& use) const {
-#pragma unroll 1
-    for (int64_t p = thread; p < HW; p += threads) {
-      A sums[Terms::kSums] = {};
-      const A centre = mean()[p] * scale_of_mean;
-#pragma unroll 1
-      for (int64_t c = 0; c < a.C; ++c) {
-        const int64_t i = c * a.channel + p * a.pixel;
-        Terms{}(sums, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
-                scale, centre);
-      }
-      use(p, p, sums);
-    }
-    __syncthreads();
-  }
-
-  // One pixel of a correlation with a kernel of taps_h x taps_w.
-  __device__ A correlated(const A* from, const A* weight, int64_t taps_h, int64_t taps_w,
-                          int64_t p) const {
-    const int64_t H = a.geometry.H, W = a.geometry.W, h = p / W, w = p % W;
-    const Taps rows = taps_inside(h, H, taps_h), columns = taps_inside(w, W, taps_w);
-    A sum = A(0);
-#pragma unroll 1
-    for (int64_t i = rows.first; i < rows.last; ++i) {
-      const A* row = from + (h + i - taps_h / 2) * W + w - taps_w / 2;
-#pragma unroll 1
-      for (int64_t k = columns.first; k < columns.last; ++k) {
-        sum += row[k] * weight[i * taps_w + k];
-      }
-    }
-    return sum;
-  }
-
-  template <typename Finish>
-  __device__ bool blur(bool adjoint, const Finish& finish) const {
-    const BlurGeometry& g = a.geometry;
-    const A* weight = adjoint ? a.flipped : a.weight;
-    A* const scratch = plane(1);
-    bool any = false;
-#pragma unroll 1
-    for (int64_t p = thread; p < HW; p += threads) {
-      scratch[p] = correlated(in(), weight, g.separable ? 1 : g.taps_h, g.taps_w, p);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int64_t p = thread; p < HW; p += threads) {
-      any |= finish(g.separable ? correlated(scratch, weight, g.taps_h, 1, p) : scratch[p], p, p);
-    }
-    return __syncthreads_or(any);
-  }
-
-  template <typename Value>
-  __device__ void apply(const Value& value, T* out, const T* u, const T* v, const A* plane0,
-                        const A* plane1, const A* plane2) const {
-#pragma unroll 1
-    for (int64_t p = thread; p < HW; p += threads) {
-      const A of[3] = {plane0[p], plane1[p], Value::kPlanes > 2 ? plane2[p] : A(0)};
-#pragma unroll 1
-      for (int64_t c = 0; c < a.C; ++c) {
-        const int64_t i = c * a.channel + p * a.pixel;
-        out[i] = static_cast<T>(value(static_cast<A>(u[i]),
-                                      Value::kReadsBoth ? static_cast<A>(v[i]) : A(0), of[0], of[1],
-                                      of[2]));
-      }
-    }
-  }
-};
-
-// Images that the steps before found out of range, a block each, from their input on.
-template <bool kGradient, typename T>
-__global__ void __launch_bounds__(kThreads)
-    repair_kernel(const __grid_constant__ RepairArguments<T> a) {
-  __shared__ Units<opmath_t<T>> units;
-  for (int64_t image = blockIdx.x; image < a.N; image += gridDim.x) {
-    if (a.flags[image] == opmath_t<T>(0)) continue;
-    __syncthreads();  // before the units of the image before are overwritten
-    if (threadIdx.x == 0) units = {};
-    const MemoryBlock<T> block(a, image, &units);
-    for (int64_t p = threadIdx.x; p < a.HW && a.kind == LocalNorm::kDivisive; p += kThreads) {
-      block.mean()[p] = 0;
-      if constexpr (kGradient) block.grads()[p] = 0;
-    }
-    __syncthreads();
-    const int64_t first = image * a.C * a.HW;
-    if constexpr (kGradient) {
-      backward_image(block, a.grad + first, a.input + first, a.out + first);
-    } else {
-      forward_image(block, a.input + first, a.out + first);
-    }
-  }
-}
-
-// The steps above on one batch of images, with the planes they need.
+// The steps on one batch of images, with the planes that they need.
 template <typename T>
 class Problem {
  public:
   using A = opmath_t<T>;
 
   Problem(const Launcher& launcher, const Images& images, const Tensor& kernel,
-          const LocalNormOptions& options, int64_t planes)
-      : launcher_(launcher),
-        N_(images.N),
-        C_(images.C),
-        HW_(images.H * images.W),
-        channels_last_(images.channels_last),
-        blur_{images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1), kernel.dim() == 1},
-        kind_(options.kind),
-        threshold_(static_cast<A>(options.threshold)),
-        value_(static_cast<A>(options.value)),
-        channels(static_cast<A>(images.C)) {
+          const LocalNormOptions& options, const T* grad, const T* input, T* out)
+      : launcher_(launcher) {
+    const int64_t HW = images.H * images.W, pixels = images.N * HW;
     const Tensor values = kernel_in_double(kernel);
-    const int64_t taps = values.numel();
-    workspace_ = new_tensor(images.data, {2 * taps + HW_ + planes * N_ * HW_ + N_},
+    const int64_t taps = ceil_div(values.numel(), 4) * 4;  // what follows begins with a pack
+    const bool divides = options.kind != LocalNorm::kSubtractive;
+    const int64_t planes = !divides                                  ? 3
+                           : !grad                                   ? 4
+                           : options.kind == LocalNorm::kContrastive ? 9
+                                                                     : 7;
+    workspace_ = new_tensor(images.data, {2 * taps + HW + planes * pixels + images.N},
                             type_to_compute_in(images.data));
-    weight_[0] = workspace_.mutable_data_ptr<A>();
-    weight_[1] = weight_[0] + taps;
-    coef = weight_[1] + taps;
-    flags_ = coef + HW_ + planes * N_ * HW_;
-    launcher_.run_over(prepare_kernel<A>, HW_, taps, blur_, N_, values.const_data_ptr<double>(),
-                       weight_[0], weight_[1], coef, flags_);
+    A* end = workspace_.mutable_data_ptr<A>();
+    const auto take = [&](int64_t count, bool needed = true) {
+      A* const begin = end;
+      if (needed) end += count;
+      return needed ? begin : nullptr;
+    };
+    s_.N = images.N, s_.C = images.C, s_.HW = HW;
+    s_.geometry = {images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1),
+                   kernel.dim() == 1};
+    s_.kind = options.kind;
+    s_.threshold = static_cast<A>(options.threshold), s_.value = static_cast<A>(options.value);
+    s_.root_of_least = root_of_least<A>(images.C);
+    s_.weight = take(taps), s_.flipped = take(taps), s_.coef = take(HW);
+    s_.in = take(pixels), s_.scratch = take(pixels), s_.mean = take(pixels);
+    s_.d = take(pixels, divides);
+    s_.q = take(pixels, planes > 4), s_.grads = take(pixels, planes > 4);
+    s_.b = take(pixels, planes > 4);
+    s_.centred = take(pixels, planes > 7);
+    s_.t = planes > 7 ? take(pixels) : s_.mean;  // the subtractive gradient has no mean
+    s_.flags = take(images.N, divides && kLeavesRange<T>);
+    s_.channels_last = images.channels_last;
+    s_.grad = grad, s_.input = input, s_.out = out;
+    launcher_.run_over(prepare_kernel<A>, std::max(HW, images.N), planes_of(s_),
+                       values.const_data_ptr<double>());
   }
 
-  A* plane(int64_t k) const { return coef + HW_ + k * N_ * HW_; }
-
-  template <typename Terms>
-  void reduce(Reduction<T> r) const {
-    r.N = N_, r.C = C_, r.HW = HW_;
-    if (channels_last_) {
-      const int lanes = lanes_for(C_);
-      launcher_.run(reduce_channels_kernel<Terms, T>, N_ * HW_, kThreads / lanes, kThreads, r,
-                    lanes);
+  // Every pass over the data begins where the one before ended.
+  void reduce(Sums what) {
+    const int64_t pixels = s_.N * s_.HW;
+    if (s_.channels_last) {
+      const int lanes = lanes_for(s_.C);
+      launcher_.run(reduce_channels_kernel<T>, pixels, kThreads / lanes, kThreads, s_, what,
+                    descending_, lanes);
     } else {
       // Whole warps side by side, and up to eight of them for the channels.
       constexpr int n = kImagePack<T>;
-      const int across = kThreads / std::min(lanes_for(C_), kThreads / kWarp);
-      if (HW_ % n == 0 && are_aligned(r.grad, r.input)) {
-        launcher_.run(reduce_planes_kernel<n, Terms, T>, N_ * HW_ / n, across, across, r);
-      } else {
-        launcher_.run(reduce_planes_kernel<1, Terms, T>, N_ * HW_, across, across, r);
-      }
+      const int across = kThreads / std::min(lanes_for(s_.C), kThreads / kWarp);
+      const bool packs = s_.HW % n == 0 && are_aligned(s_.grad, s_.input);
+      launcher_.run(packs ? reduce_planes_kernel<n, T> : reduce_planes_kernel<1, T>,
+                    packs ? pixels / n : pixels, across, across, s_, what, descending_);
     }
+    descending_ = !descending_;
   }
 
-  // Blurs a plane (adjoint: with the flipped kernel) and finishes it; scratch is another plane.
-  template <typename Finish>
-  void blur(const A* in, A* scratch, bool adjoint, const Finish& finish) const {
-    const int64_t pixels = N_ * HW_;
-    const A* weight = weight_[adjoint];
-    if (blur_.separable && blur_.taps_w / 2 <= kTileRadius) {
-      const int64_t tiles = ceil_div(blur_.H, kTileSide) * ceil_div(blur_.W, kTileSide);
-      launcher_.run(blur_tile_kernel<A, Finish>, N_ * tiles, 1, kThreads, N_, blur_, weight, in,
-                    finish);
-    } else if (blur_.separable) {
-      launcher_.run_over(blur_kernel<BlurStep::kRows, A, Store<A>>, pixels, pixels, blur_, weight,
-                         in, Store<A>{scratch});
-      launcher_.run_over(blur_kernel<BlurStep::kColumns, A, Finish>, pixels, pixels, blur_, weight,
-                         static_cast<const A*>(scratch), finish);
-    } else {
-      launcher_.run_over(blur_kernel<BlurStep::kWhole, A, Finish>, pixels, pixels, blur_, weight,
-                         in, finish);
+  // Blurs a plane and finishes it; adjoint: with the flipped kernel.
+  void blur(const A* in, bool adjoint, Finish step) const {
+    const BlurGeometry& g = s_.geometry;
+    const int64_t pixels = s_.N * s_.HW;
+    const A* weight = adjoint ? s_.flipped : s_.weight;
+    if (g.separable && g.taps_w / 2 <= kTileRadius) {
+      const int64_t tiles = ceil_div(g.H, kTileSide) * ceil_div(g.W, kTileSide);
+      launcher_.run(blur_tile_kernel<A>, s_.N * tiles, 1, kThreads, planes_of(s_), step, in,
+                    weight);
+      return;
     }
-  }
-
-  // What becomes of a blurred sum of squares; with a q, for the gradient.
-  FinishDivisor<A> to_divisor(A* d, A* q = nullptr) const {
-    return {channels,
-            threshold_,
-            value_,
-            root_of_least<A>(C_),
-            HW_,
-            coef,
-            kLeavesRange<T> ? flags_ : nullptr,
-            d,
-            q};
-  }
-
-  // After that: images that it found out of range, once more. The planes are as in RepairArguments.
-  template <bool kGradient>
-  void repair(const std::array<A*, 7>& planes, const T* grad, const T* input, T* out) const {
-    if constexpr (kLeavesRange<T>) {
-      RepairArguments<T> a{.kind = kind_,
-                           .N = N_,
-                           .C = C_,
-                           .HW = HW_,
-                           .channel = channels_last_ ? 1 : HW_,
-                           .pixel = channels_last_ ? C_ : 1,
-                           .geometry = blur_,
-                           .threshold = threshold_,
-                           .value = value_,
-                           .root_of_least = root_of_least<A>(C_),
-                           .flags = flags_,
-                           .weight = weight_[0],
-                           .flipped = weight_[1],
-                           .coef = coef,
-                           .planes = {},
-                           .grad = grad,
-                           .input = input,
-                           .out = out};
-      std::copy(planes.begin(), planes.end(), a.planes);
-      launcher_.run_blocks(repair_kernel<kGradient, T>, N_, kThreads, a);
+    const int64_t one = 1;
+    if (g.separable) {
+      launcher_.run_over(blur_kernel<A>, pixels, planes_of(s_), Finish::kRows, in, weight, one,
+                         g.taps_w);
+      in = s_.scratch;
     }
+    launcher_.run_over(blur_kernel<A>, pixels, planes_of(s_), step, in, weight, g.taps_h,
+                       g.separable ? one : g.taps_w);
   }
 
-  template <typename Value>
-  void apply(const T* a, const T* b, const Planes<A>& planes, T* out) const {
+  void apply() const {
     constexpr int n = kPackSize<T>;
-    const bool packs = (channels_last_ ? C_ : HW_) % n == 0 && are_aligned(a, b, out);
-    if (packs) {
-      apply_packs<Value, n>(a, b, planes, out);
-    } else {
-      apply_packs<Value, 1>(a, b, planes, out);
+    const int64_t size = s_.N * s_.C * s_.HW;
+    const bool packs = (s_.channels_last ? s_.C : s_.HW) % n == 0 &&
+                       are_aligned(s_.grad, s_.input, static_cast<const T*>(s_.out));
+    launcher_.run_over(packs ? apply_kernel<n, T> : apply_kernel<1, T>, packs ? size / n : size, s_,
+                       descending_);
+    if constexpr (kLeavesRange<T>) {
+      if (s_.flags) repair(launcher_, s_);
     }
   }
+
+  const Steps<T>& planes() const { return s_; }
 
  private:
-  template <typename Value, int n>
-  void apply_packs(const T* a, const T* b, const Planes<A>& planes, T* out) const {
-    if (fits_32_bits(N_ * C_ * HW_)) {
-      apply_indexed<Value, n, int32_t>(a, b, planes, out);
-    } else {
-      apply_indexed<Value, n, int64_t>(a, b, planes, out);
-    }
-  }
-
-  template <typename Value, int n, typename I>
-  void apply_indexed(const T* a, const T* b, const Planes<A>& planes, T* out) const {
-    const int64_t packs = N_ * C_ * HW_ / n;
-    const I count = static_cast<I>(packs), C = static_cast<I>(C_), HW = static_cast<I>(HW_);
-    if (channels_last_) {
-      launcher_.run_over(apply_kernel<true, n, Value, T, I>, packs, count, C, HW, a, b, planes,
-                         out);
-    } else {
-      launcher_.run_over(apply_kernel<false, n, Value, T, I>, packs, count, C, HW, a, b, planes,
-                         out);
-    }
-  }
+  static const Planes<A>& planes_of(const Steps<T>& steps) { return steps; }
 
   const Launcher& launcher_;
-  int64_t N_, C_, HW_;
-  bool channels_last_;
-  BlurGeometry blur_;
-  Tensor workspace_;  // everything below, one allocation
-  A* weight_[2];      // [adjoint]
-  A* flags_;          // of images: not 0 where they are out of range
-  LocalNorm kind_;
-  A threshold_, value_;
-
- public:
-  A channels;
-  A* coef;
+  Tensor workspace_;
+  Steps<T> s_{};
+  bool descending_ = false;
 };
 
 }  // namespace
@@ -679,38 +485,27 @@ class Problem {
 template <typename T>
 void forward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
                     const LocalNormOptions& options, const T* x, T* y) {
-  using A = opmath_t<T>;
-  const Problem<T> problem(launcher, images, kernel, options, 4);
-  A *sum = problem.plane(0), *scratch = problem.plane(1), *d = problem.plane(2);
-  A* const plane_of_mean = problem.plane(3);
-  A* mean = options.kind == LocalNorm::kDivisive ? nullptr : plane_of_mean;
-  if (mean) {
-    problem.template reduce<SumOfInput>({.input = x, .sums = {sum}});
-    problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
+  Problem<T> problem(launcher, images, kernel, options, nullptr, x, y);
+  const Steps<T>& s = problem.planes();
+  if (options.kind != LocalNorm::kDivisive) {
+    problem.reduce(Sums::kInput);
+    problem.blur(s.in, false, Finish::kMean);
   }
-  if (options.kind == LocalNorm::kSubtractive) {
-    problem.template apply<Subtract>(x, x, {.mean = mean, .descending = true}, y);
-    return;
+  if (options.kind != LocalNorm::kSubtractive) {
+    problem.reduce(Sums::kSquares);
+    problem.blur(s.in, false, Finish::kDivisor);
   }
-  // Every pass begins where the one before ended.
-  const bool second = mean != nullptr;
-  problem.template reduce<SumOfSquares>(
-      {.input = x, .mean = mean, .sums = {sum}, .descending = second});
-  problem.blur(sum, scratch, false, problem.to_divisor(d));
-  problem.template apply<Divide>(x, x, {.mean = mean, .d = d, .descending = !second}, y);
-  problem.template repair<false>({sum, scratch, plane_of_mean, d}, nullptr, x, y);
+  problem.apply();
 }
 
 template <typename T>
 void subtractive_backward_images(const Launcher& launcher, const Images& images,
                                  const Tensor& kernel, const LocalNormOptions& options, const T* g,
                                  T* gx) {
-  using A = opmath_t<T>;
-  const Problem<T> problem(launcher, images, kernel, options, 3);
-  A *sum = problem.plane(0), *scratch = problem.plane(1), *t = problem.plane(2);
-  problem.template reduce<SumOfInput>({.input = g, .coef = problem.coef, .sums = {sum}});
-  problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<Subtract>(g, g, {.mean = t, .descending = true}, gx);
+  Problem<T> problem(launcher, images, kernel, options, nullptr, g, gx);
+  problem.reduce(Sums::kQuotient);
+  problem.blur(problem.planes().in, true, Finish::kAdjoint);
+  problem.apply();
 }
 
 // Divisive and contrastive. s is computed again from the input, in the pass over it that q needs
@@ -719,29 +514,17 @@ template <typename T>
 void divisive_backward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
                               const LocalNormOptions& options, const T* g, const T* x, T* gx) {
   const bool contrastive = options.kind == LocalNorm::kContrastive;
-  using A = opmath_t<T>;
-  const Problem<T> problem(launcher, images, kernel, options, contrastive ? 9 : 6);
-  A *scratch = problem.plane(0), *d = problem.plane(1), *q = problem.plane(2);
-  A *squares = problem.plane(3), *grads = problem.plane(4), *b = problem.plane(5);
-  A *sum = nullptr, *mean = nullptr, *t = nullptr;
+  Problem<T> problem(launcher, images, kernel, options, g, x, gx);
+  const Steps<T>& s = problem.planes();
   if (contrastive) {
-    sum = problem.plane(6), mean = problem.plane(7), t = problem.plane(8);
-    problem.template reduce<SumOfInput>({.input = x, .sums = {sum}});
-    problem.blur(sum, scratch, false, FinishMean<A>{problem.channels, problem.coef, mean});
+    problem.reduce(Sums::kInput);
+    problem.blur(s.in, false, Finish::kMean);
   }
-  problem.template reduce<SumsOfGradient>({.grad = g,
-                                           .input = x,
-                                           .mean = mean,
-                                           .sums = {q, squares, grads},
-                                           .descending = contrastive});
-  problem.blur(squares, scratch, false, problem.to_divisor(d, q));
-  problem.blur(q, scratch, true,
-               FinishB<A>{problem.channels, problem.coef, d, grads, mean, b, sum});
-  if (contrastive) problem.blur(sum, scratch, true, FinishAdjointMean<A>{problem.channels, t});
-  problem.template apply<DivideGradient>(
-      g, x, {.mean = mean, .d = d, .b = b, .t = t, .descending = !contrastive}, gx);
-  A* const plane_of_mean = contrastive ? mean : b;
-  problem.template repair<true>({squares, scratch, plane_of_mean, d, q, grads, sum}, g, x, gx);
+  problem.reduce(Sums::kGradient);
+  problem.blur(s.in, false, Finish::kDivisor);
+  problem.blur(s.q, true, Finish::kShare);
+  if (contrastive) problem.blur(s.centred, true, Finish::kAdjoint);
+  problem.apply();
 }
 
 #define MNIST_OPS_STEPS(T)                                                                    \
