@@ -79,70 +79,104 @@ __device__ __forceinline__ A merged(const A* sums, int count) {
   return lane_sum(lane < count ? sums[lane] : A(0), kWarp);
 }
 
-// What the warps of one row's blocks found, merged, for all threads; `part` is this block's place
-// among the row's `parts` blocks. The barriers of a cluster are in two halves: cluster_arrive() was
-// called last, by the kernel or by the turn before this one.
-template <typename A>
-__device__ __forceinline__ Partial<A> merge_row(const Partial<A>& of_warp, Exchange<A>& shared,
-                                                int part, int parts,
-                                                const Differences<A>& difference) {
-  const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();  // whoever read shared before is done
-  if (thread % kWarp == 0) {
-    shared.largest[thread / kWarp] = of_warp.largest;
-    shared.sums[thread / kWarp] = of_warp.sum;
+// The threads that share a row: `lanes` neighbouring ones of a warp.
+struct Lanes {
+  static constexpr bool kBeyondWarp = false;
+  int lanes;
+
+  __device__ __forceinline__ int worker() const { return static_cast<int>(threadIdx.x) % lanes; }
+  __device__ __forceinline__ int workers() const { return lanes; }
+
+  template <typename A>
+  __device__ __forceinline__ Partial<A> merge(const Partial<A>& part, const Differences<A>&) const {
+    return part;  // it is of all lanes
   }
-  __syncthreads();
-  Partial<A> whole =
-      merged(shared.largest, shared.sums, static_cast<int>(blockDim.x) / kWarp, difference);
-  if (parts > 1) {
-    cluster_wait();  // all of them are there and have read what came before
-    if (thread < parts) {
-      cluster_peer(shared.largest_of_blocks, thread)[part] = whole.largest;
-      cluster_peer(shared.sums_of_blocks, thread)[part] = whole.sum;
+  template <typename A>
+  __device__ __forceinline__ A sum(A value) const {
+    return lane_sum(value, lanes);
+  }
+};
+
+// Those of `parts` blocks, of which this one is the part-th. The barriers of a cluster are in two
+// halves: cluster_arrive() was called last, by begin() or by the row before this one.
+template <typename A>
+struct Blocks {
+  static constexpr bool kBeyondWarp = true;
+  static constexpr int lanes = kWarp;
+  Exchange<A>& shared;
+  int part, parts;
+
+  __device__ __forceinline__ void begin() const {
+    if (parts > 1) cluster_arrive();
+  }
+  __device__ __forceinline__ void end() const {
+    if (parts > 1) cluster_wait();
+  }
+
+  __device__ __forceinline__ int worker() const {
+    return part * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+  __device__ __forceinline__ int workers() const { return parts * static_cast<int>(blockDim.x); }
+
+  // What the warps found, for all threads.
+  __device__ __forceinline__ Partial<A> merge(const Partial<A>& of_warp,
+                                              const Differences<A>& difference) const {
+    return together(
+        [&](int i) { shared.largest[i] = of_warp.largest, shared.sums[i] = of_warp.sum; },
+        [&](int count) { return merged(shared.largest, shared.sums, count, difference); },
+        [&](const Partial<A>& of_block, int block) {
+          cluster_peer(shared.largest_of_blocks, block)[part] = of_block.largest;
+          cluster_peer(shared.sums_of_blocks, block)[part] = of_block.sum;
+        },
+        [&] { return merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference); });
+  }
+  __device__ __forceinline__ A sum(A value) const {
+    value = lane_sum(value, kWarp);
+    return together(
+        [&](int i) { shared.sums[i] = value; },
+        [&](int count) { return merged(shared.sums, count); },
+        [&](A of_block, int block) { cluster_peer(shared.sums_of_blocks, block)[part] = of_block; },
+        [&] { return merged(shared.sums_of_blocks, parts); });
+  }
+
+ private:
+  // leave(i) for the i-th warp, of_warps(count) what they left; tell(that, block) for the other
+  // blocks, of_blocks() what they told.
+  template <typename Leave, typename OfWarps, typename Tell, typename OfBlocks>
+  __device__ __forceinline__ auto together(const Leave& leave, const OfWarps& of_warps,
+                                           const Tell& tell, const OfBlocks& of_blocks) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    __syncthreads();  // whoever read shared before is done
+    if (thread % kWarp == 0) leave(thread / kWarp);
+    __syncthreads();
+    auto whole = of_warps(static_cast<int>(blockDim.x) / kWarp);
+    if (parts > 1) {
+      cluster_wait();  // all of them are there and have read what came before
+      if (thread < parts) tell(whole, thread);
+      cluster_arrive();
+      cluster_wait();
+      whole = of_blocks();
+      cluster_arrive();
     }
-    cluster_arrive();
-    cluster_wait();
-    whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference);
-    cluster_arrive();
+    return whole;
   }
-  return whole;
-}
+};
 
-template <typename A>
-__device__ __forceinline__ A sum_row(A of_warp, Exchange<A>& shared, int part, int parts) {
-  const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();
-  if (thread % kWarp == 0) shared.sums[thread / kWarp] = of_warp;
-  __syncthreads();
-  A whole = merged(shared.sums, static_cast<int>(blockDim.x) / kWarp);
-  if (parts > 1) {
-    cluster_wait();
-    if (thread < parts) cluster_peer(shared.sums_of_blocks, thread)[part] = whole;
-    cluster_arrive();
-    cluster_wait();
-    whole = merged(shared.sums_of_blocks, parts);
-    cluster_arrive();
-  }
-  return whole;
-}
-
-// The steps of the forward on what a thread holds; `lanes` of a warp share the row, and merge finds
-// out what others have of it, if there are any.
-template <int kLoads, int n, bool shared_row, typename T, typename Merge>
-__device__ __forceinline__ void forward_row(Kind kind, const Forward<T>& f, int64_t row,
-                                            bool inside, int worker, int workers, int lanes,
-                                            const Merge& merge) {
+// The forward on what a thread holds of a row, which its group shares.
+template <int kLoads, int n, typename T, typename Group>
+__device__ __forceinline__ void compute_row(Kind kind, const Forward<T>& f, int64_t row,
+                                            bool inside, const Group& group) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(f.g.size);
   const T* first = f.in + row * size;
   constexpr A kMissing = -std::numeric_limits<A>::infinity();
   const Differences<A>& difference = f.differences;
+  const int worker = group.worker(), workers = group.workers();
   HeldRow<kLoads, n, T> held;
   held.load(first, inside ? size : 0, worker, workers, difference.scale, kMissing);
   A largest = kMissing;
   held.each([&](A& v) { largest = v > largest ? v : largest; });
-  largest = lane_max(largest, lanes);
+  largest = lane_max(largest, group.lanes);
   const A base = largest == kMissing ? A(0) : largest;  // exp(-inf) is 0, exp(-inf + inf) is not
   A sum = A(0);
   held.each([&](A& v) {
@@ -150,8 +184,7 @@ __device__ __forceinline__ void forward_row(Kind kind, const Forward<T>& f, int6
     sum += power;
     if (kind == Kind::kSoftmax) v = power;
   });
-  Partial<A> whole{largest, lane_sum(sum, lanes)};
-  if constexpr (shared_row) whole = merge(whole);
+  Partial<A> whole = group.merge(Partial<A>{largest, lane_sum(sum, group.lanes)}, difference);
   whole.finish();
   if (!inside) return;
   if (kind == Kind::kNll) {
@@ -162,7 +195,7 @@ __device__ __forceinline__ void forward_row(Kind kind, const Forward<T>& f, int6
       held.each([&](A& v) { v = difference.of_scaled(v, whole.largest) - log_sum; });
     } else {
       A correction = A(1);
-      if (shared_row && largest != whole.largest) {
+      if (Group::kBeyondWarp && largest != whole.largest) {
         correction = std::exp(difference.of_scaled(largest, whole.largest));
       }
       const A inverse = correction / whole.sum;
@@ -174,64 +207,13 @@ __device__ __forceinline__ void forward_row(Kind kind, const Forward<T>& f, int6
   }
 }
 
-// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
-// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
-// most.)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kMostResident = 4;
-#else
-constexpr int kMostResident = 5;
-#endif
-// A softmax of 32 elements a thread keeps its powers, too.
-template <int kind, int kLoads, int n, typename T>
-constexpr int kResident =
-    sizeof(T) == 8                                                ? 2
-    : sizeof(T) == 4 || n == 1                                    ? 4
-    : kind == static_cast<int>(Kind::kSoftmax) && kLoads * n > 16 ? 4
-                                                                  : kMostResident;
-
-template <int kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, T>)
-    forward_warp_kernel(Kind given, Forward<T> f, int lanes) {
-  const int64_t rows = f.g.outer;
-  const int64_t per_block = kThreads / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  // The same number of turns for every thread of a warp: they meet in the shuffles.
-  for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
-    const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    forward_row<kLoads, n, false>(kind_of<kind>(given), f, row, row < rows, lane, lanes, lanes, 0);
-  }
-}
-
-constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that streams
-
-// `parts` neighbouring blocks, a cluster, take a row.
-template <int kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock)
-    forward_block_kernel(Kind given, Forward<T> f, int parts) {
-  using A = opmath_t<T>;
-  __shared__ Exchange<A> shared;
-  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
-  if (parts > 1) cluster_arrive();
-  // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
-  const int rows = static_cast<int>(f.g.outer), step = static_cast<int>(gridDim.x) / parts;
-  for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
-    forward_row<kLoads, n, true>(kind_of<kind>(given), f, row, true,
-                                 part * threads + static_cast<int>(threadIdx.x), parts * threads,
-                                 kWarp, [&](const Partial<A>& of_warp) {
-                                   return merge_row(of_warp, shared, part, parts, f.differences);
-                                 });
-  }
-  if (parts > 1) cluster_wait();
-}
-
-template <int kLoads, int n, typename T, typename Sum>
-__device__ __forceinline__ void backward_row(Kind kind, const Backward<T>& b, int64_t row,
-                                             bool inside, int worker, int workers,
-                                             const Sum& sum_up) {
+template <int kLoads, int n, typename T, typename Group>
+__device__ __forceinline__ void compute_row(Kind kind, const Backward<T>& b, int64_t row,
+                                            bool inside, const Group& group) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(b.g.size);
   const int64_t first = row * size;
+  const int worker = group.worker(), workers = group.workers();
   HeldRow<kLoads, n, T> grads, ys;
   grads.load(b.grad + first, inside ? size : 0, worker, workers, A(1), A(0));
   ys.load(b.out + first, inside ? size : 0, worker, workers, A(1), A(0));
@@ -241,7 +223,7 @@ __device__ __forceinline__ void backward_row(Kind kind, const Backward<T>& b, in
 #pragma unroll
     for (int j = 0; j < n; ++j) sum += gradient_term(kind, grads.values[k][j], ys.values[k][j]);
   }
-  sum = sum_up(sum);
+  sum = group.sum(sum);
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
 #pragma unroll
@@ -253,34 +235,50 @@ __device__ __forceinline__ void backward_row(Kind kind, const Backward<T>& b, in
   if (inside) grads.store(b.result + first, size, worker, workers);
 }
 
+// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
+// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
+// most.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;
+#else
+constexpr int kMostResident = 5;
+#endif
+template <int kind, int kLoads, int n, typename Arguments>
+constexpr int kResident = 1;
+// A softmax of 32 elements a thread keeps its powers, too.
 template <int kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kThreads)
-    backward_warp_kernel(Kind given, Backward<T> b, int lanes) {
-  using A = opmath_t<T>;
-  const int64_t rows = b.g.outer;
+constexpr int kResident<kind, kLoads, n, Forward<T>> =
+    sizeof(T) == 8                                                ? 2
+    : sizeof(T) == 4 || n == 1                                    ? 4
+    : kind == static_cast<int>(Kind::kSoftmax) && kLoads * n > 16 ? 4
+                                                                  : kMostResident;
+
+template <int kind, int kLoads, int n, typename Arguments>
+__global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, Arguments>)
+    warp_kernel(Kind given, Arguments a, int lanes) {
   const int64_t per_block = kThreads / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  for (int64_t base = blockIdx.x * per_block; base < rows; base += gridDim.x * per_block) {
+  // The same number of turns for every thread of a warp: they meet in the shuffles.
+  for (int64_t base = blockIdx.x * per_block; base < a.g.outer; base += gridDim.x * per_block) {
     const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    backward_row<kLoads, n>(kind_of<kind>(given), b, row, row < rows, lane, lanes,
-                            [=](A v) { return lane_sum(v, lanes); });
+    compute_row<kLoads, n>(kind_of<kind>(given), a, row, row < a.g.outer, Lanes{lanes});
   }
 }
 
-template <int kind, int kLoads, int n, typename T>
-__global__ void __launch_bounds__(kWideBlock)
-    backward_block_kernel(Kind given, Backward<T> b, int parts) {
-  using A = opmath_t<T>;
+constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that streams
+
+// `parts` neighbouring blocks, a cluster, take a row.
+template <int kind, int kLoads, int n, typename Arguments>
+__global__ void __launch_bounds__(kWideBlock) block_kernel(Kind given, Arguments a, int parts) {
+  using A = typename Arguments::A;
   __shared__ Exchange<A> shared;
-  const int part = static_cast<int>(blockIdx.x) % parts, threads = static_cast<int>(blockDim.x);
-  if (parts > 1) cluster_arrive();
-  for (int64_t row = blockIdx.x / static_cast<unsigned>(parts); row < b.g.outer;
-       row += gridDim.x / static_cast<unsigned>(parts)) {
-    backward_row<kLoads, n>(kind_of<kind>(given), b, row, true,
-                            part * threads + static_cast<int>(threadIdx.x), parts * threads,
-                            [&](A v) { return sum_row(lane_sum(v, kWarp), shared, part, parts); });
+  const Blocks<A> group{shared, static_cast<int>(blockIdx.x) % parts, parts};
+  group.begin();
+  // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
+  const int rows = static_cast<int>(a.g.outer), step = static_cast<int>(gridDim.x) / parts;
+  for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
+    compute_row<kLoads, n>(kind_of<kind>(given), a, row, true, group);
   }
-  if (parts > 1) cluster_wait();
+  group.end();
 }
 
 // ------------------------------------------------------------------------------ very long rows
@@ -416,21 +414,14 @@ void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
   body(Number<1>{});
 }
 
-// Calls body with the kind for rows in packs, of which each kind has kernels of its own.
-template <int n, typename F>
+// Calls body with the kind for rows in packs, of which each kind has kernels of its own; the loss
+// has some forward only.
+template <int n, bool forward, typename F>
 void dispatch_kind(Kind kind, const F& body) {
-  if constexpr (n == 1) {
-    return body(Number<kAnyKind>{});
-  } else {
-    switch (kind) {
-      case Kind::kSoftmax:
-        return body(Number<static_cast<int>(Kind::kSoftmax)>{});
-      case Kind::kLogSoftmax:
-        return body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
-      case Kind::kNll:
-        return body(Number<static_cast<int>(Kind::kNll)>{});
-    }
-  }
+  if constexpr (n == 1) return body(Number<kAnyKind>{});
+  if (kind == Kind::kSoftmax) return body(Number<static_cast<int>(Kind::kSoftmax)>{});
+  if (kind == Kind::kLogSoftmax) return body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
+  if constexpr (forward) body(Number<static_cast<int>(Kind::kNll)>{});
 }
 
 int whole_warps(int64_t threads) {
@@ -462,86 +453,66 @@ void dispatch_row(int64_t size, const Warp& warp, const Block& block, const Long
   longer();
 }
 
+// Rows that nobody can hold.
+template <int n, typename T>
+void launch_longer(const Launcher& launcher, Kind kind, const Forward<T>& f) {
+  if constexpr (n == 1) {
+    forward_lines(launcher, kind, f);
+  } else {
+    launcher.run_blocks(forward_stream_kernel<n, T>, f.g.outer, kWideBlock, kind, f);
+  }
+}
+template <int n, typename T>
+void launch_longer(const Launcher& launcher, Kind kind, const Backward<T>& b) {
+  if constexpr (n == 1) {
+    backward_lines(launcher, kind, b);
+  } else {
+    launcher.run_blocks(backward_stream_kernel<n, T>, b.g.outer, kWideBlock, kind, b);
+  }
+}
+
+// Rows in packs of n elements, of `tensors` tensors that are held at once.
+template <int n, int tensors, typename Arguments>
+void launch_rows(const Launcher& launcher, Kind given, const Arguments& a) {
+  const int64_t rows = a.g.outer, size = a.g.size;
+  dispatch_row<typename Arguments::A, n, tensors>(
+      size,
+      [&](auto loads) {
+        constexpr int kLoads = decltype(loads)::value;
+        const int lanes = lanes_for(ceil_div(size, n * kLoads));
+        dispatch_kind<n, tensors == 1>(given, [&](auto number) {
+          launcher.run(warp_kernel<decltype(number)::value, kLoads, n, Arguments>, rows,
+                       kThreads / lanes, kThreads, given, a, lanes);
+        });
+      },
+      [&](auto loads, int threads, int parts) {
+        bool done = false;
+        dispatch_kind<n, tensors == 1>(given, [&](auto number) {
+          done = launcher.run_clusters(
+              block_kernel<decltype(number)::value, decltype(loads)::value, n, Arguments>, rows,
+              parts, threads, given, a, parts);
+        });
+        return done;
+      },
+      [&] { launch_longer<n>(launcher, given, a); });
+}
+
 }  // namespace
 
 template <typename T>
-void forward_rows(const Launcher& launcher, Kind given, const Forward<T>& f) {
-  const int64_t rows = f.g.outer, size = f.g.size;
-  const auto run = [&](auto pack) {
-    constexpr int n = decltype(pack)::value;
-    dispatch_row<opmath_t<T>, n, 1>(
-        size,
-        [&](auto loads) {
-          constexpr int kLoads = decltype(loads)::value;
-          const int lanes = lanes_for(ceil_div(size, n * kLoads));
-          dispatch_kind<n>(given, [&](auto number) {
-            constexpr int kind = decltype(number)::value;
-            launcher.run(forward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes, kThreads,
-                         given, f, lanes);
-          });
-        },
-        [&](auto loads, int threads, int parts) {
-          constexpr int kLoads = decltype(loads)::value;
-          bool done = false;
-          dispatch_kind<n>(given, [&](auto number) {
-            constexpr int kind = decltype(number)::value;
-            done = launcher.run_clusters(forward_block_kernel<kind, kLoads, n, T>, rows, parts,
-                                         threads, given, f, parts);
-          });
-          return done;
-        },
-        [&] {
-          if constexpr (n == 1) {
-            forward_lines(launcher, given, f);
-          } else {
-            launcher.run_blocks(forward_stream_kernel<n, T>, rows, kWideBlock, given, f);
-          }
-        });
-  };
+void forward_rows(const Launcher& launcher, Kind kind, const Forward<T>& f) {
   // A loss is written by itself.
-  dispatch_pack<T>(size, run, f.in, given == Kind::kNll ? f.in : f.out);
+  dispatch_pack<T>(
+      f.g.size, [&](auto pack) { launch_rows<decltype(pack)::value, 1>(launcher, kind, f); }, f.in,
+      kind == Kind::kNll ? f.in : f.out);
 }
 
 template <typename T>
-void backward_rows(const Launcher& launcher, Kind given, const Backward<T>& b) {
-  const int64_t rows = b.g.outer, size = b.g.size;
-  const auto run = [&](auto pack) {
-    constexpr int n = decltype(pack)::value;
-    dispatch_row<opmath_t<T>, n, 2>(
-        size,
-        [&](auto loads) {
-          constexpr int kLoads = decltype(loads)::value;
-          const int lanes = lanes_for(ceil_div(size, n * kLoads));
-          dispatch_kind<n>(given, [&](auto number) {
-            constexpr int kind = decltype(number)::value;
-            if constexpr (kind != static_cast<int>(Kind::kNll)) {
-              launcher.run(backward_warp_kernel<kind, kLoads, n, T>, rows, kThreads / lanes,
-                           kThreads, given, b, lanes);
-            }
-          });
-        },
-        [&](auto loads, int threads, int parts) {
-          constexpr int kLoads = decltype(loads)::value;
-          bool done = false;
-          dispatch_kind<n>(given, [&](auto number) {
-            constexpr int kind = decltype(number)::value;
-            if constexpr (kind != static_cast<int>(Kind::kNll)) {
-              done = launcher.run_clusters(backward_block_kernel<kind, kLoads, n, T>, rows, parts,
-                                           threads, given, b, parts);
-            }
-          });
-          return done;
-        },
-        [&] {
-          if constexpr (n == 1) {
-            backward_lines(launcher, given, b);
-          } else {
-            launcher.run_blocks(backward_stream_kernel<n, T>, rows, kWideBlock, given, b);
-          }
-        });
-  };
+void backward_rows(const Launcher& launcher, Kind kind, const Backward<T>& b) {
   const T* const result = b.result;
-  dispatch_pack<T>(size, run, b.grad, b.out, result);
+  dispatch_pack<T>(
+      b.g.size, [&](auto pack) { launch_rows<decltype(pack)::value, 2>(launcher, kind, b); },
+      b.grad, b.out, result);
 }
 
 #define MNIST_OPS_SOFTMAX(T)                                               \

@@ -54,7 +54,7 @@ N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
     Packed(f"(forward|backward)_image_kernel<true, {TYPE}>"),
-    Packed(rf"apply_kernel<\w+, {N}, \w+, {TYPE}, \w+>"),
+    Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one
     Packed(f"forward_pairs_kernel<., ., {N}, {TYPE}>", out=2, rest=True),
@@ -66,7 +66,7 @@ PACKED = (
     # sigmoid.cu
     Packed(rf"map_kernel<{N}, \w+, \w+, {TYPE}>", rest=True),
     # softmax_*.cu; 0 is softmax, 1 log_softmax, 2 the loss, which stores no packs, 3 any of them
-    Packed(rf"(forward|backward)_(warp|block)_kernel<[01], \w+, {N}, {TYPE}>"),
+    Packed(rf"(warp|block)_kernel<[01], \w+, {N}, Softmax(Forward|Backward)<{TYPE}> ?>"),
     Packed(f"forward_(stream|columns)_kernel<{N}, {TYPE}>", rest=True),
     Packed(f"backward_(stream|columns)_kernel<{N}, {TYPE}>"),
     Packed(rf"forward_tile_kernel<[013], \w+, {TYPE}>", rest=True),
@@ -194,7 +194,7 @@ def test_few_kernels_have_local_memory(kernels):
 
 def test_faults_are_found():
     """The rules themselves: kernels that are right, and the same ones spoilt."""
-    name = "apply_kernel<false, 8, Divide, BFloat16, int>"
+    name = "apply_kernel<8, BFloat16>"
     right = Counter({("LDG", 16): 2, ("LDG", 4): 24, ("STG", 16): 2})
     assert faults(name, right) == []
     assert faults(name, right + Counter({("STG", 2): 1})) == ["1 stores of less than 16 bytes"]
