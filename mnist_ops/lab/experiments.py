@@ -7,17 +7,19 @@
     {'activation': 'relu'}
     >>> history = experiments.train(experiments.EXPERIMENTS["original"], limit=100)
 
-``examples/reproduce.py`` runs them side by side, with figures and statistics; the numbers that the
-reports printed are in :mod:`mnist_ops.lab.reports`.
+They are data, in ``experiments.json``. ``examples/reproduce.py`` runs them side by side, with
+figures and statistics; the numbers that the reports printed are in :mod:`mnist_ops.lab.reports`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,11 @@ __all__ = [
     "train",
 ]
 
+_CONTENT: dict[str, Any] = json.loads(
+    (resources.files(__package__) / "experiments.json").read_text(encoding="utf-8")
+)
 #: The scripts' default: ``optim.sgd`` with these options.
-SGD: dict[str, Any] = {"name": "sgd", "lr": 1e-3, "lr_decay": 1e-7}
+SGD: dict[str, Any] = _CONTENT["optimizers"]["sgd"]
 
 #: Training and test digits of the scripts' small set.
 SMALL_SET = (6000, 1000)
@@ -64,9 +69,9 @@ _OPTIMIZERS: dict[str, Any] = {
     "lbfgs": optim.LBFGS,
     "averaged": training.AveragedSGD,
 }
-# Without the log-softmax that only the NLL wants; the original adds a tanh for MSE.
-_MARGIN_OUTPUT = {"log_softmax": None}
-_MSE_OUTPUT = {"log_softmax": None, "output_activation": "tanh"}
+# Random words of the original run's digits and network after the start-up, and of one shuffle.
+_WORDS_OF_A_RUN = 48 + 312_268
+_WORDS_OF_A_SHUFFLE = 59_999
 
 
 @dataclass(frozen=True)
@@ -173,201 +178,11 @@ class Experiment:
         return min((epoch for epoch in self.optimizers if epoch > 1), default=None)
 
 
-def _sgd(**options: Any) -> dict[int, dict[str, Any]]:
-    return {1: SGD | options}
-
-
-def _table(number: str, column: str) -> dict[int, tuple[float | None, float | None]]:
-    """The printed numbers by the epochs that they belong to."""
-    shift = reports.EPOCH_SHIFT.get(number, 0)
-    return {epoch - shift: pair for epoch, pair in reports.TABLES[number][column].items()}
-
-
-def _report_1() -> list[Experiment]:
-    """Report 1. Its default for the digits is contrastive normalization with 7 taps."""
-    original = _table("3.5", "two_layer") | _table("3.1", "original")
-    return [
-        Experiment(
-            "original", "original network", "report 1, section 3.1", "original", 47,
-            reported=dict(sorted(original.items())), details=True,
-        ),
-        Experiment(
-            "normalization-15", "digits normalised with Gaussian1D(15)",
-            "report 1, section 3.2", "normalization", 3, data_kernel=15,
-            reported=_table("3.2", "gaussian1d_15"),
-            note="the report's run differs in something unknown from this one",
-        ),
-        Experiment(
-            "normalization-21", "digits normalised with Gaussian1D(21)",
-            "report 1, section 3.2", "normalization", 3, data_kernel=21,
-            note="the kernel that the report's picture of 'Gaussian1D(15)' shows",
-        ),
-        Experiment(
-            "normalization-none", "digits without local normalization",
-            "report 1, section 3.2", "normalization", 3, data_kernel=None,
-            reported=_table("3.2", "none"),
-        ),
-        Experiment(
-            "relu", "ReLU for all three tanh", "report 1, section 3.3", "activation", 3,
-            network={"activation": "relu"}, reported=_table("3.3", "relu"),
-            note="which of the three tanh were replaced is not reported",
-        ),
-        Experiment(
-            "multi-margin", "multi-margin loss", "report 1, section 3.4", "loss", 3,
-            network=_MARGIN_OUTPUT, loss="multi_margin", reported=_table("3.4", "multi_margin"),
-            note="the printed column repeats the NLL column: that run was none with this loss",
-        ),
-        Experiment(
-            "mse", "MSE loss", "report 1, section 3.4", "loss", 3,
-            network=_MSE_OUTPUT, loss="mse", reported=_table("3.4", "mse"),
-            note="the printed column is not what the original scripts give for MSE",
-        ),
-        Experiment(
-            "three-layer", "three stages, 32-64-128-256", "report 1, section 3.5", "depth", 43,
-            network={"widths": (32, 64, 128, 256), "pool_size": (2, 2, 1)},
-            reported=_table("3.5", "three_layer"), details=True,
-        ),
-        Experiment(
-            "three-layer-3x3", "the same with 3x3 filters, pooled three times",
-            "report 1, section 3.5", "depth", 31,
-            network={"widths": (32, 64, 128, 256), "kernel_size": 3},
-            note="a guess at the filters, from before the authors' model file was found",
-        ),
-    ]  # fmt: skip
-
-
-def _report_2() -> list[Experiment]:
-    """Report 2. Its digits are normalised globally only."""
-
-    def make(name: str, title: str, group: str, epochs: int, **options: Any) -> Experiment:
-        return Experiment(
-            name, title, "report 2, section 2.0.4", group, epochs, **{"data_kernel": None} | options
-        )
-
-    plain = make("plain", "baseline of report 2", "baseline", 44, details=True)
-    rows = [plain]
-    for size in (32, 64, 128):
-        rows.append(make(f"batch-{size}", f"batch size {size}", "batch size", 10, batch_size=size))
-        rows.append(
-            make(
-                f"batch-{size}-scaled", f"batch size {size}, learning rate times {size}",
-                "batch size", 10, batch_size=size, optimizers=_sgd(lr=1e-3 * size),
-            )
-        )  # fmt: skip
-    for name, options in {
-        "momentum-0.5": {"momentum": 0.5},
-        "momentum-0.9": {"momentum": 0.9},
-        "momentum-0.9-lr-1e-2": {"momentum": 0.9, "lr": 1e-2},
-        "momentum-0.9-lr-1e-4": {"momentum": 0.9, "lr": 1e-4},
-        "momentum-0.9-undamped": {"momentum": 0.9, "dampening": 0.0},
-        "lr-1e-2": {"lr": 1e-2},
-        "lr-1e-4": {"lr": 1e-4},
-    }.items():
-        title = ", ".join(
-            f"{key.replace('lr', 'learning rate')} {value:g}" for key, value in options.items()
-        )
-        rows.append(make(name, title, "momentum", 5, optimizers=_sgd(**options)))
-    # The authors' script makes the optimizer's state anew every epoch.
-    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
-    rows += [
-        make(
-            f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS", "optimizer switch", k + 3,
-            optimizers={1: SGD, k + 1: lbfgs, k + 2: lbfgs, k + 3: lbfgs}, continues="plain",
-        )
-        for k in (5, 7, 15, 30)
-    ]  # fmt: skip
-    rows += [
-        make(
-            "asgd", "averaged SGD", "optimizers", 5,
-            optimizers={1: {"name": "asgd", "lr": 1e-3, "t0": 60000}},
-            note="the report's run stopped with exceptions",
-        ),
-        make(
-            "cg", "conjugate gradient", "optimizers", 5,
-            optimizers={1: {"name": "cg", "max_iter": 2}},
-            note="the report's run stopped with exceptions",
-        ),
-    ]  # fmt: skip
-    rows += [
-        make(
-            f"rotation-{std}", f"digits rotated by N(0, {std} rad)", "rotation",
-            44 if std == 0.2 else 20, rotation=std,
-            reported=reports.FIGURES["best_theta0.2"] if std == 0.2 else {},
-        )
-        for std in (0.131, 0.174, 0.2, 0.3, 0.349)
-    ]  # fmt: skip
-    extra = {
-        "widths": (64, 64, 64, 128),
-        "pool_size": (2, 2, 1),
-        "kernel_size": (5, 5, 3),
-        "pooling": ("lp", "lp", None),
-    }
-    unknown = "its settings are not reported"
-    rows += [
-        make(
-            f"noise-{std}", f"noise N(0, {std}) on the digits", "noise", 10, noise=std, note=unknown
-        )
-        for std in (0.1, 0.3)
-    ]
-    rows += [
-        make("extra-convolution", "one more convolution, 3x3", "architecture", 20,
-             network=extra, note=unknown),
-        make("dropout", "dropout 0.5 before the classifier", "architecture", 20,
-             network={"dropout": 0.5}, note=unknown),
-        make("rotation-dropout", "rotation and dropout 0.5", "architecture", 34, rotation=0.2,
-             network={"dropout": 0.5}, reported=reports.LOGS["dropout"],
-             note="the log that the authors call dropout includes rotation; " + unknown),
-        make("rotation-noise-dropout-convolution",
-             "rotation, noise, dropout, one more convolution",
-             "architecture", 108, rotation=0.2, noise=0.1, network=extra | {"dropout": 0.5},
-             note="the authors' log called convolution is its first 20 epochs; " + unknown,
-             reported=reports.FIGURES["top_noise_dropout_conv_rot"]),
-    ]  # fmt: skip
-    return rows + _small_set()
-
-
-def _small_set() -> list[Experiment]:
-    """What report 2 may have tried on the scripts' small set, their default at the time."""
-
-    def make(name: str, title: str, group: str, epochs: int, **options: Any) -> Experiment:
-        return Experiment(
-            f"small-{name}", f"small set: {title}", "report 2, section 2.0.4", group, epochs,
-            **{"data_kernel": None, "small": True} | options,
-        )  # fmt: skip
-
-    rows = [
-        make(f"batch-{size}{suffix}", f"batch size {size}{words}", "small set: batch size", 8,
-             batch_size=size, data_kernel=kernel)
-        for suffix, words, kernel in (("", "", None), ("-local", ", local normalization", 7))
-        for size in (32, 64, 128)
-    ]  # fmt: skip
-    # Without damping momentum takes steps 1 / (1 - momentum) times as large.
-    for momentum, dampening in ((0.0, None), (0.5, None), (0.9, None), (0.99, None), (0.9, 0.0)):
-        for lr in ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5"):
-            options = {"lr": float(lr)} | ({"momentum": momentum} if momentum else {})
-            undamped = dampening is not None
-            options |= {"dampening": 0.0} if undamped else {}
-            rows.append(
-                make(
-                    f"momentum-{momentum:g}{'-undamped' * undamped}-lr-{lr}",
-                    f"momentum {momentum:g}{', undamped' * undamped}, learning rate {lr}",
-                    "small set: momentum", 5, optimizers=_sgd(**options),
-                )
-            )  # fmt: skip
-    lbfgs = {"name": "lbfgs", "lr": 1e-3, "max_iter": 2, "history_size": 10}
-    rows += [
-        make(
-            f"lbfgs-after-{k}", f"SGD, from epoch {k + 1} on L-BFGS",
-            "small set: optimizer switch", k + 3,
-            optimizers={1: SGD, k + 1: lbfgs, k + 2: lbfgs, k + 3: lbfgs},
-        )
-        for k in (5, 7, 15, 30)
-    ]  # fmt: skip
-    return rows
-
-
-#: How the reports' original network is trained today; what :data:`CHOICES` varies.
-_MODERN_AUGMENTATION = {"rotation": 0.15, "scale": 0.08, "shear": 0.15, "shift": 1.0}
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that settings have."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _cosine(lr: float, epochs: int) -> dict[int, dict[str, Any]]:
@@ -378,51 +193,71 @@ def _cosine(lr: float, epochs: int) -> dict[int, dict[str, Any]]:
     }
 
 
-def _modern() -> Experiment:
-    return Experiment(
-        "modern", "the original network, trained as one would today", "beyond the reports",
-        "modern", 40, optimizers=_cosine(1.5e-3, 40), augmentation=_MODERN_AUGMENTATION,
-        note="affine augmentation, half a cosine of learning rates; the test set chooses nothing",
-    )  # fmt: skip
+def _table(number: str, column: str) -> dict[int, tuple[float | None, float | None]]:
+    """The printed numbers by the epochs that they belong to."""
+    shift = reports.EPOCH_SHIFT.get(number, 0)
+    return {epoch - shift: pair for epoch, pair in reports.TABLES[number][column].items()}
 
 
-def _choices() -> list[Experiment]:
-    """Variants of ``modern``, half as long, tested on the last 5,000 training digits."""
+def _reported(place: str) -> Mapping[int, tuple[float | None, float | None]]:
+    """The numbers of ``"table 3.2 none"``, ``"figure best_theta0.2"`` or ``"log dropout"``."""
+    kind, *rest = place.split()
+    if kind == "table":
+        return _table(*rest)
+    return {"figure": reports.FIGURES, "log": reports.LOGS}[kind][rest[0]]
 
-    def choice(
-        name: str, title: str, lr: float = 1.5e-3, averaged: Any = None, **changes: Any
-    ) -> Experiment:
-        base = replace(
-            _modern(), epochs=20, optimizers=_cosine(lr, 20), validation=5000,
-            note="a choice: its test digits are training digits",
-        )  # fmt: skip
-        if averaged is not None:
-            early = {e: o for e, o in base.optimizers.items() if e < min(averaged)}
-            base = replace(base, optimizers=early | averaged)
-        return replace(base, name=f"modern--{name}", title=title, **changes)
 
-    def times(factor: float) -> dict[str, float]:
-        return {key: round(factor * value, 4) for key, value in _MODERN_AUGMENTATION.items()}
+def _experiment(base: Mapping[str, Any], row: Mapping[str, Any]) -> Experiment:
+    """A row of ``experiments.json``, with the fields of ``base`` where it says nothing."""
+    fields = {**base, **row}
+    optimizers: dict[int, Any] = {}
+    if "cosine" in fields:
+        optimizers = _cosine(fields.pop("cosine"), fields["epochs"])
+    if "sgd" in row:
+        optimizers = {1: SGD | fields.pop("sgd")}
+    for first, options in row.get("optimizers", {}).items():
+        named = _CONTENT["optimizers"].get(options) if isinstance(options, str) else options
+        before = {epoch: each for epoch, each in optimizers.items() if epoch < int(first)}
+        optimizers = before | {int(first): named}
+    if optimizers:
+        fields["optimizers"] = optimizers
+    if "after" in row:
+        fields["extra_words"] = _WORDS_OF_A_RUN + fields.pop("after") * _WORDS_OF_A_SHUFFLE
+    if "reported" in row:
+        places = [_reported(place).items() for place in row["reported"]]
+        fields["reported"] = dict(sorted(pair for place in places for pair in place))
+    return Experiment(**{name: _tuples(value) for name, value in fields.items()})
 
-    return [
-        choice("first", "affine augmentation, cosine from 1.5e-3"),
-        choice("dropout", "the same with dropout 0.5", network={"dropout": 0.5}),
-        choice("stronger", "augmentation half as strong again", augmentation=times(1.5)),
-        choice("weaker", "augmentation half as strong", augmentation=times(0.5)),
-        choice("faster", "cosine from 3e-3", lr=3e-3),
-        choice("exact", "exact log-softmax", network={"log_softmax": "exact"}),
-        choice("averaged", "from epoch 13 on a rate of 5e-4, tested with the mean of the weights",
-               averaged={13: {"name": "averaged", "lr": 5e-4}}),
-        choice("plain", "without local normalization", data_kernel=None,
-               augmentation=_MODERN_AUGMENTATION | {"fill": -0.3635}),
-    ]  # fmt: skip
+
+def _variants(part: str, **common: Any) -> dict[str, list[Experiment]]:
+    """Variants of experiments, by these experiments' names."""
+    return {
+        name: [
+            _experiment(vars(EXPERIMENTS[name]) | common, row | {"name": f"{name}--{row['name']}"})
+            for row in rows
+        ]
+        for name, rows in _CONTENT[part].items()
+    }
+
+
+def _every() -> list[Experiment]:
+    groups = [dict(group) for group in _CONTENT["groups"]]
+    return [_experiment(group, row) for group in groups for row in group.pop("experiments")]
 
 
 #: Every experiment by name, in the reports' order, and one beyond them.
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in [*_report_1(), *_report_2(), _modern()]}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in _every()}
 
-#: What an experiment was chosen from.
-CHOICES: dict[str, list[Experiment]] = {"modern": _choices()}
+#: What an experiment was chosen from: half as long, tested on the last 5,000 training digits.
+CHOICES: dict[str, list[Experiment]] = _variants(
+    "choices", epochs=20, validation=5000, note="a choice: its test digits are training digits"
+)
+
+#: For each experiment whose printed numbers are not met, the configurations that were tried:
+#: another configuration; the same without the start-up words, as in a second run within one
+#: process; and a run that goes on with the random numbers after an original run of some epochs, its
+#: digits normalised anew or still there.
+CANDIDATES: dict[str, list[Experiment]] = _variants("guesses", epochs=1, note="a guess")
 
 
 @dataclass(frozen=True)
@@ -446,194 +281,17 @@ class Table:
     shift: int = 0
 
 
-def _tables() -> dict[str, Table]:
-    def make(number: str, title: str, columns: dict[str, tuple[str, str]]) -> Table:
-        printed = {heading: _table(number, key) for heading, (key, _) in columns.items()}
-        epochs = sorted(next(iter(printed.values())))
-        names = {heading: name for heading, (_, name) in columns.items()}
-        shift = reports.EPOCH_SHIFT.get(number, 0)
-        return Table(number, title, names, epochs, printed, shift)
-
-    title = "The training and test accuracy of "
-    tables = [
-        make("3.1", title + "the original model", {"original": ("original", "original")}),
-        make(
-            "3.2",
-            title + "different normalization methods",
-            {
-                "Gaussian1D(7)": ("gaussian1d_7", "original"),
-                "Gaussian1D(15)": ("gaussian1d_15", "normalization-15"),
-                "no normalization": ("none", "normalization-none"),
-            },
-        ),
-        make(
-            "3.3",
-            title + "different activation function",
-            {"Tanh": ("tanh", "original"), "reLU": ("relu", "relu")},
-        ),
-        make(
-            "3.4",
-            title + "different loss function",
-            {
-                "NLL": ("nll", "original"),
-                "Multi-margin": ("multi_margin", "multi-margin"),
-                "MSE": ("mse", "mse"),
-            },
-        ),
-        make(
-            "3.5",
-            title + "3-layer versus 2-layer model",
-            {
-                "2-layer": ("two_layer", "original"),
-                "3-layer": ("three_layer", "three-layer"),
-            },
-        ),
-    ]
-    return {table.number: table for table in tables}
+def _make_table(number: str, title: str, columns: Mapping[str, Sequence[str]]) -> Table:
+    printed = {heading: _table(number, key) for heading, (key, _) in columns.items()}
+    epochs = sorted(next(iter(printed.values())))
+    names = {heading: name for heading, (_, name) in columns.items()}
+    return Table(number, title, names, epochs, printed, reports.EPOCH_SHIFT.get(number, 0))
 
 
 #: Report 1's tables by number.
-TABLES: dict[str, Table] = _tables()
-
-
-#: Random words of the original run's digits and network after the start-up, and of one shuffle.
-_WORDS_OF_A_RUN = 48 + 312_268
-_WORDS_OF_A_SHUFFLE = 59_999
-
-
-def _candidates() -> dict[str, list[Experiment]]:
-    """Guesses at what was behind the columns that the described configuration does not give.
-
-    Three kinds: another configuration; the same without the start-up words, as in a second run
-    within one process; and a run that goes on with the random numbers after an original run of
-    some epochs, its digits normalised anew or still there.
-    """
-
-    def guess(column: str, name: str, title: str, **changes: Any) -> Experiment:
-        base = EXPERIMENTS[column]
-        return replace(
-            base, name=f"{column}--{name}", title=title, epochs=1, note="a guess", **changes
-        )
-
-    def after(column: str, epochs: int, name: str, title: str, **changes: Any) -> list[Experiment]:
-        words = _WORDS_OF_A_RUN + epochs * _WORDS_OF_A_SHUFFLE
-        told = f"{title}, after {epochs} epochs of another run"
-        changed = {"extra_words": words} | changes
-        return [
-            guess(column, f"{name}after-{epochs}-epochs", told, **changed),
-            guess(column, f"{name}after-{epochs}-epochs-same-digits",
-                  f"{told}, the digits still there", stream_kernel=None, **changed),
-        ]  # fmt: skip
-
-    tanh, relu = "tanh", "relu"
-    mixed = {
-        "conv1": (relu, tanh, tanh),
-        "conv2": (tanh, relu, tanh),
-        "linear": (tanh, tanh, relu),
-        "conv1-conv2": (relu, relu, tanh),
-        "conv1-linear": (relu, tanh, relu),
-        "conv2-linear": (tanh, relu, relu),
-        "all": (relu, relu, relu),
-    }
-    relus = [
-        guess("relu", f"{name}-{digits}", f"ReLU in {name}, {digits} digits",
-              network={"activation": activation}, data_kernel=kernel)
-        for digits, kernel in (("local", 7), ("plain", None))
-        for name, activation in mixed.items()
-    ]  # fmt: skip
-    no_words = {"startup_words": 0}
-    cuda = {"pooling": "max", "norm_kernel": None}
-    relus += [
-        guess("relu", f"cuda-{digits}", f"ReLU, max pooling, no normalization, {digits} digits",
-              network=cuda | {"activation": relu}, data_kernel=kernel)
-        for digits, kernel in (("local", 7), ("plain", None), ("21", 21))
-    ]  # fmt: skip
-    relus += [
-        *after("relu", 3, "", "ReLU for all three tanh"),
-        guess("relu", "all-21", "ReLU in all, digits 21", data_kernel=21),
-        guess("relu", "all-21-second-run", "ReLU in all, digits 21, no start-up words",
-              data_kernel=21, **no_words),
-        guess("relu", "conv1-conv2-21", "ReLU in conv1-conv2, digits 21", data_kernel=21,
-              network={"activation": mixed["conv1-conv2"]}),
-        guess("relu", "conv1-linear-21", "ReLU in conv1-linear, digits 21", data_kernel=21,
-              network={"activation": mixed["conv1-linear"]}),
-        guess("relu", "all-local-second-run", "ReLU in all, no start-up words", **no_words),
-        guess("relu", "all-plain-second-run", "ReLU in all, plain digits, no start-up words",
-              data_kernel=None, **no_words),
-    ]  # fmt: skip
-    net15 = {"norm_kernel": 15}
-    fifteens = [
-        guess("normalization-15", "data", "digits 15, network 7"),
-        guess("normalization-15", "network", "digits 7, network 15", data_kernel=7, network=net15),
-        guess("normalization-15", "both", "both 15", network=net15),
-        guess("normalization-15", "plain-network", "plain digits, network 15",
-              data_kernel=None, network=net15),
-        guess("normalization-15", "stream-of-7", "digits 15, random numbers as for 7",
-              stream_kernel=7),
-        guess("normalization-15", "stream-of-none", "digits 15, random numbers as for plain digits",
-              stream_kernel=None),
-        guess("normalization-15", "after-7", "digits 15, a normalization of 7 taps built before",
-              extra_words=48),
-        guess("normalization-15", "twice", "digits 15, its normalization built twice",
-              extra_words=96),
-        guess("normalization-15", "first", "digits 7, network 15 in its first stage", data_kernel=7,
-              network={"norm_kernel": (15, 7)}),
-        guess("normalization-15", "second", "digits 7, network 15 in its second stage",
-              data_kernel=7, network={"norm_kernel": (7, 15)}),
-        guess("normalization-15", "data-first", "digits 15, network 15 in its first stage",
-              network={"norm_kernel": (15, 7)}),
-        guess("normalization-15", "data-second", "digits 15, network 15 in its second stage",
-              network={"norm_kernel": (7, 15)}),
-        guess("normalization-15", "second-run", "digits 15, no start-up words", **no_words),
-        *(guess("normalization-15", f"taps-{n}", f"digits {n}", data_kernel=n)
-          for n in (3, 5, 9, 11, 13, 17, 19, 21)),
-        # 21 taps are what the report's picture of these digits shows.
-        guess("normalization-15", "21-network-15", "digits 21, network 15", data_kernel=21,
-              network=net15),
-        guess("normalization-15", "21-after-7", "digits 21, a normalization of 7 taps built before",
-              data_kernel=21, extra_words=48),
-        guess("normalization-15", "21-after-15",
-              "digits 21, a normalization of 15 taps built before", data_kernel=21, extra_words=96),
-        guess("normalization-15", "21-second-run", "digits 21, no start-up words", data_kernel=21,
-              **no_words),
-        guess("normalization-15", "21-both", "both 21", data_kernel=21,
-              network={"norm_kernel": 21}),
-        guess("normalization-15", "21-both-second-run", "both 21, no start-up words",
-              data_kernel=21, network={"norm_kernel": 21}, **no_words),
-        *(guess("normalization-15", f"21-stream-of-{n or 'none'}",
-                f"digits 21, random numbers as for {n or 'plain digits'}", data_kernel=21,
-                stream_kernel=n) for n in (7, None, 15)),
-        *after("normalization-15", 3, "21-", "digits 21", data_kernel=21),
-    ]  # fmt: skip
-    nll: dict[str, Any] = {"loss": "nll", "network": {}}
-    losses = [
-        guess("mse", "sum", "MSE, summed, behind a tanh"),
-        guess("mse", "mean", "MSE, averaged over classes, behind a tanh",
-              optimizers=_sgd(lr=1e-4)),
-        guess("mse", "no-tanh", "MSE, summed, no tanh", network={"log_softmax": None}),
-        guess("mse", "no-tanh-mean", "MSE, averaged, no tanh", network={"log_softmax": None},
-              optimizers=_sgd(lr=1e-4)),
-        guess("mse", "plain", "MSE, summed, behind a tanh, plain digits", data_kernel=None),
-        guess("mse", "log-softmax", "MSE, summed, of the log-softmax", network={}),
-        guess("mse", "relu", "MSE, summed, behind a tanh, ReLU in all three",
-              network=_MSE_OUTPUT | {"activation": relu}),
-        guess("mse", "second-run", "MSE, summed, behind a tanh, no start-up words", **no_words),
-        guess("mse", "nll-exact", "NLL of the exact log-softmax", loss="nll",
-              network={"log_softmax": "exact"}),
-        guess("mse", "nll-exact-mean", "NLL of the exact log-softmax, averaged over the classes",
-              loss="nll", network={"log_softmax": "exact"}, optimizers=_sgd(lr=1e-4)),
-        guess("mse", "nll-tanh", "NLL behind a tanh and the log-softmax", loss="nll",
-              network={"output_activation": "tanh"}),
-        guess("mse", "nll-second-run", "NLL, no start-up words", **nll, **no_words),
-        *(guess("mse", f"nll-taps-{n}", f"NLL, digits {n}", data_kernel=n, **nll)
-          for n in (9, 11)),
-        *(one for k in (1, 2, 3) for one in after("mse", k, "nll-", "NLL", **nll)),
-    ]  # fmt: skip
-    return {"normalization-15": fifteens, "relu": relus, "mse": losses}
-
-
-#: For each experiment whose printed numbers are not met, the configurations that were tried.
-CANDIDATES: dict[str, list[Experiment]] = _candidates()
+TABLES: dict[str, Table] = {
+    number: _make_table(number, **entry) for number, entry in _CONTENT["tables"].items()
+}
 
 
 #: All of these, by name.
