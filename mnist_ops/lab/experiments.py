@@ -470,7 +470,7 @@ def _begin_with(
     training.save_checkpoint(folder / training.CHECKPOINT, state | {"settings": dict(settings)})
 
 
-def train(
+def training_loop(
     experiment: Experiment,
     seed: int = 1,
     epochs: int | None = None,
@@ -482,8 +482,8 @@ def train(
     root: str | os.PathLike[str] | None = None,
     start: str | os.PathLike[str] | None = None,
     **options: Any,
-) -> tuple[list[training.EpochResult], nn.Sequential]:
-    """Run one experiment.
+) -> training.Loop[tuple[list[training.EpochResult], nn.Sequential]]:
+    """Run one experiment: ``train`` does so at once, this as a loop among others.
 
     Args:
         experiment: which one.
@@ -523,7 +523,7 @@ def train(
         base = replace(EVERY[experiment.continues], dtype=experiment.dtype).settings()
         _begin_with(Path(start), Path(folder), experiment.switch - 1, base | run, settings)
         resume = True
-    history = training.fit(
+    history = yield from training.fitting(
         parts.model,
         (splits.train_images, splits.train_labels),
         (splits.test_images, splits.test_labels),
@@ -539,3 +539,6 @@ def train(
         **options,
     )
     return history, parts.model
+
+
+train = training.alone(training_loop)

@@ -46,7 +46,6 @@ from torch import Tensor, nn
 
 from .. import training
 from ..mnist import data
-from ..training import online
 from ..training.loop import progress_bar
 from . import command_line, experiments, records, storage
 from .experiments import Experiment
@@ -316,34 +315,11 @@ def _run_group(group: Sequence[_Job], work: _Work, threads: int) -> list[str]:
     """Runs that belong together, in whatever process joblib chose; what went wrong, as text."""
     torch.set_num_threads(threads)
     failures: list[str] = []
-    if len(group) == 1:
-        _run(group[0], work, None, failures)
-        return failures
-    with contextlib.suppress(Exception):  # where there are no digits each run says so
-        task, _ = group[0]
-        _digits(task)  # kept for all
-    shared = online.SharedLaunches(len(group))
-    workers = [
-        threading.Thread(target=_run, args=(job, work, shared, failures), daemon=True)
-        for job in group
-    ]
-    # Each run sets these flags and puts back what it found: let it be the same for all.
-    with training.repeatable():
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        except BaseException:
-            shared.stop()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
-            raise
+    training.side_by_side([_run(job, work, failures) for job in group])
     return failures
 
 
-def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures: list[str]) -> None:
+def _run(job: _Job, work: _Work, failures: list[str]) -> training.Loop[None]:
     """One run. What went wrong is added to the failures, as text."""
     task, identity = job
     out, folder = work.out, task.folder(work.out)
@@ -375,7 +351,7 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
                 if result.epoch < task.epochs:
                     work.check_time(result.seconds)
 
-            history, model = experiments.train(
+            history, model = yield from experiments.training_loop(
                 task.experiment,
                 task.seed,
                 task.epochs,
@@ -388,7 +364,6 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
                 _checkpoint_to_begin_with(task, out),
                 verbose=False,
                 progress=False,
-                shared=shared,
                 on_epoch=on_epoch,
             )
             epochs = [asdict(result) for result in history]
@@ -401,9 +376,6 @@ def _run(job: _Job, work: _Work, shared: online.SharedLaunches | None, failures:
         pass
     except Exception as error:  # one run that fails must not take the others with it
         failures.append(_failure(task, error))
-    finally:
-        if shared is not None:
-            shared.leave()
 
 
 def _kept(folder: Path, epoch: int) -> Path:
@@ -439,7 +411,7 @@ def _has_checkpoint(folder: Path) -> bool:
 
 
 def _groups(left: Sequence[_Job], together: int) -> list[list[_Job]]:
-    """The runs that share their launches: up to ``together`` of one network, loss and digits."""
+    """The runs whose steps are one: up to ``together`` of one network, loss and digits."""
     groups: dict[Any, list[list[_Job]]] = {}
     for i, job in enumerate(left):
         task, e = job[0], job[0].experiment
@@ -523,8 +495,8 @@ def run_all(
         quiet: no line per epoch on standard output.
         repository: the git checkout whose commit is recorded.
         together: so many runs of one network (seeds, say, or learning rates) at most are one of the
-            ``jobs`` and share their launches on a GPU, which one network cannot fill, see
-            :class:`mnist_ops.training.online.SharedLaunches`. On the CPU it gains nothing.
+            ``jobs`` and make their steps together on a GPU, which one network cannot fill, see
+            :func:`mnist_ops.training.side_by_side`. On the CPU it gains nothing.
         deadline: start no epoch that would end after this time, as :func:`time.time` tells it: a
             run's first is expected to take ``Task.seconds``, every other as long as the one before.
             Runs that do not get so far are no failures.

@@ -220,7 +220,7 @@ class _RandomTransform(nn.Module):
 
     Attributes:
         batched: a batch gives the same bits, and leaves the generator in the same state, as its
-            samples one at a time in order. :class:`mnist_ops.training.online.OptimizerEngine`
+            samples one at a time in order. :class:`mnist_ops.training.OptimizerEngine`
             therefore hands over many samples at once.
     """
 

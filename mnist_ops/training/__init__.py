@@ -45,8 +45,8 @@ from .checkpoint import (  # noqa: E402
     load_latest,
     save_checkpoint,
 )
-from .engine import AutogradEngine, Criterion, Engine, choose_engine  # noqa: E402
-from .loop import evaluate, fit, repeatable  # noqa: E402
+from .engine import AutogradEngine, Criterion, Engine, OptimizerEngine, choose_engine  # noqa: E402
+from .loop import Loop, alone, evaluate, fit, fitting, repeatable, side_by_side  # noqa: E402
 from .metrics import ConfusionMatrix, EpochResult, predicted_classes  # noqa: E402
 
 __all__ = [
@@ -63,9 +63,13 @@ __all__ = [
     "Engine",
     "EpochResult",
     "FolderInUseError",
+    "Loop",
+    "OptimizerEngine",
+    "alone",
     "choose_engine",
     "evaluate",
     "fit",
+    "fitting",
     "load_checkpoint",
     "load_latest",
     "locked",
@@ -73,6 +77,7 @@ __all__ = [
     "read_torch",
     "repeatable",
     "save_checkpoint",
+    "side_by_side",
     "write_atomically",
     "write_text",
     "write_torch",

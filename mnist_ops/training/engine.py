@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import torch7
+from ..torch7.optim import SGD
 from . import online
 from .metrics import predicted_classes
 
@@ -114,13 +115,163 @@ class AutogradEngine:
         return mean
 
 
+class OptimizerEngine(online.OnlineSGD):
+    """The compiled engine with its settings and state in a :class:`mnist_ops.torch7.optim.SGD`.
+
+    Steps, velocities and learning rate are read from the optimizer before each run and written back
+    after it, so that the two ways of training can take turns, and checkpoints of the optimizer are
+    checkpoints of the run.
+
+    Args:
+        model: as for :class:`~mnist_ops.training.online.OnlineSGD`.
+        optimizer: a ``SGD``, one group with all of the model's parameters.
+        criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
+        transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
+            has a true attribute ``batched``, to all images of a run at once. Together with dropout
+            each sample's random numbers are the transform's, then dropout's, as they are used; one
+            that has ``draw(image)`` and ``apply_numbers(images, numbers)``, as those of
+            :mod:`mnist_ops.mnist.transforms`, is then applied to many samples at once, too.
+        threads: as for :class:`~mnist_ops.training.online.OnlineSGD`.
+
+    Raises:
+        UnsupportedError: if the network, optimizer or criterion is none that the engine knows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Callable[..., Tensor] = torch7.nll_loss,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        threads: int = 1,
+    ) -> None:
+        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
+            raise online.UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not SGD")
+        if len(optimizer.param_groups) != 1:
+            raise online.UnsupportedError("the optimizer has several parameter groups")
+        loss = next((text for known, text in _CRITERIA.items() if known is criterion), None)
+        if loss is None:
+            name = getattr(criterion, "__name__", type(criterion).__name__)
+            raise online.UnsupportedError(f"the criterion {name} is not one of the engine's")
+        self.optimizer = optimizer
+        self.transform = transform
+        self._drawn: Tensor | None = None
+        settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
+        super().__init__(model, loss, threads=threads, **settings)
+        if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
+            raise online.UnsupportedError("the optimizer's parameters are not those of the network")
+
+    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`~mnist_ops.training.online.OnlineSGD.run`; the results are on the CPU."""
+        self._read_optimizer()
+        losses, predictions = super().run(*self._prepared(images, labels, order))
+        self._write_optimizer()
+        return losses.cpu(), predictions.cpu()
+
+    def _read_optimizer(self) -> None:
+        group, state = self.optimizer.param_groups[0], self.optimizer.state
+        online.check_finite({name: group[name] for name in _SETTINGS if name != "nesterov"})
+        for name in _SETTINGS:
+            setattr(self, name, group[name])
+        self.steps = group["steps"]
+        self.velocities = [state[p]["velocity"] for p in self._parameters if "velocity" in state[p]]
+
+    def _write_optimizer(self) -> None:
+        self.optimizer.param_groups[0]["steps"] = self.steps
+        for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
+            self.optimizer.state[parameter]["velocity"] = velocity
+
+    def _prepared(
+        self, images: Tensor, labels: Tensor, order: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a run is of: with a transform its images, transformed and in their order."""
+        if self.transform is None:
+            return images, labels, order
+        self.model.train()
+        samples = images.index_select(0, order).to(self.dtype)
+        labels = labels.index_select(0, order)
+        return self._transformed(samples), labels, torch.arange(len(order), device="cpu")
+
+    def _transformed(self, samples: Tensor) -> Tensor:
+        """The samples after the transform; with dropout, each one's numbers for it follow."""
+        transform = self.transform
+        assert transform is not None
+        # A transform that gives the same bits for many samples at once says so.
+        batched = getattr(transform, "batched", False)
+        if not self._dropouts or not len(samples):
+            pieces = [samples] if batched else samples.split(1)
+            return torch.cat([transform(piece) for piece in pieces])
+        draw = getattr(transform, "draw", None) if batched else None
+        per_sample = self._numbers_per_sample(samples)
+        results, drawn = [], []
+        for sample in samples.split(1):
+            results.append((draw or transform)(sample))
+            drawn.append(super()._uniform((1, per_sample)))
+        self._drawn = torch.cat(drawn)
+        if draw is None:
+            return torch.cat(results)
+        images: Tensor = transform.apply_numbers(samples, torch.cat(results))  # type: ignore[attr-defined]
+        return images
+
+    def _uniform(self, size: tuple[int, int]) -> Tensor:
+        if self._drawn is None:
+            return super()._uniform(size)
+        first, self._drawn = self._drawn[: size[0]], self._drawn[size[0] :]
+        return first
+
+
+_SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")
+_CRITERIA: dict[Callable[..., Tensor], str] = {
+    torch7.nll_loss: "nll",
+    torch7.multi_margin_loss: "multi_margin",
+    torch7.mse_loss: "mse",
+}
+
+
+class Steps(NamedTuple):
+    """What a training loop wants to be run: ``engine.run(images, labels, order)``."""
+
+    engine: Engine
+    images: Tensor
+    labels: Tensor
+    order: Tensor
+
+    def kind(self) -> Any:
+        """Steps of one kind can be those of several models in one run."""
+        engine = self.engine
+        if not isinstance(engine, OptimizerEngine):
+            return id(engine)
+        engine._read_optimizer()
+        # Images as they are are shared, transformed ones copied.
+        data = (id(self.images), id(self.labels)) if engine.transform is None else ()
+        return *engine._layout(), *data, len(self.order)
+
+
+def run_steps(alike: Sequence[Steps]) -> list[tuple[Tensor, ...]]:
+    """Run steps of one kind, those of several models together; the results of each engine's run."""
+    engines = [steps.engine for steps in alike if isinstance(steps.engine, OptimizerEngine)]
+    if len(engines) < 2:
+        return [engine.run(*data) for engine, *data in alike]
+    for engine in engines:
+        engine._read_optimizer()
+    every = [engine._prepared(*data) for engine, (_, *data) in zip(engines, alike, strict=True)]
+    images, labels, _ = every[0]
+    orders = torch.stack([order for *_, order in every])
+    if engines[0].transform is not None:
+        images, labels = (torch.cat([one[i] for one in every]) for i in range(2))
+        orders = torch.arange(len(images), device="cpu").view(orders.shape)
+    losses, predictions = online.OnlineSGD.of_engines(engines).run(images, labels, orders)
+    for engine in engines:
+        engine._write_optimizer()
+    return list(zip(losses.cpu(), predictions.cpu(), strict=True))
+
+
 def choose_engine(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     criterion: Criterion = torch7.nll_loss,
     batch_size: int = 1,
     transform: Callable[[Tensor], Tensor] | None = None,
-    shared: online.SharedLaunches | None = None,
     images: Tensor | None = None,
 ) -> Engine:
     """The compiled engine where it can run the steps, else autograd; arguments as for :func:`fit`.
@@ -131,12 +282,12 @@ def choose_engine(
     PyTorch pools where it finds a window outside. The ``description`` says which one it is and, at
     batch size 1, why not the compiled one. On the CPU it runs on one thread: a second one gains 1.6
     to 1.8 times on two idle cores and loses ten times on busy ones;
-    ``fit(engine=online.OptimizerEngine(..., threads=2))`` asks for it.
+    ``fit(engine=OptimizerEngine(..., threads=2))`` asks for it.
     """
     reason = ""
     if batch_size == 1:
         try:
-            compiled = online.OptimizerEngine(model, optimizer, criterion, transform, shared=shared)
+            compiled = OptimizerEngine(model, optimizer, criterion, transform)
             if images is not None:
                 # A transform is given images of the network's dtype.
                 sample = images[:1]

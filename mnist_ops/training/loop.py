@@ -8,19 +8,17 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import torch7
 from ..ops._common import check_integer
-from . import online
-from ._files import (
-    locked,
-)
+from ._files import locked
 from .checkpoint import (
     BACKUP_CHECKPOINT,
     CHECKPOINT,
@@ -31,8 +29,11 @@ from .checkpoint import (
     listed,
     load_latest,
 )
-from .engine import Criterion, Engine, choose_engine
+from .engine import Criterion, Engine, Steps, choose_engine, run_steps
 from .metrics import ConfusionMatrix, EpochResult, predicted_classes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # The figure shows the training accuracy within an epoch: at most so many points an epoch, each
 # over at least so many samples.
@@ -127,6 +128,73 @@ def repeatable() -> contextlib.AbstractContextManager[None]:
     )
 
 
+#: A training loop in pieces: it yields what is to be run next and is sent what came of it.
+Loop: TypeAlias = Generator[Steps, tuple[Tensor, ...], T]
+
+
+def side_by_side(loops: Sequence[Loop[T]]) -> list[T]:
+    """Run several training loops in turns: what their engines can run together is one run.
+
+    One network cannot fill a GPU. Loops that were written for one network each, as
+    :func:`fitting`, go on as they are, and steps of :class:`OptimizerEngine` s for networks of the
+    same layers become steps of an :class:`~mnist_ops.training.online.OnlineSGD` with a list of
+    models. The results are, bit for bit, those of each loop alone, as long as no two of them draw
+    from one random generator.
+
+    Args:
+        loops: as many as one likes, of any length and kind. What one raises ends all of them; an
+            error in a run is raised in those that took part in it.
+
+    Returns:
+        What each loop returns.
+
+    Example::
+
+        >>> loops = [training.fitting(run.model, ..., generator=run.generator) for run in runs]
+        >>> histories = training.side_by_side(loops)
+    """
+    results: dict[int, T] = {}
+    with repeatable():
+        try:
+            moves: dict[int, Callable[[], Steps]] = {
+                i: partial(next, loop) for i, loop in enumerate(loops)
+            }
+            while moves:
+                wanted: dict[Any, dict[int, Steps]] = {}
+                for i, move in moves.items():
+                    try:
+                        steps = move()
+                    except StopIteration as end:
+                        results[i] = end.value
+                    else:
+                        wanted.setdefault(steps.kind(), {})[i] = steps
+                moves = {}
+                for alike in wanted.values():
+                    try:
+                        came = run_steps(list(alike.values()))
+                    except BaseException as error:  # it belongs to the loops that asked for it
+                        moves |= {i: partial(loops[i].throw, error) for i in alike}
+                    else:
+                        moves |= {
+                            i: partial(loops[i].send, result)
+                            for i, result in zip(alike, came, strict=True)
+                        }
+        finally:
+            for loop in loops:
+                loop.close()
+    return [results[i] for i in range(len(loops))]
+
+
+def alone(loop: Callable[P, Loop[T]]) -> Callable[P, T]:
+    """Decorate what makes a loop: the function that runs it by itself."""
+
+    @wraps(loop)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return side_by_side([loop(*args, **kwargs)])[0]
+
+    return run
+
+
 def _train_epoch(
     engine: Engine,
     images: Tensor,
@@ -136,31 +204,27 @@ def _train_epoch(
     description: str,
     progress: bool | None,
     on_progress: Callable[[int], object] | None,
-) -> tuple[float, float, list[float], tuple[Tensor, Tensor]]:
-    """One pass: accuracy in %, mean loss, the accuracy's curve, predictions and their targets."""
-    rights, all_losses, seen = [], [], []
+) -> Loop[tuple[Tensor, Tensor, Tensor]]:
+    """One pass: for each prediction its loss, the class and the true class."""
+    all_losses, all_predictions, all_targets = [], [], []
     right = predicted = 0
     with progress_bar(description, len(order), " digits", progress) as bar:
         for piece in order.split(chunk):
-            losses, predictions, *others = engine.run(images, labels, piece)
-            samples = others[0] if others else piece
-            seen.append((predictions, labels.index_select(0, samples)))
-            rights.append(predictions == seen[-1][1])
+            losses, predictions, *others = yield Steps(engine, images, labels, piece)
+            targets = labels.index_select(0, others[0] if others else piece)
             all_losses.append(losses.double())
-            right += int(rights[-1].sum())
+            all_predictions.append(predictions)
+            all_targets.append(targets)
+            right += int((predictions == targets).sum())
             predicted += len(predictions)
             bar.set_postfix_str(f"training {100.0 * right / predicted:.2f} %", refresh=False)
             bar.update(len(piece))
             if on_progress is not None:
                 on_progress(len(piece))
-    piece_size = max(_CURVE_SAMPLES, -(-predicted // _CURVE_POINTS))
-    curve = torch.cat(rights).double().mul(100.0).split(piece_size)
-    loss = float(torch.cat(all_losses).mean())
-    both = torch.cat([one for one, _ in seen]), torch.cat([target for _, target in seen])
-    return 100.0 * right / predicted, loss, [float(part.mean()) for part in curve], both
+    return torch.cat(all_losses), torch.cat(all_predictions), torch.cat(all_targets)
 
 
-def fit(
+def fitting(
     model: nn.Module,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
@@ -175,14 +239,15 @@ def fit(
     resume: bool = False,
     settings: dict[str, Any] | None = None,
     engine: Engine | None = None,
-    shared: online.SharedLaunches | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
     verbose: bool = True,
     on_progress: Callable[[int], object] | None = None,
     on_epoch: Callable[[EpochResult], object] | None = None,
-) -> list[EpochResult]:
+) -> Loop[list[EpochResult]]:
     """Train ``model`` until ``epochs`` epochs are complete, and test it after each.
+
+    ``fit`` does so at once; ``fitting`` makes a loop of it for :func:`side_by_side`.
 
     Each epoch draws a shuffle from ``generator``, goes once through the training set, counting
     predictions before each update (the reports' training accuracy), then through the test set.
@@ -214,8 +279,6 @@ def fit(
             size, transform module, with other data or other options of an optimizer.
         engine: runs the steps; :func:`choose_engine` picks one unless given, and another one for
             each optimizer of a mapping.
-        shared: of several calls in threads of one process, whose steps run together on a GPU, see
-            :class:`mnist_ops.training.online.SharedLaunches`; each calls ``leave()`` afterwards.
         chunk: samples handed to the engine at a time; unless given about 200, or the ``chunk`` that
             the engine wishes for.
         progress: show progress bars on standard error; ``None``: on a terminal or in a notebook.
@@ -255,8 +318,7 @@ def fit(
     if engine is not None and len(optimizers) > 1:
         raise ValueError("fit: engine must not be given with several optimizers")
     engines = {
-        first: engine
-        or choose_engine(model, one, criterion, batch_size, transform, shared, train[0])
+        first: engine or choose_engine(model, one, criterion, batch_size, transform, train[0])
         for first, one in sorted(optimizers.items())
     }
     if chunk is None:
@@ -289,40 +351,39 @@ def fit(
         if verbose:
             print(f"training on {len(train[0])} digits: {engines[active].description}", flush=True)
         try:
-            with repeatable():
-                while len(run.history) < epochs:
-                    epoch = len(run.history) + 1
-                    if active != _active(optimizers, epoch):
-                        active = epoch
-                        if verbose:
-                            print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
-                    result = _one_epoch(
-                        epoch,
-                        model,
-                        optimizers[active],
-                        engines[active],
-                        train,
-                        test,
-                        generator.randperm(len(train[0])),
-                        criterion,
-                        f"epoch {epoch}/{epochs}",
-                        chunk,
-                        progress,
-                        on_progress,
-                    )
-                    if _diverged(result) and not any(map(_diverged, run.history)):
-                        warnings.warn(
-                            f"the run has diverged in epoch {epoch}: training loss "
-                            f"{result.train_loss}, test loss {result.test_loss}",
-                            stacklevel=2,
-                        )
-                    run.history.append(result)
-                    if folder is not None:
-                        run.save(folder)
+            while len(run.history) < epochs:
+                epoch = len(run.history) + 1
+                if active != _active(optimizers, epoch):
+                    active = epoch
                     if verbose:
-                        print(result, flush=True)
-                    if on_epoch is not None:
-                        on_epoch(result)
+                        print(f"epoch {epoch:3d}: {engines[active].description}", flush=True)
+                result = yield from _one_epoch(
+                    epoch,
+                    model,
+                    optimizers[active],
+                    engines[active],
+                    train,
+                    test,
+                    generator.randperm(len(train[0])),
+                    criterion,
+                    f"epoch {epoch}/{epochs}",
+                    chunk,
+                    progress,
+                    on_progress,
+                )
+                if _diverged(result) and not any(map(_diverged, run.history)):
+                    warnings.warn(
+                        f"the run has diverged in epoch {epoch}: training loss "
+                        f"{result.train_loss}, test loss {result.test_loss}",
+                        stacklevel=2,
+                    )
+                run.history.append(result)
+                if folder is not None:
+                    run.save(folder)
+                if verbose:
+                    print(result, flush=True)
+                if on_epoch is not None:
+                    on_epoch(result)
         except KeyboardInterrupt:
             message = "interrupted"
             if folder is not None:
@@ -346,6 +407,11 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
     if not 0.0 <= rate < math.inf:
         raise ValueError(f"fit: the learning rate must be >= 0 and finite, got {rate}")
     return rate
+
+
+def _percent(confusion: ConfusionMatrix) -> float:
+    """The accuracy in %, rounded once."""
+    return 100.0 * int(confusion.counts.trace()) / int(confusion.counts.sum())
 
 
 def _diverged(result: EpochResult) -> bool:
@@ -373,26 +439,31 @@ def _one_epoch(
     chunk: int,
     progress: bool | None,
     on_progress: Callable[[int], object] | None,
-) -> EpochResult:
+) -> Loop[EpochResult]:
     start = time.perf_counter()
     rate = _learning_rate(optimizer)
-    accuracy, loss, curve, online_predictions = _train_epoch(
+    losses, predictions, targets = yield from _train_epoch(
         engine, *train, order, chunk, description, progress, on_progress
     )
+    right = (predictions == targets).double().mul(100.0)
+    curve = right.split(max(_CURVE_SAMPLES, -(-len(right) // _CURVE_POINTS)))
     averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
     with averaged():
         confusion, test_loss = evaluate(model, *test, criterion, progress=progress)
     train_confusion = ConfusionMatrix(len(confusion.counts))
-    train_confusion.add(*online_predictions)
+    train_confusion.add(predictions, targets)
     return EpochResult(
         epoch=epoch,
-        train_accuracy=accuracy,
-        test_accuracy=100.0 * int(confusion.counts.trace()) / len(test[0]),
-        train_loss=loss,
+        train_accuracy=_percent(train_confusion),
+        test_accuracy=_percent(confusion),
+        train_loss=float(losses.mean()),
         test_loss=test_loss,
         learning_rate=rate,
         seconds=time.perf_counter() - start,
-        curve=curve,
+        curve=[float(part.mean()) for part in curve],
         confusion=confusion.counts.tolist(),
         train_confusion=train_confusion.counts.tolist(),
     )
+
+
+fit = alone(fitting)

@@ -17,11 +17,8 @@ or several modules of one shape side by side::
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,25 +27,15 @@ from torch import Tensor, nn
 from .. import _libraries, torch7
 from .. import _torch_private as private
 from .. import nn as ops_nn
-from ..ops._common import check_integer, check_number, pair
-from ..ops.lp_pool import check_windows
-from ..ops.softmax import check_beta
-from ..torch7.optim import SGD
+from ..ops._common import check_integer, check_number
+from .network_text import UnsupportedError, layers, line
 
-__all__ = ["OnlineSGD", "OptimizerEngine", "SharedLaunches", "UnsupportedError"]
+__all__ = ["OnlineSGD", "UnsupportedError"]
 
 LOSSES = ("nll", "multi_margin", "mse")
 
 # Dropout's random numbers are drawn for a piece of a run at a time: at most this many.
 _NUMBERS_AT_ONCE = 1 << 21
-
-
-class UnsupportedError(ValueError):
-    """The network or the optimizer is none that the engine knows; :attr:`reason` says what."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"OnlineSGD: {reason}; use the autograd loop (training.AutogradEngine)")
-        self.reason = reason
 
 
 class OnlineSGD:
@@ -155,7 +142,7 @@ class OnlineSGD:
             "momentum": momentum,
             "dampening": dampening,
         }
-        _check_finite(numbers)
+        check_finite(numbers)
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
@@ -189,7 +176,7 @@ class OnlineSGD:
     def _start_several(
         self, models: Sequence[nn.Module], loss: str, rates: dict[str, Any], others: tuple[Any, ...]
     ) -> None:
-        """Make an engine for each model, and see that they can share their launches."""
+        """Make an engine for each model."""
         if not models:
             raise ValueError("OnlineSGD: model must be a module or a list of one at least, got []")
         for name, value in rates.items():
@@ -202,11 +189,28 @@ class OnlineSGD:
                     )
             else:
                 rates[name] = [value] * len(models)
-        self.engines = [
-            OnlineSGD(model, loss, *numbers, *others)
-            for model, *numbers in zip(models, *rates.values(), strict=True)
-        ]
-        first = self.engines[0]
+        self._join(
+            [
+                OnlineSGD(model, loss, *numbers, *others)
+                for model, *numbers in zip(models, *rates.values(), strict=True)
+            ]
+        )
+
+    @classmethod
+    def of_engines(cls, engines: Sequence[OnlineSGD]) -> OnlineSGD:
+        """Several engines as the one that a list of their models makes, which shares their state.
+
+        Raises:
+            ValueError: as for a list of models, and if their loss or kind of momentum differs.
+        """
+        several = cls.__new__(cls)
+        several._join(engines)
+        return several
+
+    def _join(self, engines: Sequence[OnlineSGD]) -> None:
+        """Take engines that can make their steps in one call; refuse others."""
+        self.engines = list(engines)
+        first, layout = self.engines[0], self.engines[0]._layout()
         seen: set[int] = set()
         generators: set[int] = set()
         for i, engine in enumerate(self.engines):
@@ -218,21 +222,22 @@ class OnlineSGD:
                 if id(engine._dropouts[0].generator) in generators:
                     raise ValueError(f"OnlineSGD: model {i} shares its generator with another one")
                 generators.add(id(engine._dropouts[0].generator))
-            if engine._layout() != first._layout():
+            if engine._layout() != layout:
                 raise ValueError(
-                    f"OnlineSGD: model {i} differs from model 0 in its layers, shapes, dtype or "
-                    "device"
+                    f"OnlineSGD: model {i} differs from model 0 in its layers, shapes, dtype, "
+                    "device, loss or kind of momentum"
                 )
-        self.model = nn.ModuleList(models)
+        self.model = nn.ModuleList([engine.model for engine in self.engines])
         self.loss, self.threads, self.nesterov = first.loss, first.threads, first.nesterov
         self.momentum, self.dampening = first.momentum, first.dampening
-        self.description = f"{first.description}, {len(models)} models at once"
+        self.description = f"{first.description}, {len(self.engines)} models at once"
 
     def _layout(self) -> tuple[Any, ...]:
         """What models that run together must have in common."""
-        kernels = [tuple(kernel.shape) for kernel in self._kernels]
-        shapes = [tuple(parameter.shape) for parameter in self._parameters]
-        return self._network, shapes, kernels, self._parameters[0].dtype, self._device
+        kernels = tuple(tuple(kernel.shape) for kernel in self._kernels)
+        shapes = tuple(tuple(parameter.shape) for parameter in self._parameters)
+        where = self._parameters[0].dtype, self._device
+        return self._network, shapes, kernels, *where, self.loss, self.nesterov, self.momentum > 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -253,8 +258,8 @@ class OnlineSGD:
         self._dropouts: list[torch7.Dropout] = []
         seen: set[int] = set()
         dtype = next((p.dtype for p in self.model.parameters()), torch.float64)
-        for name, module in _layers(self.model):
-            lines.append(f"{_line(name, module, dtype)} {' '.join(name.split())}")
+        for name, module in layers(self.model):
+            lines.append(f"{line(name, module, dtype)} {' '.join(name.split())}")
             for parameter_name, parameter in module.named_parameters():
                 where = f"layer {name!r} ({type(module).__name__})"
                 if id(parameter) in seen:
@@ -393,7 +398,7 @@ class OnlineSGD:
             if self.engines:
                 order = order.expand(len(self.engines), -1)
             uniform = torch.empty(0, dtype=torch.float64, device="cpu")
-            self._run_now(sample.to(device), labels.to(device), order, uniform)
+            self._run(sample.to(device), labels.to(device), order, uniform)
         except RuntimeError as error:
             raise UnsupportedError(str(error).splitlines()[0]) from None
 
@@ -412,12 +417,7 @@ class OnlineSGD:
     def _run(
         self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Steps of which the random numbers are drawn; OptimizerEngine may share them."""
-        return self._run_now(images, labels, order, uniform)
-
-    def _run_now(
-        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        """Make steps of which the random numbers are drawn."""
         engines = self.engines or [self]
         if engines[0]._operator is not None:
             orders = order if self.engines else order.unsqueeze(0)
@@ -577,7 +577,7 @@ def _run_in_turn(
         velocities = [velocity.clone() for velocity in engine.velocities]
         undo.append((engine, values, velocities, engine.steps))
         try:
-            results.append(engine._run_now(images, labels, own_order, own_numbers))
+            results.append(engine._run(images, labels, own_order, own_numbers))
         except Exception:
             for changed, values, velocities, steps in undo[:-1]:
                 with torch.no_grad():
@@ -589,330 +589,10 @@ def _run_in_turn(
     return torch.stack(losses), torch.stack(predictions)
 
 
-@dataclass
-class _SharedCall:
-    """What one engine wants to run, and what came of it."""
-
-    engine: OnlineSGD
-    images: Tensor
-    labels: Tensor
-    order: Tensor
-    uniform: Tensor
-    result: tuple[Tensor, Tensor] | None = None
-    error: BaseException | None = None
-
-    def kind(self) -> str:
-        """Calls of one kind can be one."""
-        e = self.engine
-        others = (e.loss, e.nesterov, e.momentum > 0, tuple(self.order.shape))
-        return repr((*e._layout(), *others))
-
-
-class SharedLaunches:
-    """Lets training loops in several threads run their steps together.
-
-    One network cannot fill a GPU. Loops that were written for one network each go on as they are,
-    in a thread each: every call of their engines waits until all the others have called, too, and
-    those of one kind become one call for several models, as of :class:`OnlineSGD` with a list. The
-    results are, bit for bit, those of each loop alone.
-
-    Args:
-        members: how many loops there are. Each of them calls :meth:`leave` at its end, however it
-            ends: the others wait for it.
-
-    Example::
-
-        >>> shared = SharedLaunches(len(runs))
-        >>> def train(run):
-        ...     try:
-        ...         engine = OptimizerEngine(run.model, run.optimizer, shared=shared)
-        ...         fit(run.model, ..., engine=engine)
-        ...     finally:
-        ...         shared.leave()
-        >>> threads = [threading.Thread(target=train, args=(run,)) for run in runs]
-    """
-
-    def __init__(self, members: int) -> None:
-        self._members = check_integer("SharedLaunches", "members", members, 1)
-        self._waiting: list[_SharedCall] = []
-        self._condition = threading.Condition()
-        self._stopped = False
-        # What the engines have moved to the device, once for all of them.
-        self._placed: dict[str, tuple[Any, object, Tensor]] = {}
-
-    def leave(self) -> None:
-        """One member will call no more."""
-        with self._condition:
-            self._members -= 1
-            self._serve_if_all_wait()
-
-    def stop(self) -> None:
-        """Make every call that waits, and every later one, raise an ``InterruptedError``."""
-        with self._condition:
-            self._stopped = True
-            self._condition.notify_all()
-
-    def _run(
-        self, engine: OnlineSGD, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        call = _SharedCall(engine, images, labels, order, uniform)
-        with self._condition:
-            self._waiting.append(call)
-            self._serve_if_all_wait()
-            while call.result is None and call.error is None and not self._stopped:
-                self._condition.wait()
-        if call.error is not None:
-            raise call.error
-        if call.result is None:
-            raise InterruptedError("the runs that share their launches were stopped")
-        return call.result
-
-    def _serve_if_all_wait(self) -> None:
-        if not self._waiting or len(self._waiting) < self._members or self._stopped:
-            return
-        calls, self._waiting = self._waiting, []
-        kinds: dict[str, list[_SharedCall]] = {}
-        for call in calls:
-            kinds.setdefault(call.kind(), []).append(call)
-        for alike in kinds.values():
-            try:
-                losses, predictions = self._run_as_one(alike)
-                for call, *result in zip(alike, losses, predictions, strict=True):
-                    call.result = (result[0], result[1])
-            except BaseException as error:  # it belongs to the threads whose calls these are
-                for call in alike:
-                    call.error = error
-        self._condition.notify_all()
-
-    @staticmethod
-    def _run_as_one(calls: Sequence[_SharedCall]) -> tuple[Tensor, Tensor]:
-        first = calls[0]
-        images, labels = first.images, first.labels
-        orders = [call.order for call in calls]
-        if any(call.images is not images or call.labels is not labels for call in calls):
-            images = torch.cat([call.images for call in calls])
-            labels = torch.cat([call.labels for call in calls])
-            begin = 0
-            for i, call in enumerate(calls):
-                orders[i] = orders[i] + begin
-                begin += len(call.images)
-        uniform = first.uniform
-        if uniform.numel():
-            uniform = torch.cat([call.uniform for call in calls])
-        engines = [call.engine for call in calls]
-        run = _run_in_turn if first.engine._operator is None else _run_together
-        return run(engines, images, labels, torch.stack(orders), uniform)
-
-
-class OptimizerEngine(OnlineSGD):
-    """:class:`OnlineSGD` with its settings and state in a :class:`mnist_ops.torch7.optim.SGD`.
-
-    Steps, velocities and learning rate are read from the optimizer before each run and written back
-    after it, so that the two ways of training can take turns, and checkpoints of the optimizer are
-    checkpoints of the run.
-
-    Args:
-        model: as for :class:`OnlineSGD`.
-        optimizer: exactly a ``SGD``, one group with all of the model's parameters.
-        criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
-        transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
-            has a true attribute ``batched``, to all images of a run at once. Together with dropout
-            each sample's random numbers are the transform's, then dropout's, as they are used; one
-            that has ``draw(image)`` and ``apply_numbers(images, numbers)``, as those of
-            :mod:`mnist_ops.mnist.transforms`, is then applied to many samples at once, too.
-        threads: as for :class:`OnlineSGD`.
-        shared: of several runs in threads of one process, see :class:`SharedLaunches`.
-
-    Raises:
-        UnsupportedError: if the network, optimizer or criterion is none that the engine knows.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: Callable[..., Tensor] = torch7.nll_loss,
-        transform: Callable[[Tensor], Tensor] | None = None,
-        threads: int = 1,
-        shared: SharedLaunches | None = None,
-    ) -> None:
-        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
-            raise UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not SGD")
-        if len(optimizer.param_groups) != 1:
-            raise UnsupportedError("the optimizer has several parameter groups")
-        loss = next((text for known, text in _CRITERIA.items() if known is criterion), None)
-        if loss is None:
-            name = getattr(criterion, "__name__", type(criterion).__name__)
-            raise UnsupportedError(f"the criterion {name} is not one of the engine's")
-        self.optimizer = optimizer
-        self.transform = transform
-        self._drawn: Tensor | None = None
-        settings = {name: optimizer.param_groups[0][name] for name in _SETTINGS}
-        super().__init__(model, loss, threads=threads, **settings)
-        if {id(p) for p in optimizer.param_groups[0]["params"]} != set(map(id, self._parameters)):
-            raise UnsupportedError("the optimizer's parameters are not those of the network")
-        self.shared = shared
-        if shared is not None:
-            self._placed = shared._placed
-
-    def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`OnlineSGD.run`; the results are on the CPU."""
-        group, state = self.optimizer.param_groups[0], self.optimizer.state
-        _check_finite({name: group[name] for name in _SETTINGS if name != "nesterov"})
-        for name in _SETTINGS:
-            setattr(self, name, group[name])
-        self.steps = group["steps"]
-        self.velocities = [state[p]["velocity"] for p in self._parameters if "velocity" in state[p]]
-        if self.transform is not None:
-            self.model.train()
-            samples = images.index_select(0, order).to(self._parameters[0].dtype)
-            images = self._transformed(samples)
-            labels = labels.index_select(0, order)
-            order = torch.arange(len(order), device="cpu")
-        losses, predictions = super().run(images, labels, order)
-        group["steps"] = self.steps
-        for parameter, velocity in zip(self._parameters, self.velocities, strict=False):
-            state[parameter]["velocity"] = velocity
-        return losses.cpu(), predictions.cpu()
-
-    def _transformed(self, samples: Tensor) -> Tensor:
-        """The samples after the transform; with dropout, each one's numbers for it follow."""
-        transform = self.transform
-        assert transform is not None
-        # A transform that gives the same bits for many samples at once says so.
-        batched = getattr(transform, "batched", False)
-        if not self._dropouts or not len(samples):
-            pieces = [samples] if batched else samples.split(1)
-            return torch.cat([transform(piece) for piece in pieces])
-        draw = getattr(transform, "draw", None) if batched else None
-        per_sample = self._numbers_per_sample(samples)
-        results, drawn = [], []
-        for sample in samples.split(1):
-            results.append((draw or transform)(sample))
-            drawn.append(super()._uniform((1, per_sample)))
-        self._drawn = torch.cat(drawn)
-        if draw is None:
-            return torch.cat(results)
-        images: Tensor = transform.apply_numbers(samples, torch.cat(results))  # type: ignore[attr-defined]
-        return images
-
-    def _uniform(self, size: tuple[int, int]) -> Tensor:
-        if self._drawn is None:
-            return super()._uniform(size)
-        first, self._drawn = self._drawn[: size[0]], self._drawn[size[0] :]
-        return first
-
-    def _run(
-        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        run = self._run_now if self.shared is None else partial(self.shared._run, self)
-        return run(images, labels, order, uniform)
-
-
-_SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")
-_CRITERIA: dict[Callable[..., Tensor], str] = {
-    torch7.nll_loss: "nll",
-    torch7.multi_margin_loss: "multi_margin",
-    torch7.mse_loss: "mse",
-}
-
-
-def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The layers in the order of forward, with their names in the model."""
-    if private.has_hooks(module):
-        raise UnsupportedError(f"layer {name or type(module).__name__!r} has hooks")
-    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        # named_children would leave out a layer that comes a second time.
-        for child_name, child in module.named_modules(remove_duplicate=False):
-            if child is not module and "." not in child_name:
-                yield from _layers(child, f"{name}.{child_name}" if name else child_name)
-    elif type(module) is ops_nn.Stage2d:
-        yield from _layers(module.unfused(), name)
-    elif not isinstance(module, nn.Identity):
-        yield name or type(module).__name__, module
-
-
-def _check_finite(numbers: dict[str, Any]) -> None:
+def check_finite(numbers: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if not 0.0 <= check_number("OnlineSGD", name, value) < math.inf:
             raise ValueError(f"OnlineSGD: {name} must be >= 0 and finite, got {value}")
-
-
-def _number(value: float) -> str:
-    """A number as C++ streams read it, to the last bit."""
-    return "inf" if math.isinf(value) else repr(float(value))
-
-
-def _line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
-    """One layer in the engine's words; csrc/online/network_text.h lists them."""
-    kind = type(module)
-    where = f"layer {name!r} ({kind.__name__})"
-
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise UnsupportedError(f"{where} {what}")
-
-    def pool(module: Any) -> str:
-        stride = module.kernel_size if module.stride is None else module.stride
-        values = (module.kernel_size, stride, module.padding)
-        numbers = [n for value in values for n in pair(where, "kernel_size", value)]
-        return " ".join(map(str, [*numbers, int(module.ceil_mode)]))
-
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        need(pair(where, "stride", module.stride) == [1, 1], f"has stride {module.stride}, not 1")
-        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
-        need(module.groups == 1, f"has {module.groups} groups")
-        need(module.padding_mode == "zeros", f"has padding_mode {module.padding_mode!r}")
-        kernel = pair(where, "kernel_size", module.kernel_size)
-        if module.padding == "valid":
-            padding = [0, 0]
-        elif module.padding == "same":
-            need(all(k % 2 == 1 for k in kernel), "has padding 'same' of an even kernel")
-            padding = [k // 2 for k in kernel]
-        else:
-            padding = pair(where, "padding", module.padding)
-        numbers = [module.out_channels, *kernel, *padding, int(module.bias is not None)]
-        return "conv2d " + " ".join(map(str, numbers))
-    if isinstance(module, nn.Linear) and kind is nn.Linear:
-        return f"linear {module.out_features} {int(module.bias is not None)}"
-    if kind in _PLAIN:
-        return _PLAIN[kind]
-    if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
-        options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
-        p, *_ = check_windows(where, module.norm_type, *options, dtype)
-        return f"lp_pool2d {_number(p)} {pool(module)}"
-    if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
-        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
-        need(not module.return_indices, "has return_indices")
-        return f"max_pool2d {pool(module)}"
-    if isinstance(module, nn.AvgPool2d) and kind is nn.AvgPool2d:
-        divisor = module.divisor_override or 0
-        return f"avg_pool2d {pool(module)} {int(module.count_include_pad)} {divisor}"
-    if isinstance(module, nn.Flatten) and kind is nn.Flatten:
-        need(
-            module.start_dim == 1 and module.end_dim == -1,
-            f"flattens the dimensions {module.start_dim} to {module.end_dim}, not 1 to -1",
-        )
-        return "flatten"
-    if isinstance(module, torch7.Dropout) and kind is torch7.Dropout:
-        return f"dropout {_number(module.p)}" if module.p > 0 else "identity"
-    if isinstance(module, (nn.LogSoftmax, ops_nn.LogSoftmax)) and kind in (
-        nn.LogSoftmax,
-        ops_nn.LogSoftmax,
-    ):
-        need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
-        return f"log_softmax {_number(check_beta(where, getattr(module, 'beta', 1.0), dtype))}"
-    raise UnsupportedError(f"{where} is not one of the engine's layers")
-
-
-_PLAIN: dict[type[nn.Module], str] = {
-    nn.Tanh: "tanh",
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    ops_nn.Sigmoid: "sigmoid",
-    ops_nn.SubtractiveNorm2d: "subtractive_norm2d",
-    torch7.LogSoftmax: "log_softmax_torch7",
-}
 
 
 def _fake(parameters, velocities, network, kernels, images, labels, order, uniform, *options):

@@ -25,7 +25,8 @@ from torch.nn import Conv2d, Flatten, Linear, MaxPool2d, ReLU, Sequential, Tanh
 
 from mnist_ops import gaussian1d, nn, torch7
 from mnist_ops.mnist import models
-from mnist_ops.training.online import LOSSES, OnlineSGD, OptimizerEngine
+from mnist_ops.training import OptimizerEngine
+from mnist_ops.training.online import LOSSES, OnlineSGD
 
 __all__ = ["_memory_filled_with_nan"]  # a fixture for all tests
 

@@ -11,7 +11,6 @@ from mnist_ops import torch7, training
 from mnist_ops.lab import experiments, reports
 from mnist_ops.lab.experiments import CANDIDATES, EXPERIMENTS, TABLES
 from mnist_ops.mnist import data
-from mnist_ops.training import online
 
 GUESSES = [guess for guesses in CANDIDATES.values() for guess in guesses]
 
@@ -77,7 +76,7 @@ def test_settings_survive_a_checkpoint(experiment):
 def test_every_guess_builds(guess):
     parts = experiments.build(guess)
     engine = training.choose_engine(parts.model, parts.optimizers[1], parts.criterion)
-    assert isinstance(engine, online.OptimizerEngine)
+    assert isinstance(engine, training.OptimizerEngine)
 
 
 def words_before_the_network(experiment):

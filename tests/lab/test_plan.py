@@ -81,7 +81,7 @@ def test_no_epoch_starts_that_would_end_too_late(straight, tmp_path, monkeypatch
     assert runner.run_all(todo, tmp_path, deadline=time.time() + 4, quiet=True) == []
     assert runs_of(tmp_path / "results.json") == []
     # The first epoch of each is expected to fit, and seen to take longer.
-    real = experiments.train
+    real = experiments.training_loop
 
     def slow(*arguments, on_epoch, **options):
         return real(
@@ -90,7 +90,7 @@ def test_no_epoch_starts_that_would_end_too_late(straight, tmp_path, monkeypatch
             **options,
         )
 
-    monkeypatch.setattr(experiments, "train", slow)
+    monkeypatch.setattr(experiments, "training_loop", slow)
     soon = time.time() + 1000
     assert runner.run_all(todo, tmp_path, resume=True, deadline=soon, quiet=True) == []
     assert [len(run["epochs"]) for run in runs_of(tmp_path / "results.json")] == [1, 1]

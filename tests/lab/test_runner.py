@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from test_figures import write_digits
 
+from mnist_ops import training
 from mnist_ops.lab import experiments, records, runner, storage
 from mnist_ops.lab.experiments import EXPERIMENTS
 from mnist_ops.mnist import data
@@ -110,12 +111,12 @@ def test_two_at_once_give_the_same(straight, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("together", "jobs"), [(3, 1), (2, 2)])
-def test_runs_that_share_their_launches_give_the_same(straight, tmp_path, together, jobs):
+def test_runs_that_make_their_steps_together_give_the_same(straight, tmp_path, together, jobs):
     assert runner.run_all(some_tasks(), tmp_path, jobs, quiet=True, together=together) == []
     assert content(tmp_path) == content(straight)
 
 
-def test_what_shares_its_launches():
+def test_what_makes_its_steps_together():
     chosen = [EXPERIMENTS[name] for name in ("plain", "mse", "momentum-0.9", "batch-64")]
     jobs = [(task, records.MNIST) for task in runner.tasks(chosen, seeds=3, dtype="float32")]
     groups = runner._groups(jobs, 4)
@@ -127,27 +128,18 @@ def test_what_shares_its_launches():
 
 
 def test_an_interrupted_group(straight, tmp_path, monkeypatch):
-    real, seen = experiments.train, []
+    real, seen = experiments.training_loop, []
 
     def train(experiment, seed, *args, on_epoch, **options):
         def note(result):
             on_epoch(result)
             seen.append((experiment.name, seed, result.epoch))
+            if len(seen) == 2:
+                raise KeyboardInterrupt
 
         return real(experiment, seed, *args, on_epoch=note, **options)
 
-    class Interrupted(threading.Thread):
-        def join(self, timeout=None):
-            while len(seen) < 2 and self.is_alive():
-                time.sleep(0.01)
-            if len(seen) < 8 and not interrupted:
-                interrupted.append(True)
-                raise KeyboardInterrupt
-            super().join(timeout)
-
-    interrupted = []
-    monkeypatch.setattr(experiments, "train", train)
-    monkeypatch.setattr(runner.threading, "Thread", Interrupted)
+    monkeypatch.setattr(experiments, "training_loop", train)
     with pytest.raises(KeyboardInterrupt):
         runner.run_all(some_tasks(), tmp_path, quiet=True, progress=False, together=2)
     monkeypatch.undo()
@@ -155,15 +147,15 @@ def test_an_interrupted_group(straight, tmp_path, monkeypatch):
     assert content(tmp_path) == content(straight)
 
 
-def test_one_failure_leaves_those_that_share_its_launches(straight, tmp_path, monkeypatch):
-    real = experiments.train
+def test_one_failure_leaves_those_that_are_trained_with_it(straight, tmp_path, monkeypatch):
+    real = experiments.training_loop
 
     def train(experiment, seed, *args, **options):
         if seed == 2:
             raise OSError("no space")
         return real(experiment, seed, *args, **options)
 
-    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(experiments, "training_loop", train)
     failures = runner.run_all(some_tasks(), tmp_path, quiet=True, together=2)
     assert sorted(failures) == [
         f"{e}, float32, seed 2: OSError: no space" for e in ("mse", "original")
@@ -182,7 +174,7 @@ def test_a_run_that_is_there_is_refused(straight):
 
 def test_nothing_is_run_twice(straight, monkeypatch):
     before = content(straight)
-    monkeypatch.setattr(experiments, "train", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(experiments, "training_loop", lambda *_, **__: pytest.fail("run again"))
     assert runner.run_all(some_tasks(), straight, resume=True) == []
     # Fewer epochs than are there: nothing to do, nothing lost.
     assert runner.run_all(some_tasks(epochs=1), straight, resume=True) == []
@@ -190,7 +182,7 @@ def test_nothing_is_run_twice(straight, monkeypatch):
 
 
 def test_interrupted_and_resumed(straight, tmp_path, monkeypatch):
-    real = experiments.train
+    real = experiments.training_loop
     calls = []
 
     def interrupted(experiment, seed, *args, on_epoch, **options):
@@ -202,7 +194,7 @@ def test_interrupted_and_resumed(straight, tmp_path, monkeypatch):
 
         return real(experiment, seed, *args, on_epoch=stop, **options)
 
-    monkeypatch.setattr(experiments, "train", interrupted)
+    monkeypatch.setattr(experiments, "training_loop", interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner.run_all(some_tasks(), tmp_path, quiet=True)
     # What was complete is there, the epoch of the run under way included.
@@ -535,7 +527,7 @@ def test_a_full_disk(straight, tmp_path):
         failures = []
         job = some_tasks(epochs=3)[0], records.MNIST
         work = runner._Work(tmp_path, True, None, float("inf"))
-        runner._run(job, work, None, failures)
+        training.side_by_side([runner._run(job, work, failures)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
@@ -674,7 +666,7 @@ def test_a_run_that_begins_anew_and_fails_loses_nothing(straight, tmp_path, monk
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(experiments, "train", fail)
+    monkeypatch.setattr(experiments, "training_loop", fail)
     failures = runner.run_all(some_tasks(epochs=3), tmp_path, resume=True, quiet=True)
     assert len(failures) == 4 and "no space left" in failures[0]
     assert content(tmp_path) == content(straight)

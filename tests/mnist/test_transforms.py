@@ -18,7 +18,7 @@ from mnist_ops.mnist.transforms import (
     rotate,
 )
 from mnist_ops.torch7 import Generator, optim
-from mnist_ops.training.online import OptimizerEngine
+from mnist_ops.training import OptimizerEngine
 
 CASES = torch7_cases("rotate")
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ from torch.nn import (
 from mnist_ops import gaussian1d, gaussian2d, nn, torch7, training
 from mnist_ops.mnist import data, models, transforms
 from mnist_ops.torch7.optim import SGD
-from mnist_ops.training import online
-from mnist_ops.training.online import OnlineSGD, OptimizerEngine, UnsupportedError
+from mnist_ops.training import AutogradEngine, OptimizerEngine, online
+from mnist_ops.training.engine import Steps
+from mnist_ops.training.online import OnlineSGD, UnsupportedError
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "online_original.npz"
 CRITERIA = {
@@ -540,87 +542,116 @@ def test_models_that_cannot_run_together():
         OnlineSGD([one, two, three])
 
 
-def in_threads(members, shared, run):
-    """Call run(i) for each member in a thread of its own; what each returned or raised."""
-    results = [None] * members
-
-    def work(i):
-        try:
-            results[i] = run(i)
-        except Exception as error:
-            results[i] = error
-        finally:
-            shared.leave()
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(members)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    return results
-
-
 @pytest.mark.parametrize("transforming", [False, True])
-def test_loops_that_share_their_launches_are_each_as_if_alone(device, transforming):
-    """Of different lengths, rates and kinds."""
+def test_loops_side_by_side_are_each_as_if_alone(device, transforming, monkeypatch):
+    """Of different lengths, rates and kinds; those alike are one run of several models."""
     images, labels = samples(1, 16, 16, classes=10)
     lengths, rates = [40, 40, 25, 30], [0.02, 0.05, 0.01, 0.01]
     order = torch.randint(0, 20, (4, 40))
 
-    def make():
+    def loops():
         torch.manual_seed(1)
-        networks = several(device, 3, dropout=0.25)
-        return [*networks, *several(device, 2, activation="relu", dropout=0.0)[:1]]
+        networks = [
+            *several(device, 3, dropout=0.25),
+            *several(device, 2, activation="relu", dropout=0.0)[:1],
+        ]
+        return [train(i, model) for i, model in enumerate(networks)]
 
-    def train(i, model, shared):
-        sgd = SGD(model.parameters(), lr=rates[i], momentum=0.5 * (i % 2))
+    def train(i, model):
+        sgd = SGD(model.parameters(), lr=rates[i], momentum=0.5 * (i != 3))
         transform = (lambda image: image * (1 + i)) if transforming else None
-        engine = OptimizerEngine(model, sgd, transform=transform, shared=shared)
-        parts = [engine.run(images, labels, p) for p in order[i, : lengths[i]].split(10)]
+        engine = OptimizerEngine(model, sgd, transform=transform)
+        parts = []
+        for piece in order[i, : lengths[i]].split(10):
+            parts.append((yield Steps(engine, images, labels, piece)))
         losses, predictions = (torch.cat(each) for each in zip(*parts, strict=True))
         return torch.cat([losses.double().cpu(), predictions.cpu(), values(model).cpu()])
 
-    expected = [train(i, model, None) for i, model in enumerate(make())]
-    models_, shared = make(), online.SharedLaunches(4)
-    found = in_threads(4, shared, lambda i: train(i, models_[i], shared))
-    for ours, alone in zip(found, expected, strict=True):
+    expected = [training.side_by_side([loop])[0] for loop in loops()]
+    together, real = [], OnlineSGD.of_engines
+    monkeypatch.setattr(
+        OnlineSGD, "of_engines", lambda engines: together.append(len(engines)) or real(engines)
+    )
+    for ours, alone in zip(training.side_by_side(loops()), expected, strict=True):
         assert torch.equal(ours, alone)
+    assert together == [3, 3, 2, 2]  # the third loop's last piece is of another length
 
 
-def test_an_error_of_one_loop_is_raised_in_those_that_shared_the_call():
+def test_an_error_is_raised_in_the_loops_whose_run_it_was():
     images, labels = samples(1, 16, 16, classes=10)
-    networks, shared = several(dropout=0.0), online.SharedLaunches(3)
+    networks, closed = several(count=4, dropout=0.0), []
 
     def train(i):
-        engine = OptimizerEngine(networks[i], SGD(networks[i].parameters()), shared=shared)
-        order = torch.arange(20 if i == 2 else 10)  # another length, a call of its own
-        engine.run(images, labels, order + (15 if i == 1 else 0))
+        engine = OptimizerEngine(networks[i], SGD(networks[i].parameters()))
+        order = torch.arange(20 if i == 2 else 10)  # another length, a run of its own
+        try:
+            yield Steps(engine, images, labels, order + (15 if i == 1 else 0))
+        except RuntimeError as error:
+            return str(error)
         return engine.steps
 
-    found = in_threads(3, shared, train)
-    assert all("order must be in [0, 20), got 20" in str(error) for error in found[:2])
+    found = training.side_by_side([train(i) for i in range(3)])
+    assert all("order must be in [0, 20), got 20" in error for error in found[:2])
     assert found[2] == 20
 
+    def bad():
+        yield Steps(AutogradEngine(networks[0], SGD(networks[0].parameters())), images, labels, 7)
 
-def test_loops_that_share_their_launches_can_be_stopped():
+    def endless():
+        try:
+            while True:
+                yield Steps(
+                    OptimizerEngine(networks[3], SGD(networks[3].parameters())),
+                    images,
+                    labels,
+                    torch.arange(2),
+                )
+        finally:
+            closed.append(True)
+
+    with pytest.raises(TypeError, match="index_select"):  # which nobody handles: all end
+        training.side_by_side([endless(), bad()])
+    assert closed == [True]
+    assert training.side_by_side([]) == []
+
+
+def test_fits_side_by_side(tmp_path):
+    """Each with its folder, and the deterministic convolutions as long as one is under way."""
     images, labels = samples(1, 16, 16, classes=10)
-    (network, _), shared = several(count=2, dropout=0.0), online.SharedLaunches(2)
-    engine = OptimizerEngine(network, SGD(network.parameters()), shared=shared)
-    found = []
+    flags = []
 
-    def train():
-        with pytest.raises(InterruptedError, match="were stopped"):
-            engine.run(images, labels, torch.arange(3))
-        found.append(engine.steps)
+    def arguments(model, i, folder):
+        return {
+            "model": model, "train": (images, labels), "test": (images, labels), "epochs": 2 + i,
+            "optimizer": SGD(model.parameters(), lr=0.01 * (i + 1)), "chunk": 7,
+            "generator": torch7.Generator(i), "folder": folder, "verbose": False,
+            "on_epoch": lambda result: flags.append(torch.backends.cudnn.deterministic),
+        }  # fmt: skip
 
-    thread = threading.Thread(target=train, daemon=True)
-    thread.start()
-    shared.stop()  # before or after it waits
-    thread.join(60)
-    assert found == [0]
-    with pytest.raises(ValueError, match="members must be >= 1, got 0"):
-        online.SharedLaunches(0)
+    def plain(history):
+        return [replace(result, seconds=0.0) for result in history]
+
+    torch.manual_seed(1)
+    alone = [
+        training.fit(**arguments(model, i, tmp_path / f"alone{i}"))
+        for i, model in enumerate(several(count=2, dropout=0.0))
+    ]
+    torch.manual_seed(1)
+    found = training.side_by_side(
+        [
+            training.fitting(**arguments(model, i, tmp_path / f"together{i}"))
+            for i, model in enumerate(several(count=2, dropout=0.0))
+        ]
+    )
+    assert [plain(one) for one in found] == [plain(one) for one in alone]
+    assert [len(one) for one in found] == [2, 3]
+    assert all(flags) and not torch.backends.cudnn.deterministic
+    for i in range(2):
+        states = [
+            training.load_checkpoint(tmp_path / f"{kind}{i}" / training.CHECKPOINT)["model"]
+            for kind in ("alone", "together")
+        ]
+        assert all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 # ---------------------------------------------------------------------------------------- on CUDA

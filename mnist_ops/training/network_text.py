@@ -1,0 +1,117 @@
+"""A network in the compiled engine's words: a line for each layer, as network_text.h reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _torch_private as private
+from .. import nn as ops_nn
+from .. import torch7
+from ..ops._common import pair
+from ..ops.lp_pool import check_windows
+from ..ops.softmax import check_beta
+
+
+class UnsupportedError(ValueError):
+    """The network or the optimizer is none that the engine knows; :attr:`reason` says what."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"OnlineSGD: {reason}; use the autograd loop (training.AutogradEngine)")
+        self.reason = reason
+
+
+def layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The layers in the order of forward, with their names in the model."""
+    if private.has_hooks(module):
+        raise UnsupportedError(f"layer {name or type(module).__name__!r} has hooks")
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        # named_children would leave out a layer that comes a second time.
+        for child_name, child in module.named_modules(remove_duplicate=False):
+            if child is not module and "." not in child_name:
+                yield from layers(child, f"{name}.{child_name}" if name else child_name)
+    elif type(module) is ops_nn.Stage2d:
+        yield from layers(module.unfused(), name)
+    elif not isinstance(module, nn.Identity):
+        yield name or type(module).__name__, module
+
+
+def _number(value: float) -> str:
+    """A number as C++ streams read it, to the last bit."""
+    return "inf" if math.isinf(value) else repr(float(value))
+
+
+def line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
+    """One layer in the engine's words; csrc/online/network_text.h lists them."""
+    kind = type(module)
+    where = f"layer {name!r} ({kind.__name__})"
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise UnsupportedError(f"{where} {what}")
+
+    def pool(module: Any) -> str:
+        stride = module.kernel_size if module.stride is None else module.stride
+        values = (module.kernel_size, stride, module.padding)
+        numbers = [n for value in values for n in pair(where, "kernel_size", value)]
+        return " ".join(map(str, [*numbers, int(module.ceil_mode)]))
+
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        need(pair(where, "stride", module.stride) == [1, 1], f"has stride {module.stride}, not 1")
+        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
+        need(module.groups == 1, f"has {module.groups} groups")
+        need(module.padding_mode == "zeros", f"has padding_mode {module.padding_mode!r}")
+        kernel = pair(where, "kernel_size", module.kernel_size)
+        if module.padding == "valid":
+            padding = [0, 0]
+        elif module.padding == "same":
+            need(all(k % 2 == 1 for k in kernel), "has padding 'same' of an even kernel")
+            padding = [k // 2 for k in kernel]
+        else:
+            padding = pair(where, "padding", module.padding)
+        numbers = [module.out_channels, *kernel, *padding, int(module.bias is not None)]
+        return "conv2d " + " ".join(map(str, numbers))
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
+        return f"linear {module.out_features} {int(module.bias is not None)}"
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
+        options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+        p, *_ = check_windows(where, module.norm_type, *options, dtype)
+        return f"lp_pool2d {_number(p)} {pool(module)}"
+    if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
+        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
+        need(not module.return_indices, "has return_indices")
+        return f"max_pool2d {pool(module)}"
+    if isinstance(module, nn.AvgPool2d) and kind is nn.AvgPool2d:
+        divisor = module.divisor_override or 0
+        return f"avg_pool2d {pool(module)} {int(module.count_include_pad)} {divisor}"
+    if isinstance(module, nn.Flatten) and kind is nn.Flatten:
+        need(
+            module.start_dim == 1 and module.end_dim == -1,
+            f"flattens the dimensions {module.start_dim} to {module.end_dim}, not 1 to -1",
+        )
+        return "flatten"
+    if isinstance(module, torch7.Dropout) and kind is torch7.Dropout:
+        return f"dropout {_number(module.p)}" if module.p > 0 else "identity"
+    if isinstance(module, (nn.LogSoftmax, ops_nn.LogSoftmax)) and kind in (
+        nn.LogSoftmax,
+        ops_nn.LogSoftmax,
+    ):
+        need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
+        return f"log_softmax {_number(check_beta(where, getattr(module, 'beta', 1.0), dtype))}"
+    raise UnsupportedError(f"{where} is not one of the engine's layers")
+
+
+_PLAIN: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    ops_nn.Sigmoid: "sigmoid",
+    ops_nn.SubtractiveNorm2d: "subtractive_norm2d",
+    torch7.LogSoftmax: "log_softmax_torch7",
+}
