@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import contrastive_norm2d, gaussian1d
+from ..ops import contrastive_norm2d, gaussian1d
 from ..ops._common import check_integer, check_number
 
 if TYPE_CHECKING:

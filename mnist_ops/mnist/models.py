@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import gaussian1d, torch7
 from .. import nn as ops_nn
+from .. import torch7
+from ..ops import gaussian1d
 
 __all__ = ["convnet", "count_parameters"]
 
