@@ -418,10 +418,15 @@ void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
 // has some forward only.
 template <int n, bool forward, typename F>
 void dispatch_kind(Kind kind, const F& body) {
-  if constexpr (n == 1) return body(Number<kAnyKind>{});
-  if (kind == Kind::kSoftmax) return body(Number<static_cast<int>(Kind::kSoftmax)>{});
-  if (kind == Kind::kLogSoftmax) return body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
-  if constexpr (forward) body(Number<static_cast<int>(Kind::kNll)>{});
+  if constexpr (n == 1) {
+    body(Number<kAnyKind>{});
+  } else if (kind == Kind::kSoftmax) {
+    body(Number<static_cast<int>(Kind::kSoftmax)>{});
+  } else if (kind == Kind::kLogSoftmax) {
+    body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
+  } else if constexpr (forward) {
+    body(Number<static_cast<int>(Kind::kNll)>{});
+  }
 }
 
 int whole_warps(int64_t threads) {
