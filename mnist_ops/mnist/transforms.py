@@ -12,14 +12,13 @@ run with augmentation has its digits too. They go into ``transform=`` of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._common import check_number
+from ..ops._common import check_finite
 from ..torch7 import Generator
 
 __all__ = ["Compose", "GaussianNoise", "RandomAffine", "RandomRotation", "affine", "rotate"]
@@ -41,14 +40,6 @@ def _check_interpolation(name: str, interpolation: str) -> None:
         raise ValueError(
             f"{name}: interpolation must be 'nearest' or 'bilinear', got {interpolation!r}"
         )
-
-
-def _check_number(name: str, argument: str, value: float, least: float | None = None) -> float:
-    number = check_number(name, argument, value)
-    if not math.isfinite(number) or (least is not None and number < least):
-        bound = "" if least is None else f" and >= {least:g}"
-        raise ValueError(f"{name}: {argument} must be finite{bound}, got {value!r}")
-    return number
 
 
 def rotate(
@@ -107,7 +98,7 @@ def rotate(
             f"got shape {tuple(angles.shape)}"
         )
     _check_interpolation("rotate", interpolation)
-    fill = _check_number("rotate", "fill", fill)
+    fill = check_finite("rotate", "fill", fill)
     if images.numel() == 0:
         return images.clone()
     angles = angles.detach().to(images.device)
@@ -209,7 +200,7 @@ def affine(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
             f"affine: matrices must be ({len(images)}, 2, 3), one per image, "
             f"got shape {tuple(matrices.shape)}"
         )
-    fill = _check_number("affine", "fill", fill)
+    fill = check_finite("affine", "fill", fill)
     if images.numel() == 0:
         return images.clone()
     return _warp(images, matrices.detach().to(images.device, torch.float64), fill)
@@ -229,7 +220,7 @@ class _RandomTransform(nn.Module):
     def __init__(self, std: float, generator: Generator) -> None:
         super().__init__()
         name = type(self).__name__
-        self.std = _check_number(name, "std", std, 0)
+        self.std = check_finite(name, "std", std, 0)
         if not isinstance(generator, Generator):
             raise TypeError(f"{name}: generator must be a torch7.Generator, got {type(generator)}")
         self.generator = generator
@@ -354,10 +345,10 @@ class RandomAffine(_RandomTransform):
         fill: float = 0.0,
     ) -> None:
         given = {"rotation": rotation, "scale": scale, "shear": shear, "shift": shift}
-        numbers = [_check_number("RandomAffine", name, value, 0) for name, value in given.items()]
+        numbers = [check_finite("RandomAffine", name, value, 0) for name, value in given.items()]
         super().__init__(numbers[0], generator)
         self.rotation, self.scale, self.shear, self.shift = numbers
-        self.fill = _check_number("RandomAffine", "fill", fill)
+        self.fill = check_finite("RandomAffine", "fill", fill)
 
     def count(self, images: Tensor) -> int:
         """Angle, size, shear and two shifts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
@@ -51,6 +52,15 @@ def check_number(op: str, name: str, value: object) -> float:
         return float(value)
     except OverflowError as error:
         raise ValueError(f"{op}: {name} is too large for a float") from error
+
+
+def check_finite(op: str, name: str, value: object, least: float = -math.inf) -> float:
+    """Return a finite number of at least ``least``."""
+    number = check_number(op, name, value)
+    if not (math.isfinite(number) and number >= least):
+        bound = f">= {least:g} and " if least > -math.inf else ""
+        raise ValueError(f"{op}: {name} must be {bound}finite, got {value}")
+    return number
 
 
 def check_int(op: str, name: str, value: Any, kind: str = "an int") -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .. import nn as ops_nn
-from . import losses
+from . import _layers, losses
 from .files import BadFileError, Reader, Torch7Object, guarded, parse, read
 
 __all__ = ["build"]
@@ -152,98 +152,6 @@ class _Network:
             return make(layer)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise layer.bad(str(error).splitlines()[0]) from None
-
-
-class _Power(nn.Module):
-    """``nn.Power``: signed where the exponent is odd, NaN where a root is not real."""
-
-    def __init__(self, exponent: float) -> None:
-        super().__init__()
-        self.exponent = exponent
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input.pow(self.exponent)
-
-    def extra_repr(self) -> str:
-        return f"{self.exponent}"
-
-
-class _Sqrt(nn.Module):
-    """``nn.Sqrt``: the root of ``input + eps``; its gradient is 0 where it is 0."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, input: Tensor) -> Tensor:
-        square = input + self.eps
-        zero = square == 0
-        return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
-
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}"
-
-
-class _Scale(nn.Module):
-    """``nn.MulConstant``."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input * self.factor
-
-    def extra_repr(self) -> str:
-        return f"{self.factor}"
-
-
-class _View(nn.Module):
-    """``nn.View``, for a batch of any size.
-
-    Args:
-        sizes: of the result, less the batch; one may be -1.
-        dimensions: of a sample, ``numInputDims``; what comes before is the batch.
-    """
-
-    def __init__(self, sizes: list[int], dimensions: int | None) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.dimensions = dimensions
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape = input.shape
-        sample = len(shape) if self.dimensions is None else self.dimensions
-        if self.dimensions is not None and len(shape) <= sample:
-            return input.reshape(self.sizes)
-        if -1 not in self.sizes:
-            # What is left of the sample's numbers joins the batch.
-            inner = math.prod(shape[len(shape) - sample :])
-            whole, rest = divmod(inner, math.prod(self.sizes))
-            if rest:
-                raise RuntimeError(f"cannot view the shape {tuple(shape)} as {self.sizes}")
-            return input.reshape(whole * math.prod(shape[: len(shape) - sample]), *self.sizes)
-        if self.dimensions is not None:
-            # Flattened first: of no samples, -1 could not be told.
-            return input.flatten(0, len(shape) - sample - 1).flatten(1).unflatten(1, self.sizes)
-        if self.sizes[0] == -1 and len(self.sizes) > 1:  # it is the batch
-            return input.reshape(self.sizes)
-        # Torch7 would join all samples here: such a network takes one at a time.
-        return input.flatten(1).unflatten(1, self.sizes)
-
-    def extra_repr(self) -> str:
-        return f"{self.sizes}, dimensions={self.dimensions}"
-
-
-class _WholeSample(nn.Module):
-    """A softmax over all numbers of a sample, as ``cudnn.SoftMax`` has it for maps."""
-
-    def __init__(self, rows: nn.Module) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.rows(input.flatten(1)).view_as(input)
 
 
 def _flattens(layer: _Layer, after: _Layer | None) -> bool:
@@ -381,7 +289,7 @@ def _average_pooling(layer: _Layer) -> nn.Module:
     if padding == (0, 0) and not ceil_mode:
         return nn.AvgPool2d(kernel, stride, divisor_override=1)
     mean = nn.AvgPool2d(kernel, stride, padding, ceil_mode, counts)
-    return nn.Sequential(mean, _Scale(math.prod(kernel)))
+    return nn.Sequential(mean, _layers.Scale(math.prod(kernel)))
 
 
 def _lp_pooling(layer: _Layer) -> nn.Module:
@@ -457,8 +365,8 @@ def _reshape(layer: _Layer) -> nn.Module:
 def _view(layer: _Layer) -> nn.Module:
     sizes = layer.sizes()
     if not layer.has("numInputDims"):
-        return nn.Flatten() if sizes == [-1] else _View(sizes, None)
-    return _View(sizes, layer.whole("numInputDims", 1))
+        return nn.Flatten() if sizes == [-1] else _layers.View(sizes, None)
+    return _layers.View(sizes, layer.whole("numInputDims", 1))
 
 
 def _softmax(layer: _Layer, log: bool) -> nn.Module:
@@ -474,7 +382,7 @@ def _cudnn_softmax(layer: _Layer, log: bool, spatial: bool) -> nn.Module:
     module = ops_nn.LogSoftmax(dim=1) if log else ops_nn.Softmax(dim=1)
     if spatial and fields.get("mode") != "CUDNN_SOFTMAX_MODE_INSTANCE":
         return module
-    return _WholeSample(module)
+    return _layers.WholeSample(module)
 
 
 def _kernel_norm(layer: _Layer, kind: type[ops_nn.DivisiveNorm2d]) -> nn.Module:
@@ -489,8 +397,8 @@ _LAYERS: dict[str, Callable[[_Layer], nn.Module]] = {
     "nn.Identity": lambda layer: nn.Identity(),
     "nn.Linear": _linear,
     "nn.LogSoftMax": partial(_softmax, log=True),
-    "nn.MulConstant": lambda layer: _Scale(layer.number("constant_scalar")),
-    "nn.Power": lambda layer: _Power(layer.number("pow")),
+    "nn.MulConstant": lambda layer: _layers.Scale(layer.number("constant_scalar")),
+    "nn.Power": lambda layer: _layers.Power(layer.number("pow")),
     "nn.ReLU": _threshold,
     "nn.Reshape": _reshape,
     "nn.Sequential": _sequential,
@@ -510,8 +418,8 @@ _LAYERS: dict[str, Callable[[_Layer], nn.Module]] = {
         layer.tensor("kernel")
     ),
     "nn.SpatialZeroPadding": _zero_padding,
-    "nn.Sqrt": lambda layer: _Sqrt(layer.number("eps", 0)),
-    "nn.Square": lambda layer: _Power(2),
+    "nn.Sqrt": lambda layer: _layers.Sqrt(layer.number("eps", 0)),
+    "nn.Square": lambda layer: _layers.Power(2),
     "nn.Tanh": lambda layer: nn.Tanh(),
     "nn.Threshold": _threshold,
     "nn.View": _view,

@@ -40,7 +40,8 @@ def write_atomically(
     """Write a file so that ``path`` is always the whole old or the whole new one.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder must exist. Where it is a symbolic link, what it leads to is
+            replaced. A device or a pipe cannot be replaced: it is written to as it is.
         write: is given the opened file.
         sync: wait for the disk, so that a power cut leaves a whole file, too.
         keep: what the old file is called afterwards; unless given it is lost. For a moment there
@@ -49,24 +50,32 @@ def write_atomically(
     Raises:
         OSError: if the file cannot be written, a full disk for instance; it names ``path``.
     """
-    # In the same folder, as a rename is atomic within one file system only.
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.part")
+    part = None
     try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                write(file)
+            return
+        target = Path(os.path.realpath(path))
+        # In the same folder, as a rename is atomic within one file system only.
+        name = f".{target.name}.{os.getpid()}-{threading.get_native_id()}.part"
+        part = target.with_name(name)
         with open(part, "wb") as file:
             write(file)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(part, path)
+        if keep is not None and target.exists():
+            shutil.move(target, keep)
+        os.replace(part, target)
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch7
+from ..ops._common import check_finite
 from ..torch7.optim import SGD
 from . import online
 from .metrics import predicted_classes
@@ -145,7 +147,7 @@ class OptimizerEngine(online.OnlineSGD):
         transform: Callable[[Tensor], Tensor] | None = None,
         threads: int = 1,
     ) -> None:
-        if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
+        if not isinstance(optimizer, SGD) or not _steps_like_sgd(optimizer):
             raise online.UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not SGD")
         if len(optimizer.param_groups) != 1:
             raise online.UnsupportedError("the optimizer has several parameter groups")
@@ -170,8 +172,9 @@ class OptimizerEngine(online.OnlineSGD):
 
     def _read_optimizer(self) -> None:
         group, state = self.optimizer.param_groups[0], self.optimizer.state
-        online.check_finite({name: group[name] for name in _SETTINGS if name != "nesterov"})
         for name in _SETTINGS:
+            if name != "nesterov":
+                check_finite("OnlineSGD", name, group[name], 0.0)
             setattr(self, name, group[name])
         self.steps = group["steps"]
         self.velocities = [state[p]["velocity"] for p in self._parameters if "velocity" in state[p]]
@@ -218,6 +221,11 @@ class OptimizerEngine(online.OnlineSGD):
             return super()._uniform(size)
         first, self._drawn = self._drawn[: size[0]], self._drawn[size[0] :]
         return first
+
+
+def _steps_like_sgd(optimizer: SGD) -> bool:
+    """Whether a subclass has SGD's own step; PyTorch wraps that of each class in another one."""
+    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(SGD.step)
 
 
 _SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch7
-from ..ops._common import check_integer
+from ..ops._common import check_finite, check_integer
 from ._files import locked
 from .checkpoint import (
     BACKUP_CHECKPOINT,
@@ -404,9 +404,7 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
         rate = float(group["lr"])
     else:
         return None
-    if not 0.0 <= rate < math.inf:
-        raise ValueError(f"fit: the learning rate must be >= 0 and finite, got {rate}")
-    return rate
+    return check_finite("fit", "the learning rate", rate, 0.0)
 
 
 def _percent(confusion: ConfusionMatrix) -> float:

@@ -16,7 +16,6 @@ or several modules of one shape side by side::
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from .. import _libraries, torch7
 from .. import _torch_private as private
 from .. import nn as ops_nn
-from ..ops._common import check_integer, check_number
+from ..ops._common import check_finite, check_integer
 from .network_text import UnsupportedError, layers, line
 
 __all__ = ["OnlineSGD", "UnsupportedError"]
@@ -142,7 +141,8 @@ class OnlineSGD:
             "momentum": momentum,
             "dampening": dampening,
         }
-        check_finite(numbers)
+        for name, value in numbers.items():
+            check_finite("OnlineSGD", name, value, 0.0)
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
@@ -587,12 +587,6 @@ def _run_in_turn(
             raise
     losses, predictions = zip(*results, strict=True)
     return torch.stack(losses), torch.stack(predictions)
-
-
-def check_finite(numbers: dict[str, Any]) -> None:
-    for name, value in numbers.items():
-        if not 0.0 <= check_number("OnlineSGD", name, value) < math.inf:
-            raise ValueError(f"OnlineSGD: {name} must be >= 0 and finite, got {value}")
 
 
 def _fake(parameters, velocities, network, kernels, images, labels, order, uniform, *options):

@@ -363,7 +363,7 @@ class TestRandom:
         assert state(transform.generator) == state(generator)
         torch.testing.assert_close(RandomAffine(Generator())(images), images, rtol=0, atol=1e-12)
         for name in ("rotation", "scale", "shear", "shift"):
-            with pytest.raises(ValueError, match=f"RandomAffine: {name} must be finite and >= 0"):
+            with pytest.raises(ValueError, match=f"RandomAffine: {name} must be >= 0 and finite"):
                 RandomAffine(Generator(), **{name: -1.0})
         words = "RandomAffine(rotation=0.3, scale=0.1, shear=0.2, shift=1.5, fill=-2.0)"
         assert str(transform) == words
@@ -376,7 +376,7 @@ class TestRandom:
     def test_arguments(self, transform):
         name = transform.__name__
         for std in (-0.1, math.inf, math.nan):
-            with pytest.raises(ValueError, match=f"{name}: std must be finite and >= 0, got {std}"):
+            with pytest.raises(ValueError, match=f"{name}: std must be >= 0 and finite, got {std}"):
                 transform(std, Generator())
         with pytest.raises(TypeError, match=f"{name}: std must be a number, got str"):
             transform("1", Generator())

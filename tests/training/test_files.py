@@ -169,6 +169,52 @@ class TestWriting:
         assert _files.read_torch(tmp_path / "b.pt") == 1
         assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
 
+    def test_what_a_link_leads_to_is_replaced(self, tmp_path):
+        target, link = tmp_path / "there" / "a.pt", tmp_path / "link.pt"
+        target.parent.mkdir()
+        link.symlink_to(target)
+        for i in range(2):  # the first where nothing is yet
+            _files.write_torch(link, i, keep=tmp_path / "b.pt")
+            assert link.is_symlink() and _files.read_torch(target) == i
+        assert _files.read_torch(tmp_path / "b.pt") == 0
+        assert os.listdir(target.parent) == ["a.pt"]
+        circle = tmp_path / "circle"
+        circle.symlink_to(circle)
+        _files.write_text(circle, "whole")
+        assert circle.read_text() == "whole"
+
+    def test_a_pipe_is_written_to(self, tmp_path):
+        pipe, link, found = tmp_path / "pipe", tmp_path / "link", []
+        os.mkfifo(pipe)
+        link.symlink_to(pipe)
+        for path in (pipe, link):
+            reader = threading.Thread(target=lambda: found.append(pipe.read_text()), daemon=True)
+            reader.start()
+            _files.write_text(path, "all of it")
+            reader.join(60)
+            assert pipe.is_fifo()
+        assert found == ["all of it"] * 2
+        assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+    def test_what_cannot_be_written_is_named(self, tmp_path):
+        """A folder, a missing one, and a pipe that nobody reads to its end."""
+        for path in (tmp_path, tmp_path / "missing" / "a"):
+            with pytest.raises(OSError) as caught:
+                _files.write_text(path, "all of it")
+            assert caught.value.filename == str(path)
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = threading.Thread(target=lambda: pipe.open("rb").close(), daemon=True)
+        reader.start()
+
+        def write(file):
+            reader.join(60)
+            file.write(bytes(10))
+
+        with pytest.raises(BrokenPipeError) as caught:
+            _files.write_atomically(pipe, write)
+        assert caught.value.filename == str(pipe) and os.listdir(tmp_path) == ["pipe"]
+
     def test_half_written(self, tmp_path):
         def write(file):
             file.write(b"half of it")

@@ -1,6 +1,7 @@
 """The compiled online SGD: the autograd loop in float64 is its truth, and the original's run."""
 
 import copy
+import inspect
 import itertools
 import math
 import threading
@@ -1110,6 +1111,12 @@ def test_when_fit_stays_with_autograd():
         assert isinstance(engine, training.AutogradEngine)
         assert f"(not compiled: {reason}" in engine.description
     assert set(online.LOSSES) == set(CRITERIA)
+
+    class First(SGD):
+        # PyTorch wraps a class's step when it makes its first instance, which may be this one.
+        step = inspect.unwrap(SGD.step)
+
+    assert isinstance(choose(model, First(model.parameters())), OptimizerEngine)
 
 
 @pytest.mark.parametrize("several", [False, True])
