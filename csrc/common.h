@@ -85,6 +85,13 @@ void dispatch_floating(const char* op, ScalarType dtype, F&& body) {
   }
 }
 
+// The same for a tensor of a type that is computed in.
+template <typename F>
+void dispatch_computed(const Tensor& tensor, F&& body) {
+  if (tensor.scalar_type() == ScalarType::Double) return body(double{});
+  body(float{});
+}
+
 inline std::string shape_string(const Tensor& tensor) {
   std::string text = "(";
   for (int64_t d = 0; d < tensor.dim(); ++d) {

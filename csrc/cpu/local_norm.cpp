@@ -29,46 +29,15 @@ constexpr int64_t kChunk = 1024;  // pixels handled at a time: the planes' parts
 template <typename A>
 using Wider = std::conditional_t<std::is_same_v<A, float>, double, long double>;
 
-// load(), stage() and store() of common.h for any type A that computes.
-template <typename A, typename T>
-const A* load_as(const T* from, A* scratch, int64_t n) {
-  if constexpr (std::is_same_v<A, opmath_t<T>>) {
-    return load(from, scratch, n);
-  } else {
-    for (int64_t i = 0; i < n; ++i) scratch[i] = static_cast<opmath_t<T>>(from[i]);
-    return scratch;
-  }
-}
-
-template <typename A, typename T>
-A* stage_as(T* to, A* scratch) {
-  if constexpr (std::is_same_v<A, opmath_t<T>>) {
-    return stage(to, scratch);
-  } else {
-    return scratch;
-  }
-}
-
-template <typename A, typename T>
-void store_as(const A* staged, T* to, int64_t n) {
-  if constexpr (std::is_same_v<A, opmath_t<T>>) {
-    store(staged, to, n);
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(static_cast<opmath_t<T>>(staged[i]));
-  }
-}
-
 // ------------------------------------------------------------------- sums over channels, and back
 
 // sums[k][p] = sum over channels of terms_k(a, b, p), for the pixels [begin, end).
-template <bool kChannelsLast, typename T, typename A, typename... F>
-void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begin, int64_t end,
+template <bool kChannelsLast, typename A, typename... F>
+void reduce_channels(const A* a, const A* b, int64_t C, int64_t HW, int64_t begin, int64_t end,
                      A* const* sums, const F&... terms) {
   if constexpr (kChannelsLast) {
-    std::vector<A> from_a(C), from_b(C);
     for (int64_t p = begin; p < end; ++p) {
-      const A* as = load_as<A>(a + p * C, from_a.data(), C);
-      const A* bs = b == a ? as : load_as<A>(b + p * C, from_b.data(), C);
+      const A *as = a + p * C, *bs = b + p * C;
       int k = 0;
       const auto add_up = [&](const auto& term) {
         A sum = A(0);
@@ -79,12 +48,10 @@ void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begi
       (add_up(terms), ...);
     }
   } else {
-    A from_a[kChunk], from_b[kChunk];
     for (int64_t p0 = begin; p0 < end; p0 += kChunk) {
       const int64_t n = std::min(kChunk, end - p0);
       for (int64_t c = 0; c < C; ++c) {
-        const A* as = load_as<A>(a + c * HW + p0, from_a, n);
-        const A* bs = b == a ? as : load_as<A>(b + c * HW + p0, from_b, n);
+        const A *as = a + c * HW + p0, *bs = b + c * HW + p0;
         int k = 0;
         const auto add_up = [&](const auto& term) {
           A* sum = sums[k++] + p0;
@@ -103,29 +70,21 @@ void reduce_channels(const T* a, const T* b, int64_t C, int64_t HW, int64_t begi
 }
 
 // out = value(a, b, p) in every channel, for the pixels [begin, end).
-template <bool kChannelsLast, typename A, typename T, typename F>
-void map_channels(const T* a, const T* b, T* out, int64_t C, int64_t HW, int64_t begin, int64_t end,
+template <bool kChannelsLast, typename A, typename F>
+void map_channels(const A* a, const A* b, A* out, int64_t C, int64_t HW, int64_t begin, int64_t end,
                   const F& value) {
-  const auto run = [&](int64_t offset, int64_t n, A* from_a, A* from_b, A* to, auto&& pixel) {
-    const A* as = load_as<A>(a + offset, from_a, n);
-    const A* bs = b == a ? as : load_as<A>(b + offset, from_b, n);
-    A* ys = stage_as<A>(out + offset, to);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) ys[j] = value(as[j], bs[j], pixel(j));
-    store_as<A>(ys, out + offset, n);
-  };
   if constexpr (kChannelsLast) {
-    std::vector<A> scratch(3 * C);
     for (int64_t p = begin; p < end; ++p) {
-      run(p * C, C, scratch.data(), scratch.data() + C, scratch.data() + 2 * C,
-          [p](int64_t) { return p; });
+#pragma omp simd
+      for (int64_t i = p * C; i < (p + 1) * C; ++i) out[i] = value(a[i], b[i], p);
     }
   } else {
-    A from_a[kChunk], from_b[kChunk], to[kChunk];
     for (int64_t p0 = begin; p0 < end; p0 += kChunk) {
       const int64_t n = std::min(kChunk, end - p0);
       for (int64_t c = 0; c < C; ++c) {
-        run(c * HW + p0, n, from_a, from_b, to, [p0](int64_t j) { return p0 + j; });
+        const int64_t i = c * HW + p0;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) out[i + j] = value(a[i + j], b[i + j], p0 + j);
       }
     }
   }
@@ -211,8 +170,8 @@ void adjoint_mean(const Problem<A>& problem, A* sum, A* out, A* scratch) {
 }
 
 // These return false where A's range was not enough: then they are called again with a wider A.
-template <bool kChannelsLast, typename T, typename A>
-bool forward_image(const Problem<A>& problem, const T* x, T* y, A* planes) {
+template <bool kChannelsLast, typename A>
+bool forward_image(const Problem<A>& problem, const A* x, A* y, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW;
   const bool divides = problem.options.kind != LocalNorm::kSubtractive;
@@ -249,19 +208,18 @@ bool forward_image(const Problem<A>& problem, const T* x, T* y, A* planes) {
   }
   problem.over_pixels([=](int64_t begin, int64_t end) {
     if (divides) {
-      map_channels<kChannelsLast, A>(x, x, y, C, HW, begin, end, [=](A value, A, int64_t p) {
-        return (value - mean[p]) / d[p];
-      });
+      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
+                                  [=](A value, A, int64_t p) { return (value - mean[p]) / d[p]; });
     } else {
-      map_channels<kChannelsLast, A>(x, x, y, C, HW, begin, end,
-                                     [=](A value, A, int64_t p) { return value - mean[p]; });
+      map_channels<kChannelsLast>(x, x, y, C, HW, begin, end,
+                                  [=](A value, A, int64_t p) { return value - mean[p]; });
     }
   });
   return true;
 }
 
-template <bool kChannelsLast, typename T, typename A>
-bool subtractive_backward_image(const Problem<A>& problem, const T* g, T* gx, A* planes) {
+template <bool kChannelsLast, typename A>
+bool subtractive_backward_image(const Problem<A>& problem, const A* g, A* gx, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *t = planes + 2 * HW;
   problem.over_pixels([=](int64_t begin, int64_t end) {
@@ -271,16 +229,16 @@ bool subtractive_backward_image(const Problem<A>& problem, const T* g, T* gx, A*
   adjoint_mean(problem, sum, t, scratch);
   if (!problem.finite(t)) return false;
   problem.over_pixels([=](int64_t begin, int64_t end) {
-    map_channels<kChannelsLast, A>(g, g, gx, C, HW, begin, end,
-                                   [=](A grad, A, int64_t p) { return grad - t[p]; });
+    map_channels<kChannelsLast>(g, g, gx, C, HW, begin, end,
+                                [=](A grad, A, int64_t p) { return grad - t[p]; });
   });
   return true;
 }
 
 // Divisive and contrastive: z = x - mean, with mean = 0 for the former. s is computed again from
 // the input, in the pass over it that q needs anyway; nothing was saved by the forward.
-template <bool kChannelsLast, typename T, typename A>
-bool divisive_backward_image(const Problem<A>& problem, const T* g, const T* x, T* gx, A* planes) {
+template <bool kChannelsLast, typename A>
+bool divisive_backward_image(const Problem<A>& problem, const A* g, const A* x, A* gx, A* planes) {
   const int64_t C = problem.C, HW = problem.HW;
   A *sum = planes, *scratch = planes + HW, *mean = planes + 2 * HW, *d = planes + 3 * HW,
     *q = planes + 4 * HW, *squares = planes + 5 * HW, *grads = planes + 6 * HW,
@@ -336,7 +294,7 @@ bool divisive_backward_image(const Problem<A>& problem, const T* g, const T* x, 
     std::fill(t, t + HW, A(0));
   }
   problem.over_pixels([=](int64_t begin, int64_t end) {
-    map_channels<kChannelsLast, A>(g, x, gx, C, HW, begin, end, [=](A grad, A in, int64_t p) {
+    map_channels<kChannelsLast>(g, x, gx, C, HW, begin, end, [=](A grad, A in, int64_t p) {
       return grad / d[p] - (in - mean[p]) * b[p] - t[p];
     });
   });
@@ -345,28 +303,70 @@ bool divisive_backward_image(const Problem<A>& problem, const T* g, const T* x, 
 
 // ------------------------------------------------------------------------------------- operators
 
-// Runs body(problem, offset of the image, planes) for every image, and where it returns false again
-// with a problem in the wider type.
+template <typename From, typename To>
+void convert_all(const From* from, To* to, int64_t count) {
+  parallel_for(count, 1, [=](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<To, opmath_t<From>> || std::is_same_v<From, opmath_t<To>>) {
+      convert(from + begin, to + begin, end - begin);
+    } else {
+      for (int64_t i = begin; i < end; ++i) {
+        to[i] = static_cast<To>(static_cast<opmath_t<To>>(static_cast<opmath_t<From>>(from[i])));
+      }
+    }
+  });
+}
+
+// Memory for one image at a time, in the type that computes.
+template <typename A>
+struct Workspace {
+  Problem<A> problem;
+  std::vector<A> planes, converted;
+
+  Workspace(const Images& images, const Blur<A>& blur, const LocalNormOptions& options,
+            int64_t n_planes, bool last)
+      : problem{images.C, images.H * images.W, blur, options, last},
+        planes(n_planes * problem.HW) {}
+
+  // body(problem, a, b, out, planes), with copies of the images where they are of another type.
+  template <typename T, typename F>
+  bool run(const T* a, const T* b, T* out, const F& body) {
+    if constexpr (std::is_same_v<T, A>) {
+      return body(problem, a, b, out, planes.data());
+    } else {
+      const int64_t n = problem.C * problem.HW;
+      converted.resize(3 * n);
+      A *in_a = converted.data(), *in_b = a == b ? in_a : in_a + n, *result = in_a + 2 * n;
+      const A *first = in_a, *second = in_b;
+      convert_all(a, in_a, n);
+      if (a != b) convert_all(b, in_b, n);
+      if (!body(problem, first, second, result, planes.data())) return false;
+      convert_all(result, out, n);
+      return true;
+    }
+  }
+};
+
+// Runs body(problem, a, b, out, planes) for every image, and where it returns false again in the
+// wider type.
 template <typename T, typename F>
 void for_each_image(const char* op, const Images& images, const Tensor& kernel,
-                    const LocalNormOptions& options, int64_t planes, const F& body) {
+                    const LocalNormOptions& options, int64_t planes, const T* a, const T* b, T* out,
+                    const F& body) {
   if (images.data.numel() == 0) return;
   using A = opmath_t<T>;
-  const int64_t HW = images.H * images.W;
   const Blur<A> blur(op, kernel, images.H, images.W);
-  const Problem<A> problem{images.C, HW, blur, options};
   const auto run = [&](int64_t begin, int64_t end) {
-    std::vector<A> workspace(planes * HW);
-    std::vector<Wider<A>> wide_workspace;
+    Workspace<A> usual(images, blur, options, planes, false);
     std::optional<Blur<Wider<A>>> wide_blur;  // few calls need it
+    std::optional<Workspace<Wider<A>>> wide;
     for (int64_t n = begin; n < end; ++n) {
-      if (body(problem, n * images.stride_n(), workspace.data())) continue;
-      if (!wide_blur) {
+      const int64_t i = n * images.stride_n();
+      if (usual.run(a + i, b + i, out + i, body)) continue;
+      if (!wide) {
         wide_blur.emplace(op, kernel, images.H, images.W);
-        wide_workspace.resize(planes * HW);
+        wide.emplace(images, *wide_blur, options, planes, true);
       }
-      const Problem<Wider<A>> wide{images.C, HW, *wide_blur, options, true};
-      body(wide, n * images.stride_n(), wide_workspace.data());
+      wide->run(a + i, b + i, out + i, body);
     }
   };
   if (images.N >= static_cast<int64_t>(torch::stable::get_num_threads())) {
@@ -385,13 +385,11 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* in = x.data.const_data_ptr<T>();
-    T* out = output.mutable_data_ptr<T>();
-    for_each_image<T>(op, x, kernel, options, 4, [&](const auto& problem, int64_t i, auto* planes) {
-      if (x.channels_last) {
-        return forward_image<true>(problem, in + i, out + i, planes);
-      }
-      return forward_image<false>(problem, in + i, out + i, planes);
-    });
+    for_each_image(op, x, kernel, options, 4, in, in, output.mutable_data_ptr<T>(),
+                   [&](const auto& problem, auto* image, auto*, auto* out, auto* planes) {
+                     return x.channels_last ? forward_image<true>(problem, image, out, planes)
+                                            : forward_image<false>(problem, image, out, planes);
+                   });
   });
   return output;
 }
@@ -404,22 +402,22 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
   check_like(op, "grad_output", grad_output, "input", input);
   const Tensor grad = dense(grad_output, x.channels_last);
   Tensor grad_input = empty_images(x, x.H, x.W);
+  const bool subtractive = options.kind == LocalNorm::kSubtractive;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const T* in = x.data.const_data_ptr<T>();
     const T* go = grad.const_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    for_each_image<T>(op, x, kernel, options, 9, [&](const auto& problem, int64_t i, auto* planes) {
-      const bool subtractive = options.kind == LocalNorm::kSubtractive;
-      if (subtractive && x.channels_last) {
-        return subtractive_backward_image<true>(problem, go + i, gi + i, planes);
-      }
-      if (subtractive) return subtractive_backward_image<false>(problem, go + i, gi + i, planes);
-      if (x.channels_last) {
-        return divisive_backward_image<true>(problem, go + i, in + i, gi + i, planes);
-      }
-      return divisive_backward_image<false>(problem, go + i, in + i, gi + i, planes);
-    });
+    const T* in = subtractive ? go : x.data.const_data_ptr<T>();
+    for_each_image(op, x, kernel, options, 9, go, in, grad_input.mutable_data_ptr<T>(),
+                   [&](const auto& problem, auto* g, auto* image, auto* gx, auto* planes) {
+                     const auto run = [&](auto layout) {
+                       constexpr bool kLast = decltype(layout)::value;
+                       if (subtractive) {
+                         return subtractive_backward_image<kLast>(problem, g, gx, planes);
+                       }
+                       return divisive_backward_image<kLast>(problem, g, image, gx, planes);
+                     };
+                     return x.channels_last ? run(std::true_type{}) : run(std::false_type{});
+                   });
   });
   return grad_input;
 }

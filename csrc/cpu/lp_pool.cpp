@@ -250,75 +250,66 @@ struct Grouping {
   }
 };
 
-// Calls body with the number of a window's elements where there are loops for it, else with 0.
-template <int n>
-struct TapsTag {
-  static constexpr int value = n;
-};
-
-template <typename F>
-void dispatch_taps(int64_t taps, F&& body) {
-  if (taps == 4) return body(TapsTag<4>{});
-  if (taps == 9) return body(TapsTag<9>{});
-  body(TapsTag<0>{});
+// What an element costs with this norm, in those of a plain sum.
+int64_t power_cost(double p) {
+  const bool plain = p == 3 || p == 4 || norm_of(p) != Norm::kGeneral;
+  return plain ? 1 : 8;
 }
 
-template <Power power, typename T>
+template <typename T>
 void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
   using A = opmath_t<T>;
-  constexpr bool in_place = power == Power::kTwo && std::is_same_v<T, float>;
-  const bool pairs = kHasPairs && all.two_by_two(), fours = all.pixels_by_four();
+  constexpr bool in_place = std::is_same_v<T, float>;  // for p = 2
+  const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two();
+  const bool fours = norm_type == 2 && all.pixels_by_four();
   const PoolGeometry& g = all.g;
   const A p = static_cast<A>(norm_type);
-  const int64_t cost = all.inner * g.OW * all.taps * (power == Power::kGeneral ? 8 : 1);
+  const int64_t cost = all.inner * g.OW * all.taps * power_cost(norm_type);
   const int64_t groups = (g.OH + all.rows - 1) / all.rows;  // of rows of one plane or image
-  dispatch_taps(all.taps, [&](auto taps) {
-    constexpr int kTaps = decltype(taps)::value;
-    parallel_for(all.outer * groups, cost * all.rows, [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch((all.taps + 2) * all.capacity + g.W * all.inner);
-      A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
-      A *spare = y + all.capacity, *row = spare + all.capacity;
-      for (int64_t item = begin; item < end; ++item) {
-        const T* image = input + item / groups * g.H * g.in_h;
-        T* out = output + item / groups * g.OH * g.out_h;
-        const int64_t first = item % groups * all.rows;
-        const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          all.gather(image, oh, rows, ow, columns, elements, row);
-          const int64_t count = rows * columns * all.inner;
-          const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
-                                      all.taps};
-          batch_norms<power>(batch, count, p, y, spare);
-          convert(y, out + oh * g.out_h + ow * all.inner, count);
-        };
-        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          if constexpr (in_place) {
-            for (int64_t r = oh; r < oh + rows; ++r) {
-              const T* const upper = image + 2 * r * g.in_h;
-              T* const to = out + r * g.out_h;
-              if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
-              for (int64_t w = ow; fours && w < ow + columns; ++w) {
-                const T* const left = upper + 2 * w * g.in_w;
-                if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
-                gathered(r, 1, w, 1);
-              }
+  const BatchLoops<A> loops = loops_of<A>(norm_type, all.taps);
+  parallel_for(all.outer * groups, cost * all.rows, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch((all.taps + 2) * all.capacity + g.W * all.inner);
+    A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
+    A *spare = y + all.capacity, *row = spare + all.capacity;
+    for (int64_t item = begin; item < end; ++item) {
+      const T* image = input + item / groups * g.H * g.in_h;
+      T* out = output + item / groups * g.OH * g.out_h;
+      const int64_t first = item % groups * all.rows;
+      const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+        all.gather(image, oh, rows, ow, columns, elements, row);
+        const int64_t count = rows * columns * all.inner;
+        const Batch<A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep, all.taps};
+        loops.norms(batch, count, p, y, spare);
+        convert(y, out + oh * g.out_h + ow * all.inner, count);
+      };
+      const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+        if constexpr (in_place) {
+          for (int64_t r = oh; r < oh + rows; ++r) {
+            const T* const upper = image + 2 * r * g.in_h;
+            T* const to = out + r * g.out_h;
+            if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
+            for (int64_t w = ow; fours && w < ow + columns; ++w) {
+              const T* const left = upper + 2 * w * g.in_w;
+              if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
+              gathered(r, 1, w, 1);
             }
-            if (pairs || fours) return;
           }
-          gathered(oh, rows, ow, columns);
-        };
-        all.each_batch(first, std::min(first + all.rows, g.OH), pool);
-      }
-    });
+          if (pairs || fours) return;
+        }
+        gathered(oh, rows, ow, columns);
+      };
+      all.each_batch(first, std::min(first + all.rows, g.OH), pool);
+    }
   });
 }
 
-template <Power power, typename T>
+template <typename T>
 void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
                       const T* output, T* grad_input) {
   using A = opmath_t<T>;
-  constexpr bool in_place = power == Power::kTwo && std::is_same_v<T, float>;
-  const bool pairs = kHasPairs && all.two_by_two() && all.tiles();
-  const bool fours = all.pixels_by_four() && all.tiles();
+  constexpr bool in_place = std::is_same_v<T, float>;  // for p = 2
+  const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two() && all.tiles();
+  const bool fours = norm_type == 2 && all.pixels_by_four() && all.tiles();
   constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
   constexpr int64_t kBand = 16384;                // elements of a band, or a few windows' rows
   const PoolGeometry& g = all.g;
@@ -328,58 +319,55 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
   const int64_t band = std::min((least + g.stride_h - 1) / g.stride_h * g.stride_h, g.H);
   const int64_t bands = (g.H + band - 1) / band;
   const bool add = !all.disjoint(), clear = !all.tiles();
-  const int64_t cost = 2 * width * band * (power == Power::kGeneral ? 8 : 1);
-  dispatch_taps(all.taps, [&](auto taps) {
-    constexpr int kTaps = decltype(taps)::value;
-    parallel_for(all.outer * bands, cost, [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch((all.taps + 3) * all.capacity + 2 * width +
-                             (kDirect ? 0 : band * width));
-      A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
-      A *grad = y + all.capacity, *spare = grad + all.capacity, *row = spare + all.capacity;
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t image = item / bands, top = item % bands * band;
-        const int64_t bottom = std::min(top + band, g.H);
-        const T* in = input + image * g.H * g.in_h;
-        const T *out = output + image * g.OH * g.out_h, *go = grad_output + image * g.OH * g.out_h;
-        T* const to = grad_input + image * g.H * g.in_h + top * g.in_h;
-        A* const gx = stage(to, row + 2 * width);
-        if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
-        const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
-          all.gather(in, oh, rows, ow, columns, elements, row);
-          convert(out + o, y, count);
-          convert(go + o, grad, count);
-          const Batch<kTaps, A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep,
-                                      all.taps};
-          batch_gradients<power>(batch, p, grad, y, spare);
-          all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
-        };
-        const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-          if constexpr (in_place) {
-            for (int64_t r = oh; r < oh + rows; ++r) {
-              const T* const upper = in + 2 * r * g.in_h;
-              const int64_t o = r * g.out_h;
-              A* const to = gx + (2 * r - top) * width;
-              if (pairs) {
-                pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
-              }
-              for (int64_t w = ow; fours && w < ow + columns; ++w) {
-                const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
-                if (pixel_gradients(upper + left, upper + width + left, out + at, go + at,
-                                    to + left, to + width + left, all.inner)) {
-                  continue;
-                }
-                gathered(r, 1, w, 1);
-              }
+  const int64_t cost = 2 * width * band * power_cost(norm_type);
+  const BatchLoops<A> loops = loops_of<A>(norm_type, all.taps);
+  parallel_for(all.outer * bands, cost, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch((all.taps + 3) * all.capacity + 2 * width +
+                           (kDirect ? 0 : band * width));
+    A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
+    A *grad = y + all.capacity, *spare = grad + all.capacity, *row = spare + all.capacity;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t image = item / bands, top = item % bands * band;
+      const int64_t bottom = std::min(top + band, g.H);
+      const T* in = input + image * g.H * g.in_h;
+      const T *out = output + image * g.OH * g.out_h, *go = grad_output + image * g.OH * g.out_h;
+      T* const to = grad_input + image * g.H * g.in_h + top * g.in_h;
+      A* const gx = stage(to, row + 2 * width);
+      if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
+      const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+        const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
+        all.gather(in, oh, rows, ow, columns, elements, row);
+        convert(out + o, y, count);
+        convert(go + o, grad, count);
+        const Batch<A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep, all.taps};
+        loops.gradients(batch, p, grad, y, spare);
+        all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
+      };
+      const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+        if constexpr (in_place) {
+          for (int64_t r = oh; r < oh + rows; ++r) {
+            const T* const upper = in + 2 * r * g.in_h;
+            const int64_t o = r * g.out_h;
+            A* const to = gx + (2 * r - top) * width;
+            if (pairs) {
+              pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
             }
-            if (pairs || fours) return;
+            for (int64_t w = ow; fours && w < ow + columns; ++w) {
+              const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
+              if (pixel_gradients(upper + left, upper + width + left, out + at, go + at, to + left,
+                                  to + width + left, all.inner)) {
+                continue;
+              }
+              gathered(r, 1, w, 1);
+            }
           }
-          gathered(oh, rows, ow, columns);
-        };
-        all.each_batch(g.first_window(top), g.last_window(bottom - 1), pool);
-        store(gx, to, (bottom - top) * width);
-      }
-    });
+          if (pairs || fours) return;
+        }
+        gathered(oh, rows, ow, columns);
+      };
+      all.each_batch(g.first_window(top), g.last_window(bottom - 1), pool);
+      store(gx, to, (bottom - top) * width);
+    }
   });
 }
 
@@ -405,6 +393,56 @@ void for_each_element(const PoolGeometry& g, bool channels_last, int64_t H, int6
 }
 
 // ------------------------------------------------------------------------------------- operators
+//
+// What is not computed in batches is computed for half types in float32 throughout.
+
+Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+Tensor forward_each(const Images& x, const PoolGeometry& g, double p) {
+  const Tensor image = converted(x.data, type_to_compute_in(x.data));
+  Tensor output = empty_images(x, g.OH, g.OW, image.scalar_type());
+  dispatch_computed(image, [&](auto element) {
+    using A = decltype(element);
+    const A* in = image.const_data_ptr<A>();
+    A* out = output.mutable_data_ptr<A>();
+    const int64_t cost = std::min(g.kernel_h * g.kernel_w, kGrain);
+    dispatch_norm(p, [&](auto tag) {
+      constexpr Norm norm = decltype(tag)::value;
+      for_each_element(g, x.channels_last, g.OH, g.OW, cost,
+                       [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
+                         out[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
+                             window_norm<norm>(in + g.input_offset(n, c), g, A(p), oh, ow);
+                       });
+    });
+  });
+  return converted(output, x.data.scalar_type());
+}
+
+Tensor backward_each(const Images& x, const PoolGeometry& g, double p, const Tensor& grad_output,
+                     const Tensor& output) {
+  const ScalarType dtype = type_to_compute_in(x.data);
+  const Tensor image = converted(x.data, dtype), y = converted(output, dtype);
+  const Tensor grad = converted(grad_output, dtype);
+  Tensor grad_input = empty_images(x, g.H, g.W, dtype);
+  dispatch_computed(image, [&](auto element) {
+    using A = decltype(element);
+    const A *in = image.const_data_ptr<A>(), *out = y.const_data_ptr<A>();
+    const A* go = grad.const_data_ptr<A>();
+    A* gi = grad_input.mutable_data_ptr<A>();
+    dispatch_norm(p, [&](auto tag) {
+      constexpr Norm norm = decltype(tag)::value;
+      for_each_element(g, x.channels_last, g.H, g.W, 32,
+                       [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
+                         const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
+                         gi[i + ih * g.in_h + iw * g.in_w] =
+                             input_gradient<norm>(go + o, in + i, out + o, g, A(p), ih, iw);
+                       });
+    });
+  });
+  return converted(grad_input, x.data.scalar_type());
+}
 
 Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
                  std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
@@ -412,27 +450,13 @@ Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
   p = usable_norm_type(op, p, input.scalar_type());
+  if (x.data.numel() == 0) return new_pooled(x, g);
+  const Grouping all(g, x.channels_last);
+  if (!all.fits()) return forward_each(x, g, p);
   Tensor output = new_pooled(x, g);
-  if (x.data.numel() == 0) return output;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.data.const_data_ptr<T>();
-    T* out = output.mutable_data_ptr<T>();
-    const Grouping all(g, x.channels_last);
-    if (all.fits()) {
-      dispatch_power(p, [&](auto tag) { forward_batches<decltype(tag)::value>(all, p, in, out); });
-      return;
-    }
-    dispatch_norm(p, [&](auto tag) {
-      constexpr Norm norm = decltype(tag)::value;
-      for_each_element(g, x.channels_last, g.OH, g.OW, std::min(all.taps, kGrain),
-                       [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
-                         out[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
-                             static_cast<T>(window_norm<norm>(in + g.input_offset(n, c), g,
-                                                              static_cast<A>(p), oh, ow));
-                       });
-    });
+    forward_batches(all, p, x.data.const_data_ptr<T>(), output.mutable_data_ptr<T>());
   });
   return output;
 }
@@ -446,30 +470,14 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   p = usable_norm_type(op, p, input.scalar_type());
   const Tensor y = pooled_like(op, "output", output, x, g);
   const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
+  if (x.data.numel() == 0) return empty_images(x, g.H, g.W);
+  const Grouping all(g, x.channels_last);
+  if (!all.fits()) return backward_each(x, g, p, grad, y);
   Tensor grad_input = empty_images(x, g.H, g.W);
-  if (x.data.numel() == 0) return grad_input;
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.data.const_data_ptr<T>();
-    const T* out = y.const_data_ptr<T>();
-    const T* go = grad.const_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    const Grouping all(g, x.channels_last);
-    if (all.fits()) {
-      dispatch_power(
-          p, [&](auto tag) { backward_batches<decltype(tag)::value>(all, p, go, in, out, gi); });
-      return;
-    }
-    dispatch_norm(p, [&](auto tag) {
-      constexpr Norm norm = decltype(tag)::value;
-      for_each_element(
-          g, x.channels_last, g.H, g.W, 32, [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
-            const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
-            gi[i + ih * g.in_h + iw * g.in_w] = static_cast<T>(
-                input_gradient<norm>(go + o, in + i, out + o, g, static_cast<A>(p), ih, iw));
-          });
-    });
+    backward_batches(all, p, grad.const_data_ptr<T>(), x.data.const_data_ptr<T>(),
+                     y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
   });
   return grad_input;
 }
@@ -483,41 +491,40 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
   const char* op = "lp_pool2d_double_backward";
   const Images x = images_of(op, "input", input);
   const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
+  const ScalarType stored = input.scalar_type(), dtype = type_to_compute_in(input);
+  p = usable_norm_type(op, p, stored);
   check_like(op, "grad_grad_input", grad_grad_input, "input", input);
-  const Tensor direction = dense(grad_grad_input, x.channels_last);
-  const Tensor y = pooled_like(op, "output", output, x, g);
-  const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
-  Tensor directional = new_pooled(x, g);
-  Tensor grad_input = empty_images(x, g.H, g.W);
-  if (x.data.numel() == 0) return {directional, grad_input};
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T* in = x.data.const_data_ptr<T>();
-    const T* v = direction.const_data_ptr<T>();
-    const T* out = y.const_data_ptr<T>();
-    const T* go = grad.const_data_ptr<T>();
-    T* dd = directional.mutable_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
+  Tensor y = pooled_like(op, "output", output, x, g);
+  Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
+  if (x.data.numel() == 0) return {new_pooled(x, g), empty_images(x, g.H, g.W)};
+  const Tensor direction = converted(dense(grad_grad_input, x.channels_last), dtype);
+  const Tensor image = converted(x.data, dtype);
+  y = converted(y, dtype), grad = converted(grad, dtype);
+  Tensor directional = empty_images(x, g.OH, g.OW, dtype);
+  Tensor grad_input = empty_images(x, g.H, g.W, dtype);
+  dispatch_computed(image, [&](auto element) {
+    using A = decltype(element);
+    const A *in = image.const_data_ptr<A>(), *v = direction.const_data_ptr<A>();
+    const A *out = y.const_data_ptr<A>(), *go = grad.const_data_ptr<A>();
+    A *dd = directional.mutable_data_ptr<A>(), *gi = grad_input.mutable_data_ptr<A>();
+    const int64_t cost = std::min(g.kernel_h * g.kernel_w, kGrain);
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
-      for_each_element(g, x.channels_last, g.OH, g.OW, std::min(g.kernel_h * g.kernel_w, kGrain),
-                       [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
-                         const int64_t i = g.input_offset(n, c);
-                         const int64_t o = g.output_offset(n, c) + oh * g.out_h + ow * g.out_w;
-                         dd[o] = static_cast<T>(directional_derivative<norm>(
-                             v + i, in + i, static_cast<A>(out[o]), g, static_cast<A>(p), oh, ow));
-                       });
-      for_each_element(g, x.channels_last, g.H, g.W, 8,
-                       [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
-                         const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
-                         gi[i + ih * g.in_h + iw * g.in_w] = static_cast<T>(second_gradient<norm>(
-                             v + i, go + o, in + i, out + o, dd + o, g, static_cast<A>(p), ih, iw));
-                       });
+      for_each_element(
+          g, x.channels_last, g.OH, g.OW, cost, [=](int64_t n, int64_t c, int64_t oh, int64_t ow) {
+            const int64_t i = g.input_offset(n, c);
+            const int64_t o = g.output_offset(n, c) + oh * g.out_h + ow * g.out_w;
+            dd[o] = directional_derivative<norm>(v + i, in + i, out[o], g, A(p), oh, ow);
+          });
+      for_each_element(
+          g, x.channels_last, g.H, g.W, 8, [=](int64_t n, int64_t c, int64_t ih, int64_t iw) {
+            const int64_t i = g.input_offset(n, c), o = g.output_offset(n, c);
+            gi[i + ih * g.in_h + iw * g.in_w] =
+                second_gradient<norm>(v + i, go + o, in + i, out + o, dd + o, g, A(p), ih, iw);
+          });
     });
   });
-  return {directional, grad_input};
+  return {converted(directional, stored), converted(grad_input, stored)};
 }
 
 }  // namespace

@@ -26,27 +26,6 @@ inline Range windows_with_tap(const PoolGeometry& g, int64_t kw) {
 // Norms that have loops of their own.
 enum class Power { kOne, kTwo, kThree, kFour, kInf, kGeneral };
 
-template <Power N>
-struct PowerTag {
-  static constexpr Power value = N;
-};
-
-template <typename F>
-void dispatch_power(double p, F&& body) {
-  if (p == 3.0) return body(PowerTag<Power::kThree>{});
-  if (p == 4.0) return body(PowerTag<Power::kFour>{});
-  switch (norm_of(p)) {
-    case Norm::kOne:
-      return body(PowerTag<Power::kOne>{});
-    case Norm::kTwo:
-      return body(PowerTag<Power::kTwo>{});
-    case Norm::kInf:
-      return body(PowerTag<Power::kInf>{});
-    case Norm::kGeneral:
-      return body(PowerTag<Power::kGeneral>{});
-  }
-}
-
 template <Power power>
 constexpr bool kSumsPlainly = power != Power::kInf && power != Power::kGeneral;
 
@@ -99,17 +78,18 @@ MNIST_OPS_HD A slope(A x, A y, A p) {
 // ----------------------------------------------------------------------------- loops over a batch
 //
 // taps[k][j] is the k-th element of window j, taps `pitch` apart; count and pitch are multiples of
-// kStep. A kernel size known to the compiler keeps a window in registers.
+// kStep. A kernel size known to the compiler, kTaps, keeps a window in registers; it is 0
+// elsewhere.
 
 constexpr int64_t kStep = 16;
 
-template <int kTaps, typename A>
+template <typename A>
 struct Batch {
   A* taps;
   int64_t pitch, count, runtime_taps;
 
   // out[j] = combine over the window of add(so far, x, j), beginning with start.
-  template <typename F>
+  template <int kTaps, typename F>
   void fold(A* out, A start, const F& add) const {
     const int64_t stride = pitch;
     if constexpr (kTaps > 0) {
@@ -132,23 +112,23 @@ struct Batch {
   }
 
   // out[j] = the sum over the window of term(x, j), as BlockSum adds it.
-  template <typename F>
+  template <int kTaps, typename F>
   void sum(A* out, const F& term) const {
     if (kTaps > 0 || runtime_taps <= kBlockTerms) {
-      return fold(out, A(0), [&](A sum, A x, int64_t j) { return sum + term(x, j); });
+      return fold<kTaps>(out, A(0), [&](A sum, A x, int64_t j) { return sum + term(x, j); });
     }
     std::vector<double> totals(count);
     for (int64_t first = 0; first < runtime_taps; first += kBlockTerms) {
       const Batch block{taps + first * pitch, pitch, count,
                         std::min(kBlockTerms, runtime_taps - first)};
-      block.sum(out, term);
+      block.template sum<0>(out, term);
       for (int64_t j = 0; j < count; ++j) totals[j] += static_cast<double>(out[j]);
     }
     for (int64_t j = 0; j < count; ++j) out[j] = static_cast<A>(totals[j]);
   }
 
   // Every element in place.
-  template <typename F>
+  template <int kTaps, typename F>
   void map(const F& value) const {
     const int64_t n = kTaps > 0 ? kTaps : runtime_taps;
     for (int64_t k = 0; k < n; ++k) {
@@ -164,8 +144,8 @@ constexpr int kSharpBatchPower = 32;
 
 // The largest magnitude of each window; NaN if there is one in it.
 template <int kTaps, typename A>
-void batch_largest(const Batch<kTaps, A>& batch, A* largest) {
-  batch.fold(largest, A(0), [](A m, A x, int64_t) {
+void batch_largest(const Batch<A>& batch, A* largest) {
+  batch.template fold<kTaps>(largest, A(0), [](A m, A x, int64_t) {
     const A size = magnitude(x);
     return size > m || size != size ? size : m;
   });
@@ -173,10 +153,10 @@ void batch_largest(const Batch<kTaps, A>& batch, A* largest) {
 
 // The p-norms of a batch of windows. scratch has room for a number each.
 template <Power power, int kTaps, typename A>
-void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A* scratch) {
+void batch_norms(const Batch<A>& batch, int64_t exact_count, A p, A* y, A* scratch) {
   const int64_t n = batch.count;
   if constexpr (kSumsPlainly<power>) {
-    batch.sum(y, [=](A x, int64_t) { return term<power>(x, p); });
+    batch.template sum<kTaps>(y, [=](A x, int64_t) { return term<power>(x, p); });
     if constexpr (power == Power::kOne) return;
     A unsafe = A(0);
 #pragma omp simd reduction(+ : unsafe)
@@ -189,11 +169,11 @@ void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A
   }
   // By way of the largest element, which stands as it is where it is 0, infinite or NaN.
   A* const largest = scratch;
-  batch_largest(batch, largest);
+  batch_largest<kTaps>(batch, largest);
   if constexpr (power == Power::kInf) {
     std::copy(largest, largest + n, y);
   } else {
-    batch.sum(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
+    batch.template sum<kTaps>(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const A m = largest[j];
@@ -205,12 +185,12 @@ void batch_norms(const Batch<kTaps, A>& batch, int64_t exact_count, A p, A* y, A
 
 // The gradients of a batch of windows, in place of their elements; grad and y are overwritten.
 template <Power power, int kTaps, typename A>
-void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, A* y, A* scratch) {
+void batch_gradients(const Batch<A>& batch, A p, A* grad, A* y, A* scratch) {
   if constexpr (power == Power::kGeneral) {
     if (p > kSharpBatchPower) {  // sharp_gradient of lp_pool.h
       A* const largest = scratch;
-      batch_largest(batch, largest);
-      batch.sum(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
+      batch_largest<kTaps>(batch, largest);
+      batch.template sum<kTaps>(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
       const int64_t n = batch.count;
       for (int64_t j = 0; j < n; ++j) {
         const A m = largest[j];
@@ -222,13 +202,46 @@ void batch_gradients(const Batch<kTaps, A>& batch, A p, A* grad, A* y, A* scratc
   }
   if constexpr (power == Power::kInf) {
     A* const ties = scratch;
-    batch.fold(ties, A(0),
-               [=](A sum, A x, int64_t j) { return sum + (magnitude(x) == y[j] ? A(1) : A(0)); });
+    batch.template fold<kTaps>(ties, A(0), [=](A sum, A x, int64_t j) {
+      return sum + (magnitude(x) == y[j] ? A(1) : A(0));
+    });
     const int64_t n = batch.count;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) grad[j] = ties[j] > A(0) ? grad[j] / ties[j] : grad[j];
   }
-  batch.map([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
+  batch.template map<kTaps>([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
+}
+
+// The loops for one norm and window size. The dtypes that are computed in A share them.
+template <typename A>
+struct BatchLoops {
+  void (*norms)(const Batch<A>& batch, int64_t exact_count, A p, A* y, A* scratch);
+  void (*gradients)(const Batch<A>& batch, A p, A* grad, A* y, A* scratch);
+};
+
+template <Power power, typename A>
+BatchLoops<A> loops_of_size(int64_t taps) {
+  if constexpr (power == Power::kOne || power == Power::kTwo || power == Power::kInf) {
+    if (taps == 4) return {batch_norms<power, 4, A>, batch_gradients<power, 4, A>};
+    if (taps == 9) return {batch_norms<power, 9, A>, batch_gradients<power, 9, A>};
+  }
+  return {batch_norms<power, 0, A>, batch_gradients<power, 0, A>};
+}
+
+template <typename A>
+BatchLoops<A> loops_of(double p, int64_t taps) {
+  switch (norm_of(p)) {
+    case Norm::kOne:
+      return loops_of_size<Power::kOne, A>(taps);
+    case Norm::kTwo:
+      return loops_of_size<Power::kTwo, A>(taps);
+    case Norm::kInf:
+      return loops_of_size<Power::kInf, A>(taps);
+    default:
+      return p == 3   ? loops_of_size<Power::kThree, A>(taps)
+             : p == 4 ? loops_of_size<Power::kFour, A>(taps)
+                      : loops_of_size<Power::kGeneral, A>(taps);
+  }
 }
 
 // -------------------------------------------------------------------- 2 x 2 windows, not gathered
@@ -307,13 +320,13 @@ struct EightWindows {
       taps[2 * kStep + j] = lower[2 * j], taps[3 * kStep + j] = lower[2 * j + 1];
     }
   }
-  Batch<4, float> batch() { return {taps, kStep, kStep, 4}; }
+  Batch<float> batch() { return {taps, kStep, kStep, 4}; }
 };
 
 inline void norms_of_few(const float* upper, const float* lower, float* y, int64_t count) {
   EightWindows windows(upper, lower, count);
   float norms[kStep], scratch[kStep];
-  batch_norms<Power::kTwo>(windows.batch(), count, 2.0f, norms, scratch);
+  batch_norms<Power::kTwo, 4>(windows.batch(), count, 2.0f, norms, scratch);
   std::copy(norms, norms + count, y);
 }
 
@@ -323,7 +336,7 @@ inline void gradients_of_few(const float* upper, const float* lower, const float
   float norms[kStep] = {}, grads[kStep] = {}, scratch[kStep];
   std::copy(y, y + count, norms);
   std::copy(grad, grad + count, grads);
-  batch_gradients<Power::kTwo>(windows.batch(), 2.0f, grads, norms, scratch);
+  batch_gradients<Power::kTwo, 4>(windows.batch(), 2.0f, grads, norms, scratch);
   for (int64_t j = 0; j < count; ++j) {
     to_upper[2 * j] = windows.taps[j], to_upper[2 * j + 1] = windows.taps[kStep + j];
     to_lower[2 * j] = windows.taps[2 * kStep + j];

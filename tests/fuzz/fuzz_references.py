@@ -286,7 +286,8 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
             return None
 
     x = soft(lambda: floating(args["input"]))
-    tensors = [t for k, t in args.items() if isinstance(t, Tensor) and k != "ceil_mode"]
+    numbers = ("ceil_mode", "beta", "dim", "norm_type", "threshold", "threshold_value")
+    tensors = [t for k, t in args.items() if isinstance(t, Tensor) and k not in numbers]
     kernel = args.get("kernel")
     own = [t for t in tensors if t is not kernel or raw or t.is_meta]
     if len({t.device.type for t in own}) > 1:
@@ -321,6 +322,10 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
     elif kernel is not None:
         like = x.detach().double()
         if name == "stage2d":
+            if math.isinf(rest[2]) and x.dtype != torch.float64:
+                a = ACTIVATIONS[rest[1]](like)
+                if a.float().unique().numel() < a.unique().numel():
+                    raise Unclear("activations that differ in float64 alone, of which one is largest")
             like = lp_pool2d(like, *rest[2:])
         if like.numel() and (not like.isfinite().all() or magnitude(like) > largest * 1e-3):
             raise Unclear("the sum over the channels overflows, or is not a number")
