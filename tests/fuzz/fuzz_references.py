@@ -325,7 +325,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
             if math.isinf(rest[2]) and x.dtype != torch.float64:
                 a = ACTIVATIONS[rest[1]](like)
                 if a.float().unique().numel() < a.unique().numel():
-                    raise Unclear("activations that differ in float64 alone, of which one is largest")
+                    raise Unclear("activations that differ in float64 alone")
             like = lp_pool2d(like, *rest[2:])
         if like.numel() and (not like.isfinite().all() or magnitude(like) > largest * 1e-3):
             raise Unclear("the sum over the channels overflows, or is not a number")
