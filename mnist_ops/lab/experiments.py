@@ -204,7 +204,9 @@ def _reported(place: str) -> Mapping[int, tuple[float | None, float | None]]:
     kind, *rest = place.split()
     if kind == "table":
         return _table(*rest)
-    return {"figure": reports.FIGURES, "log": reports.LOGS}[kind][rest[0]]
+    known: Mapping[str, Any] = reports.FIGURES if kind == "figure" else reports.LOGS
+    numbers: Mapping[int, tuple[float | None, float | None]] = known[rest[0]]
+    return numbers
 
 
 def _experiment(base: Mapping[str, Any], row: Mapping[str, Any]) -> Experiment:
