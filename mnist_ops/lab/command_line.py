@@ -14,9 +14,37 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["run", "whole_number"]
+__all__ = ["device", "parser", "repository", "run", "whole_number"]
+
+
+def parser(description: str, **options: Any) -> argparse.ArgumentParser:
+    """A parser that calls the program as errors do, whichever way it was started."""
+    return argparse.ArgumentParser(_program(), description=description, **options)
+
+
+def _program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def repository() -> Path | None:
+    """The git checkout that this package is in; None for one that was installed."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "csrc").is_dir() else None
+
+
+def device(text: str) -> str:
+    """A ``type`` for :mod:`argparse`: a CPU or GPU that can be used."""
+    import torch
+
+    try:
+        if torch.empty(0, device=text).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither a CPU nor a GPU with CUDA")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {reason}") from None
+    return text
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -73,7 +101,7 @@ def run(script: Callable[[], int | None], expected: Sequence[type[Exception]] = 
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, stop)
-    program = Path(sys.argv[0]).name
+    program = _program()
     errors: tuple[type[Exception], ...] = (OSError, ValueError, *expected)
     try:
         try:

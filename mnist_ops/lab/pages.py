@@ -10,6 +10,7 @@ results give the same bytes. ::
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from . import derivations, experiments, figures, markdown, records, reports, sta
 from .reports import cut
 from .statistics import Run, Sample
 
-__all__ = ["write"]
+__all__ = ["Report", "write"]
 
 _FOLDER = "figures"
 _SHOWN_MISTAKES = 12
@@ -56,18 +57,23 @@ def _named(run: Run) -> str:
     return f"`{name}` at commit {str(run.get('commit') or 'unknown')[:7]}"
 
 
-class _Report:
-    """What the templates call: parts of a page, as Markdown."""
+class Report:
+    """Parts of a page, as Markdown: what the templates call."""
 
     def __init__(self, number: int, results: Mapping[str, Any], folder: Path, root: Any) -> None:
         self.number, self.results, self.folder, self.root = number, results, folder, root
         self.source = reports.SOURCES[str(number)]
         self.runs = statistics.usable(results["runs"])
-        claims = [claim for claim in reports.CLAIMS.values() if claim.report == number]
-        self.verdicts = statistics.verdicts(claims, self.runs)
         self.images: dict[str, bytes] = {}
 
+    @functools.cached_property
+    def verdicts(self) -> list[statistics.Verdict]:
+        """What the runs say about the report's claims."""
+        claims = [claim for claim in reports.CLAIMS.values() if claim.report == self.number]
+        return statistics.verdicts(claims, self.runs)
+
     def of(self, name: str, reach: int = 1) -> list[Run]:
+        """An experiment's runs that reach an epoch, one a seed."""
         return list(statistics.by_seed(self.runs, name, reach).values())
 
     def figure(
@@ -192,12 +198,12 @@ class _Report:
 
     def brief(self) -> str:
         """The main numbers: printed and ours."""
-        rows = self.brief_1() if self.number == 1 else self.brief_2()
+        rows = self._brief_1() if self.number == 1 else self._brief_2()
         return markdown.table(["what", "printed", "here"], rows)
 
     # Report 1.
 
-    def brief_1(self) -> list[tuple[str, str, str]]:
+    def _brief_1(self) -> list[tuple[str, str, str]]:
         rows = []
         for table in experiments.TABLES.values():
             for column, cells in tables.compare(table, self.runs).items():
@@ -359,7 +365,7 @@ class _Report:
 
     # Report 2.
 
-    def brief_2(self) -> list[tuple[str, str, str]]:
+    def _brief_2(self) -> list[tuple[str, str, str]]:
         rows = []
         for name, last, printed in (("rotation-0.2", 44, "99.57"), (_ALL, 108, "99.63")):
             best = [statistics.metric(run, "best test", 1, last) for run in self.of(name, last)]
@@ -507,7 +513,7 @@ def write(
     )
     paths, bodies = [], []
     for number in (1, 2):
-        report = _Report(number, results, folder, root)
+        report = Report(number, results, folder, root)
         context = {
             "r": report,
             "logs": reports.LOGS,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from . import records, reports, statistics
 from .experiments import CANDIDATES, Experiment, Table
-from .reports import cut
 from .statistics import Run, Sample
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "images_apart",
     "signed",
     "spread",
-    "text",
 ]
 
 #: Training and test: the names in the records.
@@ -161,34 +159,6 @@ def candidates(column: Experiment, runs: Sequence[Run]) -> list[tuple[Experiment
         ]
         rows.append((sum(far) if far else math.inf, guess, cells if far else []))
     return [(guess, cells) for _, guess, cells in sorted(rows, key=lambda row: row[0])]
-
-
-def text(table: Table, runs: Sequence[Run]) -> str:
-    """The table for a terminal: ours, printed and the difference in images, and a line each."""
-    lines = [f"Table {table.number}. {table.title}"]
-    if table.shift:
-        lines.append(f"(The report numbers these epochs {table.shift} higher.)")
-    if not all(map(records.of_mnist, runs)):
-        lines.append("(Not on all of MNIST: no difference from a printed number means anything.)")
-    lines += [
-        "",
-        f"{'column':26s} epoch  " + "     ours  printed  images" * 2 + "  (training, test)",
-    ]
-    summary = []
-    for column, cells in compare(table, runs).items():
-        run = cells[0].run
-        summary.append(f"  {column}: {column_verdict(cells)}")
-        for i in range(0, len(cells) if run else 0, 2):
-            heading = f"{column} ({run['dtype']})" if run and i == 0 else ""
-            numbers = "".join(
-                f"{'–' if x is None else cut(x):>9s}"
-                for cell in cells[i : i + 2]
-                for x in (cell.ours, cell.printed)
-            )
-            first, second = (signed(cell.images) for cell in cells[i : i + 2])
-            numbers = f"{numbers[:18]}{first:>8s}{numbers[18:]}{second:>8s}"
-            lines.append(f"{heading:26s} {cells[i].epoch:5d}  {numbers}")
-    return "\n".join([*lines, "", *summary]) + "\n"
 
 
 class LogComparison(NamedTuple):

@@ -3,8 +3,10 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,39 @@ def test_whole_numbers():
     ):
         with pytest.raises(Exception, match=words):
             convert(text)
+
+
+def test_the_examples_as_commands(tmp_path):
+    """``python -m mnist_ops.lab``: one name for the scripts, wherever the package is."""
+    lab = [sys.executable, "-m", "mnist_ops.lab"]
+
+    def run(*arguments):
+        result = subprocess.run([*lab, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return result.returncode, result.stdout, result.stderr
+
+    code, out, _ = run("--help")
+    assert code == 0 and all(f"  {name}" in out for name in ("train", "reproduce", "predict"))
+    code, out, errors = run("guess")
+    assert code == 2 and out == "" and errors.startswith("usage: python -m mnist_ops.lab")
+    code, out, errors = run("reproduce", "--experiment", "mse", "--limit", "10", "--dry-run")
+    assert (code, errors) == (0, "") and "1 runs, 30 digits" in out
+    code, out, errors = run("predict", "--model", "none", "--images", "none")
+    assert code == 2 and errors.startswith("mnist_ops.lab predict: error: none cannot be read")
+    code, out, errors = run("train", "--epochs", "0")
+    assert code == 2 and errors.startswith("usage: mnist_ops.lab train [-h]")
+    assert errors.splitlines()[-1].endswith("argument --epochs: must be 1 or more, got 0")
+
+
+@pytest.mark.parametrize("name", ["train_mnist", "reproduce", "predict"])
+def test_the_examples_say_how_they_are_used(name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and f"usage: {name}.py [-h]" in result.stdout
+
+
+def test_what_is_no_checkout(monkeypatch, tmp_path):
+    assert command_line.repository() == Path(__file__).parents[2]
+    monkeypatch.setattr(
+        command_line, "__file__", str(tmp_path / "a" / "mnist_ops" / "lab" / "x.py")
+    )
+    assert command_line.repository() is None

@@ -1,7 +1,6 @@
 """The result script as users run it, and what it is made of: models, images, files of all kinds."""
 
 import gzip
-import importlib.util
 import io
 import lzma
 import os
@@ -21,7 +20,7 @@ from conftest import REFERENCE
 from torch7_writer import Object, long_storage, save, sequential
 
 from mnist_ops import torch7, training
-from mnist_ops.lab import prediction
+from mnist_ops.lab import predict_command, prediction
 from mnist_ops.mnist import data, models
 from mnist_ops.torch7 import optim
 
@@ -48,11 +47,8 @@ def run_here(monkeypatch, *flags):
     """The script's exit code, without a process of its own."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored afterwards
-    spec = importlib.util.spec_from_file_location("predict", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
-        return module.main()
+        return predict_command.main()
     except SystemExit as stop:  # argparse's way out
         return stop.code
 
@@ -199,7 +195,7 @@ class TestScript:
             (("--model", "m", "--split", "test", "--images", "i"), "not allowed with argument"),
             (("--model", "m", "--split", "all"), "invalid choice: 'all'"),
             (("--model", "m", "--split", "test", "--batch-size", "0"), "must be 1 or more, got 0"),
-            (("--model", "m", "--split", "test", "--device", "tpu0"), "--device tpu0 cannot be"),
+            (("--model", "m", "--split", "test", "--device", "tpu0"), "--device: tpu0 cannot be"),
             (
                 ("--model", "m", "--split", "test", "--normalization", "contrastive8"),
                 "--normalization must be 'none', 'contrastive' or 'contrastiveN' with N odd",

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import importlib.util
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mnist_ops.lab import experiments, runner
+from mnist_ops.lab import experiments, reproduce_command, runner
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "reproduce.py"
 PAGES = ["report-1.md", "report-2.md", "report.html"]
@@ -29,10 +28,7 @@ def script(monkeypatch):
     """The script within this process, which has imported what takes seconds."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    specification = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    yield module
+    yield reproduce_command
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -219,12 +215,12 @@ def test_list_and_dry_run(tmp_path):
         (["--experiment", "relu", "--limit", "0"], "argument --limit: must be 1 or more, got 0"),
         (["--experiment", "relu", "--limit", "1.5"], "argument --limit: invalid integer: '1.5'"),
         (["--experiment", "relu", "--perturb", "-1"], "argument --perturb: must be 0 or more"),
-        (["--experiment", "relu", "--device", "tpu"], "--device tpu cannot be used"),
+        (["--experiment", "relu", "--device", "tpu"], "--device: tpu cannot be used"),
         (
             ["--experiment", "relu", "--device", "meta"],
-            "--device meta cannot be used: it is neither",
+            "--device: meta cannot be used: it is neither",
         ),
-        (["--experiment", "relu", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--experiment", "relu", "--device", "cuda:99"], "--device: cuda:99 cannot be used"),
         (["--experiment", "relu", "--data", "nowhere", "--limit", "9"], "nowhere is not a folder"),
         (["--experiment", "relu", "--out", "/dev/null"], "/dev/null is a file, not a folder"),
         (["--experiment", "relu", "--out", "/proc/x"], "/proc/x: No such file or directory"),
@@ -263,7 +259,7 @@ def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypat
     (tmp_path / "out" / PAGES[0]).unlink()
     terminal = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
-    monkeypatch.setattr(script.tables, "text", lambda *_: "5 µs")
+    monkeypatch.setattr(script.pages.Report, "printed_table", lambda *_: "5 µs")
     arguments = ["--table", "3.4", "--no-run", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     assert script.main() == 0

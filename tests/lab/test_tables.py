@@ -37,9 +37,6 @@ def test_a_column_that_is_met_and_one_that_is_not():
     assert tables.column_verdict(columns["reLU"]) == (
         "2 of 6 equal; farthest −1566 images (epoch 3, training)"
     )
-    text = tables.text(TABLES["3.3"], runs)
-    assert "    96.71    96.71       0    99.04    99.04       0" in text
-    assert "−1566" in text and "Tanh (float64)" in text and "6 of 6 equal" in text
 
 
 def test_seed_1_stands_beside_print_and_all_seeds_beside_it():
@@ -73,7 +70,6 @@ def test_epochs_that_a_table_numbers_too_high():
     cells = tables.compare(TABLES["3.5"], runs)["2-layer"]
     assert [cell.epoch for cell in cells][::2] == list(range(19, 31))
     assert [cell.images for cell in cells][:5] == [0, 0, 0, 0, None]
-    assert "(The report numbers these epochs 1 higher.)" in tables.text(TABLES["3.5"], runs)
 
 
 def test_the_longest_run_of_seed_1_is_taken():
@@ -88,7 +84,6 @@ def test_part_of_the_data_is_counted_as_such():
     runs = [record("original", 1, [(96.0, 99.0)], limit=10_000)]
     cells = tables.compare(TABLES["3.1"], runs)["original"]
     assert cells[0].images == -71  # 9,600 of 10,000, where 9,671 print 96.71
-    assert "Not on all of MNIST" in tables.text(TABLES["3.1"], runs)
 
 
 def test_candidates_closest_first():

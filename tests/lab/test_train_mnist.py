@@ -3,7 +3,6 @@
 import csv
 import fcntl
 import gzip
-import importlib.util
 import json
 import os
 import pty
@@ -25,7 +24,7 @@ import torch
 from conftest import REFERENCE
 
 from mnist_ops import training
-from mnist_ops.lab import reports
+from mnist_ops.lab import reports, train_command
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "train_mnist.py"
@@ -70,11 +69,8 @@ def run_here(monkeypatch, out, *flags):
     """The script's exit code, without a process of its own."""
     monkeypatch.setattr(sys, "argv", command(out, *flags)[1:])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored afterwards
-    spec = importlib.util.spec_from_file_location("train_mnist", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
-        return module.main()
+        return train_command.main()
     except SystemExit as stop:  # argparse's way out
         return stop.code
 
@@ -220,13 +216,13 @@ def test_other_settings(mnist, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
-        (["--epochs", "many"], "invalid int value: 'many'"),
-        (["--batch-size", "-1"], "--batch-size must be 1 or more"),
-        (["--limit", "0"], "--limit must be 1 or more"),
-        (["--threads", "0"], "--threads must be 1 or more"),
+        (["--epochs", "0"], "--epochs: must be 1 or more, got 0"),
+        (["--epochs", "many"], "invalid integer: 'many'"),
+        (["--batch-size", "-1"], "--batch-size: must be 1 or more"),
+        (["--limit", "0"], "--limit: must be 1 or more"),
+        (["--threads", "0"], "--threads: must be 1 or more"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
-        (["--device", "quantum"], "--device quantum cannot be used"),
+        (["--device", "quantum"], "--device: quantum cannot be used"),
         (["--lr", "-1"], "lr must be >= 0 and finite, got -1.0"),
         (["--lr", "nan"], "lr must be >= 0 and finite, got nan"),
         (["--seed", "-5"], "seed must be in"),
@@ -353,7 +349,7 @@ def test_cuda_or_a_clear_error(mnist, tmp_path, monkeypatch, capfd):
         assert "float64, cuda" in output.out
     else:
         assert code == 2
-        assert "--device cuda cannot be used" in output.err.splitlines()[-1]
+        assert "--device: cuda cannot be used" in output.err.splitlines()[-1]
 
 
 def test_printed_numbers():
