@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..training import EpochResult, write_atomically
+from ..training import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from .statistics import Run
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "STYLE",
     "Line",
-    "accuracy_curves",
     "confusion",
     "curves",
     "filters",
@@ -32,8 +32,6 @@ __all__ = [
     "normalization_gallery",
     "png",
 ]
-
-_TRAINING, _TEST = "#1f6fb4", "#d1495b"
 
 #: Okabe and Ito's palette without its yellow, which is too light for lines.
 _COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
@@ -56,102 +54,36 @@ STYLE: dict[str, Any] = {
 # From so many epochs on the first one is left out of the axes' range.
 _MANY = 8
 
-#: A file to write to: a path, whose ending chooses the format, or a binary file, which gets a PNG.
-Target = str | os.PathLike[str] | BinaryIO
+#: A file to write to: a path, whose ending chooses the format; a binary file, which gets a PNG; or
+#: None, where the figure that is returned is enough, in a notebook for instance.
+Target = str | os.PathLike[str] | BinaryIO | None
 
 
 @contextmanager
-def _canvas(path: Target, height: float, width: float = _WIDTH) -> Iterator[Any]:
-    """A figure in the common style, written when the block ends."""
+def _canvas(path: Target, height: float, **pads: Any) -> Iterator[Figure]:
+    """A figure in the common style, written when the block ends: the old file or the whole new."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+    layout = ConstrainedLayoutEngine(**pads)
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height), layout=layout)
         yield figure
-        _save(figure, path, _DPI)
+        if isinstance(path, (str, os.PathLike)):
+            content = io.BytesIO()
+            ending = Path(path).suffix.removeprefix(".") or "png"
+            figure.savefig(content, dpi=_DPI, format=ending)
+            write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
+        elif path is not None:
+            figure.savefig(path, dpi=_DPI, format="png")
 
 
-def _save(figure: Any, path: Target, dpi: int) -> None:
-    """Write a figure; a file is the old one or the whole new one."""
-    if isinstance(path, (str, os.PathLike)):
-        ending = Path(path).suffix.removeprefix(".") or "png"
-        content = io.BytesIO()
-        figure.savefig(content, dpi=dpi, format=ending)
-        write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
-    else:
-        figure.savefig(path, dpi=dpi, format="png")
-
-
-def png(draw: Callable[..., None], *args: Any, **options: Any) -> bytes:
+def png(draw: Callable[..., Figure], *args: Any, **options: Any) -> bytes:
     """The PNG that ``draw(*args, path, **options)`` would write; ``path`` is passed by name."""
     buffer = io.BytesIO()
     draw(*args, path=buffer, **options)
     return buffer.getvalue()
-
-
-def accuracy_curves(
-    history: Sequence[EpochResult],
-    path: str | os.PathLike[str],
-    title: str = "",
-    printed: Mapping[int, tuple[float, float]] | None = None,
-) -> None:
-    """Draw training and test accuracy over the epochs into a file.
-
-    Args:
-        history: what :func:`mnist_ops.training.fit` returned, one epoch at least.
-        path: the file; its ending chooses the format, ``.png`` or ``.pdf``.
-        title: above the figure.
-        printed: for each epoch the training and test accuracy in % that a report printed, shown
-            as open circles.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
-
-    if not history:
-        raise ValueError("accuracy_curves: history holds no epochs")
-    epochs = [result.epoch for result in history]
-    training = [result.train_accuracy for result in history]
-    test = [result.test_accuracy for result in history]
-    shown = {e: printed[e] for e in epochs if printed and e in printed}
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    # The online accuracy within each epoch: piece i ends at (i + 1) / pieces of the epoch.
-    within = [
-        (result.epoch - 1 + (i + 1) / len(result.curve), value)
-        for result in history
-        for i, value in enumerate(result.curve)
-    ]
-    if within:
-        thin: dict[str, Any] = {"color": _TRAINING, "alpha": 0.35, "linewidth": 1}
-        axes.plot(*zip(*within, strict=True), label="training, within the epoch", **thin)
-    style: dict[str, Any] = {"linewidth": 1.6, "markersize": 5, "zorder": 3}
-    axes.plot(epochs, training, "o-", color=_TRAINING, label="training, whole epoch", **style)
-    axes.plot(epochs, test, "s-", color=_TEST, label="test", **style)
-    if shown:
-        ring: dict[str, Any] = {"facecolors": "none", "s": 110, "linewidths": 1.2, "zorder": 4}
-        for column, color in ((0, _TRAINING), (1, _TEST)):
-            values = [pair[column] for pair in shown.values()]
-            axes.scatter(list(shown), values, edgecolors=color, **ring)
-        axes.scatter([], [], edgecolors="0.4", label="printed in the report", **ring)
-
-    lowest = min(training + test)
-    # The first images of a run are guesses: the axis is for the epochs, not for them.
-    margin = max(0.25, (100.0 - lowest) * (1.5 if len(history) == 1 else 0.25))
-    axes.set_ylim(max(0.0, lowest - margin), 100.0 + 0.05 * min(100.0, 100.0 - lowest + margin))
-    axes.set_xlim(epochs[0] - 1, epochs[-1] + max(0.08, 0.03 * len(epochs)))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("accuracy (%)")
-    if title:
-        axes.set_title(title, fontsize=11)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="0.85", fontsize=9)
-    _save(figure, path, 150)
 
 
 class Line(NamedTuple):
@@ -169,18 +101,24 @@ class Line(NamedTuple):
 
 
 def curves(
-    lines: Sequence[Line], path: Target, points: str = "printed", last: int | None = None
-) -> None:
+    lines: Sequence[Line],
+    path: Target = None,
+    points: str = "printed",
+    last: int | None = None,
+    within: bool = False,
+) -> Figure:
     """Draw training and test accuracy of experiments over the epochs, a panel each.
 
     A line is the run of the lowest seed, a band reaches from the lowest to the highest seed, open
-    circles are the report's numbers. Of many epochs the first may lie below the panel.
+    circles are the report's numbers. Of many epochs the first may lie below the panel. A panel
+    without a number is left out.
 
     Args:
         lines: one or more experiments.
-        path: the file, or a binary file.
+        path: see :data:`Target`.
         points: what the circles are, for the legend.
         last: the last epoch to draw; otherwise that of the longest.
+        within: show the training accuracy within the epochs as well, of consecutive pieces.
 
     Raises:
         ValueError: if there is neither a run nor a printed number.
@@ -189,32 +127,42 @@ def curves(
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    handles: list[Any] = []
-    bands = rings = False
     ends = [len(run["epochs"]) for line in lines for run in line.runs.values()]
     last = last or max([0, *ends, *(max(line.printed, default=0) for line in lines)])
     if not last:
         raise ValueError("curves: lines hold neither a run nor a printed number")
-    height = 3.6 + 0.17 * math.ceil((len(lines) + 2) / 2)
+    numbers = {
+        part: any(ends) or any(p[part] is not None for line in lines for p in line.printed.values())
+        for part in (0, 1)
+    }
+    shown = [part for part, known in numbers.items() if known]
+    bands = rings = False
+    height = 1.8 * len(shown) + 0.17 * math.ceil((len(lines) + 2) / 2)
     with _canvas(path, height) as figure:
-        panels = figure.subplots(2, 1, sharex=True)
-        for part, (axes, split) in enumerate(zip(panels, ("train", "test"), strict=True)):
+        panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, part in zip(panels, shown, strict=True):
+            key = ("train_accuracy", "test_accuracy")[part]
             inside: list[float] = []
 
-            def show(epochs: Sequence[int], values: Sequence[float], inside=inside) -> None:
-                many = last >= _MANY
-                inside += [y for x, y in zip(epochs, values, strict=True) if x > 1 or not many]
+            def show(epochs: Iterable[int], values: Iterable[float], inside=inside) -> None:
+                pairs = zip(epochs, values, strict=True)
+                inside += [y for x, y in pairs if x > 1 or last < _MANY]
 
             for color, line in zip(_COLORS * len(lines), lines, strict=False):
-                rows = [
-                    [epoch[f"{split}_accuracy"] for epoch in run["epochs"][:last]]
-                    for _, run in sorted(line.runs.items())
-                ]
+                runs = [run["epochs"][:last] for _, run in sorted(line.runs.items())]
+                rows = [[epoch[key] for epoch in run] for run in runs]
                 if rows:
                     x = range(1, len(rows[0]) + 1)
                     mark = "o" if len(rows[0]) == 1 else None
                     axes.plot(x, rows[0], color=color, linewidth=1.3, marker=mark, markersize=3)
                     show(x, rows[0])
+                if rows and within and part == 0:
+                    pieces = [
+                        (e["epoch"] - 1 + (i + 1) / len(e["curve"]), y)
+                        for e in runs[0]
+                        for i, y in enumerate(e["curve"])
+                    ]
+                    axes.plot(*zip(*pieces, strict=True), color=color, alpha=0.35, linewidth=0.8)
                 several = sorted(map(len, rows))[-2] if len(rows) > 1 else 0
                 if several:
                     bands = True
@@ -224,26 +172,27 @@ def curves(
                     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
                     show(x, low)
                     show(x, high)
-                known = {e: p[part] for e, p in line.printed.items() if p[part] is not None}
+                known = {e: y for e, p in line.printed.items() if (y := p[part]) is not None}
                 if known:
                     rings = True
-                    size = 14 if len(known) > _MANY else 26
-                    ring: dict[str, Any] = {"facecolors": "none", "linewidths": 0.8, "zorder": 4}
                     axes.scatter(
-                        list(known), list(known.values()), s=size, edgecolors=color, **ring
-                    )
-                    show(list(known), [float(y) for y in known.values() if y is not None])
-                if part == 0:
-                    handles.append(Line2D([], [], color=color, label=line.label))
-            low_end, high_end = (min(inside), max(inside)) if inside else (0.0, 100.0)
+                        list(known), list(known.values()), s=14 if len(known) > _MANY else 26,
+                        edgecolors=color, facecolors="none", linewidths=0.8, zorder=4,
+                    )  # fmt: skip
+                    show(known, known.values())
+            low_end, high_end = min(inside, default=0.0), max(inside, default=100.0)
             span = max(high_end - low_end, 0.05)
             axes.set_ylim(low_end - 0.07 * span, high_end + 0.07 * span)
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.ticklabel_format(useOffset=False)
-            axes.set_ylabel(f"{'training' if part == 0 else 'test'} (%)")
-        panels[1].set_xlim(1 - max(0.1, 0.02 * last), last + max(0.1, 0.02 * last))
-        panels[1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        panels[1].set_xlabel("epoch")
+            axes.set_ylabel(f"{('training', 'test')[part]} (%)")
+        axes.set_xlim(1 - max(0.1, 0.02 * last), last + max(0.1, 0.02 * last))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        axes.set_xlabel("epoch")
+        handles: list[Any] = [
+            Line2D([], [], color=color, label=line.label)
+            for color, line in zip(_COLORS * len(lines), lines, strict=False)
+        ]
         if bands:
             handles.append(Patch(color="0.5", alpha=0.3, linewidth=0, label="all seeds"))
         if rings:
@@ -253,6 +202,7 @@ def curves(
             handles=handles, loc="outside lower center", ncols=2, frameon=False,
             columnspacing=1.2, handlelength=1.6, labelspacing=0.3,
         )  # fmt: skip
+    return figure
 
 
 def _bare(axes: Any) -> None:
@@ -264,17 +214,17 @@ def _bare(axes: Any) -> None:
 
 
 def normalization_gallery(
-    path: Target,
+    path: Target = None,
     indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13),
     root: str | os.PathLike[str] | None = None,
-) -> None:
+) -> Figure:
     """Draw digits as they are and after each normalization of report 1's Table 3.2.
 
     Rows: pixels; global normalization; with Gaussian1D(7), (15) and (21). Each row has a grey
     scale of its own, the same for its digits.
 
     Args:
-        path: the file, or a binary file.
+        path: see :data:`Target`.
         indices: training digits, from 0.
         root: as for :func:`mnist_ops.mnist.data.load`.
 
@@ -301,9 +251,15 @@ def normalization_gallery(
         "Gaussian1D(21)": data.local_norm(normal, 21),
     }
     width = _WIDTH - 0.95
-    with _canvas(path, len(rows) * width / len(indices) * 1.04 + 0.1) as figure:
+    with _canvas(
+        path,
+        len(rows) * width / len(indices) * 1.04 + 0.1,
+        w_pad=0.01,
+        h_pad=0.01,
+        wspace=0.02,
+        hspace=0.02,
+    ) as figure:
         grid = figure.subplots(len(rows), len(indices), squeeze=False)
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
         for axes_row, (name, row) in zip(grid, rows.items(), strict=True):
             low, high = float(row.min()), float(row.max())
             for axes, image in zip(axes_row, row, strict=True):
@@ -312,14 +268,15 @@ def normalization_gallery(
                 )
                 _bare(axes)
             axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=4)
+    return figure
 
 
-def filters(weights: Tensor | Sequence[Any], path: Target, title: str = "") -> None:
+def filters(weights: Tensor | Sequence[Any], path: Target = None, title: str = "") -> Figure:
     """Draw a convolution's kernels, zero in white, negative in blue, positive in red.
 
     Args:
         weights: ``(filters, 1, height, width)`` or ``(filters, height, width)``, a tensor or lists.
-        path: the file, or a binary file.
+        path: see :data:`Target`.
         title: above the figure.
 
     Raises:
@@ -348,20 +305,22 @@ def filters(weights: Tensor | Sequence[Any], path: Target, title: str = "") -> N
         bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, label="weight")
         bar.outline.set_visible(False)
         axes.set_title(title or f"{count} filters of {height}×{width}")
+    return figure
 
 
-def confusion(counts: Sequence[Sequence[int]], path: Target, title: str = "") -> None:
+def confusion(counts: Sequence[Sequence[int]], path: Target = None, title: str = "") -> Figure:
     """Draw a confusion matrix with its counts; colour is for the mistakes, off the diagonal.
 
     Args:
         counts: ``(classes, classes)``; row: true class, column: predicted class.
-        path: the file, or a binary file.
+        path: see :data:`Target`.
         title: above the figure; the numbers of digits and mistakes unless given.
 
     Raises:
         ValueError: if ``counts`` is not square.
     """
     import numpy as np
+    from matplotlib.patches import Rectangle
 
     matrix = np.asarray(counts)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
@@ -371,16 +330,15 @@ def confusion(counts: Sequence[Sequence[int]], path: Target, title: str = "") ->
     np.fill_diagonal(off, np.nan)
     wrong = int(matrix.sum() - matrix.trace())
     most = max(1.0, float(np.nan_to_num(off).max()))
-    with _canvas(path, _WIDTH * 1.02) as figure:
+    with _canvas(path, _WIDTH * 1.02, w_pad=0.01, h_pad=0.02) as figure:
         axes = figure.subplots()
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02)
         # Square roots: one mistake is seen beside fifty.
         axes.imshow(np.sqrt(off), cmap="Oranges", vmin=0, vmax=math.sqrt(most) * 1.25)
         for i in range(classes):
             for j in range(classes):
                 count = int(matrix[i, j])
                 if i == j:
-                    axes.add_patch(_square(i))
+                    axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor="0.88", lw=0))
                 if count or i == j:
                     axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color="black")
         axes.set_xticks(range(classes))
@@ -390,27 +348,22 @@ def confusion(counts: Sequence[Sequence[int]], path: Target, title: str = "") ->
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
         axes.set_title(title or f"{wrong:,} of {int(matrix.sum()):,} images wrong")
-
-
-def _square(i: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor="0.88", edgecolor="none")
+    return figure
 
 
 def mistakes(
     items: Sequence[Mapping[str, Any]],
     images: Tensor,
-    path: Target,
+    path: Target = None,
     columns: int = 4,
-) -> None:
+) -> Figure:
     """Draw misclassified digits with true class, prediction and the network's confidence.
 
     Args:
         items: each with ``index`` into ``images``, ``true``, ``predicted`` and, where known,
             ``confidence`` from 0 to 1.
         images: ``(N, 1, H, W)`` or ``(N, H, W)``.
-        path: the file, or a binary file.
+        path: see :data:`Target`.
         columns: digits a row.
 
     Raises:
@@ -434,3 +387,4 @@ def mistakes(
             percent = "" if sure is None else f", {100 * sure:.0f} %"
             axes.set_title(f"{item['true']} as {item['predicted']}{percent}", fontsize=8, pad=2)
             axes.set_xlabel(f"no. {item['index']}", fontsize=8, labelpad=1, color="0.35")
+    return figure

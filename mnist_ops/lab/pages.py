@@ -77,7 +77,7 @@ class Report:
         return list(statistics.by_seed(self.runs, name, reach).values())
 
     def figure(
-        self, name: str, words: str, draw: Callable[..., None], *args: Any, **more: Any
+        self, name: str, words: str, draw: Callable[..., Any], *args: Any, **more: Any
     ) -> str:
         """Draw a figure into the folder; ``words`` say what it shows."""
         path = f"{_FOLDER}/{name}.png"
@@ -225,8 +225,16 @@ class Report:
 
     def printed_table(self, number: str) -> str:
         """A table of report 1 beside seed 1 and all seeds, and a line a column."""
+        return self._beside_print(experiments.TABLES[number])
+
+    def figure_table(self, words: str, lines: Mapping[str, Any]) -> str:
+        """The same of the numbers of a figure or a log, epoch by epoch behind their words."""
+        longest = max(lines.values(), key=len)
+        table = experiments.Table("", "", {line: line for line in lines}, list(longest), lines)
+        return self._beside_print(table, f"{words}, epoch by epoch") if lines else ""
+
+    def _beside_print(self, table: experiments.Table, folded: str = "") -> str:
         rows, told = [], []
-        table = experiments.TABLES[number]
         for column, cells in tables.compare(table, self.runs).items():
             for i in range(0, len(cells), 2):
                 epoch = cells[i].epoch
@@ -241,7 +249,7 @@ class Report:
             told.append(f"{column}: **{tables.column_verdict(cells)}**{which}")
         parts = ("printed", "seed 1", "images", "all seeds")
         head = ["column", "epoch", *(f"{split}: {p}" for split in tables.SPLITS for p in parts)]
-        return f"{markdown.table(head, rows)}\n\n{markdown.items(told)}"
+        return f"{markdown.table(head, rows, folded)}\n\n{markdown.items(told)}"
 
     def table_figure(self, number: str) -> str:
         """The curves of a table of report 1 with its numbers as points."""

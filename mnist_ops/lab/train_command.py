@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -117,9 +118,10 @@ def write(
 
     training.save_checkpoint(args.out / "model.pt", model.state_dict())
     confusion.save(args.out / "confusion.csv")
-    figures.accuracy_curves(
-        history, args.out / "accuracy.png", "MNIST, the original network", reports.TABLE_3_1
-    )
+    run = {"epochs": [asdict(result) for result in history]}
+    line = figures.Line("this run", {args.seed: run}, reports.TABLE_3_1)
+    path = args.out / "accuracy.png"
+    figures.curves([line], path, "Table 3.1", last=len(history), within=True)
     print(f"{args.out} holds model.pt, checkpoint.pt, log.csv, confusion.csv and accuracy.png")
 
 

@@ -15,47 +15,6 @@ from test_statistics import runs_of
 
 from mnist_ops.lab import figures, reports
 from mnist_ops.mnist import data
-from mnist_ops.training import EpochResult
-
-
-def history(epochs):
-    return [
-        EpochResult(e, 90.0 + e, 91.0 + e, 0.1, 0.2, 1e-3, 60.0, [80.0 + e, 85.0 + e], [[1]])
-        for e in range(1, epochs + 1)
-    ]
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_accuracy_curves(tmp_path, monkeypatch, epochs):
-    drawn = []
-    save = matplotlib.figure.Figure.savefig
-
-    def keep(figure, *args, **options):
-        drawn.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    path = tmp_path / "accuracy.png"
-    figures.accuracy_curves(history(epochs), path, "a title", reports.TABLE_3_1)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    (axes,) = drawn[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    numbers = range(1, epochs + 1)
-    assert lines["training, whole epoch"] == [[e, 90.0 + e] for e in numbers]
-    assert lines["test"] == [[e, 91.0 + e] for e in numbers]
-    assert lines["training, within the epoch"] == [
-        [e - 1 + half / 2, 75.0 + 5.0 * half + e] for e in numbers for half in (1, 2)
-    ]
-    printed = [collection.get_offsets().tolist() for collection in axes.collections]
-    assert printed[:2] == [[[e, reports.TABLE_3_1[e][i]] for e in numbers] for i in (0, 1)]
-    assert axes.get_title() == "a title"
-    low, high = axes.get_ylim()
-    assert low < 91.0 and high > 100.0
-
-
-def test_no_epochs(tmp_path):
-    with pytest.raises(ValueError, match="history holds no epochs"):
-        figures.accuracy_curves([], tmp_path / "accuracy.png")
 
 
 def test_matplotlib_is_imported_when_needed():
@@ -165,6 +124,29 @@ def write_digits(root, count=12):
         (root / f"{split}-labels-idx1-ubyte").write_bytes(
             struct.pack(">2I", 0x0801, count) + labels
         )
+
+
+def test_curves_within_the_epochs(drawn):
+    """The online accuracy of consecutive pieces; the figure is returned and nothing is written."""
+    runs = runs_of("original", [[(91.0, 92.0), (93.0, 94.0)]])
+    for epoch in runs[0]["epochs"]:
+        epoch["curve"] = [80.0 + epoch["epoch"], 85.0]
+    figure = figures.curves([figures.Line("a", {1: runs[0]}, {})], within=True)
+    assert drawn == []
+    training, test = figure.axes
+    assert [line.get_xydata().tolist() for line in training.lines] == [
+        [[1, 91.0], [2, 93.0]],
+        [[0.5, 81.0], [1, 85.0], [1.5, 82.0], [2, 85.0]],
+    ]
+    assert len(test.lines) == 1
+
+
+def test_a_panel_without_a_number_is_left_out(tmp_path, drawn):
+    """As of a log that has the test accuracies alone, before its run."""
+    figures.curves([figures.Line("a", {}, {1: (None, 99.0), 2: (None, 99.5)})], tmp_path / "a.png")
+    (panel,) = drawn[0].axes
+    assert panel.get_ylabel() == "test (%)" and panel.get_xlabel() == "epoch"
+    check_layout(drawn[0])
 
 
 def test_normalization_gallery(tmp_path, drawn):

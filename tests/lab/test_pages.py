@@ -90,6 +90,9 @@ def test_numbers_beside_print(written):
     words = "4 of 20 equal, 14 not run; farthest −24 images (epoch 2, training)"
     assert f"original: **{words}**" in first and f"| {words} |" in first
     assert "| `rotation-0.2` | 1 | 1 | 95.40 | 98.80 | 98.80 |" in second
+    # A figure's points likewise: 96.093 and 98.856 were read off for epoch 1.
+    assert "| rotation-0.2 | 1 | 96.09 | 95.40 | −414 | – | 98.85 | 98.80 | −6 | – |" in second
+    assert "rotation-0.2: **0 of 87 equal, 85 not run; farthest −414 images" in second
     rows = Html(page).rows
     assert [cell.strip() for cell in row.split("|")[1:-1]] in rows
 
