@@ -74,6 +74,6 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
   m.def(
       "online_sgd_models(Tensor(a!)[] parameters, Tensor(b!)[] velocities, str network, "
       "Tensor[] kernels, Tensor images, Tensor labels, Tensor order, Tensor uniform, int loss, "
-      "Tensor settings, bool nesterov, bool fuse) "
+      "Tensor settings, bool nesterov) "
       "-> (Tensor losses, Tensor predictions)");
 }

@@ -42,14 +42,13 @@ struct Number {
   static constexpr int value = n;
 };
 
-// Division by a number that the host knows: of i with divisor * (i + 1) <= 2^32.
+// Division by one number again and again: of i with divisor * (i + 1) <= 2^32.
 struct Divider {
   uint32_t divisor = 1, magic = UINT32_MAX;
 
   Divider() = default;
-  explicit Divider(int64_t d)
-      : divisor(static_cast<uint32_t>(d)),
-        magic(static_cast<uint32_t>(UINT32_MAX / static_cast<uint64_t>(d))) {}
+  MNIST_OPS_HD explicit Divider(int64_t d)
+      : divisor(static_cast<uint32_t>(d)), magic(UINT32_MAX / static_cast<uint32_t>(d)) {}
 
   MNIST_OPS_HD uint32_t quotient(uint32_t i) const {
     return static_cast<uint32_t>((static_cast<uint64_t>(i) * magic + magic) >> 32);
@@ -70,6 +69,7 @@ using cuda_emulator::cluster_peer;
 using cuda_emulator::cluster_wait;
 using cuda_emulator::CurrentStream;
 using cuda_emulator::dynamic_shared_memory;
+using cuda_emulator::free_shared_memory;
 using cuda_emulator::largest_narrow_index;
 using cuda_emulator::multiprocessor_count;
 using cuda_emulator::Multiprocessors;
@@ -129,17 +129,31 @@ inline cudaFuncAttributes attributes_of(const void* kernel) {
   return attributes;
 }
 
-// Lets launches of a kernel have as much dynamic shared memory as the device allows. Not only as
-// much as the next launch takes: another thread might be about to launch it with more.
+// The bytes of dynamic shared memory that a kernel's blocks can ask for.
+template <typename Kernel>
+int64_t free_shared_memory(Kernel* kernel) {
+  return shared_memory_limit() -
+         static_cast<int64_t>(attributes_of(address_of(kernel)).sharedSizeBytes);
+}
+
+// Lets launches of a kernel have all of them. Not only as much as the next launch takes: another
+// thread might be about to launch it with more.
 inline void allow_shared_memory(const void* kernel) {
   remembered(
       [kernel] {
-        const auto own = static_cast<int64_t>(attributes_of(kernel).sharedSizeBytes);
         STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared_memory_limit() - own)));
+                                            static_cast<int>(free_shared_memory(kernel))));
         return true;
       },
       kernel);
+}
+
+// How many blocks of a kernel the device holds at once.
+inline int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
+  int each = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads,
+                                                               static_cast<size_t>(shared_bytes)));
+  return int64_t{each} * multiprocessor_count();
 }
 
 // What kernels that keep much in shared memory are planned for.
@@ -189,9 +203,8 @@ struct ClusterLaunch {
 inline int largest_cluster(const void* kernel) {
   if (!has_clusters(kernel)) return 1;
   allow_shared_memory(kernel);
-  const cudaFuncAttributes attributes = attributes_of(kernel);
-  const dim3 threads(static_cast<unsigned>(attributes.maxThreadsPerBlock));
-  const int64_t shared = shared_memory_limit() - static_cast<int64_t>(attributes.sharedSizeBytes);
+  const dim3 threads(static_cast<unsigned>(attributes_of(kernel).maxThreadsPerBlock));
+  const int64_t shared = free_shared_memory(kernel);
   int cluster = kMaxCluster;
   while (cluster > 1 && !ClusterLaunch(cluster, cluster, threads, shared, nullptr).fits(kernel)) {
     cluster /= 2;
@@ -309,10 +322,7 @@ class CurrentStream {
           STD_CUDA_CHECK(cudaFuncSetAttribute(kernel,
                                               cudaFuncAttributePreferredSharedMemoryCarveout,
                                               cudaSharedmemCarveoutMaxShared));
-          int resident = 0;
-          STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-              &resident, kernel, threads, static_cast<size_t>(shared_bytes)));
-          return int64_t{resident} * multiprocessor_count();
+          return resident_blocks(address, threads, shared_bytes);
         },
         address, threads, shared_bytes);
     const int64_t room = std::max<int64_t>(1, blocks / cluster);
@@ -320,6 +330,25 @@ class CurrentStream {
     const ClusterLaunch launch(clusters * cluster, cluster, dim3(static_cast<unsigned>(threads)),
                                shared_bytes, stream_);
     STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
+  }
+
+  // How many blocks of a cooperative kernel the device holds at once; 0: it knows no such kernels.
+  template <typename Kernel>
+  int64_t resident_together(Kernel* kernel, int threads, int64_t shared_bytes) const {
+    if (device_attribute(cudaDevAttrCooperativeLaunch) == 0) return 0;
+    allow_shared_memory(address_of(kernel));
+    return resident_blocks(address_of(kernel), threads, shared_bytes);
+  }
+
+  // All blocks run at the same time, or the launch fails.
+  template <typename Kernel, typename... Arguments>
+  void launch_together(Kernel* kernel, int64_t blocks, int threads, int64_t shared_bytes,
+                       const Arguments&... arguments) const {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+    STD_CUDA_CHECK(cudaLaunchCooperativeKernel(address_of(kernel),
+                                               dim3(static_cast<unsigned>(blocks)),
+                                               dim3(static_cast<unsigned>(threads)), pointers,
+                                               static_cast<size_t>(shared_bytes), stream_));
   }
 
  private:

@@ -131,52 +131,6 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
   });
 }
 
-// Tasks of some tiles and all output channels, a thread for a tile and a channel: for the few input
-// channels of an image. All weights are in the block's own memory.
-template <int K, typename T>
-__device__ void convolution_by_threads(const Phase& p, const Step<T>& s, int32_t block,
-                                       int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
-  const int32_t taps = p.kernel_h * p.kernel_w, step = odd(p.C * taps);
-  for (int32_t i = thread_index(); i < p.O * p.C * taps; i += thread_count()) {
-    const int32_t o = i / (p.C * taps), j = i % (p.C * taps);
-    shared[o * step + j] = s.at(p.weight)[weight_index(p, o, j / taps, j % taps)];
-  }
-  T* partial = shared + p.O * step;  // sums over the channels of a warp
-  __syncthreads();
-  const int32_t lanes = (p.O + kWarp - 1) / kWarp * kWarp < thread_count()
-                            ? (p.O + kWarp - 1) / kWarp * kWarp
-                            : thread_count() / kWarp * kWarp;
-  const int32_t group = thread_index() / lanes, first = thread_index() % lanes;
-  const Tiles tiles = tiles_of(p.OH, p.OW);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
-    const int32_t tile = task * p.per_task + group;
-    const bool mine = group < p.per_task && tile < tiles.count;
-    const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
-    T total = T(0);
-    if (mine) {
-      for (int32_t o = first; o < p.O; o += lanes) {
-        T sum[4] = {};
-        for (int32_t c = 0; c < p.C; ++c) {
-          const T* row = shared + o * step + c * taps;
-          correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
-                       [&](int32_t k) { return row[k]; });
-        }
-        total += store_tile(p, s, sum, h, w, o);
-      }
-    }
-    if (p.channel_sum == kNowhere) return;
-    total = lane_sum(total, kWarp);
-    if (thread_index() % kWarp == 0) partial[thread_index() / kWarp] = total;
-    __syncthreads();
-    if (mine && first == 0) {
-      T sum = T(0);
-      for (int32_t i = 0; i < lanes / kWarp; ++i) sum += partial[group * (lanes / kWarp) + i];
-      s.at(p.channel_sum)[tile] = sum;
-    }
-    __syncthreads();
-  });
-}
-
 // The gradient of a convolution's output at one pixel and channel, from what its activation gave
 // (y), the pooled value, and the gradient that comes from behind, less the normalization's plane.
 template <typename T>
@@ -215,7 +169,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   const T* x = local ? s.at(p.local.y) : s.map(p.x);
   const T* dy = local ? s.at(p.dy) : nullptr;
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  const Divisor across(p.W), row_packs(p.W * p.C / kPack), row_numbers(p.W * p.C), by_chunk(chunks);
+  const Divider across(p.W), row_packs(p.W * p.C / kPack), row_numbers(p.W * p.C), by_chunk(chunks);
 
   // Of a task: its first output row and channel, the input's rows [first, last) that are there, and
   // the row in the padding or not that is the first one in `map`.
@@ -418,7 +372,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
 template <typename T>
 __device__ __forceinline__ void stage_planes(const Phase& p, const T* x, T* planes) {
   const int32_t height = p.H + 2 * p.padding_h, width = p.W + 2 * p.padding_w;
-  const Divisor across(width);
+  const Divider across(width);
   for (int32_t i = thread_index(); i < height * width; i += thread_count()) {
     const int32_t row = across.quotient(i), h = row - p.padding_h;
     const int32_t w = i - row * width - p.padding_w;
@@ -443,7 +397,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   const int32_t taps = p.C * kernel_h * kernel_w, step = odd(taps);
   const int32_t height = p.H + 2 * p.padding_h, width = p.tile.width;
   const int32_t lanes = (p.O + kWarp - 1) / kWarp * kWarp, lane = thread_index() % kWarp;
-  const Divisor by_taps(taps), by_lanes(lanes), by_width(p.W);
+  const Divider by_taps(taps), by_lanes(lanes), by_width(p.W);
   T* weights = shared;
   T* planes = weights + p.O * step;
   T* values = planes + p.C * height * width;
@@ -475,7 +429,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
     __syncthreads();
   }
   const Tiles tiles = tiles_of(p.OH, p.OW);
-  const Divisor across(tiles.across);
+  const Divider across(tiles.across);
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t first = task * p.tile.group;
     const int32_t count = tiles.count - first < p.tile.group ? tiles.count - first : p.tile.group;
@@ -553,18 +507,12 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
     }
   }
   const bool square = p.kernel_h == p.kernel_w && p.staged;
-  if (p.split) {
-    if (square && p.kernel_h == 5) {
-      convolution_by_warps<5>(p, s, block, blocks, in, shared);
-    } else if (square && p.kernel_h == 3) {
-      convolution_by_warps<3>(p, s, block, blocks, in, shared);
-    } else {
-      convolution_by_warps<0>(p, s, block, blocks, in, shared);
-    }
-  } else if (square && p.kernel_h == 5) {
-    convolution_by_threads<5>(p, s, block, blocks, in, shared);
+  if (square && p.kernel_h == 5) {
+    convolution_by_warps<5>(p, s, block, blocks, in, shared);
+  } else if (square && p.kernel_h == 3) {
+    convolution_by_warps<3>(p, s, block, blocks, in, shared);
   } else {
-    convolution_by_threads<0>(p, s, block, blocks, in, shared);
+    convolution_by_warps<0>(p, s, block, blocks, in, shared);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "online_step.cuh"
+#include "window.cuh"
 
 namespace mnist_ops::cuda {
 
@@ -91,25 +92,14 @@ __device__ void pool(const Phase& p, const Step<T>& s, int32_t block, int32_t bl
     const int32_t pixel = i / p.C, oh = pixel / p.OW, ow = pixel % p.OW;
     const T* plane = x + i % p.C;
     T y = T(0);
-    switch (p.pool) {
-      case PoolKind::kLp1:
-        y = window_norm<Norm::kOne>(plane, g, norm_type, oh, ow);
-        break;
-      case PoolKind::kLp2:
-        y = window_norm<Norm::kTwo>(plane, g, norm_type, oh, ow);
-        break;
-      case PoolKind::kLpInf:
-        y = window_norm<Norm::kInf>(plane, g, norm_type, oh, ow);
-        break;
-      case PoolKind::kLp:
-        y = window_norm<Norm::kGeneral>(plane, g, norm_type, oh, ow);
-        break;
-      case PoolKind::kMax:
-        y = window_maximum(plane, g, oh, ow);
-        break;
-      case PoolKind::kAverage:
-        y = window_average(p, plane, g, oh, ow);
-        break;
+    if (p.pool == PoolKind::kMax) {
+      y = window_maximum(plane, g, oh, ow);
+    } else if (p.pool == PoolKind::kAverage) {
+      y = window_average(p, plane, g, oh, ow);
+    } else {
+      with_norm(AnyNorm{}, norm_type, [&](auto tag) {
+        y = window_norm<decltype(tag)::value>(plane, g, norm_type, oh, ow);
+      });
     }
     s.at(p.y)[i] = y;
   });
@@ -124,32 +114,22 @@ __device__ void pool_backward(const Phase& p, const Step<T>& s, int32_t block, i
     const int32_t pixel = i / p.C, ih = pixel / p.W, iw = pixel % p.W, c = i % p.C;
     const T *x = s.map(p.x) + c, *y = s.at(p.y) + c, *dy = s.at(p.dy) + c;
     T sum = T(0);
-    switch (p.pool) {
-      case PoolKind::kLp1:
-        sum = input_gradient<Norm::kOne>(dy, x, y, g, norm_type, ih, iw);
-        break;
-      case PoolKind::kLp2:
-        sum = input_gradient<Norm::kTwo>(dy, x, y, g, norm_type, ih, iw);
-        break;
-      case PoolKind::kLpInf:
-        sum = input_gradient<Norm::kInf>(dy, x, y, g, norm_type, ih, iw);
-        break;
-      case PoolKind::kLp:
-        sum = input_gradient<Norm::kGeneral>(dy, x, y, g, norm_type, ih, iw);
-        break;
-      case PoolKind::kMax:
-      case PoolKind::kAverage:
-        for (int32_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
-          for (int32_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
-            const int32_t o = oh * g.out_h + ow * g.out_w;
-            if (p.pool == PoolKind::kAverage) {
-              sum += dy[o] / window_divisor<T>(g, oh, ow, p.count_padding != 0, p.divisor);
-            } else if (is_first_maximum(x, g, y[o], oh, ow, ih, iw)) {
-              sum += dy[o];
-            }
-          }
+    if (p.pool == PoolKind::kLp) {
+      with_norm(AnyNorm{}, norm_type, [&](auto tag) {
+        sum = input_gradient<decltype(tag)::value>(dy, x, y, g, norm_type, ih, iw);
+      });
+      s.at(p.dx)[i] = sum;
+      return;
+    }
+    for (int32_t oh = g.first_window(ih); oh < g.last_window(ih); ++oh) {
+      for (int32_t ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
+        const int32_t o = oh * g.out_h + ow * g.out_w;
+        if (p.pool == PoolKind::kAverage) {
+          sum += dy[o] / window_divisor<T>(g, oh, ow, p.count_padding != 0, p.divisor);
+        } else if (is_first_maximum(x, g, y[o], oh, ow, ih, iw)) {
+          sum += dy[o];
         }
-        break;
+      }
     }
     s.at(p.dx)[i] = sum;
   });

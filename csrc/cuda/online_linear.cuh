@@ -38,7 +38,7 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
   if (p.permute) {
     const BlurPlan& b = p.blur;
     const int32_t pixels = p.H * p.W, channels = p.C / pixels;
-    const Divisor by_channel(channels), by_pixel(pixels);
+    const Divider by_channel(channels), by_pixel(pixels);
     const bool sums = b.source == MeanSource::kMap;  // of what is in `vector` already
     const T* mean = nullptr;
     T* vector = shared;

@@ -36,7 +36,7 @@ __device__ __forceinline__ T coef_at(const BlurPlan& b, const Step<T>& s, T own,
 template <typename T>
 __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef, T* shared) {
   const int32_t pixels = b.H * b.W;
-  const Divisor across(b.W);
+  const Divider across(b.W);
   const bool is_short = blurs_by_short_taps(b);
   const T channels = static_cast<T>(b.C);
   T* sum = shared;

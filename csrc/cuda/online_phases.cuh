@@ -13,7 +13,6 @@
 #pragma once
 
 #include "online_convolution.cuh"
-#include "online_launch.cuh"
 #include "online_layers.cuh"
 #include "online_linear.cuh"
 #include "online_norm.cuh"

@@ -15,7 +15,6 @@
 // Nothing is read or changed before order, labels and kernels were looked at on the device, for
 // which the host waits once a call.
 
-#include "online_launch.cuh"
 #include "online_step.cuh"
 
 namespace mnist_ops::cuda {
@@ -161,7 +160,6 @@ struct Call {
   const Tensor &images, &labels, &order, &uniform, &settings;
   Loss loss;
   bool nesterov;
-  bool fuse;
   int64_t models;
 };
 
@@ -169,7 +167,7 @@ template <typename T>
 class Engine {
  public:
   Engine(const Call& call, const Program& program, Tensor& losses, Tensor& predictions)
-      : call_(call), program_(program), device_(losses), losses_(losses) {
+      : call_(call), program_(program), stream_(losses), losses_(losses) {
     const int64_t models = call.models;
     const bool momentum = !call.velocities.empty();
     run_.velocity_shift = momentum ? program.workspace : 0;
@@ -188,7 +186,6 @@ class Engine {
     run_.models = static_cast<int32_t>(models);
     run_.loss = call.loss;
     run_.nesterov = call.nesterov;
-    device_.allow_shared_memory(run_phases_kernel<T>());
   }
 
   void run() {
@@ -196,10 +193,10 @@ class Engine {
     move(false);
     targets_ = new_tensor(call_.order, {call_.models, run_.count});
     const int64_t entries = call_.order.numel();
-    device_.launch(gather_targets, blocks_for(entries), entries,
-                   call_.order.template const_data_ptr<int64_t>(),
-                   call_.labels.template const_data_ptr<int64_t>(),
-                   targets_.template mutable_data_ptr<int64_t>());
+    launch(gather_targets, blocks_for(entries), entries,
+           call_.order.template const_data_ptr<int64_t>(),
+           call_.labels.template const_data_ptr<int64_t>(),
+           targets_.template mutable_data_ptr<int64_t>());
     run_.targets = targets_.template const_data_ptr<int64_t>();
     int64_t piece = kPieceElements / std::max<int64_t>(1, call_.models * run_.image_size);
     piece = std::max<int64_t>(1, std::min(piece, run_.count));
@@ -219,6 +216,11 @@ class Engine {
     return std::max<int64_t>(1, std::min<int64_t>(ceil_div(items, block_threads()), 4096));
   }
 
+  template <typename Kernel, typename... Arguments>
+  void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
+    stream_.launch(kernel, blocks, dim3(static_cast<unsigned>(block_threads())), arguments...);
+  }
+
   int64_t shared_bytes() const { return program_.memory * static_cast<int64_t>(sizeof(T)); }
 
   void prepare_kernels_and_check() {
@@ -236,13 +238,12 @@ class Engine {
             call_.kernels[m * per_model + kernel.index].template const_data_ptr<double>()));
       }
       tables.push_back(to_device(pointers, ScalarType::Long, losses_));
-      device_.launch(prepare_kernel<T>, models, models,
-                     tables.back().template const_data_ptr<int64_t>(), kernel.index, kernel.blur,
-                     run_.workspace, run_.model_stride, found);
+      launch(prepare_kernel<T>, models, models, tables.back().template const_data_ptr<int64_t>(),
+             kernel.index, kernel.blur, run_.workspace, run_.model_stride, found);
     }
-    device_.launch(check_samples, 1, call_.order.numel(),
-                   call_.order.template const_data_ptr<int64_t>(), call_.images.size(0),
-                   call_.labels.template const_data_ptr<int64_t>(), call_.spec.output.C, found);
+    launch(check_samples, 1, call_.order.numel(), call_.order.template const_data_ptr<int64_t>(),
+           call_.images.size(0), call_.labels.template const_data_ptr<int64_t>(),
+           call_.spec.output.C, found);
     const Tensor here =
         torch::stable::to(findings, torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
     const double* f = here.template const_data_ptr<double>();
@@ -270,23 +271,23 @@ class Engine {
       table_ = to_device(table, ScalarType::Long, losses_);
     }
     const int64_t all = static_cast<int64_t>(call_.parameters.size());
-    device_.launch(move_parameters<T>, std::min<int64_t>(all, 4096), call_.models,
-                   all / call_.models, table_.template const_data_ptr<int64_t>(), run_.workspace,
-                   run_.model_stride, run_.velocity_shift, back);
+    launch(move_parameters<T>, std::min<int64_t>(all, 4096), call_.models, all / call_.models,
+           table_.template const_data_ptr<int64_t>(), run_.workspace, run_.model_stride,
+           run_.velocity_shift, back);
   }
 
   void gather(Tensor& samples) {
     const Shape& shape = call_.spec.input;
     const int64_t items = call_.models * run_.piece * run_.image_size;
-    const auto launch = [&](auto kernel, const auto* images) {
-      device_.launch(kernel, blocks_for(items), call_.models, run_.count, run_.first, run_.piece,
-                     call_.order.template const_data_ptr<int64_t>(), images, shape.C,
-                     shape.pixels(), samples.template mutable_data_ptr<T>());
+    const auto run = [&](auto kernel, const auto* images) {
+      launch(kernel, blocks_for(items), call_.models, run_.count, run_.first, run_.piece,
+             call_.order.template const_data_ptr<int64_t>(), images, shape.C, shape.pixels(),
+             samples.template mutable_data_ptr<T>());
     };
     if (call_.images.scalar_type() == ScalarType::Double) {
-      launch(&gather_samples<T, double>, call_.images.template const_data_ptr<double>());
+      run(&gather_samples<T, double>, call_.images.template const_data_ptr<double>());
     } else {
-      launch(&gather_samples<T, float>, call_.images.template const_data_ptr<float>());
+      run(&gather_samples<T, float>, call_.images.template const_data_ptr<float>());
     }
   }
 
@@ -310,23 +311,24 @@ class Engine {
     // Barriers of different models in different lines of the cache.
     const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
-    const int64_t resident = device_.resident_blocks(run_phases_kernel<T>(), shared_bytes());
+    const int64_t resident =
+        stream_.resident_together(run_phases_kernel<T>(), block_threads(), shared_bytes());
     MNIST_OPS_CHECK(resident > 0, kOp, ": needs a device with cooperative launches");
     const int64_t together = std::min(call_.models, resident);
     // No more for one model than there are multiprocessors: they would only wait for each other.
     run_.blocks =
-        static_cast<int32_t>(std::min<int64_t>(resident / together, device_.multiprocessors()));
+        static_cast<int32_t>(std::min<int64_t>(resident / together, multiprocessor_count()));
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
-      device_.launch_together(run_phases_kernel<T>(), models * run_.blocks, shared_bytes(),
-                              program_on_device(), program_.phases, run_, first, run_.piece,
-                              static_cast<unsigned*>(barriers.data_ptr()));
+      stream_.launch_together(run_phases_kernel<T>(), models * run_.blocks, block_threads(),
+                              shared_bytes(), program_on_device(), program_.phases, run_, first,
+                              run_.piece, static_cast<unsigned*>(barriers.data_ptr()));
     }
   }
 
   const Call& call_;
   const Program& program_;
-  Cooperation device_;
+  CurrentStream stream_;
   Tensor losses_, workspace_, settings_, targets_, table_, phases_;
   Run<T> run_{};
 };
@@ -343,8 +345,7 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                                              std::vector<Tensor> velocities, std::string network,
                                              std::vector<Tensor> kernels, Tensor images,
                                              Tensor labels, Tensor order, Tensor uniform,
-                                             int64_t loss, Tensor settings, bool nesterov,
-                                             bool fuse) {
+                                             int64_t loss, Tensor settings, bool nesterov) {
   MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
   const ScalarType dtype = parameters[0].scalar_type();
   MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
@@ -429,13 +430,13 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   }
   std::vector<int64_t> sizes;
   for (const Tensor& tensor : own) sizes.push_back(tensor.numel());
-  const Cooperation device(parameters[0]);
+  const CurrentStream stream(parameters[0]);  // and device
   const bool wide = dtype == ScalarType::Double;
-  const int64_t memory = wide ? device.free_shared_memory(run_phases_kernel<double>())
-                              : device.free_shared_memory(run_phases_kernel<float>());
+  const int64_t memory = wide ? free_shared_memory(run_phases_kernel<double>())
+                              : free_shared_memory(run_phases_kernel<float>());
   const auto dtype_bytes = static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
   const Program program =
-      Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes, fuse).plan();
+      Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes).plan();
 
   Tensor losses = new_tensor(parameters[0], {models, order.size(1)});
   Tensor predictions = new_tensor(order, {models, order.size(1)});
@@ -454,7 +455,6 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                   numbers_of_models,
                   static_cast<Loss>(loss),
                   nesterov,
-                  fuse,
                   models};
   if (order.size(1) > 0) {
     if (wide) {

@@ -104,16 +104,6 @@ __device__ __forceinline__ void each_element(const Phase& p, int32_t n, int32_t 
   });
 }
 
-// Quotients of small numbers, below 2^20, by one divisor: a few instructions each.
-struct Divisor {
-  float reciprocal;
-
-  __device__ explicit Divisor(int32_t by) : reciprocal(1.0f / static_cast<float>(by)) {}
-  __device__ int32_t quotient(int32_t n) const {
-    return static_cast<int32_t>((static_cast<float>(n) + 0.5f) * reciprocal);
-  }
-};
-
 // The sums over the lanes of a warp of n values: lane i gets that of values[i].
 template <int n, typename T>
 __device__ __forceinline__ T lane_sums(const T (&values)[n], int32_t lane) {
@@ -136,6 +126,34 @@ __device__ __forceinline__ T lane_sums(const T (&values)[n], int32_t lane) {
 }
 
 // ------------------------------------------------------------------------------------- the kernel
+
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+using cuda_emulator::block_threads;
+using cuda_emulator::wait_for_blocks;
+#else
+constexpr int block_threads() {
+  return 512;
+}
+
+// Waits until `blocks` blocks have come here for the round-th time; counter starts at 0. What any
+// of their threads wrote before is then visible to all of them: the barriers of the blocks order it
+// before the release, and after the acquire, which need no fences of their own. The counter only
+// grows, so that no block can miss a turn; it wraps around after 2^32 arrivals, which the
+// comparison allows for.
+__device__ __forceinline__ void wait_for_blocks(unsigned* counter, unsigned blocks,
+                                                unsigned round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned target = blocks * round;
+    unsigned arrived;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    } while (static_cast<int>(arrived - target) < 0);
+  }
+  __syncthreads();
+}
+#endif
 
 constexpr int kMaxPhases = 40;          // that a block keeps in its own memory
 constexpr int64_t kBarrierStride = 32;  // numbers between the barriers of two models

@@ -42,7 +42,7 @@ __device__ __forceinline__ void make_plane(const Phase& p, const Step<T>& s, int
   const T* dy = s.at(p.dy) + o;
   const T* y = local ? s.at(p.local.y) + o : nullptr;
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) + o : nullptr;
-  const Divisor across(columns);
+  const Divider across(columns);
   struct Operands {
     T y, pooled, dy;
     int32_t behind;
@@ -108,7 +108,7 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
   T* partial = plane + p.OH * columns;
   const T* x = s.map(p.x);
   const T* dy = s.at(p.dy);
-  const Divisor by_pack(packs), across(p.W);
+  const Divider by_pack(packs), across(p.W);
   const double steps = s.steps_before();
   Update<T> update{};
   const T* mean = nullptr;

@@ -57,7 +57,7 @@ enum class Op : int32_t {
   kLogSoftmaxBackward,  //
 };
 
-enum class PoolKind : int32_t { kLp1, kLp2, kLpInf, kLp, kMax, kAverage };
+enum class PoolKind : int32_t { kLp, kMax, kAverage };
 enum class LogSoftmaxKind : int32_t { kNone, kExact, kTorch7 };
 
 constexpr int64_t kNowhere = -1;  // instead of an offset in the workspace
@@ -129,7 +129,7 @@ struct Phase {
   int32_t per_task = 0;               // tiles, rows or groups that a task has
   int32_t ends_level = 0;             // set where phases of all levels follow each other
   ActivationKind activation = ActivationKind::kIdentity;
-  PoolKind pool = PoolKind::kLp2;
+  PoolKind pool = PoolKind::kLp;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
   int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels
   int32_t flip = 0;     // convolution: the gradient with respect to the input
@@ -268,12 +268,10 @@ struct Program {
 class Planner {
  public:
   // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
-  // of a block; memory: the numbers that a block can have in its own memory; fuse: false plans
-  // every layer on its own.
+  // of a block; memory: the numbers that a block can have in its own memory.
   Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
-          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory,
-          bool fuse)
-      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory), fuse_(fuse) {
+          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory)
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory) {
     for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
     program_.parameter_elements = program_.workspace;
   }
@@ -387,7 +385,7 @@ class Planner {
     b.coef = allocate(layer.in.pixels());
     b.sum = allocate(layer.in.pixels());
     b.mean = allocate(layer.in.pixels());
-    b.source = fuse_ && small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
+    b.source = small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
     return b;
   }
 
@@ -435,7 +433,7 @@ class Planner {
 
   // Tiles a convolution, or its input's gradient, if its sizes allow it.
   bool tile_convolution(Phase& p) {
-    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
     if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
     const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
     const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
@@ -470,7 +468,7 @@ class Planner {
   // Tiles a convolution's update: with all input channels a task, unless that leaves the device
   // with few of them.
   bool tile_update(Phase& p) {
-    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
     if (p.C > 4096 || p.OW > 4096) return false;
     const int64_t planes = mean_numbers(p.local.blur);
     const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
@@ -493,7 +491,7 @@ class Planner {
 
   // The same for few input channels, which a block holds at once, all tasks an output channel each.
   bool tile_first_update(Phase& p) {
-    if (!fuse_ || p.kernel_h != kTile || p.kernel_w != kTile || p.C > 8) return false;
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C > 8) return false;
     TilePlan t;
     t.group = p.C;
     t.width = p.W + 2 * p.padding_w;
@@ -508,7 +506,7 @@ class Planner {
 
   // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels.
   bool tile_first_convolution(Phase& p) {
-    if (!fuse_ || p.C > 8 || p.flip) return false;
+    if (p.C > 8 || p.flip) return false;
     const Tiles tiles = tiles_of(p.OH, p.OW);
     TilePlan t;
     const int32_t lanes = (p.O + kTileLanes - 1) / kTileLanes * kTileLanes;
@@ -529,26 +527,16 @@ class Planner {
   void share_convolution(Phase& p) {
     if (tile_first_convolution(p) || tile_convolution(p)) return;
     const Tiles tiles = tiles_of(p.OH, p.OW);
-    const int64_t all_weights = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w);
-    const int64_t plane = mean_numbers(p.blur);
-    p.split = p.C >= 8 || all_weights + plane > kScratch - 64;
-    p.staged = !p.split || int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + plane <= kScratch - 64;
-    if (p.split) {
-      // Enough tasks for a large device and no more: each copies its weights first.
-      const int32_t chunks = std::min(tiles.count, ceil_div(kWantedTasks, p.O));
-      p.per_task = ceil_div(tiles.count, chunks);
-      p.tasks = p.O * ceil_div(tiles.count, p.per_task);
-    } else {
-      const int32_t lanes = std::min(threads_, (p.O + 31) / 32 * 32);
-      // Few tiles a task, so that they are spread over the device.
-      p.per_task = std::max(1, std::min(threads_ / lanes, ceil_div(tiles.count, kWantedTasks)));
-      p.tasks = ceil_div(tiles.count, p.per_task);
-    }
+    p.split = 1;
+    p.staged = int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + mean_numbers(p.blur) <= kScratch - 64;
+    // Enough tasks for a large device and no more: each copies its weights first.
+    const int32_t chunks = std::min(tiles.count, ceil_div(kWantedTasks, p.O));
+    p.per_task = ceil_div(tiles.count, chunks);
+    p.tasks = p.O * ceil_div(tiles.count, p.per_task);
   }
 
   void forward_convolution(std::size_t i) {
     const LayerSpec& layer = spec_.layers[i];
-    if (!fuse_) materialise(layer.in);
     Step s{&layer, value_, {}};
     Phase p;
     p.op = Op::kConvolution;
@@ -567,11 +555,9 @@ class Planner {
       p.flat = allocate(layer.in.numel());
       s.in.value = p.flat;
     }
-    if (fuse_) {
-      s.activation = take_activation();
-      s.pool = take_pool(layer.out);
-      s.norm = take_norm();
-    }
+    s.activation = take_activation();
+    s.pool = take_pool(layer.out);
+    s.norm = take_norm();
     p.activation = activation_of(s.activation);
     p.y = s.y = allocate(layer.out.numel());
     share_convolution(p);
@@ -717,7 +703,7 @@ class Planner {
   // Whether flatten is to be read by the linear layer behind it.
   bool fuses_flatten(const LayerSpec& layer) const {
     const LayerSpec* next = peek(next_);
-    return fuse_ && next != nullptr && next->kind == Kind::kLinear &&
+    return next != nullptr && next->kind == Kind::kLinear &&
            fits(layer.in.numel(), layer.in.pixels());
   }
 
@@ -739,7 +725,7 @@ class Planner {
       emit_mean(value_.blur, value_.value);
       p.flat = s.flat = allocate(layer.in.C);
     }
-    if (fuse_ && backward_fits(layer)) s.activation = take_activation();
+    if (backward_fits(layer)) s.activation = take_activation();
     p.activation = activation_of(s.activation);
     p.y = s.y = allocate(layer.out.C);
     s.out = {s.y, allocate(layer.out.C), {}};
@@ -798,7 +784,7 @@ class Planner {
       prepare(layer, s.out.blur);
       s.backward_blur = adjoint_of(s.out.blur);
       value_ = s.out;
-      if (value_.value == kImage || !fuse_) materialise(layer.out);
+      if (value_.value == kImage) materialise(layer.out);
       s.out.value = value_.value;
       steps_.push_back(s);
       return;
@@ -841,7 +827,9 @@ class Planner {
       case Kind::kAvgPool2d: {
         const PoolArguments& a = layer.pooling;
         p.op = backward ? Op::kPoolBackward : Op::kPool;
-        p.pool = pool_kind(layer);
+        p.pool = layer.kind == Kind::kMaxPool2d   ? PoolKind::kMax
+                 : layer.kind == Kind::kAvgPool2d ? PoolKind::kAverage
+                                                  : PoolKind::kLp;
         p.number = a.p;
         p.kernel_h = narrow(a.kernel[0]), p.kernel_w = narrow(a.kernel[1]);
         p.stride_h = narrow(a.stride[0]), p.stride_w = narrow(a.stride[1]);
@@ -858,29 +846,13 @@ class Planner {
     return p;
   }
 
-  static PoolKind pool_kind(const LayerSpec& layer) {
-    if (layer.kind == Kind::kMaxPool2d) return PoolKind::kMax;
-    if (layer.kind == Kind::kAvgPool2d) return PoolKind::kAverage;
-    switch (norm_of(layer.pooling.p)) {
-      case Norm::kOne:
-        return PoolKind::kLp1;
-      case Norm::kTwo:
-        return PoolKind::kLp2;
-      case Norm::kInf:
-        return PoolKind::kLpInf;
-      case Norm::kGeneral:
-        break;
-    }
-    return PoolKind::kLp;
-  }
-
   // -------------------------------------------------------------------------------------- the end
 
   // Linear, then perhaps an activation or a log-softmax, at the end of the network and behind
   // another linear layer: nothing is done forward.
   bool fuse_head(std::size_t i) {
     const LayerSpec& layer = spec_.layers[i];
-    if (!fuse_ || layer.kind != Kind::kLinear || steps_.empty()) return false;
+    if (layer.kind != Kind::kLinear || steps_.empty()) return false;
     const Step& before = steps_.back();
     if (before.layer->kind != Kind::kLinear || layer.out.C > 256) return false;
     const int64_t vectors = layer.in.C * 3 + 4 * layer.out.C + 64 * kColumns;
@@ -955,7 +927,6 @@ class Planner {
   const std::vector<std::array<int64_t, 3>>& kernels_;
   int32_t threads_;
   int64_t memory_;
-  bool fuse_;
   Program program_;
   Value value_{};
   std::vector<Step> steps_;

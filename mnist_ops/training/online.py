@@ -559,7 +559,6 @@ def _run_together(
             LOSSES.index(first.loss),
             torch.tensor(settings, dtype=torch.float64, device="cpu"),
             first.nesterov,
-            True,
         )
     for engine, each in zip(engines, velocities, strict=True):
         engine._advance(each, orders.shape[1])

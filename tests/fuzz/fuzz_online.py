@@ -337,7 +337,7 @@ def several(draw: Draw, args: Args, models: int) -> list[Any]:
         settings = torch.zeros(models, 3)
     first = [copies[key] for key in ("parameters", "velocities", "network", "kernels")]
     data = [args["images"], args["labels"], order, args["uniform"], args["loss"]]
-    return [*first, *data, settings, args["nesterov"], draw.chance(0.5)]
+    return [*first, *data, settings, args["nesterov"]]
 
 
 def corrupted(draw: Draw, key: str, value: Any) -> Any:

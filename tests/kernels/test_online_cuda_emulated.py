@@ -5,8 +5,7 @@ it does not), here with cooperative launches too: the threads of all blocks are 
 blocks take turns, in random order, where they wait for each other. Blocks have 64 threads unless a
 test says otherwise, on a GPU 512; the code knows no number.
 
-Each network is trained by the CPU's engine, by the kernel as it is, and by the kernel with every
-layer on its own.
+Each network is trained by the CPU's engine and by the kernel.
 """
 
 from __future__ import annotations
@@ -51,23 +50,16 @@ class Device:
         everything = (ctypes.c_int64(2**62), ctypes.c_int64(2**31 - 1))
         self.library.configure_cuda_emulator(*everything, ctypes.c_uint32(seed))
 
-    def put(self, engine: OnlineSGD, fuse: bool = True) -> OnlineSGD:
-        """Make the engine one on "CUDA"; fuse=False: every layer is a phase of its own."""
-
-        def operator(*arguments: object) -> tuple[Tensor, Tensor]:
-            return torch.ops.mnist_ops_emulated.online_sgd_models(*arguments[:-1], fuse)
-
+    def put(self, engine: OnlineSGD) -> OnlineSGD:
+        """Make the engine one on "CUDA"."""
         for each in (engine, *engine.engines):
-            each._operator = operator
+            each._operator = torch.ops.mnist_ops_emulated.online_sgd_models
         return engine
 
 
 @pytest.fixture(scope="module")
 def emulated(emulated_cuda: ctypes.CDLL) -> Device:
     return Device(emulated_cuda)
-
-
-PLANS = {"fused": True, "one by one": False}
 
 
 def compare(
@@ -85,20 +77,19 @@ def compare(
     expected_model = copy.deepcopy(model)
     expected_engine = OnlineSGD(expected_model, loss, **settings)
     expected = expected_engine.run(images, labels, order)
-    for name, fuse in PLANS.items():
-        ours = copy.deepcopy(model)
-        engine = emulated.put(OnlineSGD(ours, loss, **settings), fuse)
-        losses, predictions = engine.run(images, labels, order)
-        assert losses.dtype == expected[0].dtype and losses.shape == (steps,)
-        scale = max(1.0, expected[0].abs().max().item())
-        torch.testing.assert_close(losses, expected[0], rtol=0, atol=tolerance * scale)
-        assert torch.equal(predictions, expected[1])
-        state = list(zip(ours.parameters(), expected_model.parameters(), strict=True))
-        state += zip(engine.velocities, expected_engine.velocities, strict=True)
-        for got, wanted in state:
-            bound = tolerance * max(wanted.abs().max().item(), 1e-3)
-            torch.testing.assert_close(got, wanted, rtol=0, atol=bound, msg=lambda m, n=name: n + m)
-        assert engine.steps == steps
+    ours = copy.deepcopy(model)
+    engine = emulated.put(OnlineSGD(ours, loss, **settings))
+    losses, predictions = engine.run(images, labels, order)
+    assert losses.dtype == expected[0].dtype and losses.shape == (steps,)
+    scale = max(1.0, expected[0].abs().max().item())
+    torch.testing.assert_close(losses, expected[0], rtol=0, atol=tolerance * scale)
+    assert torch.equal(predictions, expected[1])
+    state = list(zip(ours.parameters(), expected_model.parameters(), strict=True))
+    state += zip(engine.velocities, expected_engine.velocities, strict=True)
+    for got, wanted in state:
+        bound = tolerance * max(wanted.abs().max().item(), 1e-3)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
+    assert engine.steps == steps
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -193,12 +184,11 @@ def test_ends_and_losses(emulated, loss, last):
     compare(emulated, model, images, labels, loss=loss, steps=5, lr=0.005)
 
 
-@pytest.mark.parametrize("fuse", PLANS.values(), ids=PLANS)
-def test_a_common_offset_of_the_scores_costs_no_digits(emulated, fuse):
+def test_a_common_offset_of_the_scores_costs_no_digits(emulated):
     emulated.set()
     for beta in (1.0, -0.75, 2.5):
         model, images, labels, losses, _ = offset_network(beta, torch.float32)
-        engine = emulated.put(OnlineSGD(model, "nll", lr=0.0), fuse)
+        engine = emulated.put(OnlineSGD(model, "nll", lr=0.0))
         got, _ = engine.run(images, labels, torch.arange(6))
         eps = torch.finfo(torch.float32).eps
         torch.testing.assert_close(got.double(), losses, rtol=4 * eps, atol=0)
@@ -508,7 +498,7 @@ def test_the_raw_operator_refuses_settings(emulated, wrong, message):
         torch.zeros(4, dtype=torch.int64),
         torch.arange(3).unsqueeze(0),
         torch.empty(0, dtype=torch.float64),
-        *(0, settings, False, True),
+        *(0, settings, False),
     ]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.mnist_ops_emulated.online_sgd_models(*arguments)

@@ -731,7 +731,7 @@ def test_opcheck_on_cuda(cuda):
         [kernel for each in engine.engines for kernel in each._kernels],
         *(images.to(cuda), labels.to(cuda), torch.arange(10, device=cuda).reshape(2, 5)),
         torch.empty(0, dtype=torch.float64, device=cuda),
-        *(0, settings, False, True),
+        *(0, settings, False),
     )
     torch.library.opcheck(torch.ops.mnist_ops.online_sgd_models, arguments)
 

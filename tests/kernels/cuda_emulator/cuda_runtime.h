@@ -137,6 +137,25 @@ constexpr size_t kExchangeBytes = 8;
 unsigned char* exchange_slot(unsigned thread);
 unsigned this_thread();
 
+// A device of so many multiprocessors, each of which holds one block of online SGD at a time, with
+// so many bytes of dynamic shared memory.
+struct Device {
+  int multiprocessors = 3, block_threads = 64;
+  int64_t shared_bytes = int64_t{200} << 10;
+};
+inline Device device;
+
+inline int block_threads() {
+  return device.block_threads;
+}
+inline int multiprocessor_count() {
+  return device.multiprocessors;
+}
+template <typename Kernel>
+int64_t free_shared_memory(Kernel*) {
+  return device.shared_bytes;
+}
+
 class CurrentStream {
  public:
   explicit CurrentStream(const torch::stable::Tensor&) {}
@@ -176,53 +195,17 @@ class CurrentStream {
         clusters, static_cast<unsigned>(cluster), static_cast<unsigned>(threads),
         [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
-};
-
-// A device of so many multiprocessors, each of which holds one block of online SGD at a time, with
-// so many bytes of dynamic shared memory.
-struct Device {
-  int multiprocessors = 3, block_threads = 64;
-  int64_t shared_bytes = int64_t{200} << 10;
-};
-inline Device device;
-
-inline int block_threads() {
-  return device.block_threads;
-}
-inline int multiprocessor_count() {
-  return device.multiprocessors;
-}
-
-class Cooperation {
- public:
-  explicit Cooperation(const torch::stable::Tensor&) {}
-
-  int multiprocessors() const { return device.multiprocessors; }
 
   template <typename Kernel>
-  int64_t free_shared_memory(Kernel*) const {
-    return device.shared_bytes;
-  }
-
-  template <typename Kernel>
-  void allow_shared_memory(Kernel*) const {}
-
-  template <typename Kernel>
-  int resident_blocks(Kernel*, int64_t) const {
+  int64_t resident_together(Kernel*, int, int64_t) const {
     return device.multiprocessors;
   }
 
   template <typename Kernel, typename... Arguments>
-  void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
-    run_grid(dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
-             [&] { kernel(arguments...); });
-  }
-
-  template <typename Kernel, typename... Arguments>
-  void launch_together(Kernel* kernel, int64_t blocks, int64_t shared_bytes,
+  void launch_together(Kernel* kernel, int64_t blocks, int threads, int64_t shared_bytes,
                        const Arguments&... arguments) const {
     run_grid_together(
-        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(block_threads())),
+        dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
         [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
 };
