@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 
 namespace mnist_ops {
@@ -470,5 +471,56 @@ inline Tensor pooled_like(const char* op, const char* name, const Tensor& tensor
                   " and input are on different devices");
   return dense(tensor, input.channels_last);
 }
+
+// ----------------------------------------------------------------------------- operators
+
+// The operators of one backend, given, for checked arguments, dense tensors in the layout of x and
+// p as usable_norm_type gives it,
+//   pooled(x, geometry, p),
+//   pool_gradient(grad_output, x, output, geometry, p) and
+//   pool_second(direction, grad_output, x, output, geometry, p), which gives the derivative of the
+//   gradient in that direction with respect to grad_output and to x.
+template <auto pooled, auto pool_gradient, auto pool_second>
+struct PoolOperators {
+  using Sizes = std::vector<int64_t>;
+
+  static Tensor forward(const Tensor& input, double p, Sizes kernel, Sizes stride, Sizes padding,
+                        bool ceil_mode) {
+    const char* op = "lp_pool2d";
+    const Images x = images_of(op, "input", input);
+    const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+    return pooled(x, g, usable_norm_type(op, p, input.scalar_type()));
+  }
+
+  static Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& output,
+                         double p, Sizes kernel, Sizes stride, Sizes padding, bool ceil_mode) {
+    const char* op = "lp_pool2d_backward";
+    const Images x = images_of(op, "input", input);
+    const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+    p = usable_norm_type(op, p, input.scalar_type());
+    const Tensor y = pooled_like(op, "output", output, x, g);
+    return pool_gradient(pooled_like(op, "grad_output", grad_output, x, g), x, y, g, p);
+  }
+
+  static std::tuple<Tensor, Tensor> double_backward(const Tensor& grad_grad_input,
+                                                    const Tensor& grad_output, const Tensor& input,
+                                                    const Tensor& output, double p, Sizes kernel,
+                                                    Sizes stride, Sizes padding, bool ceil_mode) {
+    const char* op = "lp_pool2d_double_backward";
+    const Images x = images_of(op, "input", input);
+    const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
+    p = usable_norm_type(op, p, input.scalar_type());
+    check_like(op, "grad_grad_input", grad_grad_input, "input", input);
+    const Tensor direction = dense(grad_grad_input, x.channels_last);
+    const Tensor y = pooled_like(op, "output", output, x, g);
+    return pool_second(direction, pooled_like(op, "grad_output", grad_output, x, g), x, y, g, p);
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("lp_pool2d", TORCH_BOX(&PoolOperators::forward));
+    m.impl("lp_pool2d_backward", TORCH_BOX(&PoolOperators::backward));
+    m.impl("lp_pool2d_double_backward", TORCH_BOX(&PoolOperators::double_backward));
+  }
+};
 
 }  // namespace mnist_ops

@@ -444,37 +444,25 @@ Tensor backward_each(const Images& x, const PoolGeometry& g, double p, const Ten
   return converted(grad_input, x.data.scalar_type());
 }
 
-Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
-                 std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
+Tensor pooled(const Images& x, const PoolGeometry& g, double p) {
   if (x.data.numel() == 0) return new_pooled(x, g);
   const Grouping all(g, x.channels_last);
   if (!all.fits()) return forward_each(x, g, p);
   Tensor output = new_pooled(x, g);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     forward_batches(all, p, x.data.const_data_ptr<T>(), output.mutable_data_ptr<T>());
   });
   return output;
 }
 
-Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& output,
-                          double p, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                          std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d_backward";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
-  const Tensor y = pooled_like(op, "output", output, x, g);
-  const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
+Tensor pool_gradient(const Tensor& grad, const Images& x, const Tensor& y, const PoolGeometry& g,
+                     double p) {
   if (x.data.numel() == 0) return empty_images(x, g.H, g.W);
   const Grouping all(g, x.channels_last);
   if (!all.fits()) return backward_each(x, g, p, grad, y);
   Tensor grad_input = empty_images(x, g.H, g.W);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     backward_batches(all, p, grad.const_data_ptr<T>(), x.data.const_data_ptr<T>(),
                      y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>());
@@ -482,24 +470,13 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const 
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_input,
-                                                     const Tensor& grad_output, const Tensor& input,
-                                                     const Tensor& output, double p,
-                                                     std::vector<int64_t> kernel,
-                                                     std::vector<int64_t> stride,
-                                                     std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d_double_backward";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  const ScalarType stored = input.scalar_type(), dtype = type_to_compute_in(input);
-  p = usable_norm_type(op, p, stored);
-  check_like(op, "grad_grad_input", grad_grad_input, "input", input);
-  Tensor y = pooled_like(op, "output", output, x, g);
-  Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
+std::tuple<Tensor, Tensor> pool_second(const Tensor& stored_direction, const Tensor& stored_grad,
+                                       const Images& x, const Tensor& stored_y,
+                                       const PoolGeometry& g, double p) {
   if (x.data.numel() == 0) return {new_pooled(x, g), empty_images(x, g.H, g.W)};
-  const Tensor direction = converted(dense(grad_grad_input, x.channels_last), dtype);
-  const Tensor image = converted(x.data, dtype);
-  y = converted(y, dtype), grad = converted(grad, dtype);
+  const ScalarType stored = x.data.scalar_type(), dtype = type_to_compute_in(x.data);
+  const Tensor direction = converted(stored_direction, dtype), image = converted(x.data, dtype);
+  const Tensor y = converted(stored_y, dtype), grad = converted(stored_grad, dtype);
   Tensor directional = empty_images(x, g.OH, g.OW, dtype);
   Tensor grad_input = empty_images(x, g.H, g.W, dtype);
   dispatch_computed(image, [&](auto element) {
@@ -530,9 +507,7 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CPU, m) {
-  m.impl("lp_pool2d", TORCH_BOX(&lp_pool2d));
-  m.impl("lp_pool2d_backward", TORCH_BOX(&lp_pool2d_backward));
-  m.impl("lp_pool2d_double_backward", TORCH_BOX(&lp_pool2d_double_backward));
+  PoolOperators<&pooled, &pool_gradient, &pool_second>::register_all(m);
 }
 
 }  // namespace mnist_ops::cpu

@@ -11,73 +11,30 @@
 
 namespace mnist_ops::cuda {
 
-// 2^x by one instruction, to a few units in the last place of float32; denormals are zero.
-__device__ __forceinline__ float two_to_the(float x) {
+// float name(float x): one instruction of PTX, and what it stands for.
 #if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+#define MNIST_OPS_APPROXIMATE(name, instruction, exact) \
+  __device__ __forceinline__ float name(float x) {      \
+    float y;                                            \
+    asm(instruction ".f32 %0, %1;" : "=f"(y) : "f"(x)); \
+    return y;                                           \
+  }
 #else
-  return std::exp2(x);
+#define MNIST_OPS_APPROXIMATE(name, instruction, exact) \
+  __device__ __forceinline__ float name(float x) {      \
+    return exact;                                       \
+  }
 #endif
-}
 
-__device__ __forceinline__ float reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.0f / x;
-#endif
-}
-
-__device__ __forceinline__ float reciprocal_root(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.0f / std::sqrt(x);
-#endif
-}
+MNIST_OPS_APPROXIMATE(two_to_the, "ex2.approx.ftz", std::exp2(x))
+MNIST_OPS_APPROXIMATE(reciprocal, "rcp.approx.ftz", 1.0f / x)
+MNIST_OPS_APPROXIMATE(reciprocal_root, "rsqrt.approx.ftz", 1.0f / std::sqrt(x))
+MNIST_OPS_APPROXIMATE(approximate_root, "sqrt.approx.ftz", std::sqrt(x))
+MNIST_OPS_APPROXIMATE(approximate_tanh, "tanh.approx", elementary::tanh(x))  // within 2^-11
+#undef MNIST_OPS_APPROXIMATE
 
 __device__ __forceinline__ double reciprocal_root(double x) {
   return 1.0 / std::sqrt(x);
-}
-
-__device__ __forceinline__ float approximate_root(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::sqrt(x);
-#endif
-}
-
-// One instruction, within 2^-11 of the value.
-__device__ __forceinline__ float approximate_tanh(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return elementary::tanh(x);
-#endif
-}
-
-// x within [-bound, bound]; NaN stays NaN.
-__device__ __forceinline__ float clamped(float x, float bound) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("{\n\tmin.NaN.f32 %0, %0, %1;\n\tmax.NaN.f32 %0, %0, %2;\n\t}"
-      : "+f"(x)
-      : "f"(bound), "f"(-bound));
-  return x;
-#else
-  x = x > bound ? bound : x;
-  return x < -bound ? -bound : x;
-#endif
 }
 
 }  // namespace mnist_ops::cuda

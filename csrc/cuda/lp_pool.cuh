@@ -2,21 +2,22 @@
 //
 // p = 1, 2 and inf are bound by memory: one read of the input and one write forward; gradient,
 // input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
-// which multiply. Four kinds of kernels, the first that fits:
+// which multiply. Three kinds of kernels, the first that fits:
 //   pairs     NCHW, windows with stride 2 and no padding, 2x2 (the reports' pooling) with p = 1, 2,
-//             3, 4 or inf, or 3x3 with p = 1 or 2: a thread takes a pack of neighbouring elements
-//             of each of a window's rows, and all windows that begin in it. 2x2: everything is read
-//             and written once, in packs, backward too, where the windows tile the image. 3x3: what
-//             windows share comes from L1.
+//             3, 4 or inf, and backward 3x3 with p = 1 or 2: a thread takes a pack of neighbouring
+//             elements of each of a window's rows. 2x2: everything is read and written once, in
+//             packs, backward too, where the windows tile the image. 3x3: what windows share comes
+//             from L1.
 //   blocks    NHWC, the same 2x2 windows with p = 2, not in float64: a thread takes a pack of
 //             channels of one result; backward, of the window's four pixels
-//   channels  NHWC, any windows, p = 1, 2, inf: a thread takes a pack of channels of one result;
-//             what windows share comes from L1 and L2.
 //   one       a thread computes one result with the functions of ../lp_pool.h, results in the order
 //             of memory, so that writes are coalesced and reads are apart by no more than the
 //             stride.
-// On an H100 the first two run at 90 to 103 % of a copy's bandwidth with p = 2 and 2x2 windows.
-// Divisions that find a result's place are in 32 bits, two or three for all that a thread does.
+// On an H100 the first two run at 90 to 103 % of a copy's bandwidth with p = 2 and 2x2 windows. The
+// third one, in float32 and forward, with 3x3 windows and in NHWC with any, took no more than 30 to
+// 35 us with its launch for 67 MB, 77 to 90 %: packs of channels, of which there were kernels for
+// all windows, could gain little. Divisions that find a result's place are in 32 bits, two or three
+// for all that a thread does.
 //
 // The gradients gather from the windows over an element, in a fixed order: no atomics.
 #pragma once
@@ -144,37 +145,33 @@ inline int common_window(const PoolGeometry& g) {
 template <typename T>
 constexpr int kFew = kPackSize<T> < 4 ? kPackSize<T> : 4;
 
-// Calls body with the pack that rows of the input consist of, and gives whether there is one. NCHW.
+// Calls body with n and the sizes in packs of n where rows of the input consist of those, and gives
+// whether they do. NCHW.
+template <typename T, int n, typename F>
+bool dispatch_pack_of_row(const PoolGeometry& g, bool aligned, const F& body) {
+  if (!aligned || !counts_in_32_bits(g) || g.W % n != 0) return false;
+  body(Number<n>{},
+       PairGeometry{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
+                    static_cast<int>(g.OW), static_cast<int>(g.W / n)});
+  return true;
+}
+
+// The same with a pack for 2x2 windows of this norm.
 template <Norm norm, typename T, typename F>
-bool dispatch_pairs(const PoolGeometry& g, int window, bool aligned, const F& body) {
-  if (window == 0 || !aligned || !counts_in_32_bits(g)) return false;
-  const auto take = [&](auto size, auto pack) {
-    constexpr int n = decltype(pack)::value;
-    if (g.W % n != 0) return false;
-    body(size, pack,
-         PairGeometry{static_cast<int>(g.H), static_cast<int>(g.W), static_cast<int>(g.OH),
-                      static_cast<int>(g.OW), static_cast<int>(g.W / n)});
-    return true;
-  };
+bool dispatch_pairs(const PoolGeometry& g, bool aligned, const F& body) {
   if constexpr (norm == Norm::kTwo) {
-    constexpr int n = kPackSize<T>;
-    if (window == 2 && take(Number<2>{}, Number<n>{})) return true;
-    if (n > 2 && window == 2) return take(Number<2>{}, Number<n == 2 ? 2 : n / 2>{});
+    constexpr int n = kPackSize<T>, half = n > 2 ? n / 2 : 2;
+    return dispatch_pack_of_row<T, n>(g, aligned, body) ||
+           (half < n && dispatch_pack_of_row<T, half>(g, aligned, body));
   } else {
-    if (window == 2) return take(Number<2>{}, Number<kFew<T>>{});
+    return dispatch_pack_of_row<T, kFew<T>>(g, aligned, body);
   }
-  if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
-    if (window == 3) return take(Number<3>{}, Number<kFew<T>>{});
-  }
-  return false;
 }
 
 // Whether channels can be taken in packs, counted in 32 bits. NHWC.
 template <typename T>
 bool takes_channels(const PoolGeometry& g, bool aligned) {
-  // Sums of more terms are added in blocks, one thread a result.
-  return aligned && g.kernel_h * g.kernel_w <= kBlockTerms && g.C % kPackSize<T> == 0 &&
-         counts_in_32_bits(g) && fits_narrow(g, g.N);
+  return aligned && g.C % kPackSize<T> == 0 && counts_in_32_bits(g) && fits_narrow(g, g.N);
 }
 
 // The operators once their arguments are checked; all tensors in the layout of x. For p as

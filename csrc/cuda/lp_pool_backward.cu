@@ -110,51 +110,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <Norm norm, int n, typename T>
-__global__ void __launch_bounds__(kThreads, norm == Norm::kInf ? 2 : kResidentBlocks<T>)
-    backward_channels_kernel(int count, PoolGeometryOf<int32_t> g,
-                             const T* __restrict__ grad_output, const T* __restrict__ input,
-                             const T* __restrict__ output, T* __restrict__ grad_input) {
-  using A = opmath_t<T>;
-  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
-    const ChannelPlace at = channel_place(item, g.H, g.W, g.C / n);
-    const T* image = input + g.input_offset(at.n, at.c * n);
-    const int outputs = g.output_offset(at.n, at.c * n);
-    const Pack<T, n> xs = load_pack<n>(input + item * n);
-    A sums[n] = {};
-    for (int oh = g.first_window(at.h); oh < g.last_window(at.h); ++oh) {
-      for (int ow = g.first_window_column(at.w); ow < g.last_window_column(at.w); ++ow) {
-        const int o = outputs + oh * g.out_h + ow * g.out_w;
-        const Pack<T, n> ys = load_pack<n>(output + o), gs = load_pack<n>(grad_output + o);
-        A ties[n] = {};
-        if constexpr (norm == Norm::kInf) {
-          for (int ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-            for (int iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-              const Pack<T, n> others = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
-#pragma unroll
-              for (int j = 0; j < n; ++j) {
-                ties[j] +=
-                    A(magnitude(static_cast<A>(others.values[j])) == static_cast<A>(ys.values[j]));
-              }
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-          const Slopes<norm, A> window(static_cast<A>(ys.values[j]));
-          A slope = window.at(static_cast<A>(xs.values[j]), A(2));
-          if (norm == Norm::kInf && slope != A(0) && slope == slope) slope /= ties[j];
-          sums[j] += static_cast<A>(gs.values[j]) * slope;
-        }
-      }
-    }
-    Pack<T, n> to;
-#pragma unroll
-    for (int j = 0; j < n; ++j) to.values[j] = static_cast<T>(sums[j]);
-    store_pack(grad_input + item * n, to);
-  }
-}
-
 // 2x2 windows with stride 2, p = 2: the pixels 2 h and 2 h + 1, 2 w and 2 w + 1, over which lies
 // one window, or none where the image ends.
 template <int n, typename T>
@@ -197,42 +152,37 @@ __global__ void __launch_bounds__(kThreads)
 template <Norm norm, typename T>
 bool backward_packs(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
                     const T* grad_output, const T* input, const T* output, T* grad_input) {
-  if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
-  const bool aligned = are_aligned(grad_output, input, output, grad_input);
   const int window = common_window(g);
+  if (window == 0 || (norm == Norm::kGeneral && p != 3 && p != 4)) return false;
+  const bool aligned = are_aligned(grad_output, input, output, grad_input);
   if (!channels_last) {
-    // Windows of two must tile the image: elements that are in none are not written.
-    if (window == 2 && (g.H != 2 * g.OH || g.W != 2 * g.OW)) return false;
-    return dispatch_pairs<norm, T>(
-        g, window, aligned, [&](auto size, auto pack, const PairGeometry& pairs) {
-          constexpr int n = decltype(pack)::value;
-          const int64_t count = g.N * g.C * ((g.H + 1) / 2) * pairs.columns;
-          const auto run = [&](auto* kernel) {
-            launcher.run_over(kernel, count, static_cast<int>(count), pairs,
-                              static_cast<opmath_t<T>>(p), grad_output, input, output, grad_input);
-          };
-          if constexpr (decltype(size)::value == 2) {
-            run(backward_tiles_kernel<norm, n, T>);
-          } else {
-            run(backward_threes_kernel<norm, n, T>);
-          }
-        });
-  }
-  if constexpr (norm != Norm::kGeneral) {
-    if (!takes_channels<T>(g, aligned)) return false;
-    constexpr int n = kPackSize<T>;
-    const auto run = [&](auto* kernel, int64_t pixels) {
-      const int64_t count = g.N * pixels * g.C / n;
-      launcher.run_over(kernel, count, static_cast<int>(count), narrow(g), grad_output, input,
-                        output, grad_input);
-      return true;
+    const auto run = [&](auto* kernel, const PairGeometry& pairs) {
+      const int64_t count = g.N * g.C * ((g.H + 1) / 2) * pairs.columns;
+      launcher.run_over(kernel, count, static_cast<int>(count), pairs, static_cast<opmath_t<T>>(p),
+                        grad_output, input, output, grad_input);
     };
-    if constexpr (norm == Norm::kTwo && !std::is_same_v<T, double>) {
-      if (window == 2) {
-        return run(backward_blocks_kernel<n, T>, ceil_div(g.H, 2) * ceil_div(g.W, 2));
-      }
+    if (window == 2) {
+      // They must tile the image: elements that are in no window are not written.
+      if (g.H != 2 * g.OH || g.W != 2 * g.OW) return false;
+      return dispatch_pairs<norm, T>(g, aligned, [&](auto pack, const PairGeometry& pairs) {
+        run(backward_tiles_kernel<norm, decltype(pack)::value, T>, pairs);
+      });
     }
-    return run(backward_channels_kernel<norm, n, T>, g.H * g.W);
+    if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
+      return dispatch_pack_of_row<T, kFew<T>>(
+          g, aligned, [&](auto pack, const PairGeometry& pairs) {
+            run(backward_threes_kernel<norm, decltype(pack)::value, T>, pairs);
+          });
+    }
+    return false;
+  }
+  if constexpr (norm == Norm::kTwo && !std::is_same_v<T, double>) {
+    if (window != 2 || !takes_channels<T>(g, aligned)) return false;
+    constexpr int n = kPackSize<T>;
+    const int64_t count = g.N * ceil_div(g.H, 2) * ceil_div(g.W, 2) * g.C / n;
+    launcher.run_over(backward_blocks_kernel<n, T>, count, static_cast<int>(count), narrow(g),
+                      grad_output, input, output, grad_input);
+    return true;
   }
   return false;
 }
@@ -278,7 +228,7 @@ Tensor pool_gradient(const Tensor& grad_output, const Images& x, const Tensor& o
   const Launcher launcher(x.data);
   Tensor grad_input = empty_images(x, x.H, x.W);
   if (x.data.numel() == 0) return grad_input;
-  dispatch_floating("lp_pool2d_backward", x.data.scalar_type(), [&](auto element) {
+  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T *grad = grad_output.const_data_ptr<T>(), *in = x.data.const_data_ptr<T>();
     const T* out = output.const_data_ptr<T>();
@@ -301,43 +251,18 @@ Tensor pool_gradient(const Tensor& grad_output, const Images& x, const Tensor& o
 
 namespace {
 
-Tensor lp_pool2d_backward(const Tensor& grad_output, const Tensor& input, const Tensor& output,
-                          double p, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                          std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d_backward";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
-  const Tensor y = pooled_like(op, "output", output, x, geometry);
-  return pool_gradient(pooled_like(op, "grad_output", grad_output, x, geometry), x, y, geometry, p);
-}
-
-std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_input,
-                                                     const Tensor& grad_output, const Tensor& input,
-                                                     const Tensor& output, double p,
-                                                     std::vector<int64_t> kernel,
-                                                     std::vector<int64_t> stride,
-                                                     std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d_double_backward";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  p = usable_norm_type(op, p, input.scalar_type());
-  check_like(op, "grad_grad_input", grad_grad_input, "input", input);
-  const Tensor direction = dense(grad_grad_input, x.channels_last);
-  const Tensor y = pooled_like(op, "output", output, x, g);
-  const Tensor grad = pooled_like(op, "grad_output", grad_output, x, g);
-  const Launcher launcher(input);
+std::tuple<Tensor, Tensor> pool_second(const Tensor& direction, const Tensor& grad, const Images& x,
+                                       const Tensor& y, const PoolGeometry& g, double p) {
+  const Launcher launcher(x.data);
   Tensor directional = new_pooled(x, g);
   Tensor grad_input = empty_images(x, g.H, g.W);
   if (x.data.numel() == 0) return {directional, grad_input};
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    const T* in = x.data.const_data_ptr<T>();
-    const T* v = direction.const_data_ptr<T>();
-    const T* out = y.const_data_ptr<T>();
+    const T *in = x.data.const_data_ptr<T>(), *out = y.const_data_ptr<T>();
+    const T *v = direction.const_data_ptr<T>(), *gy = grad.const_data_ptr<T>();
     T* dd = directional.mutable_data_ptr<T>();
-    const T* gy = grad.const_data_ptr<T>();
     launcher.run_over(directional_kernel<T>, directional.numel(), directional.numel(), g,
                       x.channels_last, static_cast<A>(p), v, in, out, dd);
     launcher.run_over(second_kernel<T>, grad_input.numel(), grad_input.numel(), g, x.channels_last,
@@ -350,8 +275,7 @@ std::tuple<Tensor, Tensor> lp_pool2d_double_backward(const Tensor& grad_grad_inp
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  m.impl("lp_pool2d_backward", TORCH_BOX(&lp_pool2d_backward));
-  m.impl("lp_pool2d_double_backward", TORCH_BOX(&lp_pool2d_double_backward));
+  PoolOperators<&pooled, &pool_gradient, &pool_second>::register_all(m);
 }
 
 }  // namespace mnist_ops::cuda

@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, I>)
   }
 }
 
-// n elements of each of kSize rows, n / 2 windows.
-template <Norm norm, int kSize, int n, typename T>
+// n elements of each of two rows, n / 2 windows of 2x2.
+template <Norm norm, int n, typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_pairs_kernel(int count, PairGeometry g, bool packed_out, opmath_t<T> p,
                          const T* __restrict__ input, T* __restrict__ output) {
@@ -28,24 +28,13 @@ __global__ void __launch_bounds__(kThreads)
     const PairPlace at = pair_place(item, g.OH, g.columns);
     const T* x = input + (at.plane * g.H + 2 * at.row) * g.W + at.column * n;
     const int ow = at.column * (n / 2);
-    A rows[kSize][n + 1];
-#pragma unroll
-    for (int kh = 0; kh < kSize; ++kh) {
-      const Pack<T, n> pack = load_pack<n>(x + kh * g.W);
-#pragma unroll
-      for (int j = 0; j < n; ++j) rows[kh][j] = static_cast<A>(pack.values[j]);
-      // The last window of three columns reaches into the next pack.
-      rows[kh][n] = kSize == 3 && ow + n / 2 <= g.OW ? static_cast<A>(x[kh * g.W + n]) : A(0);
-    }
+    const Pack<T, n> rows[2] = {load_pack<n>(x), load_pack<n>(x + g.W)};
     Pack<T, n / 2> to;
 #pragma unroll
     for (int m = 0; m < n / 2; ++m) {
-      A taps[kSize * kSize];
+      A taps[4];
 #pragma unroll
-      for (int kh = 0; kh < kSize; ++kh) {
-#pragma unroll
-        for (int kw = 0; kw < kSize; ++kw) taps[kh * kSize + kw] = rows[kh][2 * m + kw];
-      }
+      for (int k = 0; k < 4; ++k) taps[k] = static_cast<A>(rows[k / 2].values[2 * m + k % 2]);
       to.values[m] = static_cast<T>(norm_of_taps<norm>(taps, p));
     }
     T* y = output + (at.plane * g.OH + at.row) * g.OW + ow;
@@ -55,53 +44,6 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int m = 0; m < n / 2; ++m) {
         if (ow + m < g.OW) y[m] = to.values[m];
-      }
-    }
-  }
-}
-
-template <Norm norm, int n, typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
-    forward_channels_kernel(int count, PoolGeometryOf<int32_t> g, const T* __restrict__ input,
-                            T* __restrict__ output) {
-  using A = opmath_t<T>;
-  for (int item = first_item<int>(); item < count; item += item_stride<int>()) {
-    const ChannelPlace at = channel_place(item, g.OH, g.OW, g.C / n);
-    const T* image = input + g.input_offset(at.n, at.c * n);
-    const int top = g.first_row(at.h), bottom = g.last_row(at.h);
-    const int left = g.first_column(at.w), right = g.last_column(at.w);
-    A sums[n] = {};
-    for (int ih = top; ih < bottom; ++ih) {
-      for (int iw = left; iw < right; ++iw) {
-        const Pack<T, n> pack = load_pack<n>(image + ih * g.in_h + iw * g.in_w);
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-          const A x = static_cast<A>(pack.values[j]), size = magnitude(x);
-          if (norm == Norm::kInf) {
-            if (size > sums[j] || size != size) sums[j] = size;
-          } else {
-            sums[j] += norm == Norm::kTwo ? x * x : size;
-          }
-        }
-      }
-    }
-    Pack<T, n> to;
-    unsigned unsafe = 0;  // sums of squares, one bit each
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if (norm == Norm::kTwo) {
-        if (!is_safe_square_sum(sums[j])) unsafe |= 1u << j;
-        sums[j] = std::sqrt(sums[j]);
-      }
-      to.values[j] = static_cast<T>(sums[j]);
-    }
-    store_pack(output + item * n, to);
-    if constexpr (norm == Norm::kTwo) {
-#pragma unroll 1
-      for (int j = 0; unsafe != 0; ++j, unsafe >>= 1) {  // once, not n times, in the code
-        if ((unsafe & 1u) == 0) continue;
-        output[item * n + j] =
-            static_cast<T>(scaled_window_norm<norm>(image + j, g, A(2), at.h, at.w));
       }
     }
   }
@@ -134,32 +76,24 @@ __global__ void __launch_bounds__(kThreads)
 template <Norm norm, typename T>
 bool forward_packs(const Launcher& launcher, const PoolGeometry& g, bool channels_last, double p,
                    const T* input, T* output) {
-  if (norm == Norm::kGeneral && p != 3 && p != 4) return false;
+  if (common_window(g) != 2 || (norm == Norm::kGeneral && p != 3 && p != 4)) return false;
   const bool aligned = are_aligned(input, output);
-  const int window = common_window(g);
   if (!channels_last) {
-    return dispatch_pairs<norm, T>(
-        g, window, aligned, [&](auto size, auto pack, PairGeometry pairs) {
-          constexpr int n = decltype(pack)::value;
-          pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
-          const int64_t count = g.N * g.C * g.OH * pairs.columns;
-          launcher.run_over(forward_pairs_kernel<norm, decltype(size)::value, n, T>, count,
-                            static_cast<int>(count), pairs, g.OW % (n / 2) == 0,
-                            static_cast<opmath_t<T>>(p), input, output);
-        });
+    return dispatch_pairs<norm, T>(g, aligned, [&](auto pack, PairGeometry pairs) {
+      constexpr int n = decltype(pack)::value;
+      pairs.columns = static_cast<int>(ceil_div(g.OW, n / 2));
+      const int64_t count = g.N * g.C * g.OH * pairs.columns;
+      launcher.run_over(forward_pairs_kernel<norm, n, T>, count, static_cast<int>(count), pairs,
+                        g.OW % (n / 2) == 0, static_cast<opmath_t<T>>(p), input, output);
+    });
   }
-  if constexpr (norm != Norm::kGeneral) {
+  if constexpr (norm == Norm::kTwo && !std::is_same_v<T, double>) {
     if (!takes_channels<T>(g, aligned)) return false;
     constexpr int n = kPackSize<T>;
     const int64_t count = g.N * g.OH * g.OW * g.C / n;
-    const auto run = [&](auto* kernel) {
-      launcher.run_over(kernel, count, static_cast<int>(count), narrow(g), input, output);
-      return true;
-    };
-    if constexpr (norm == Norm::kTwo && !std::is_same_v<T, double>) {
-      if (window == 2) return run(forward_blocks_kernel<n, T>);
-    }
-    return run(forward_channels_kernel<norm, n, T>);
+    launcher.run_over(forward_blocks_kernel<n, T>, count, static_cast<int>(count), narrow(g), input,
+                      output);
+    return true;
   }
   return false;
 }
@@ -187,22 +121,6 @@ Tensor pooled(const Images& x, const PoolGeometry& geometry, double p) {
     });
   });
   return output;
-}
-
-namespace {
-
-Tensor lp_pool2d(const Tensor& input, double p, std::vector<int64_t> kernel,
-                 std::vector<int64_t> stride, std::vector<int64_t> padding, bool ceil_mode) {
-  const char* op = "lp_pool2d";
-  const Images x = images_of(op, "input", input);
-  const PoolGeometry geometry = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
-  return pooled(x, geometry, usable_norm_type(op, p, input.scalar_type()));
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  m.impl("lp_pool2d", TORCH_BOX(&lp_pool2d));
 }
 
 }  // namespace mnist_ops::cuda

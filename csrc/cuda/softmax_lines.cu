@@ -25,13 +25,6 @@ __device__ __forceinline__ V combine_lines(V value, V* shared, const Combine& co
   return value;
 }
 
-// Shared memory for one value a thread; V may have constructors, which __shared__ may not.
-template <typename V>
-struct alignas(V) SharedValues {
-  unsigned char bytes[sizeof(V) * kThreads];
-  __device__ V* get() { return reinterpret_cast<V*>(bytes); }
-};
-
 // The first element of a line; its elements are g.inner apart.
 __device__ __forceinline__ int64_t line_offset(const SoftmaxGeometry& g, int64_t line) {
   const int64_t outer = line / g.inner;
@@ -42,7 +35,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Kind kind, Forward<T> f) {
   using A = opmath_t<T>;
   using Part = Partial<A, double>;
-  __shared__ SharedValues<Part> shared;
+  __shared__ SharedBytes<sizeof(Part) * kThreads> shared;
   const Differences<A>& difference = f.differences;
   const int64_t lines = f.g.outer * f.g.inner, size = f.g.size, step = f.g.inner;
   // The same number of turns for every thread of a block: they meet at the barriers.
@@ -63,8 +56,8 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Kind kind, Forw
       }
       whole.template add_all<T>(values, difference);
     }
-    whole =
-        combine_lines(whole, shared.get(), [&](Part& a, const Part& b) { a.merge(b, difference); });
+    whole = combine_lines(whole, shared.template as<Part>(),
+                          [&](Part& a, const Part& b) { a.merge(b, difference); });
     whole.finish();
     const A largest = whole.largest, sum = static_cast<A>(whole.sum);
     if (kind == Kind::kNll) {
@@ -86,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Kind kind, Forw
 template <typename T>
 __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Kind kind, Backward<T> b) {
   using A = opmath_t<T>;
-  __shared__ SharedValues<double> shared;
+  __shared__ SharedBytes<sizeof(double) * kThreads> shared;
   const int64_t lines = b.g.outer * b.g.inner, size = b.g.size, step = b.g.inner;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.x; base < lines;
        base += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -105,8 +98,8 @@ __global__ void __launch_bounds__(kThreads) backward_lines_kernel(Kind kind, Bac
       }
       total += static_cast<double>(part);
     }
-    const A sum = static_cast<A>(
-        combine_lines(total, shared.get(), [](double& a, double other) { a += other; }));
+    const A sum = static_cast<A>(combine_lines(total, shared.template as<double>(),
+                                               [](double& a, double other) { a += other; }));
     T* result = b.result + offset;
 #pragma unroll 4
     for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {

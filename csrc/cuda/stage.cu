@@ -31,16 +31,14 @@ namespace {
 enum class Precision {
   kFull,    // as in activation.h
   kSingle,  // 3 units in the last place of float32
-  kHalf,    // 2^-14 of the value: a quarter of float16's last place
-  kCoarse,  // 2^-11: a quarter of bfloat16's
+  kCoarse,  // 2^-11 of the value: a quarter of bfloat16's last place
 };
 
 // What the forward pass computes its activations to.
 template <typename T>
-constexpr Precision kPrecision = std::is_same_v<T, double>  ? Precision::kFull
-                                 : std::is_same_v<T, float> ? Precision::kSingle
-                                 : std::is_same_v<T, Half>  ? Precision::kHalf
-                                                            : Precision::kCoarse;
+constexpr Precision kPrecision = std::is_same_v<T, double>     ? Precision::kFull
+                                 : std::is_same_v<T, BFloat16> ? Precision::kCoarse
+                                                               : Precision::kSingle;
 
 // tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial.
 __device__ __forceinline__ float tanh_of_parts(float x, float far) {
@@ -57,18 +55,6 @@ template <Precision precision>
 __device__ __forceinline__ float fast_tanh(float x) {
   if constexpr (precision == Precision::kCoarse) {
     return approximate_tanh(x);
-  } else if constexpr (precision == Precision::kHalf) {
-    // x P(x^2) / Q(x^2), 4e-6 from tanh up to 5.5, where tanh is 1 - 3.3e-5.
-    x = clamped(x, 5.5f);
-    const float s = x * x;
-    float p = 1.575995e-3f;
-    p = elementary::fmadd(p, s, 0.115749445f);
-    p = elementary::fmadd(p, s, 0.999995946f);
-    float q = 6.02852609e-5f;
-    q = elementary::fmadd(q, s, 1.79639782e-2f);
-    q = elementary::fmadd(q, s, 0.449053077f);
-    q = elementary::fmadd(q, s, 1.0f);
-    return x * p * reciprocal(q);
   } else {
     // 1 - 2 / (exp(2 |x|) + 1).
     const float size = std::fabs(x);
@@ -132,7 +118,7 @@ __device__ __forceinline__ A tile_norm(const A (&a)[4]) {
   A sum;
   const A scale = scaled_square_sum(a, sum);
   A norm;
-  if constexpr (precision == Precision::kHalf || precision == Precision::kCoarse) {
+  if constexpr (precision == Precision::kCoarse) {
     norm = approximate_root(sum);
   } else {
     norm = std::sqrt(sum);

@@ -57,11 +57,8 @@ PACKED = (
     Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one
-    Packed(f"forward_pairs_kernel<., ., {N}, {TYPE}>", out=2, rest=True),
+    Packed(f"forward_pairs_kernel<., {N}, {TYPE}>", out=2, rest=True),
     Packed(f"backward_(tiles|threes)_kernel<., {N}, {TYPE}>"),
-    # elements of windows whose squares leave the range are stored one by one
-    Packed(f"forward_channels_kernel<., {N}, {TYPE}>", rest=True),
-    Packed(f"backward_channels_kernel<., {N}, {TYPE}>"),
     Packed(f"(forward|backward)_blocks_kernel<{N}, {TYPE}>"),
     # sigmoid.cu
     Packed(rf"map_kernel<{N}, \w+, \w+, {TYPE}>", rest=True),
@@ -206,7 +203,7 @@ def test_faults_are_found():
     ]
     eight = "backward_columns_kernel<4, Half>"
     assert faults(eight, Counter({("LDG", 8): 8, ("STG", 8): 4})) == []
-    pairs = "forward_pairs_kernel<2, 2, 8, Half>"
+    pairs = "forward_pairs_kernel<2, 8, Half>"
     assert faults(pairs, Counter({("LDG", 16): 2, ("STG", 8): 1})) == []
     assert faults("prepare_kernel<float>", Counter({("LDL", 4): 1})) == []
     assert demangled("_ZN9mnist_ops4cuda12_GLOBAL__N_114prepare_kernelIfEEvlPT_") == (
