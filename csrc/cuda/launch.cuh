@@ -42,7 +42,7 @@ struct Number {
   static constexpr int value = n;
 };
 
-// Division by one number again and again: of i with divisor * (i + 1) <= 2^32.
+// Division by one number again and again: of i < 2^32 - 1 with divisor * (i + 1) <= 2^32.
 struct Divider {
   uint32_t divisor = 1, magic = UINT32_MAX;
 
@@ -51,7 +51,7 @@ struct Divider {
       : divisor(static_cast<uint32_t>(d)), magic(UINT32_MAX / static_cast<uint32_t>(d)) {}
 
   MNIST_OPS_HD uint32_t quotient(uint32_t i) const {
-    return static_cast<uint32_t>((static_cast<uint64_t>(i) * magic + magic) >> 32);
+    return static_cast<uint32_t>((static_cast<uint64_t>(i + 1) * magic) >> 32);  // two instructions
   }
   MNIST_OPS_HD uint32_t remainder(uint32_t i) const { return i - quotient(i) * divisor; }
 };
@@ -74,9 +74,7 @@ using cuda_emulator::largest_narrow_index;
 using cuda_emulator::multiprocessor_count;
 using cuda_emulator::Multiprocessors;
 using cuda_emulator::multiprocessors;
-using cuda_emulator::of_block;
 using cuda_emulator::shared_memory_limit;
-using cuda_emulator::sync_cluster;
 #else
 inline int64_t largest_narrow_index() {
   return std::numeric_limits<int32_t>::max();
@@ -258,17 +256,6 @@ __device__ __forceinline__ A* cluster_peer(A* variable, int block) {
 #endif
 }
 
-// Both halves at once, and the address at which a block of the cluster has what lies at `mine` in
-// this block's shared memory.
-__device__ __forceinline__ void sync_cluster() {
-  cluster_arrive();
-  cluster_wait();
-}
-template <typename V>
-__device__ __forceinline__ const V* of_block(const V* mine, int rank) {
-  return cluster_peer(mine, rank);
-}
-
 // Makes a tensor's device the current one for as long as it lives, and launches on its stream.
 class CurrentStream {
  public:
@@ -297,12 +284,12 @@ class CurrentStream {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // Blocks in clusters of so many neighbours; false if the device, or the code that was compiled
-  // for it, has none of this size.
+  // Blocks in clusters of so many neighbours, with up to 48 KiB of dynamic shared memory; false if
+  // the device, or the code that was compiled for it, has none of this size.
   template <typename Kernel, typename... Arguments>
   bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
-                       const Arguments&... arguments) const {
-    const ClusterLaunch launch(blocks, cluster, threads, 0, stream_);
+                       int64_t shared_bytes, const Arguments&... arguments) const {
+    const ClusterLaunch launch(blocks, cluster, threads, shared_bytes, stream_);
     const void* const address = address_of(kernel);
     const bool fits = remembered([&] { return has_clusters(address) && launch.fits(address); },
                                  address, cluster, threads.x);
@@ -357,6 +344,12 @@ class CurrentStream {
 };
 #endif
 
+// Both halves of a cluster's barrier at once.
+__device__ __forceinline__ void sync_cluster() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // Whether indices below count fit into int32_t, with room for the step of a grid-stride loop.
 inline bool fits_32_bits(int64_t count) {
   return count <= largest_narrow_index() - kMaxBlocks * kThreads;
@@ -401,15 +394,15 @@ class Launcher {
   // A cluster of so many blocks for each item; false, and nothing done, where there are none. One
   // block is not called a cluster.
   template <typename Kernel, typename... Arguments>
-  bool run_clusters(Kernel* kernel, int64_t items, int cluster, int threads,
+  bool run_clusters(Kernel* kernel, int64_t items, int cluster, int threads, int64_t shared_bytes,
                     const Arguments&... arguments) const {
     if (cluster == 1) {
-      run_blocks(kernel, items, threads, arguments...);
+      run_blocks_with_shared(kernel, items, threads, shared_bytes, arguments...);
       return true;
     }
-    return items == 0 ||
-           stream_.launch_clusters(kernel, std::min(items, kMaxBlocks / cluster) * cluster, cluster,
-                                   dim3(static_cast<unsigned>(threads)), arguments...);
+    return items == 0 || stream_.launch_clusters(
+                             kernel, std::min(items, kMaxBlocks / cluster) * cluster, cluster,
+                             dim3(static_cast<unsigned>(threads)), shared_bytes, arguments...);
   }
 
   // Clusters of blocks, each of which takes one item at a time.

@@ -26,6 +26,11 @@
 namespace mnist_ops::cuda {
 namespace {
 
+template <typename T>
+void run(const NormCall<T>& call) {
+  if (!run_images(call)) run_steps(call);
+}
+
 Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
                const LocalNormOptions& options) {
   const Images x = images_of(op, "input", input);
@@ -36,10 +41,8 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
   dispatch_floating(op, input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     if (output.numel() == 0) return;
-    const T* in = x.data.const_data_ptr<T>();
-    T* out = output.mutable_data_ptr<T>();
-    if (run_images<false, T>(launcher, x, kernel, options, false, in, in, out)) return;
-    forward_images(launcher, x, kernel, options, in, out);
+    run<T>({launcher, x, kernel, options, false, nullptr, x.data.const_data_ptr<T>(),
+            output.mutable_data_ptr<T>()});
   });
   return output;
 }
@@ -58,14 +61,9 @@ Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
     if (grad_input.numel() == 0) return;
     const T* go = grad.const_data_ptr<T>();
     T* gi = grad_input.mutable_data_ptr<T>();
-    if (options.kind == LocalNorm::kSubtractive) {
-      if (run_images<false, T>(launcher, x, kernel, options, true, go, go, gi)) return;
-      subtractive_backward_images(launcher, x, kernel, options, go, gi);
-    } else {
-      const T* in = x.data.const_data_ptr<T>();
-      if (run_images<true, T>(launcher, x, kernel, options, false, go, in, gi)) return;
-      divisive_backward_images(launcher, x, kernel, options, go, in, gi);
-    }
+    const bool adjoint = options.kind == LocalNorm::kSubtractive;
+    run<T>({launcher, x, kernel, options, adjoint, adjoint ? nullptr : go,
+            adjoint ? go : x.data.const_data_ptr<T>(), gi});
   });
   return grad_input;
 }

@@ -313,24 +313,33 @@ __device__ __forceinline__ void backward_image(const Block& block, const T* g, c
   block.apply(GradientOfDivisor<Block::kExact, A>{units.lift}, out, g, x, b, d, offset);
 }
 
-// In local_norm_image.cu. Whether the images went into shared memory. `gradient`: of divisive or
-// contrastive, from grad and input; else the forward, or with `adjoint` the gradient of
-// subtractive.
-template <bool gradient, typename T>
-bool run_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                const LocalNormOptions& options, bool adjoint, const T* grad, const T* input,
-                T* out);
+// --------------------------------------------------------------------------------------- two ways
 
-// In local_norm_steps.cu: the same for images of any size.
+// One call of an operator: the forward; the gradient of divisive or contrastive, from grad and
+// input; or the gradient of subtractive, which is `adjoint`: its forward, with the gradient as its
+// input, but for the order of steps.
 template <typename T>
-void forward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                    const LocalNormOptions& options, const T* x, T* y);
+struct NormCall {
+  const Launcher& launcher;
+  const Images& images;
+  const Tensor& kernel;
+  const LocalNormOptions& options;
+  bool adjoint;
+  const T* grad;  // null where there is none
+  const T* input;
+  T* out;
+
+  BlurGeometry geometry() const {
+    return {images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1), kernel.dim() == 1};
+  }
+};
+
+// In local_norm_image.cu: whether the images went into shared memory.
 template <typename T>
-void subtractive_backward_images(const Launcher& launcher, const Images& images,
-                                 const Tensor& kernel, const LocalNormOptions& options, const T* g,
-                                 T* gx);
+bool run_images(const NormCall<T>& call);
+
+// In local_norm_steps.cu: images of any size.
 template <typename T>
-void divisive_backward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                              const LocalNormOptions& options, const T* g, const T* x, T* gx);
+void run_steps(const NormCall<T>& call);
 
 }  // namespace mnist_ops::cuda

@@ -17,39 +17,27 @@ __device__ __forceinline__ int64_t image_stride(const ImageArguments<T>& a) {
   return gridDim.x / static_cast<unsigned>(a.cluster);
 }
 
-template <bool kPacked, typename T>
+template <bool gradient, bool kPacked, typename T>
 __global__ void __launch_bounds__(kMostImageThreads, 2)
-    forward_image_kernel(const __grid_constant__ ImageArguments<T> a) {
+    image_kernel(const __grid_constant__ ImageArguments<T> a) {
   using A = opmath_t<T>;
   unsigned char* const memory = dynamic_shared_memory();
   T* const x = reinterpret_cast<T*>(memory);
-  const ImageBlock<kPacked, T> block(a, reinterpret_cast<A*>(memory + a.image_bytes));
+  T* const g = reinterpret_cast<T*>(memory + a.image_bytes);
+  const ImageBlock<kPacked, T> block(
+      a, reinterpret_cast<A*>(memory + (gradient ? 2 : 1) * a.image_bytes));
   for (int64_t image = first_image(a); image < a.N; image += image_stride(a)) {
+    if (gradient) block.load(g, a.grad + image * a.size);
     block.load(x, a.input + image * a.size);
     if (image == first_image(a)) block.prepare();
     if (block.thread == 0) block.units() = {};
     wait_for_copies();
     __syncthreads();
-    forward_image(block, x, a.out + image * a.size);
-  }
-}
-
-template <bool kPacked, typename T>
-__global__ void __launch_bounds__(kMostImageThreads, 2)
-    backward_image_kernel(const __grid_constant__ ImageArguments<T> a) {
-  using A = opmath_t<T>;
-  unsigned char* const memory = dynamic_shared_memory();
-  T* const g = reinterpret_cast<T*>(memory);
-  T* const x = reinterpret_cast<T*>(memory + a.image_bytes);
-  const ImageBlock<kPacked, T> block(a, reinterpret_cast<A*>(memory + 2 * a.image_bytes));
-  for (int64_t image = first_image(a); image < a.N; image += image_stride(a)) {
-    block.load(g, a.grad + image * a.size);
-    block.load(x, a.input + image * a.size);
-    if (image == first_image(a)) block.prepare();
-    if (block.thread == 0) block.units() = {};
-    wait_for_copies();
-    __syncthreads();
-    backward_image(block, g, x, a.out + image * a.size);
+    if constexpr (gradient) {
+      backward_image(block, g, x, a.out + image * a.size);
+    } else {
+      forward_image(block, x, a.out + image * a.size);
+    }
   }
 }
 
@@ -123,14 +111,11 @@ ImagePlan plan_images(const Multiprocessors& device, const Images& images, const
   return plan;
 }
 
-}  // namespace
-
 template <bool gradient, typename T>
-bool run_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                const LocalNormOptions& options, bool adjoint, const T* grad, const T* input,
-                T* out) {
-  const BlurGeometry g{images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1),
-                       kernel.dim() == 1};
+bool run(const NormCall<T>& call) {
+  const Images& images = call.images;
+  const LocalNormOptions& options = call.options;
+  const BlurGeometry g = call.geometry();
   if constexpr (sizeof(opmath_t<T>) == 4) {
     // as_divisor() has no reciprocal of a value so small; the steps divide.
     constexpr float kLeast = 2.9387358770557188e-39F;  // 2^-128: 1 / kLeast is infinite
@@ -140,22 +125,16 @@ bool run_images(const Launcher& launcher, const Images& images, const Tensor& ke
   }
   const int64_t HW = images.H * images.W;
   const bool packed = (images.channels_last ? images.C : HW) % kImagePack<T> == 0 &&
-                      images.C * HW % kPackSize<T> == 0 && are_aligned(grad, input, out);
-  const auto kernel_with = [](auto packs) {
-    if constexpr (gradient) {
-      return &backward_image_kernel<decltype(packs)::value, T>;
-    } else {
-      return &forward_image_kernel<decltype(packs)::value, T>;
-    }
-  };
+                      images.C * HW % kPackSize<T> == 0 &&
+                      are_aligned(call.grad, call.input, call.out);
   auto* const kernel_of_images =
-      packed ? kernel_with(std::true_type{}) : kernel_with(std::false_type{});
+      packed ? image_kernel<gradient, true, T> : image_kernel<gradient, false, T>;
   const ImagePlan plan =
       plan_images<T>(multiprocessors(kernel_of_images), images, g, gradient, packed);
   if (plan.cluster == 0) return false;
-  const Tensor values = kernel_in_double(kernel);
+  const Tensor values = kernel_in_double(call.kernel);
   const ImageArguments<T> a{.kind = options.kind,
-                            .adjoint = adjoint,
+                            .adjoint = call.adjoint,
                             .channels_last = images.channels_last,
                             .separable = g.separable,
                             .direct = plan.direct,
@@ -180,19 +159,22 @@ bool run_images(const Launcher& launcher, const Images& images, const Tensor& ke
                             .root_of_least = root_of_least<opmath_t<T>>(images.C),
                             .by_channels = 1 / static_cast<opmath_t<T>>(images.C),
                             .kernel = values.const_data_ptr<double>(),
-                            .grad = grad,
-                            .input = input,
-                            .out = out};
-  launcher.run_clusters_with_shared(kernel_of_images, images.N, plan.cluster, plan.threads,
-                                    plan.bytes, a);
+                            .grad = call.grad,
+                            .input = call.input,
+                            .out = call.out};
+  call.launcher.run_clusters_with_shared(kernel_of_images, images.N, plan.cluster, plan.threads,
+                                         plan.bytes, a);
   return true;
 }
 
-#define MNIST_OPS_IMAGES(T)                                                                  \
-  template bool run_images<false, T>(const Launcher&, const Images&, const Tensor&,          \
-                                     const LocalNormOptions&, bool, const T*, const T*, T*); \
-  template bool run_images<true, T>(const Launcher&, const Images&, const Tensor&,           \
-                                    const LocalNormOptions&, bool, const T*, const T*, T*);
+}  // namespace
+
+template <typename T>
+bool run_images(const NormCall<T>& call) {
+  return call.grad ? run<true>(call) : run<false>(call);
+}
+
+#define MNIST_OPS_IMAGES(T) template bool run_images<T>(const NormCall<T>&);
 MNIST_OPS_EACH_FLOATING(MNIST_OPS_IMAGES)
 
 }  // namespace mnist_ops::cuda

@@ -301,10 +301,10 @@ struct ImageBlock {
         const bool gathered = a.cluster > 1 && !a.channels_last;
         const int terms = gathered ? a.cluster : a.groups;
         const A* mine = partial + p;
-        if (a.cluster > 1 && a.channels_last) mine = of_block(mine, p / a.share);
+        if (a.cluster > 1 && a.channels_last) mine = cluster_peer(mine, p / a.share);
 #pragma unroll 4
         for (int i = 0; i < terms; ++i) {
-          const A* from = gathered ? of_block(mine, i) : mine + i * flat;
+          const A* from = gathered ? cluster_peer(mine, i) : mine + i * flat;
 #pragma unroll
           for (int k = 0; k < Terms::kSums; ++k) sums[k] += from[k * a.groups * flat];
         }

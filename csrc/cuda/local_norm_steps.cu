@@ -379,17 +379,16 @@ class Problem {
  public:
   using A = opmath_t<T>;
 
-  Problem(const Launcher& launcher, const Images& images, const Tensor& kernel,
-          const LocalNormOptions& options, const T* grad, const T* input, T* out)
-      : launcher_(launcher) {
+  explicit Problem(const NormCall<T>& call) : launcher_(call.launcher) {
+    const Images& images = call.images;
+    const LocalNormOptions& options = call.options;
     const int64_t HW = images.H * images.W, pixels = images.N * HW;
-    const Tensor values = kernel_in_double(kernel);
+    const Tensor values = kernel_in_double(call.kernel);
     const int64_t taps = ceil_div(values.numel(), 4) * 4;  // what follows begins with a pack
     const bool divides = options.kind != LocalNorm::kSubtractive;
-    const int64_t planes = !divides                                  ? 3
-                           : !grad                                   ? 4
-                           : options.kind == LocalNorm::kContrastive ? 9
-                                                                     : 7;
+    const bool gradient = call.grad != nullptr;
+    const bool both = gradient && options.kind == LocalNorm::kContrastive;
+    const int64_t planes = both ? 9 : gradient ? 7 : divides ? 4 : 3;
     workspace_ = new_tensor(images.data, {2 * taps + HW + planes * pixels + images.N},
                             type_to_compute_in(images.data));
     A* end = workspace_.mutable_data_ptr<A>();
@@ -399,21 +398,20 @@ class Problem {
       return needed ? begin : nullptr;
     };
     s_.N = images.N, s_.C = images.C, s_.HW = HW;
-    s_.geometry = {images.H, images.W, kernel.size(0), kernel.size(kernel.dim() - 1),
-                   kernel.dim() == 1};
+    s_.geometry = call.geometry();
     s_.kind = options.kind;
     s_.threshold = static_cast<A>(options.threshold), s_.value = static_cast<A>(options.value);
     s_.root_of_least = root_of_least<A>(images.C);
     s_.weight = take(taps), s_.flipped = take(taps), s_.coef = take(HW);
     s_.in = take(pixels), s_.scratch = take(pixels), s_.mean = take(pixels);
     s_.d = take(pixels, divides);
-    s_.q = take(pixels, planes > 4), s_.grads = take(pixels, planes > 4);
-    s_.b = take(pixels, planes > 4);
-    s_.centred = take(pixels, planes > 7);
-    s_.t = planes > 7 ? take(pixels) : s_.mean;  // the subtractive gradient has no mean
+    s_.q = take(pixels, gradient), s_.grads = take(pixels, gradient);
+    s_.b = take(pixels, gradient);
+    s_.centred = take(pixels, both);
+    s_.t = both ? take(pixels) : s_.mean;  // the subtractive gradient has no mean
     s_.flags = take(images.N, divides && kLeavesRange<T>);
     s_.channels_last = images.channels_last;
-    s_.grad = grad, s_.input = input, s_.out = out;
+    s_.grad = call.grad, s_.input = call.input, s_.out = call.out;
     launcher_.run_over(prepare_kernel<A>, std::max(HW, images.N), planes_of(s_),
                        values.const_data_ptr<double>());
   }
@@ -482,58 +480,31 @@ class Problem {
 
 }  // namespace
 
+// For the gradient s is computed again from the input, in the pass over it that q needs anyway;
+// nothing was saved by the forward.
 template <typename T>
-void forward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                    const LocalNormOptions& options, const T* x, T* y) {
-  Problem<T> problem(launcher, images, kernel, options, nullptr, x, y);
+void run_steps(const NormCall<T>& call) {
+  Problem<T> problem(call);
   const Steps<T>& s = problem.planes();
-  if (options.kind != LocalNorm::kDivisive) {
+  if (call.adjoint) {
+    problem.reduce(Sums::kQuotient);
+    problem.blur(s.in, true, Finish::kAdjoint);
+  } else if (s.kind != LocalNorm::kDivisive) {
     problem.reduce(Sums::kInput);
     problem.blur(s.in, false, Finish::kMean);
   }
-  if (options.kind != LocalNorm::kSubtractive) {
-    problem.reduce(Sums::kSquares);
+  if (s.kind != LocalNorm::kSubtractive) {
+    problem.reduce(call.grad ? Sums::kGradient : Sums::kSquares);
     problem.blur(s.in, false, Finish::kDivisor);
   }
-  problem.apply();
-}
-
-template <typename T>
-void subtractive_backward_images(const Launcher& launcher, const Images& images,
-                                 const Tensor& kernel, const LocalNormOptions& options, const T* g,
-                                 T* gx) {
-  Problem<T> problem(launcher, images, kernel, options, nullptr, g, gx);
-  problem.reduce(Sums::kQuotient);
-  problem.blur(problem.planes().in, true, Finish::kAdjoint);
-  problem.apply();
-}
-
-// Divisive and contrastive. s is computed again from the input, in the pass over it that q needs
-// anyway; nothing was saved by the forward.
-template <typename T>
-void divisive_backward_images(const Launcher& launcher, const Images& images, const Tensor& kernel,
-                              const LocalNormOptions& options, const T* g, const T* x, T* gx) {
-  const bool contrastive = options.kind == LocalNorm::kContrastive;
-  Problem<T> problem(launcher, images, kernel, options, g, x, gx);
-  const Steps<T>& s = problem.planes();
-  if (contrastive) {
-    problem.reduce(Sums::kInput);
-    problem.blur(s.in, false, Finish::kMean);
+  if (call.grad) {
+    problem.blur(s.q, true, Finish::kShare);
+    if (s.kind == LocalNorm::kContrastive) problem.blur(s.centred, true, Finish::kAdjoint);
   }
-  problem.reduce(Sums::kGradient);
-  problem.blur(s.in, false, Finish::kDivisor);
-  problem.blur(s.q, true, Finish::kShare);
-  if (contrastive) problem.blur(s.centred, true, Finish::kAdjoint);
   problem.apply();
 }
 
-#define MNIST_OPS_STEPS(T)                                                                    \
-  template void forward_images<T>(const Launcher&, const Images&, const Tensor&,              \
-                                  const LocalNormOptions&, const T*, T*);                     \
-  template void subtractive_backward_images<T>(const Launcher&, const Images&, const Tensor&, \
-                                               const LocalNormOptions&, const T*, T*);        \
-  template void divisive_backward_images<T>(const Launcher&, const Images&, const Tensor&,    \
-                                            const LocalNormOptions&, const T*, const T*, T*);
+#define MNIST_OPS_STEPS(T) template void run_steps<T>(const NormCall<T>&);
 MNIST_OPS_EACH_FLOATING(MNIST_OPS_STEPS)
 
 }  // namespace mnist_ops::cuda

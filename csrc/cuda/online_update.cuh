@@ -76,14 +76,15 @@ __device__ __forceinline__ void make_plane(const Phase& p, const Step<T>& s, int
   }
 }
 
-// The last warp changes a bias by the sum over the plane; `old` is for its first lane.
+// The last warp, which had the least to do, changes a bias by the sum over the plane, whose numbers
+// are `step` apart; `old` is for its first lane.
 template <typename T>
 __device__ __forceinline__ void update_bias(const Phase& p, const Step<T>& s,
                                             const Update<T>& update, int32_t o, T old,
-                                            const T* plane, int32_t numbers) {
+                                            const T* plane, int32_t numbers, int32_t step = 1) {
   if (p.bias == kNowhere || thread_index() / kWarp != thread_count() / kWarp - 1) return;
   T sum = T(0);
-  for (int32_t i = thread_index() % kWarp; i < numbers; i += kWarp) sum += plane[i];
+  for (int32_t i = thread_index() % kWarp; i < numbers; i += kWarp) sum += plane[i * step];
   sum = lane_sum(sum, kWarp);
   if (thread_index() % kWarp != 0) return;
   update.one(old, s.velocity(p.bias + o), sum);
@@ -335,18 +336,13 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
   const ConvolutionInput<T> in{s.map(p.x), nullptr, p.C, p.H, p.W};
   T* plane = shared + (mean != nullptr ? mean_numbers(p.local.blur) : 0);
   T* partial = plane + (p.staged ? pixels : 0);
-  const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
   const Update<T> update = s.update(s.steps_before());
   each_task(p.tasks, block, blocks, [&](int32_t o) {
     const T* d = dy + o;
     int32_t d_step = p.O;
     if (p.staged) {
       __syncthreads();  // the task before may still be reading
-      for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
-        plane[i] = p.local.present ? local_gradient(p.local, s.at(p.local.y), pooled, dy, mean,
-                                                    i / p.OW, i % p.OW, p.OW, o, p.O)
-                                   : d[i * p.O];
-      }
+      make_plane(p, s, o, p.OW, plane, [&] { return mean; });
       __syncthreads();
       d = plane, d_step = 1;
     }
@@ -384,14 +380,8 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
         }
       }
     }
-    // The last warp, which had the least to do.
-    const int32_t lane = thread_index() % kWarp;
-    if (p.bias != kNowhere && thread_index() / kWarp == thread_count() / kWarp - 1) {
-      T sum = T(0);
-      for (int32_t i = lane; i < pixels; i += kWarp) sum += d[i * d_step];
-      sum = lane_sum(sum, kWarp);
-      if (lane == 0) update.one(*s.at(p.bias + o), s.velocity(p.bias + o), sum);
-    }
+    const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
+    update_bias(p, s, update, o, bias, d, pixels, d_step);
   });
 }
 

@@ -270,7 +270,7 @@ constexpr int kWideBlock = 1024;  // threads of a block at most, and of one that
 template <int kind, int kLoads, int n, typename Arguments>
 __global__ void __launch_bounds__(kWideBlock) block_kernel(Kind given, Arguments a, int parts) {
   using A = typename Arguments::A;
-  __shared__ Exchange<A> shared;
+  auto& shared = *reinterpret_cast<Exchange<A>*>(dynamic_shared_memory());
   const Blocks<A> group{shared, static_cast<int>(blockIdx.x) % parts, parts};
   group.begin();
   // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
@@ -495,7 +495,7 @@ void launch_rows(const Launcher& launcher, Kind given, const Arguments& a) {
         dispatch_kind<n, tensors == 1>(given, [&](auto number) {
           done = launcher.run_clusters(
               block_kernel<decltype(number)::value, decltype(loads)::value, n, Arguments>, rows,
-              parts, threads, given, a, parts);
+              parts, threads, sizeof(Exchange<typename Arguments::A>), given, a, parts);
         });
         return done;
       },

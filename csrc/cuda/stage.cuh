@@ -274,49 +274,45 @@ __device__ __forceinline__ void each_map_element(const Fused<T>& s, const F& bod
   }
 }
 
-template <int n, typename T, typename A>
-__device__ __forceinline__ void write_packs(const Fused<T>& s, const SharedMemory<A>& m,
-                                            T* output) {
-  each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t pixel) {
-    const Pack<A, n> from = load_pack<n>(m.map + at);
-    Pack<T, n> to;
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
-    }
-    store_pack(output + i, to);
-  });
-}
-
-template <int n, typename T, typename A>
-__device__ __forceinline__ void read_packs(const Fused<T>& s, const SharedMemory<A>& m,
-                                           const T* input) {
-  each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t) {
-    const Pack<T, n> from = load_pack<n>(input + i);
-    Pack<A, n> to;
-#pragma unroll
-    for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from.values[j]);
-    store_pack(m.map + at, to);
-  });
+// Calls body with how many neighbours of a tensor of the map's shape are read or written at once.
+template <typename T, typename F>
+__device__ __forceinline__ void with_map_pack(const Fused<T>& s, const F& body) {
+  if (s.map_pack) {
+    body(Number<kNeighbours<T>>{});
+  } else {
+    body(Number<1>{});
+  }
 }
 
 template <typename T, typename A>
 __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
-  if (s.map_pack) {
-    write_packs<kNeighbours<T>>(s, m, output);
-  } else {
-    write_packs<1>(s, m, output);
-  }
+  with_map_pack(s, [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t pixel) {
+      const Pack<A, n> from = load_pack<n>(m.map + at);
+      Pack<T, n> to;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
+      }
+      store_pack(output + i, to);
+    });
+  });
 }
 
 template <typename T, typename A>
 __device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A>& m,
                                          const T* input) {
-  if (s.map_pack) {
-    read_packs<kNeighbours<T>>(s, m, input);
-  } else {
-    read_packs<1>(s, m, input);
-  }
+  with_map_pack(s, [&](auto pack) {
+    constexpr int n = decltype(pack)::value;
+    each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t) {
+      const Pack<T, n> from = load_pack<n>(input + i);
+      Pack<A, n> to;
+#pragma unroll
+      for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from.values[j]);
+      store_pack(m.map + at, to);
+    });
+  });
 }
 
 }  // namespace mnist_ops::cuda

@@ -53,7 +53,7 @@ TYPE = "(?P<type>double|float|Half|BFloat16)"
 N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
-    Packed(f"(forward|backward)_image_kernel<true, {TYPE}>"),
+    Packed(f"image_kernel<., true, {TYPE}>"),
     Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one

@@ -12,8 +12,8 @@
 // between two such waits a block's __shared__ memory is its own, but none of it lives any longer,
 // as another block may have used it meanwhile (except for what all blocks write alike).
 //
-// So are the threads of a cluster's blocks, in any order among each other; these have no __shared__
-// memory but the dynamic one, of which each block has its own.
+// So are the threads of a cluster's blocks, in any order among each other; what these share lies in
+// dynamic shared memory, of which each block has its own.
 //
 // tests/kernels/test_cuda_emulator.py says what this proves and what it does not.
 #pragma once
@@ -87,19 +87,20 @@ Multiprocessors multiprocessors(Kernel*) {
   return {3, 2 * settings.image_bytes, settings.image_bytes, 8, 64};
 }
 
-// The same for clusters of blocks, which are alive at once.
+// The same for clusters of blocks, which are alive at once, each with its own dynamic shared
+// memory.
 void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
                   const std::function<void()>& thread, size_t shared_bytes);
 
-// To be called by all threads of a cluster.
-void sync_cluster();
+// The barrier of a cluster: a wait is for all of its threads to wait.
+inline void cluster_arrive() {}
+void cluster_wait();
 
 // The address in the dynamic shared memory of a block of the cluster.
-const unsigned char* address_of_block(const unsigned char* mine, int rank);
+unsigned char* address_of_block(const unsigned char* mine, int rank);
 template <typename V>
-const V* of_block(const V* mine, int rank) {
-  return reinterpret_cast<const V*>(
-      address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
+V* cluster_peer(V* mine, int rank) {
+  return reinterpret_cast<V*>(address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
 }
 
 // The same with all blocks alive at once.
@@ -109,22 +110,6 @@ void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& threa
 // To be called by all threads of a block, which go on when `blocks` blocks have come here, for the
 // round-th time, with the same counter; it is not counted in.
 void wait_for_blocks(const unsigned* counter, unsigned blocks, unsigned round);
-
-// Some blocks of a launch, alive at once: those from first_block on of a grid of so many.
-void run_cluster(dim3 grid, unsigned first_block, unsigned blocks, dim3 block,
-                 const std::function<void()>& thread, size_t shared_bytes = 0);
-
-// The blocks of a cluster have one copy of __shared__ memory, in which they must therefore write
-// alike what others of them read. A wait is for all of them to wait; none is without clusters.
-inline unsigned cluster_blocks;
-inline void cluster_arrive() {}
-inline void cluster_wait() {
-  wait_for_blocks(&cluster_blocks, cluster_blocks, 0);
-}
-template <typename A>
-A* cluster_peer(A* variable, int) {
-  return variable;
-}
 
 // To be called by an emulated thread, which goes on when all threads of its block, or of its warp,
 // have come here.
@@ -176,21 +161,18 @@ class CurrentStream {
   // The device has clusters unless indices are the wide ones, so that both are tried.
   template <typename Kernel, typename... Arguments>
   bool launch_clusters(Kernel* kernel, int64_t blocks, int cluster, dim3 threads,
-                       const Arguments&... arguments) const {
+                       int64_t shared_bytes, const Arguments&... arguments) const {
     if (settings.largest_narrow_index == 0) return false;
-    const int64_t most = std::max(int64_t{1}, settings.max_blocks / cluster) * cluster;
-    const auto grid = static_cast<unsigned>(std::min(blocks, most));
-    cluster_blocks = static_cast<unsigned>(cluster);
-    for (unsigned first = 0; first < grid; first += cluster_blocks) {
-      run_cluster(dim3(grid), first, cluster_blocks, threads, [&] { kernel(arguments...); });
-    }
+    launch_clusters_with_shared(kernel, blocks / cluster, cluster, static_cast<int>(threads.x),
+                                shared_bytes, arguments...);
     return true;
   }
 
   template <typename Kernel, typename... Arguments>
   void launch_clusters_with_shared(Kernel* kernel, int64_t items, int cluster, int threads,
                                    int64_t shared_bytes, const Arguments&... arguments) const {
-    const auto clusters = static_cast<unsigned>(std::min(items, settings.max_blocks));
+    const int64_t most = std::max(int64_t{1}, settings.max_blocks / cluster);
+    const auto clusters = static_cast<unsigned>(std::min(items, most));
     run_clusters(
         clusters, static_cast<unsigned>(cluster), static_cast<unsigned>(threads),
         [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));

@@ -181,12 +181,7 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
 
 void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
                        size_t shared_bytes) {
-  run_cluster(grid, 0, grid.x, block, thread, shared_bytes);
-}
-
-void run_cluster(dim3 grid, unsigned first_block, unsigned count, dim3 block,
-                 const std::function<void()>& thread, size_t shared_bytes) {
-  const unsigned threads = block.x * block.y;
+  const unsigned threads = block.x * block.y, count = grid.x;
   blockDim = block;
   gridDim = grid;
   body = &thread;
@@ -200,7 +195,7 @@ void run_cluster(dim3 grid, unsigned first_block, unsigned count, dim3 block,
     std::swap(runnable[random_order() % runnable.size()], runnable.back());
     const unsigned index = runnable.back();
     runnable.pop_back();
-    blockIdx = dim3(first_block + index);
+    blockIdx = dim3(index);
     first_fiber = size_t{index} * threads;
     if (started[index]) {
       block_barrier = std::move(blocks[index].block_barrier);
@@ -274,12 +269,12 @@ void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
   blocks_of_cluster = 0;
 }
 
-void sync_cluster() {
+void cluster_wait() {
   if (blocks_of_cluster == 0) std::abort();
   wait(block_barrier);
 }
 
-const unsigned char* address_of_block(const unsigned char* mine, int rank) {
+unsigned char* address_of_block(const unsigned char* mine, int rank) {
   const auto offset = mine - dynamic_shared_memory();
   return dynamic_shared[static_cast<size_t>(rank) * block_lines].bytes + offset;
 }
