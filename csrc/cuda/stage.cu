@@ -348,8 +348,8 @@ int tile_pack(const StageArguments& arguments, bool channels_last, const Pointer
   return 0;
 }
 
-// The stage for one kernel, a block for each image. map: a tensor of the output's shape; pack: what
-// tile_pack said. The geometry must fit into 32 bits.
+// The stage for one kernel, a block for each image; where the weights are is left to be said. map:
+// a tensor of the output's shape; pack: what tile_pack said. The geometry must fit into 32 bits.
 template <typename T>
 Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
                const T* map, int pack) {
@@ -360,8 +360,6 @@ Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor
   s.g = narrow(g);
   s.activation = arguments.activation;
   s.channels_last = channels_last;
-  s.kernel = kernel.const_data_ptr();
-  s.kernel_type = kernel.scalar_type();
   s.taps_h = static_cast<int32_t>(kernel.size(0));
   s.taps_w = static_cast<int32_t>(kernel.size(kernel.dim() - 1));
   s.separable = kernel.dim() == 1;
@@ -423,19 +421,6 @@ void dispatch_tiles(bool channels_last, int pack, const F& body) {
   body(Number<0>{}, Number<2>{});
 }
 
-// The kernel as it came, or in a type and order that the device reads.
-Tensor readable(const Tensor& kernel) {
-  switch (kernel.scalar_type()) {
-    case ScalarType::Double:
-    case ScalarType::Float:
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return contiguous_of(kernel);
-    default:
-      return kernel_in_double(kernel);  // says what is wrong
-  }
-}
-
 // The stage in one kernel, where 2 x 2 windows with p = 2 tile the image and its pooled map fits
 // into the shared memory of a block. False, and nothing done, elsewhere.
 template <typename T>
@@ -445,10 +430,11 @@ bool forward_tiles(const Images& x, const Tensor& kernel, const StageArguments& 
   const int pack = tile_pack<T>(arguments, x.channels_last, in);
   if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return false;
   const Launcher launcher(x.data);
-  const Tensor weights = readable(kernel);
+  const Tensor weights = kernel_in_double(kernel);
   output = new_pooled(x, arguments.geometry);
   T* out = output.mutable_data_ptr<T>();
-  const Fused<T> s = fused<T>(arguments, x.channels_last, weights, out, pack);
+  Fused<T> s = fused<T>(arguments, x.channels_last, kernel, out, pack);
+  s.kernel = weights.const_data_ptr<double>();
   dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
     launcher.run_blocks_with_shared(
         tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N,
@@ -465,8 +451,9 @@ bool backward_tiles(const Tensor& grad_output, const Images& x, const Tensor& ke
   const int pack = tile_pack<T>(arguments, x.channels_last, in, to);
   if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return false;
   const Launcher launcher(x.data);
-  const Tensor weights = readable(kernel);
-  const Fused<T> s = fused<T>(arguments, x.channels_last, weights, grad, pack);
+  const Tensor weights = kernel_in_double(kernel);
+  Fused<T> s = fused<T>(arguments, x.channels_last, kernel, grad, pack);
+  s.kernel = weights.const_data_ptr<double>();
   dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
     launcher.run_blocks_with_shared(
         tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N,

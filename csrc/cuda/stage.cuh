@@ -22,8 +22,7 @@ struct Fused {
   PoolGeometryOf<int32_t> g;  // of one image
   ActivationKind activation;
   bool channels_last;
-  const void* kernel;
-  ScalarType kernel_type;
+  const double* kernel;
   int32_t taps_h, taps_w;  // of a separable kernel: equal
   bool separable;
   bool map_pack;      // whether tensors of the output's shape are read and written in packs
@@ -107,20 +106,6 @@ __device__ __forceinline__ int32_t block_threads() {
   return static_cast<int32_t>(blockDim.x);
 }
 
-template <typename T>
-__device__ double kernel_value(const Fused<T>& s, int32_t i) {
-  switch (s.kernel_type) {
-    case ScalarType::Double:
-      return static_cast<const double*>(s.kernel)[i];
-    case ScalarType::Half:
-      return static_cast<double>(static_cast<float>(static_cast<const Half*>(s.kernel)[i]));
-    case ScalarType::BFloat16:
-      return static_cast<double>(static_cast<float>(static_cast<const BFloat16*>(s.kernel)[i]));
-    default:
-      return static_cast<double>(static_cast<const float*>(s.kernel)[i]);
-  }
-}
-
 // Zeros around the planes, by all threads, and the weights, by one warp, while the others are busy
 // with the image. A barrier must follow.
 template <typename T, typename A>
@@ -131,10 +116,10 @@ __device__ void prepare(const Fused<T>& s, const SharedMemory<A>& m) {
   if (threadIdx.x >= kWarp) return;
   const int32_t lane = this_thread();
   double sum = 0;
-  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += kernel_value(s, i);
+  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += s.kernel[i];
   const double total = lane_sum(sum, kWarp);
   for (int32_t i = lane; i < s.taps(); i += kWarp) {
-    const A weight = static_cast<A>(kernel_value(s, i) / total);
+    const A weight = static_cast<A>(s.kernel[i] / total);
     m.weight[0][i] = weight;
     m.weight[1][s.taps() - 1 - i] = weight;
   }
