@@ -15,6 +15,8 @@
 // Nothing is read or changed before order, labels and kernels were looked at on the device, for
 // which the host waits once a call.
 
+#include "../online/planner.h"
+
 #include "online_step.cuh"
 
 namespace mnist_ops::cuda {

@@ -1,0 +1,711 @@
+// From a network to its program.
+//
+// What is fused, and so costs neither a level nor a pass over memory:
+//   - forward: an activation, and an LP pooling (p = 2, disjoint windows of 2 x 2) behind it, into
+//     the convolution before them; an activation into the fully connected layer before it;
+//   - a subtractive normalization into the convolution or the flattened fully connected layer
+//     behind it: each block blurs the one small plane for itself, and subtracts on reading;
+//   - backward: normalization, pooling and activation into the tiled gradients of the convolution
+//     before them, which go back through them as they take their operand, and into the weight
+//     gradient of a first convolution; elsewhere into one phase. Fully connected layers make their
+//     input's gradient and their update in one pass;
+//   - the last fully connected layer, log-softmax, loss and their gradients into the backward of
+//     the fully connected layer before: every block computes these few numbers for itself.
+// A layer's update waits for the level after the one that reads the old weights.
+#pragma once
+
+#include "network_text.h"
+#include "program.h"
+
+#include <algorithm>
+#include <array>
+
+namespace mnist_ops::online {
+
+struct Program {
+  std::vector<Level> levels;
+  std::vector<int64_t> parameters;  // where each parameter lies; its velocity is behind all of them
+  int64_t parameter_elements = 0;   // of all parameters, aligned
+  int64_t workspace = 0;            // elements for one model, velocities not counted
+  int32_t phases = 0;
+  int64_t memory = kScratch;  // that a block needs, in numbers
+
+  struct Kernel {  // of a normalization, to be prepared before the first step
+    int64_t index;
+    BlurPlan blur;
+  };
+  std::vector<Kernel> kernels;
+};
+
+class Planner {
+ public:
+  // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
+  // of a block; memory: the numbers that a block can have in its own memory.
+  Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
+          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory)
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory) {
+    for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
+    program_.parameter_elements = program_.workspace;
+  }
+
+  Program plan() {
+    value_ = {kImage, kNowhere, {}};
+    const auto& layers = spec_.layers;
+    for (std::size_t i = 0; i < layers.size(); i = next_) {
+      next_ = i + 1;
+      forward(i);
+    }
+    // Backward in the reverse order; what was recorded for each layer knows its buffers.
+    for (std::size_t s = steps_.size(); s-- > 0;) backward(s);
+    while (!ready_.empty()) end_level();
+    return program_;
+  }
+
+ private:
+  // A map's value and gradient, and the normalization that is still to be subtracted from it.
+  struct Value {
+    int64_t value, grad;
+    BlurPlan blur;
+  };
+
+  // A layer, or several in one, with what its backward needs.
+  struct Step {
+    const LayerSpec* layer;
+    Value in, out;
+    const LayerSpec* activation = nullptr;
+    const LayerSpec* pool = nullptr;
+    const LayerSpec* norm = nullptr;
+    const LayerSpec* flatten = nullptr;
+    int64_t y = kNowhere, pooled = kNowhere, flat = kNowhere;
+    BlurPlan forward_blur{}, backward_blur{};
+  };
+
+  int64_t allocate(int64_t size) {
+    const int64_t offset = program_.workspace;
+    program_.workspace += (size + 31) / 32 * 32;
+    MNIST_OPS_CHECK(size < (int64_t{1} << 30), op_, ": the network is too large, ", size,
+                    " numbers in one map or parameter");
+    return offset;
+  }
+
+  static int32_t narrow(int64_t n) { return static_cast<int32_t>(n); }
+  static int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
+  int32_t warps() const { return threads_ / 32; }
+
+  const LayerSpec* peek(std::size_t i) const {
+    return i < spec_.layers.size() ? &spec_.layers[i] : nullptr;
+  }
+
+  static ActivationKind activation_of(const LayerSpec* layer) {
+    if (layer == nullptr) return ActivationKind::kIdentity;
+    switch (layer->kind) {
+      case Kind::kTanh:
+        return ActivationKind::kTanh;
+      case Kind::kRelu:
+        return ActivationKind::kRelu;
+      case Kind::kSigmoid:
+        return ActivationKind::kSigmoid;
+      default:
+        return ActivationKind::kIdentity;
+    }
+  }
+
+  // ------------------------------------------------------------------------------ emitting phases
+
+  void emit(Phase phase) {
+    Level& level = current_;
+    phase.first_task = 0;
+    for (int32_t i = 0; i < level.count; ++i) phase.first_task += level.phases[i].tasks;
+    level.phases[level.count++] = phase;
+    ++program_.phases;
+  }
+
+  // Ends the level, with updates that the levels before it made possible.
+  void end_level() {
+    while (current_.count < kMaxLevelPhases && !ready_.empty()) {
+      emit(ready_.front());
+      ready_.erase(ready_.begin());
+    }
+    if (current_.count > 0) program_.levels.push_back(current_);
+    current_ = {};
+    ready_.insert(ready_.end(), pending_.begin(), pending_.end());
+    pending_.clear();
+  }
+
+  void emit_level(const Phase& phase) {
+    emit(phase);
+    end_level();
+  }
+
+  Phase elementwise(Op op, const Shape& shape) const {
+    Phase p;
+    p.op = op;
+    p.C = narrow(shape.C), p.H = narrow(shape.H), p.W = narrow(shape.W);
+    p.tasks = ceil_div(shape.numel(), threads_);
+    return p;
+  }
+
+  // --------------------------------------------------------------------------------- normalization
+
+  BlurPlan new_blur(const LayerSpec& layer, bool adjoint) {
+    BlurPlan b;
+    b.C = narrow(layer.in.C), b.H = narrow(layer.in.H), b.W = narrow(layer.in.W);
+    const auto& kernel = kernels_[layer.kernel];
+    b.taps_h = narrow(kernel[0]), b.taps_w = narrow(kernel[1]), b.separable = kernel[2] != 0;
+    b.adjoint = adjoint;
+    b.taps = allocate(b.separable ? kernel[1] : kernel[0] * kernel[1]);
+    b.coef = allocate(layer.in.pixels());
+    b.sum = allocate(layer.in.pixels());
+    b.mean = allocate(layer.in.pixels());
+    b.source = small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
+    return b;
+  }
+
+  static bool small_plane(const LayerSpec& layer) { return 2 * layer.in.pixels() <= 2048; }
+
+  // The steps of a normalization whose plane no block can hold.
+  void emit_mean(const BlurPlan& b, int64_t map) {
+    if (b.source != MeanSource::kReady) return;
+    Phase p;
+    p.op = Op::kChannelSum;
+    p.blur = b;
+    p.x = map;
+    p.tasks = ceil_div(int64_t{b.H} * b.W, warps());
+    emit_level(p);
+    p.op = Op::kMean;
+    p.tasks = ceil_div(int64_t{b.H} * b.W, threads_);
+    emit_level(p);
+  }
+
+  // Writes the map minus its blurred mean.
+  void emit_subtract(const BlurPlan& b, const Shape& shape, int64_t from, int64_t to) {
+    emit_mean(b, from);
+    Phase p = elementwise(Op::kSubtract, shape);
+    p.x = from, p.y = to, p.blur = b;
+    emit_level(p);
+  }
+
+  // The value as it is, where the next layer cannot subtract on reading.
+  void materialise(const Shape& shape) {
+    if (value_.blur.source == MeanSource::kNone) return;
+    const int64_t to = allocate(shape.numel());
+    emit_subtract(value_.blur, shape, value_.value, to);
+    value_.value = to;
+    value_.blur = {};
+  }
+
+  // ---------------------------------------------------------------------------------- convolution
+
+  // Whether a phase has so many numbers of a block's memory, which it then gets.
+  bool take_memory(int64_t numbers) {
+    if (numbers > memory_) return false;
+    program_.memory = std::max(program_.memory, numbers);
+    return true;
+  }
+
+  // Tiles a convolution, or its input's gradient, if its sizes allow it.
+  bool tile_convolution(Phase& p) {
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
+    const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
+    const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
+    TilePlan best;
+    int64_t best_work = 0;
+    for (const auto& [segment, group] : {std::array{5, 3}, std::array{5, 4}, std::array{7, 4}}) {
+      TilePlan t;
+      t.group = group, t.segment = segment;
+      const int32_t segments = ceil_div(p.OW, segment);
+      t.width = segments * segment + kTile - 1;
+      // Two output channels of four, or all of three, are a warp's.
+      t.parts = chunks * 2 * segments * (group == 4 ? 2 : 1) < warps() ? 2 : 1;
+      const int64_t weights =
+          p.flip ? int64_t{p.C} * odd(narrow(group * taps)) : group * p.C * taps;
+      const int64_t sums = int64_t{t.parts} * chunks * 2 * segments * segment * group;
+      const int64_t numbers =
+          (kTile + 1) * int64_t{t.width} * p.C + (weights + 3) / 4 * 4 + sums + group;
+      if (numbers + planes > memory_) continue;
+      t.memory = narrow(numbers);
+      // What the busiest block of a device with enough of them has to do.
+      const int64_t rounds = ceil_div(int64_t{pairs} * ceil_div(p.O, group), kWantedTasks);
+      const int64_t work = rounds * group * segments * segment;
+      if (best.group == 0 || work < best_work) best = t, best_work = work;
+    }
+    if (best.group == 0 || !take_memory(best.memory + planes)) return false;
+    p.split = 1;
+    p.tile = best;
+    p.tasks = pairs * ceil_div(p.O, best.group);
+    return true;
+  }
+
+  // Tiles a convolution's update: with all input channels a task, unless that leaves the device
+  // with few of them.
+  bool tile_update(Phase& p) {
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
+    if (p.C > 4096 || p.OW > 4096) return false;
+    const int64_t planes = mean_numbers(p.local.blur);
+    const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
+    for (int32_t n = chunks; n > 0; --n) {  // of a task
+      if (chunks % n != 0 || (n > 1 && int64_t{p.O} * chunks / n < kWantedTasks / 2)) continue;
+      TilePlan t;
+      t.group = n * kTileLanes;
+      t.width = columns + kTile - 1;
+      t.parts = std::max(1, std::min(p.OH, 2 * warps() / (kTile * n)));
+      const int64_t numbers = int64_t{p.H} * t.width * t.group + int64_t{p.OH} * columns +
+                              int64_t{t.parts} * n * kTile * kTile * (kTileLanes + 1);
+      if (!take_memory(numbers + planes)) continue;
+      t.memory = narrow(numbers);
+      p.tile = t;
+      p.tasks = p.O * (chunks / n);
+      return true;
+    }
+    return false;
+  }
+
+  // The same for few input channels, which a block holds at once, all tasks an output channel each.
+  bool tile_first_update(Phase& p) {
+    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C > 8) return false;
+    TilePlan t;
+    t.group = p.C;
+    t.width = p.W + 2 * p.padding_w;
+    t.parts = warps();
+    const int64_t numbers = (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C +
+                            int64_t{p.OH} * p.OW + int64_t{t.parts} * kTileLanes;
+    if (p.OW > 4096 || !take_memory(numbers + mean_numbers(p.local.blur))) return false;
+    t.memory = narrow(numbers);
+    p.tile = t;
+    return true;
+  }
+
+  // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels.
+  bool tile_first_convolution(Phase& p) {
+    if (p.C > 8 || p.flip) return false;
+    const Tiles tiles = tiles_of(p.OH, p.OW);
+    TilePlan t;
+    const int32_t lanes = (p.O + kTileLanes - 1) / kTileLanes * kTileLanes;
+    t.group = ceil_div(tiles.count, kWantedTasks);
+    t.width = p.W + 2 * p.padding_w;
+    const int64_t numbers = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w) +
+                            (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C + p.O +
+                            int64_t{t.group} * (4 * p.O + lanes / kTileLanes);
+    if (p.O > 4096 || !take_memory(numbers + mean_numbers(p.blur))) return false;
+    t.memory = narrow(numbers);
+    p.split = 0;
+    p.tile = t;
+    p.tasks = ceil_div(tiles.count, t.group);
+    return true;
+  }
+
+  // Sets how a convolution's work is shared out.
+  void share_convolution(Phase& p) {
+    if (tile_first_convolution(p) || tile_convolution(p)) return;
+    const Tiles tiles = tiles_of(p.OH, p.OW);
+    p.split = 1;
+    p.staged = int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + mean_numbers(p.blur) <= kScratch - 64;
+    // Enough tasks for a large device and no more: each copies its weights first.
+    const int32_t chunks = std::min(tiles.count, ceil_div(kWantedTasks, p.O));
+    p.per_task = ceil_div(tiles.count, chunks);
+    p.tasks = p.O * ceil_div(tiles.count, p.per_task);
+  }
+
+  void forward_convolution(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    Step s{&layer, value_, {}};
+    Phase p;
+    p.op = Op::kConvolution;
+    p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
+    p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+    const ConvolutionOptions& o = layer.convolution;
+    p.kernel_h = narrow(o.kernel_h), p.kernel_w = narrow(o.kernel_w);
+    p.padding_h = narrow(o.padding_h), p.padding_w = narrow(o.padding_w);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.x = value_.value;
+    emit_mean(value_.blur, value_.value);
+    p.blur = value_.blur;
+    if (value_.blur.source != MeanSource::kNone) {
+      // The update reads the normalized input many times.
+      p.flat = allocate(layer.in.numel());
+      s.in.value = p.flat;
+    }
+    s.activation = take_activation();
+    s.pool = take_pool(layer.out);
+    s.norm = take_norm();
+    p.activation = activation_of(s.activation);
+    p.y = s.y = allocate(layer.out.numel());
+    share_convolution(p);
+    s.out = {s.y, allocate(layer.out.numel()), {}};
+    if (s.pool != nullptr) {
+      p.fused_pool = 1;
+      p.pooled = s.pooled = allocate(s.pool->out.numel());
+      s.out = {s.pooled, allocate(s.pool->out.numel()), {}};
+    }
+    if (s.norm != nullptr) {
+      s.out.blur = new_blur(*s.norm, false);
+      prepare(*s.norm, s.out.blur);
+      s.backward_blur = adjoint_of(s.out.blur);
+      // All channels of a pixel are in one block: their sum costs nothing more.
+      if (!p.split && s.pool != nullptr && s.out.blur.source == MeanSource::kMap) {
+        p.channel_sum = s.out.blur.sum;
+        s.out.blur.source = MeanSource::kSum;
+      }
+    }
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  void prepare(const LayerSpec& norm, const BlurPlan& blur) {
+    program_.kernels.push_back({norm.kernel, blur});
+  }
+
+  BlurPlan adjoint_of(const BlurPlan& forward) {
+    BlurPlan b = forward;
+    b.adjoint = 1;
+    b.source = forward.source == MeanSource::kReady ? MeanSource::kReady : MeanSource::kMap;
+    b.sum = allocate(int64_t{b.H} * b.W);
+    b.mean = allocate(int64_t{b.H} * b.W);
+    return b;
+  }
+
+  const LayerSpec* take_activation() {
+    const LayerSpec* layer = peek(next_);
+    if (activation_of(layer) == ActivationKind::kIdentity) return nullptr;
+    ++next_;
+    return layer;
+  }
+
+  // An LP pooling with p = 2 whose windows are the tiles of 2 x 2.
+  const LayerSpec* take_pool(const Shape& shape) {
+    const LayerSpec* layer = peek(next_);
+    if (layer == nullptr || layer->kind != Kind::kLpPool2d) return nullptr;
+    const PoolArguments& a = layer->pooling;
+    if (a.p != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0) return nullptr;
+    for (int d = 0; d < 2; ++d) {
+      if (a.kernel[d] != 2 || a.stride[d] != 2 || a.padding[d] != 0) return nullptr;
+    }
+    ++next_;
+    return layer;
+  }
+
+  const LayerSpec* take_norm() {
+    const LayerSpec* layer = peek(next_);
+    if (layer == nullptr || layer->kind != Kind::kSubtractiveNorm2d || !small_plane(*layer)) {
+      return nullptr;
+    }
+    ++next_;
+    return layer;
+  }
+
+  void backward_convolution(std::size_t index) {
+    const Step& s = steps_[index];
+    const LayerSpec& layer = *s.layer;
+    const int64_t pixels = layer.out.pixels();
+    Phase update;
+    update.op = Op::kConvolutionUpdate;
+    update.C = narrow(layer.in.C), update.H = narrow(layer.in.H), update.W = narrow(layer.in.W);
+    update.O = narrow(layer.out.C), update.OH = narrow(layer.out.H);
+    update.OW = narrow(layer.out.W);
+    const ConvolutionOptions& o = layer.convolution;
+    update.kernel_h = narrow(o.kernel_h), update.kernel_w = narrow(o.kernel_w);
+    update.padding_h = narrow(o.padding_h), update.padding_w = narrow(o.padding_w);
+    update.weight = program_.parameters[layer.weight];
+    update.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    update.x = s.in.value;
+    update.tasks = update.O;
+    update.dy = s.out.grad;
+    update.staged = pixels + threads_ <= kScratch;
+    LocalPlan local;
+    local.present = s.activation != nullptr || s.pool != nullptr || s.norm != nullptr;
+    local.activation = activation_of(s.activation);
+    local.pooling = s.pool != nullptr;
+    local.y = s.y, local.pooled = s.pooled;
+    if (s.norm != nullptr) local.blur = s.backward_blur;
+    update.local = local;
+    Phase gradient = update;
+    gradient.op = Op::kConvolution;
+    gradient.flip = 1;
+    std::swap(gradient.C, gradient.O);
+    std::swap(gradient.H, gradient.OH), std::swap(gradient.W, gradient.OW);
+    gradient.padding_h = gradient.kernel_h - 1 - gradient.padding_h;
+    gradient.padding_w = gradient.kernel_w - 1 - gradient.padding_w;
+    gradient.bias = kNowhere;
+    gradient.x = update.dy, gradient.y = s.in.grad;
+    bool alone;  // without a phase that goes back through what is local
+    if (layer.gradient) {
+      alone = tile_update(update) && tile_convolution(gradient);
+    } else {
+      alone = tile_update(update) || tile_first_update(update) ||
+              pixels + threads_ + mean_numbers(local.blur) <= kScratch;
+    }
+    if (local.present && !alone) {
+      Phase back;
+      back.op = Op::kLocalBackward;
+      back.C = update.O, back.H = update.OH, back.W = update.OW;
+      back.dy = s.out.grad;
+      back.local = local;
+      back.tasks = ceil_div(layer.out.numel(), threads_);
+      back.dx = allocate(layer.out.numel());
+      emit_level(back);
+      update.dy = gradient.x = back.dx;
+      update.local = gradient.local = {};
+    }
+    if (!layer.gradient) return emit_level(update);
+    if (gradient.tile.group == 0) share_convolution(gradient);
+    if (gradient.tile.group != 0 && index > 0) leave_group_sums(steps_[index - 1], gradient);
+    emit(gradient);
+    pending_.push_back(update);
+    end_level();
+  }
+
+  // The gradient's tasks leave what the normalization before the convolution needs of it.
+  void leave_group_sums(Step& before, Phase& gradient) {
+    BlurPlan& b = before.backward_blur;
+    if (before.norm == nullptr || b.source != MeanSource::kMap) return;
+    b.parts = ceil_div(gradient.O, gradient.tile.group);
+    b.sum = gradient.tile.group_sum = allocate(int64_t{b.parts} * b.H * b.W);
+    b.source = MeanSource::kSum;
+  }
+
+  // ---------------------------------------------------------------------------------- linear
+  // layers
+
+  // Whether a vector of n numbers and the planes of a normalization fit into a block's own memory.
+  static bool fits(int64_t n, int64_t pixels) { return n + 2 * pixels + 64 <= kScratch; }
+
+  // Whether flatten is to be read by the linear layer behind it.
+  bool fuses_flatten(const LayerSpec& layer) const {
+    const LayerSpec* next = peek(next_);
+    return next != nullptr && next->kind == Kind::kLinear &&
+           fits(layer.in.numel(), layer.in.pixels());
+  }
+
+  void forward_linear(std::size_t i, const LayerSpec* flatten) {
+    const LayerSpec& layer = spec_.layers[i];
+    Step s{&layer, value_, {}};
+    s.flatten = flatten;
+    Phase p;
+    p.op = Op::kLinear;
+    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.x = value_.value;
+    s.flat = value_.value;
+    if (flatten != nullptr) {
+      p.permute = 1;
+      p.H = narrow(flatten->in.H), p.W = narrow(flatten->in.W);
+      p.blur = value_.blur;
+      emit_mean(value_.blur, value_.value);
+      p.flat = s.flat = allocate(layer.in.C);
+    }
+    if (backward_fits(layer)) s.activation = take_activation();
+    p.activation = activation_of(s.activation);
+    p.y = s.y = allocate(layer.out.C);
+    s.out = {s.y, allocate(layer.out.C), {}};
+    // A block for an output where there are few of them and they are long.
+    p.per_task = layer.in.C >= 512 && layer.out.C <= 512 ? 1 : warps();
+    p.tasks = ceil_div(layer.out.C, p.per_task);
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  // Whether the gradient of the outputs fits into a block's memory beside kLinearBackward's sums.
+  static bool backward_fits(const LayerSpec& layer) { return fits(layer.out.C + 64 * kColumns, 0); }
+
+  Phase linear_backward(const Step& s) const {
+    const LayerSpec& layer = *s.layer;
+    Phase p;
+    p.op = Op::kLinearBackward;
+    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    p.flat = s.flat, p.y = s.y, p.dy = s.out.grad;
+    p.activation = activation_of(s.activation);
+    p.tasks = ceil_div(p.C, kColumns);
+    p.staged = backward_fits(layer);
+    if (layer.gradient) p.dx = s.in.grad;
+    if (s.flatten != nullptr) {
+      p.permute = 1;
+      p.H = narrow(s.flatten->in.H), p.W = narrow(s.flatten->in.W);
+    }
+    return p;
+  }
+
+  // ------------------------------------------------------------------------------- the other
+  // layers
+
+  void forward(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    if (fuse_head(i)) return;
+    switch (layer.kind) {
+      case Kind::kConv2d:
+        return forward_convolution(i);
+      case Kind::kLinear:
+        return forward_linear(i, nullptr);
+      case Kind::kFlatten:
+        if (fuses_flatten(layer)) return forward_linear(next_++, &layer);
+        break;
+      default:
+        break;
+    }
+    materialise(layer.in);
+    Step s{&layer, value_, {}};
+    if (layer.kind == Kind::kSubtractiveNorm2d) {
+      s.out = {value_.value, layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
+      s.out.blur = new_blur(layer, false);
+      prepare(layer, s.out.blur);
+      s.backward_blur = adjoint_of(s.out.blur);
+      value_ = s.out;
+      if (value_.value == kImage) materialise(layer.out);
+      s.out.value = value_.value;
+      steps_.push_back(s);
+      return;
+    }
+    s.out = {
+        allocate(layer.out.numel()), layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
+    Phase p = phase_of(layer, false);
+    p.x = value_.value, p.y = s.out.value;
+    emit_level(p);
+    value_ = s.out;
+    steps_.push_back(s);
+  }
+
+  // A layer without parameters on its own.
+  Phase phase_of(const LayerSpec& layer, bool backward) const {
+    Phase p = elementwise(Op::kPermute, layer.in);
+    p.O = p.C, p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+    switch (layer.kind) {
+      case Kind::kTanh:
+      case Kind::kRelu:
+      case Kind::kSigmoid:
+        p.op = backward ? Op::kActivationBackward : Op::kActivation;
+        p.activation = activation_of(&layer);
+        break;
+      case Kind::kDropout:
+        p.op = Op::kDropout;
+        p.number = 1.0 - layer.number;
+        p.first_uniform = layer.first_uniform;
+        break;
+      case Kind::kLogSoftmax:
+      case Kind::kTorch7LogSoftmax:
+        p.op = backward ? Op::kLogSoftmaxBackward : Op::kLogSoftmax;
+        p.log_softmax =
+            layer.kind == Kind::kLogSoftmax ? LogSoftmaxKind::kExact : LogSoftmaxKind::kTorch7;
+        p.number = layer.number;
+        p.tasks = 1;
+        break;
+      case Kind::kLpPool2d:
+      case Kind::kMaxPool2d:
+      case Kind::kAvgPool2d: {
+        const PoolArguments& a = layer.pooling;
+        p.op = backward ? Op::kPoolBackward : Op::kPool;
+        p.pool = layer.kind == Kind::kMaxPool2d   ? PoolKind::kMax
+                 : layer.kind == Kind::kAvgPool2d ? PoolKind::kAverage
+                                                  : PoolKind::kLp;
+        p.number = a.p;
+        p.kernel_h = narrow(a.kernel[0]), p.kernel_w = narrow(a.kernel[1]);
+        p.stride_h = narrow(a.stride[0]), p.stride_w = narrow(a.stride[1]);
+        p.padding_h = narrow(a.padding[0]), p.padding_w = narrow(a.padding[1]);
+        p.count_padding = layer.count_padding;
+        p.divisor = narrow(layer.divisor);
+        p.tasks = ceil_div(backward ? layer.in.numel() : layer.out.numel(), threads_);
+        break;
+      }
+      default:
+        p.flip = backward;
+        break;
+    }
+    return p;
+  }
+
+  // -------------------------------------------------------------------------------------- the end
+
+  // Linear, then perhaps an activation or a log-softmax, at the end of the network and behind
+  // another linear layer: nothing is done forward.
+  bool fuse_head(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    if (layer.kind != Kind::kLinear || steps_.empty()) return false;
+    const Step& before = steps_.back();
+    if (before.layer->kind != Kind::kLinear || layer.out.C > 256) return false;
+    const int64_t vectors = layer.in.C * 3 + 4 * layer.out.C + 64 * kColumns;
+    if (!fits(vectors, 0)) return false;
+    const LayerSpec* last = peek(i + 1);
+    if (last != nullptr && peek(i + 2) != nullptr) return false;
+    HeadPlan h;
+    if (last != nullptr) {
+      h.activation = activation_of(last);
+      if (last->kind == Kind::kLogSoftmax) h.log_softmax = LogSoftmaxKind::kExact;
+      if (last->kind == Kind::kTorch7LogSoftmax) h.log_softmax = LogSoftmaxKind::kTorch7;
+      h.beta = last->number;
+      if (h.activation == ActivationKind::kIdentity && h.log_softmax == LogSoftmaxKind::kNone) {
+        return false;
+      }
+      next_ = i + 2;
+    }
+    h.classes = narrow(layer.out.C);
+    h.weight = program_.parameters[layer.weight];
+    h.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    h.grad = allocate(layer.out.C);
+    h.staged = take_memory(vectors + 64 + layer.in.C * layer.out.C);
+    head_ = h;
+    return true;
+  }
+
+  // The loss of the network's output, where no head is fused.
+  void emit_loss(const Step& last) {
+    Phase p;
+    p.op = Op::kLoss;
+    p.C = narrow(spec_.output.C);
+    p.tasks = 1;
+    p.x = value_.value;
+    p.dy = last.out.grad;
+    emit_level(p);
+  }
+
+  void backward(std::size_t index) {
+    const Step& s = steps_[index];
+    const LayerSpec& layer = *s.layer;
+    const bool last = index + 1 == steps_.size();
+    if (last && head_.classes == 0) emit_loss(s);
+    if (layer.kind == Kind::kLinear) {
+      Phase p = linear_backward(s);
+      if (last && head_.classes > 0) {
+        p.head = head_;
+        Phase update;
+        update.op = Op::kLinearUpdate;
+        update.C = p.O, update.O = head_.classes;
+        update.weight = head_.weight, update.bias = head_.bias;
+        update.flat = s.y, update.dy = head_.grad;
+        update.tasks = ceil_div(int64_t{update.C} * update.O, threads_);
+        pending_.push_back(update);
+      }
+      emit_level(p);
+      return;
+    }
+    if (layer.kind == Kind::kConv2d) return backward_convolution(index);
+    if (!layer.gradient) return;
+    if (layer.kind == Kind::kSubtractiveNorm2d) {
+      emit_subtract(s.backward_blur, layer.in, s.out.grad, s.in.grad);
+      return;
+    }
+    Phase p = phase_of(layer, true);
+    p.x = s.in.value, p.y = s.out.value, p.dy = s.out.grad, p.dx = s.in.grad;
+    if (p.op == Op::kDropout) p.x = s.out.grad, p.y = s.in.grad;
+    emit_level(p);
+  }
+
+  const char* op_;
+  const NetworkSpec& spec_;
+  const std::vector<std::array<int64_t, 3>>& kernels_;
+  int32_t threads_;
+  int64_t memory_;
+  Program program_;
+  Value value_{};
+  std::vector<Step> steps_;
+  std::size_t next_ = 0;
+  Level current_{};
+  std::vector<Phase> ready_, pending_;
+  HeadPlan head_{};
+};
+
+}  // namespace mnist_ops::online
