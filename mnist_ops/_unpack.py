@@ -6,10 +6,20 @@ import contextlib
 import lzma
 import os
 import zlib
+from collections.abc import Iterator
 from lzma import LZMAError
 from typing import Any, BinaryIO
 
-__all__ = ["LZMAError", "TooLargeError", "is_packed", "limit_of", "read", "unpack"]
+__all__ = [
+    "LZMAError",
+    "TooLargeError",
+    "beginning",
+    "is_packed",
+    "limit_of",
+    "pieces",
+    "read",
+    "unpack",
+]
 
 XZ, GZIP = b"\xfd7zXZ\x00", b"\x1f\x8b"
 
@@ -58,17 +68,15 @@ def read(file: BinaryIO, limit: int) -> bytearray:
     return content
 
 
-def unpack(packed: bytes | bytearray, limit: int) -> bytearray:
-    """What ``packed``, one gzip or xz file or several joined, unpacks to.
+def pieces(packed: bytes | bytearray) -> Iterator[bytes]:
+    """What ``packed``, one gzip or xz file or several joined, unpacks to, at most 1 MiB at a time.
 
     Raises:
-        TooLargeError: if that is longer than ``limit``; no more than that is ever held.
         EOFError: if the packed data ends before its end mark.
         zlib.error, lzma.LZMAError: if it is damaged.
     """
     is_gzip = packed.startswith(GZIP)
     rest = memoryview(packed)
-    content = bytearray()
     while len(rest):
         if rest[0] == 0:  # zeros may follow to fill a block
             piece = bytes(rest[:_FEED])
@@ -86,8 +94,30 @@ def unpack(packed: bytes | bytearray, limit: int) -> bytearray:
             piece = stream.decompress(data, _PIECE)
             if not piece and not data and not stream.eof:
                 raise EOFError("the packed data ends before its end mark")
-            content += piece
-            if len(content) > limit:
-                raise TooLargeError
+            yield piece
         rest = memoryview(packed)[len(packed) - len(rest) - len(stream.unused_data) :]
+
+
+def unpack(packed: bytes | bytearray, limit: int) -> bytearray:
+    """All that ``packed`` unpacks to, see :func:`pieces`.
+
+    Raises:
+        TooLargeError: if that is longer than ``limit``; no more than that is ever held.
+    """
+    content = bytearray()
+    for piece in pieces(packed):
+        content += piece
+        if len(content) > limit:
+            raise TooLargeError
+    return content
+
+
+def beginning(packed: bytes | bytearray, size: int) -> bytearray:
+    """The first ``size`` bytes of what ``packed`` unpacks to, or all there are."""
+    content = bytearray()
+    for piece in pieces(packed):
+        content += piece
+        if len(content) >= size:
+            break
+    del content[size:]
     return content

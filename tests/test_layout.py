@@ -14,10 +14,11 @@ PACKAGE = Path(mnist_ops.__file__).parent
 NAME = PACKAGE.name
 # Nothing imports from a room above its own. At the bottom are the modules beside the rooms whose
 # names begin with an underscore.
-ROOMS = ("_", "ops", "nn", "torch7", "mnist", "training", "lab")
+ROOMS = ("_", "ops", "nn", "onnx", "torch7", "mnist", "training", "lab")
 # What each room may import from outside the standard library; what those below it may, too.
 OUTSIDE = {
     "_": {"torch"},
+    "onnx": {"onnx_ir", "onnxscript"},
     "torch7": {"numpy"},
     "mnist": {"platformdirs", "torchvision"},
     "training": {"filelock", "tqdm"},

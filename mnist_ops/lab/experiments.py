@@ -170,7 +170,7 @@ class Experiment:
     @property
     def training_digits(self) -> int:
         """How many digits an epoch has."""
-        return (SMALL_SET[0] if self.small else 60_000) - self.validation
+        return (SMALL_SET[0] if self.small else data.COUNTS["train"]) - self.validation
 
     @property
     def switch(self) -> int | None:

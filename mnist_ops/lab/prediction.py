@@ -13,17 +13,16 @@ from __future__ import annotations
 import math
 import os
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _unpack, torch7, training
+from .. import torch7, training
 from ..mnist import data, models
 from ..torch7 import files as torch7_files
 
@@ -267,33 +266,15 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
-            if head.startswith((_ZIP, _NPY)):
-                if os.fstat(file.fileno()).st_size > _MAX_BYTES:
-                    raise _unpack.TooLargeError
-                return _checked_images(path, _read_array(path, head.startswith(_ZIP)))
-            return _read_idx(path, head, file)
-    except _unpack.TooLargeError:
-        raise data.DataError(
-            f"{path} is larger than {_MAX_BYTES:,} bytes, or 100 times larger than packed."
-        ) from None
-    except (EOFError, _unpack.LZMAError, zlib.error) as error:
-        raise data.DataError(f"{path} is truncated or damaged: {error}.") from None
-    except MemoryError:
-        raise data.DataError(f"{path} needs more memory than there is.") from None
+            head = file.peek(len(_NPY))
+            if not head.startswith((_ZIP, _NPY)):
+                return data.read_idx(path, images=True, wary=True, file=file)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise data.DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _read_idx(path: Path, head: bytes, file: BinaryIO) -> Tensor:
-    content = bytearray(head)
-    is_packed = _unpack.is_packed(head)
-    if is_packed or head.startswith(b"\0\0\x08\x03"):  # else it is not worth reading
-        content += _unpack.read(file, _MAX_BYTES)
-    if is_packed:
-        content = _unpack.unpack(content, _unpack.limit_of(len(content), _MAX_BYTES))
-    count = data._check_idx(path, bytes(content[:16]), len(content), images=True)
-    return torch.frombuffer(content, dtype=torch.uint8, offset=16).view(count, 1, 28, 28)
+    if size > _MAX_BYTES:
+        raise data.DataError(f"{path} is larger than {_MAX_BYTES:,} bytes.")
+    return _checked_images(path, _read_array(path, head.startswith(_ZIP)))
 
 
 def _read_array(path: Path, is_torch: bool) -> Tensor:

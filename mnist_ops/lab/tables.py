@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..mnist import data
 from . import records, reports, statistics
 from .experiments import CANDIDATES, Experiment, Table
 from .statistics import Run, Sample
@@ -93,7 +94,7 @@ def images_of(run: Run, split: str) -> int:
     """How many images make 100 %."""
     if split == "test":
         return sum(map(sum, run["epochs"][0]["confusion"]))
-    return int(run["limit"] or 60_000)
+    return int(run["limit"] or data.COUNTS["train"])
 
 
 def _cells(

@@ -15,6 +15,7 @@ itself is never written to. ::
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import math
@@ -26,12 +27,13 @@ import zlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _unpack as packing
 from ..ops import contrastive_norm2d, gaussian1d
 from ..ops._common import check_integer, check_number
 
@@ -94,9 +96,10 @@ FILES = (
 )
 
 _PREFIX = {"train": "train", "test": "t10k"}
+#: How many digits each split has.
+COUNTS = {"train": 60_000, "test": 10_000}
 # An unpacked file may have so many bytes: 1.3 million digits. gzip makes a thousand of one.
 _MOST_BYTES = 1 << 30
-_PIECE = 1 << 20
 _REINSTALL = "Reinstall mnist_ops, or name a folder of your own that holds the four MNIST files."
 
 
@@ -184,12 +187,12 @@ def _find(root: Path, name: str) -> Path:
     )
 
 
-def _check_idx(path: Path, content: bytes, size: int, images: bool) -> int:
-    """Check an idx file's header against its length; return the number of entries."""
+def _announced(path: Path, header: bytes | bytearray, images: bool) -> list[int]:
+    """The shape that an idx file's header announces, checked."""
     dims = 3 if images else 1
-    if size < 4 * (dims + 1):
-        raise DataError(f"{path} is truncated: {size} bytes, not even a whole idx header.")
-    magic, *shape = struct.unpack(f">{dims + 1}I", content[: 4 * (dims + 1)])
+    if len(header) < 4 * (dims + 1):
+        raise DataError(f"{path} is truncated: {len(header)} bytes, not even a whole idx header.")
+    magic, *shape = struct.unpack_from(f">{dims + 1}I", header)
     expected = 0x0803 if images else 0x0801
     if magic != expected:
         kind = "images" if images else "labels"
@@ -198,50 +201,57 @@ def _check_idx(path: Path, content: bytes, size: int, images: bool) -> int:
         )
     if images and shape[1:] != [28, 28]:
         raise DataError(f"{path}: expected images of 28x28 pixels, got {shape[1]}x{shape[2]}.")
-    whole = 4 * (dims + 1) + math.prod(shape)
-    if size != whole:
-        state = "is truncated" if size < whole else "is too long"
-        raise DataError(f"{path} {state}: {size} bytes where its header announces {whole}.")
     if shape[0] == 0:
         raise DataError(f"{path} holds no entries.")
-    return shape[0]
+    return shape
 
 
-def _read_idx(path: Path, images: bool) -> Tensor:
-    """The entries of an idx file, packed with gzip or not, uint8: ``(N, 1, 28, 28)`` or ``(N,)``.
+def read_idx(path: Path, images: bool, wary: bool = False, file: BinaryIO | None = None) -> Tensor:
+    """The entries of an idx file, uint8: ``(N, 1, 28, 28)`` or ``(N,)``.
 
-    It is unpacked in pieces, and no further than its header announces.
+    Args:
+        path: the file, packed with gzip or xz or not. It is unpacked no further than its header
+            announces, and that is 1 GiB at most.
+        images: whether images are expected, or labels.
+        wary: refuse more than 16 MiB that were packed more than a hundredfold, as files are that
+            were made to fill the memory.
+        file: the file at its beginning, where it is open already.
+
+    Raises:
+        DataError: if the file is missing, damaged, something else or too large.
     """
-    header_size = 16 if images else 8
+    size = 16 if images else 8
     try:
-        with open(path, "rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            file = gzip.GzipFile(fileobj=raw) if packed else raw
-            content = bytearray(file.read(header_size))
-            whole = header_size
-            if len(content) == header_size:
-                whole += math.prod(struct.unpack_from(f">{header_size // 4 - 1}I", content, 4))
-            if whole > _MOST_BYTES and (packed or size == whole):
+        with open(path, "rb") if file is None else contextlib.nullcontext(file) as source:
+            content = bytearray(source.read(size))
+            packed = packing.is_packed(content)
+            if not packed:
+                _announced(path, content, images)  # else it is not worth reading
+            content += packing.read(source, _MOST_BYTES)
+        header = packing.beginning(content, size) if packed else content[:size]
+        shape = _announced(path, header, images)
+        whole = size + math.prod(shape)
+        if packed:
+            most = packing.limit_of(len(content), _MOST_BYTES) if wary else _MOST_BYTES
+            if whole > most:
                 raise DataError(
-                    f"{path} announces {whole} bytes, more than the {_MOST_BYTES} that are read."
+                    f"{path} announces {whole} bytes, more than the {most} that are read."
                 )
-            # One byte more tells a file that is too long, and the end of one that is not packed
-            # wrong: there its checksum is compared.
-            most = whole + 1 if packed else min(size, whole + 1)
-            while len(content) < most and (piece := file.read(min(_PIECE, most - len(content)))):
-                content += piece
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            content = packing.beginning(content, whole + 1)
+    except packing.TooLargeError:
+        raise DataError(f"{path} is larger than the {_MOST_BYTES} bytes that are read.") from None
+    except (EOFError, packing.LZMAError, zlib.error) as error:
         state = "truncated" if isinstance(error, EOFError) else "damaged"
         raise DataError(f"{path} is {state}: {error}. Copy the file again.") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
     except MemoryError:
         raise DataError(f"{path} needs more memory than there is.") from None
-    count = _check_idx(path, bytes(content[:header_size]), len(content) if packed else size, images)
-    shape = (count, 1, 28, 28) if images else (count,)
-    return torch.frombuffer(content, dtype=torch.uint8, offset=header_size).view(shape)
+    if len(content) != whole:
+        state = "is truncated" if len(content) < whole else "is too long"
+        raise DataError(f"{path} {state}: {len(content)} bytes where its header announces {whole}.")
+    entries = torch.frombuffer(content, dtype=torch.uint8, offset=size)
+    return entries.view(-1, 1, 28, 28) if images else entries
 
 
 def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -253,8 +263,8 @@ def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
     images_path, labels_path = (
         path for name, path in paths.items() if name.startswith(_PREFIX[split])
     )
-    labels = _read_idx(labels_path, images=False)
-    images = _read_idx(images_path, images=True)
+    labels = read_idx(labels_path, images=False)
+    images = read_idx(images_path, images=True)
     if len(images) != len(labels):
         raise DataError(
             f"Images and labels do not match: {images_path} has {len(images)}, "

@@ -575,8 +575,10 @@ class TestBombs:
                 with pack.open(path, "wb", **({"preset": 0} if pack is lzma else {})) as file:
                     file.write(content)
                 assert path.stat().st_size < 2**20
-                readers = ["read_images"] if name == "images" else ["load_model", "load_net"]
-                files += [(reader, path, "larger") for reader in readers]
+                if name == "images":
+                    files.append(("read_images", path, "more than the"))
+                else:
+                    files += [(reader, path, "larger") for reader in ("load_model", "load_net")]
         heads = (b"", b"\x93NUMPY", b"PK\x03\x04", struct.pack(">4I", 2051, 9, 28, 28), b"\x03")
         for i, head in enumerate(heads):
             path = tmp_path / f"sparse{i}"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import REFERENCE
 
+from mnist_ops import _unpack
 from mnist_ops.mnist import data
 
 NAMES = [file.name for file in data.FILES]
@@ -314,6 +315,7 @@ class TestOwnFolder:
             [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
             capture_output=True, text=True, timeout=100,
         )  # fmt: skip
+        assert result.returncode == 0, result.stderr
         said, megabytes = result.stdout.splitlines()
         message, limit = {
             "right": ("500000", 900),
@@ -327,7 +329,7 @@ class TestOwnFolder:
             raise MemoryError
 
         write(tmp_path, idx_files(), packed=True)
-        monkeypatch.setattr(gzip.GzipFile, "read", read)
+        monkeypatch.setattr(_unpack, "read", read)
         with pytest.raises(data.DataError, match="needs more memory than there is"):
             data.load("train", tmp_path)
 
