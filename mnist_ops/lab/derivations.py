@@ -11,18 +11,18 @@ wrong. :func:`check` evaluates every one as it is printed::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, exp
+from torch.autograd.functional import jacobian
 
 from ..ops import sigmoid, softmax
 
 __all__ = ["LINES", "Line", "Result", "check"]
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A printed expression.
 
     Attributes:
@@ -42,8 +42,7 @@ class Line:
     remark: str = ""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What :func:`check` found about a line.
 
     Attributes:
@@ -66,127 +65,100 @@ class Result:
         return text + (f"\n{'':30s} {self.line.remark}" if self.line.remark else "")
 
 
-def _gibbs(x: Tensor, beta: float) -> Tensor:
-    weights = torch.exp(-beta * x)
+def _logistic(x: Tensor, b: float = 1.0) -> Tensor:
+    return 1 / (1 + exp(-x))
+
+
+def _gibbs(x: Tensor, b: float) -> Tensor:
+    weights = exp(-b * x)
     return weights / weights.sum()
 
 
 def _outer(y: Tensor) -> Tensor:
-    return y.unsqueeze(1) * y.unsqueeze(0)
+    return torch.outer(y, y)
 
 
-def _rest(weights: Tensor) -> Tensor:
-    """The sum of all but the own weight: C in report 1's (2.1) to (2.2)."""
-    return weights.sum() - weights
-
-
-def _report_1_diagonal(x: Tensor, beta: float) -> Tensor:
-    bottom = _rest(torch.exp(x)) + torch.exp(x)
-    return -beta * torch.exp(-beta * x) / bottom + beta * torch.exp(-2 * beta * x) / bottom**2
-
-
-def _report_1_pairs(x: Tensor, beta: float) -> Tensor:
-    bottom = torch.exp(x).sum()
-    return beta * _outer(torch.exp(-beta * x)) / bottom**2
-
-
-def _report_2_sigmoid(x: Tensor, beta: float) -> Tensor:
-    y = 1 / (1 - torch.exp(-x))
-    return y * (1 - y)
-
-
-def _report_2_quotient(x: Tensor, beta: float) -> Tensor:
-    weights = torch.exp(-beta * x)
+def _quotient(x: Tensor, b: float) -> Tensor:
+    weights = exp(-b * x)
     total = weights.sum()
-    return (-beta * weights * total - weights * (-beta * weights)) / total
-
-
-def _report_2_diagonal(x: Tensor, beta: float) -> Tensor:
-    y = beta * _gibbs(x, beta)
-    return -y * (1 - y)
-
-
-def _true_sigmoid(x: Tensor, beta: float) -> Tensor:
-    y = 1 / (1 + torch.exp(-x))
-    return y * (1 - y)
-
-
-def _times(
-    factor: float, function: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor, float], Tensor]:
-    return lambda x, beta: factor * beta * function(_gibbs(x, beta))
+    return (-b * weights * total - weights * (-b * weights)) / total
 
 
 #: Every line of the derivations that can be evaluated, in the reports' order.
 LINES: tuple[Line, ...] = (
     Line(
         "report 1, (1.1), middle", "e^x / (1 + e^x)^2", "dy/dx",
-        lambda x, beta: torch.exp(x) / (1 + torch.exp(x)) ** 2,
+        lambda x, b: exp(x) / (1 + exp(x)) ** 2,
     ),
-    Line("report 1, (1.1), result", "y (1 - y)", "dy/dx", _true_sigmoid),
     Line(
-        "report 1, (2.1)", "e^(x_i) / sum_k e^(x_k)", "y_i",
-        lambda x, beta: torch.exp(x) / torch.exp(x).sum(),
+        "report 1, (1.1), result", "y (1 - y)", "dy/dx",
+        lambda x, b: _logistic(x) * (1 - _logistic(x)),
+    ),
+    Line(
+        "report 1, (2.1)", "e^(x_i) / sum_k e^(x_k)", "y_i", lambda x, b: exp(x) / exp(x).sum(),
         "-beta is missing in every exponent; (2.2) and (2.3) are derived for e^(-beta x)",
     ),
     Line(
         "report 1, (2.2), middle",
         "-b e^(-b x_i) / (C + e^(x_i)) + b e^(-2b x_i) / (C + e^(x_i))^2", "dy_i/dx_i",
-        _report_1_diagonal, "-b is missing below the fraction lines",
+        # C is the sum of all but the own weight.
+        lambda x, b: -b * exp(-b * x) / exp(x).sum() + b * exp(-2 * b * x) / exp(x).sum() ** 2,
+        "-b is missing below the fraction lines",
     ),
     Line(
         "report 1, (2.2), result", "b y_i (-1 + y_i)", "dy_i/dx_i",
-        _times(1, lambda y: y * (y - 1)),
+        lambda x, b: b * _gibbs(x, b) * (_gibbs(x, b) - 1),
     ),
     Line(
         "report 1, (2.3), middle", "b e^(-b x_i) e^(-b x_j) / (K + e^(x_j))^2", "dy_i/dx_j",
-        _report_1_pairs, "-b is missing below the fraction line",
+        lambda x, b: b * _outer(exp(-b * x)) / exp(x).sum() ** 2,
+        "-b is missing below the fraction line",
     ),
-    Line("report 1, (2.3), result", "b y_i y_j", "dy_i/dx_j", _times(1, _outer)),
+    Line(
+        "report 1, (2.3), result", "b y_i y_j", "dy_i/dx_j", lambda x, b: b * _outer(_gibbs(x, b))
+    ),
     Line(
         "report 2, 1.1, first", "e^-x / (1 + e^-x)^2", "dy/dx",
-        lambda x, beta: torch.exp(-x) / (1 + torch.exp(-x)) ** 2,
+        lambda x, b: exp(-x) / (1 + exp(-x)) ** 2,
     ),
     Line(
-        "report 2, 1.1, middle", "1/(1 - e^-x) (1 - 1/(1 - e^-x))", "dy/dx", _report_2_sigmoid,
-        "1 - e^-x should be 1 + e^-x",
+        "report 2, 1.1, middle", "1/(1 - e^-x) (1 - 1/(1 - e^-x))", "dy/dx",
+        lambda x, b: 1 / (1 - exp(-x)) * (1 - 1 / (1 - exp(-x))), "1 - e^-x should be 1 + e^-x",
     ),
-    Line("report 2, 1.1, result", "y (1 - y)", "dy/dx", _true_sigmoid),
+    Line(
+        "report 2, 1.1, result", "y (1 - y)", "dy/dx",
+        lambda x, b: _logistic(x) * (1 - _logistic(x)),
+    ),
     Line(
         "report 2, 1.2, i = j, first",
         "(-b e^(-b x_i) S - e^(-b x_i) (-b e^(-b x_i))) / S, S = sum_k e^(-b x_k)", "dy_i/dx_i",
-        _report_2_quotient, "the denominator lacks its square: S should be S^2",
+        _quotient, "the denominator lacks its square: S should be S^2",
     ),
     Line(
-        "report 2, 1.2, i = j, middle", "-b y_i (1 - b y_i)", "dy_i/dx_i", _report_2_diagonal,
-        "the second b is one too many",
+        "report 2, 1.2, i = j, middle", "-b y_i (1 - b y_i)", "dy_i/dx_i",
+        lambda x, b: -b * _gibbs(x, b) * (1 - b * _gibbs(x, b)), "the second b is one too many",
     ),
     Line(
         "report 2, 1.2, i = j, result", "b y_i (1 - y_i)", "dy_i/dx_i",
-        _times(1, lambda y: y * (1 - y)), "should be -b y_i (1 - y_i)",
+        lambda x, b: b * _gibbs(x, b) * (1 - _gibbs(x, b)), "should be -b y_i (1 - y_i)",
     ),
     Line(
         "report 2, 1.2, i != j, first", "-b e^(-b x_j) (sum_k e^(-b x_k))^-2 e^(-b x_i)",
-        "dy_i/dx_j", _times(-1, _outer),
+        "dy_i/dx_j", lambda x, b: -b * _outer(_gibbs(x, b)),
         "the minus sign should not be there; the next line drops it",
     ),
-    Line("report 2, 1.2, i != j, result", "b y_j y_i", "dy_i/dx_j", _times(1, _outer)),
+    Line(
+        "report 2, 1.2, i != j, result", "b y_j y_i", "dy_i/dx_j",
+        lambda x, b: b * _outer(_gibbs(x, b)),
+    ),
 )  # fmt: skip
 
 
-def _jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Row i: the gradient of output i, one backward pass each."""
-    x = x.clone().requires_grad_()
-    y = function(x)
-    rows = [torch.autograd.grad(y[i], x, retain_graph=True)[0] for i in range(len(y))]
-    return torch.stack(rows)
-
-
-def _part(derivative: str, jacobian: Tensor) -> Tensor:
-    """The entries that a line speaks of; for pairs the diagonal is left out."""
+def _part(derivative: str, values: Tensor) -> Tensor:
+    """The entries of a Jacobian that a line speaks of; for pairs the diagonal is left out."""
     if derivative == "dy_i/dx_j":
-        return jacobian[~torch.eye(len(jacobian), dtype=torch.bool)]
-    return jacobian.diagonal()
+        return values[~torch.eye(len(values), dtype=torch.bool)]
+    return values.diagonal()
 
 
 def check(beta: float = 0.7, size: int = 6, seed: int = 0) -> list[Result]:
@@ -203,23 +175,21 @@ def check(beta: float = 0.7, size: int = 6, seed: int = 0) -> list[Result]:
     if size < 3:
         raise ValueError(f"check: size must be >= 3, got {size}")
     x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    truth = {
-        "sigmoid": _jacobian(lambda x: 1 / (1 + torch.exp(-x)), x),
-        "softmax": _jacobian(lambda x: _gibbs(x, beta), x),
+    functions: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+        "sigmoid": (_logistic, sigmoid),
+        "softmax": (lambda x: _gibbs(x, beta), lambda x: softmax(x, beta=-beta)),
     }
-    ours = {
-        "sigmoid": _jacobian(sigmoid, x),
-        "softmax": _jacobian(lambda x: softmax(x, beta=-beta), x),
+    jacobians = {
+        family: [jacobian(function, x) for function in both] for family, both in functions.items()
     }
     results = []
     for line in LINES:
         value = line.value(x, beta)
         if line.derivative == "y_i":
-            expected, kernel = _gibbs(x, beta), softmax(x, beta=-beta)
+            expected, kernel = (function(x) for function in functions["softmax"])
         else:
             family = "sigmoid" if line.derivative == "dy/dx" else "softmax"
-            expected = _part(line.derivative, truth[family])
-            kernel = _part(line.derivative, ours[family])
+            expected, kernel = (_part(line.derivative, each) for each in jacobians[family])
             if line.derivative == "dy_i/dx_j":
                 value = _part(line.derivative, value)
         error = float((value - expected).abs().max())

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -51,17 +51,6 @@ def cut(accuracy: float) -> str:
     """
     # The smallest step of an accuracy, 1/600 %, is far above what a division's rounding can take.
     return f"{math.floor(accuracy * 100 + 1e-6) / 100:.2f}"
-
-
-_Pairs = dict[int, tuple[Any, Any]]
-
-
-def _pairs(entry: dict[str, list[Any]], epochs: Iterable[int]) -> _Pairs:
-    """For each epoch training and test accuracy."""
-    for value in (*entry["training"], *entry["test"]):
-        if value is not None and not 0 <= value <= 100:
-            raise ValueError(f"{value} is no accuracy in %")
-    return dict(zip(epochs, zip(entry["training"], entry["test"], strict=True), strict=True))
 
 
 @dataclass(frozen=True)
@@ -130,62 +119,29 @@ class Claim:
             raise ValueError(f"claim {self.name}: a {self.kind} needs one bound of its own")
 
 
-def _claim(entry: dict[str, Any]) -> Claim:
-    wrong = set(entry) - {field.name for field in fields(Claim)}
-    if wrong:
-        raise ValueError(f"claim {entry.get('name')}: unknown {', '.join(sorted(wrong))}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
-    return Claim(**values)
-
-
-def _parse(name: str, content: bytes) -> Any:
-    """One of the package's own files."""
-    try:
-        parts = json.loads(content.decode("utf-8"))
-        if name == "claims.json":
-            return {entry["name"]: _claim(entry) for entry in parts}
-        if name == "report1_logs.json":
-            for log in (parts["original"], parts["three_layer"]):
-                # A training accuracy more than tests: that run was stopped within an epoch.
-                both = min(len(log["training"]), len(log["test"]))
-                _pairs({key: log[key][:both] for key in ("training", "test")}, range(1, both + 1))
-            return parts
-        tables = {
-            table: {
-                column: _pairs(entry, map(int, entry["epochs"]))
-                for column, entry in columns.items()
-            }
-            for table, columns in parts["tables"].items()
-        }
-        figures = {
-            figure: _pairs(entry, range(1, len(entry["test"]) + 1))
-            for figure, entry in parts["figures"].items()
-        }
-        logs = {
-            log: _pairs({"training": [None] * len(test), "test": test}, range(1, len(test) + 1))
-            for log, test in parts["logs"].items()
-        }
-        return tables, figures, logs, parts["reports"]
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ImportError(
-            f"mnist_ops/lab/{name} is damaged ({error!r}): reinstall mnist_ops"
-        ) from None
-
-
 def _read(name: str) -> Any:
-    return _parse(name, (resources.files(__package__) / name).read_bytes())
+    """One of the package's own files."""
+    return json.loads((resources.files(__package__) / name).read_text(encoding="utf-8"))
 
 
-_TABLES, _FIGURES, _LOGS, _SOURCES = _read("reports.json")
+def _pairs(entry: dict[str, list[Any]], epochs: Iterable[int]) -> dict[int, tuple[Any, Any]]:
+    """For each epoch training and test accuracy."""
+    return dict(zip(epochs, zip(entry["training"], entry["test"], strict=True), strict=True))
+
+
+_CONTENT = _read("reports.json")
 
 #: Title, authors, date, repository and folder of both reports, under ``"1"`` and ``"2"``; under
 #: ``"starter"`` the scripts of the course that both began with.
-SOURCES: dict[str, Any] = _SOURCES
+SOURCES: dict[str, Any] = _CONTENT["reports"]
 
 #: Report 1, Tables 3.1 to 3.5, as printed: ``TABLES[table][column][epoch] = (training, test)``;
 #: ``None`` where a dash is printed. Table 3.4's multi-margin column equals its NLL column to the
 #: last decimal.
-TABLES: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = _TABLES
+TABLES: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {
+    table: {column: _pairs(entry, entry["epochs"]) for column, entry in columns.items()}
+    for table, columns in _CONTENT["tables"].items()
+}
 
 #: How much too high a table numbers its epochs. Table 3.5 prints the lines of the authors' log
 #: files and counts the header as one: what it prints for epoch 20 is the log's epoch 19.
@@ -200,12 +156,18 @@ AUTHORS_LOGS: dict[str, Any] = _read("report1_logs.json")
 #: published plots to about 0.01; ``None`` where they cannot be read. The legend of figure 2 is
 #: swapped; here the curves have their right names. The published text is a later revision of the
 #: report: it ends at 99.63 with all augmentations together.
-FIGURES: dict[str, dict[int, tuple[float | None, float | None]]] = _FIGURES
+FIGURES: dict[str, dict[int, tuple[float | None, float | None]]] = {
+    figure: _pairs(entry, range(1, len(entry["test"]) + 1))
+    for figure, entry in _CONTENT["figures"].items()
+}
 
 #: Test logs that the authors of report 2 published, ``LOGS[log][epoch] = (None, test)``: exact. The
 #: one they call convolution is the run of figure 2 with everything together: from epoch 2 on its
 #: test curve to 0.012. The one they call dropout includes rotation.
-LOGS: dict[str, dict[int, tuple[None, float]]] = _LOGS
+LOGS: dict[str, dict[int, tuple[None, float]]] = {
+    log: {epoch: (None, value) for epoch, value in enumerate(test, 1)}
+    for log, test in _CONTENT["logs"].items()
+}
 
 #: Report 1, Table 3.1, "The training and test accuracy of the original model": for each epoch
 #: training and test accuracy in %, as printed.
@@ -216,4 +178,7 @@ TABLE_3_1: dict[int, tuple[float, float]] = {
 }
 
 #: Every claim by its name, in the order of the reports.
-CLAIMS: dict[str, Claim] = _read("claims.json")
+CLAIMS: dict[str, Claim] = {
+    entry["name"]: Claim(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+    for entry in _read("claims.json")
+}
