@@ -13,14 +13,16 @@ from torch import Tensor
 from . import ops
 from .ops._common import check_int
 from .ops.local_norm import check_kernel, check_thresholds
-from .ops.lp_pool import check_windows
+from .ops.lp_pool import check_layout, check_norm_type, check_windows
 from .ops.softmax import check_beta, check_reduction
 from .ops.stage import check_activation
 
 __all__ = [
     "ContrastiveNorm2d",
     "DivisiveNorm2d",
+    "LPPool1d",
     "LPPool2d",
+    "LPPool3d",
     "LogSoftmax",
     "Sigmoid",
     "Softmax",
@@ -30,37 +32,76 @@ __all__ = [
 ]
 
 
-class LPPool2d(torch.nn.Module):
-    """LP pooling. See :func:`mnist_ops.lp_pool2d`."""
+class _LPPool(torch.nn.Module):
+    """What the poolings of sequences, images and volumes share."""
+
+    _dims: int
+    _function: Callable[..., Tensor]
 
     def __init__(
         self,
         norm_type: float,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
         ceil_mode: bool = False,
+        dilation: Any = 1,
     ) -> None:
         super().__init__()
-        check_windows("LPPool2d", norm_type, kernel_size, stride, padding, ceil_mode)
+        name = type(self).__name__
+        check_norm_type(name, norm_type, torch.float64)
+        check_layout(name, self._dims, kernel_size, stride, padding, dilation)
         self.norm_type = norm_type
         self.kernel_size = kernel_size
         self.stride = kernel_size if stride is None else stride
         self.padding = padding
         self.ceil_mode = ceil_mode
+        self.dilation = dilation
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("dilation", 1)  # pickles from before there was one
 
     def forward(self, input: Tensor) -> Tensor:
-        """Pool (N, C, H, W) or (C, H, W)."""
-        return ops.lp_pool2d(
-            input, self.norm_type, self.kernel_size, self.stride, self.padding, self.ceil_mode
+        """Pool a batch, or one example without N."""
+        return type(self)._function(
+            input,
+            self.norm_type,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.dilation,
         )
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
+        dilation = "" if self.dilation == 1 else f", dilation={self.dilation}"
         return (
             f"norm_type={self.norm_type}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, ceil_mode={self.ceil_mode}"
+            f"padding={self.padding}, ceil_mode={self.ceil_mode}{dilation}"
         )
+
+
+class LPPool1d(_LPPool):
+    """LP pooling of sequences. See :func:`mnist_ops.lp_pool1d`."""
+
+    _dims = 1
+    _function = staticmethod(ops.lp_pool1d)
+
+
+class LPPool2d(_LPPool):
+    """LP pooling of images. See :func:`mnist_ops.lp_pool2d`."""
+
+    _dims = 2
+    _function = staticmethod(ops.lp_pool2d)
+
+
+class LPPool3d(_LPPool):
+    """LP pooling of volumes. See :func:`mnist_ops.lp_pool3d`."""
+
+    _dims = 3
+    _function = staticmethod(ops.lp_pool3d)
 
 
 class SubtractiveNorm2d(torch.nn.Module):

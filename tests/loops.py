@@ -34,6 +34,41 @@ def window_count(size: int, kernel: int, stride: int, padding: int, ceil_mode: b
         count += 1
 
 
+def lp_pool_nd(
+    x: Tensor,
+    p: float,
+    kernel: list[int],
+    stride: list[int],
+    sides: list[tuple[int, int]],
+    gaps: list[int],
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Of one channel (L,), (H, W) or (D, H, W), with a padding before and after, and gaps."""
+    starts = []
+    for size, k, step, (before, after), gap in zip(
+        x.shape, kernel, stride, sides, gaps, strict=True
+    ):
+        span, first, places = gap * (k - 1) + 1, -before, []
+        while first + span <= size + after or (
+            # The last window may reach over the end, where something is left to cover.
+            ceil_mode and (places[-1] + span < size + after if places else True) and first < size
+        ):
+            places.append(first)
+            first += step
+        starts.append(places)
+    out = torch.zeros([len(places) for places in starts], dtype=torch.float64)
+    for index in itertools.product(*(range(len(places)) for places in starts)):
+        total, largest = 0.0, 0.0
+        for tap in itertools.product(*map(range, kernel)):
+            place = [starts[d][index[d]] + tap[d] * gaps[d] for d in range(x.dim())]
+            if all(0 <= i < size for i, size in zip(place, x.shape, strict=True)):
+                value = abs(x[tuple(place)].item())
+                largest = max(largest, value)
+                total += 0.0 if math.isinf(p) else value**p
+        out[index] = largest if math.isinf(p) else total ** (1 / p)
+    return out
+
+
 def lp_pool2d(
     x: Tensor,
     p: float,

@@ -78,15 +78,20 @@ def check_int(op: str, name: str, value: Any, kind: str = "an int") -> int:
 
 
 def pair(op: str, name: str, value: Any) -> list[int]:
-    """Return [height, width] from one int or two; a sequence of one counts as one, as in torch."""
+    """Return [height, width] from one int or two."""
+    return sizes(op, name, value, 2)
+
+
+def sizes(op: str, name: str, value: Any, count: int) -> list[int]:
+    """Return ``count`` ints from so many or one; a sequence of one counts as one, as in torch."""
     if type(value) is int:
-        return [check_int(op, name, value)] * 2
+        return [check_int(op, name, value)] * count
     values = list(value) if isinstance(value, (tuple, list)) else [value]
-    kind = "an int or two ints"
-    if not 1 <= len(values) <= 2:
+    kind = ("an int", "an int or two ints", "an int or three ints")[count - 1]
+    if len(values) not in (1, count):
         raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
     values = [check_int(op, name, v, kind) for v in values]
-    return values * 2 if len(values) == 1 else values
+    return values * count if len(values) == 1 else values
 
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:

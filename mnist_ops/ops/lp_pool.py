@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import (
@@ -21,9 +22,16 @@ from ._common import (
     register_autograd,
     register_fake,
     register_image_vmap,
+    sizes,
     sum_of_tangents,
 )
 from ._public import planes, public
+
+#: A padding before and after, for each of two dimensions.
+Sides = tuple[tuple[int, int], tuple[int, int]]
+
+#: kernel_size, stride, padding, ceil_mode, as they are given.
+Places = tuple[Any, Any, Any, Any]
 
 _ops = torch.ops.mnist_ops
 _lp_pool2d = direct("lp_pool2d")
@@ -36,8 +44,9 @@ def lp_pool2d(
     norm_type: float,
     kernel_size: int | tuple[int, int],
     stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
+    padding: int | tuple[int, int] | Sides = 0,
     ceil_mode: bool = False,
+    dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
     r"""LP pooling: the p-norm of each window of each channel.
 
@@ -57,20 +66,24 @@ def lp_pool2d(
     Args:
         input: images (N, C, H, W) or one image (C, H, W); float64, float32, float16 or bfloat16
             (the half types are computed in float32). Three dimensions are always one image: a batch
-            of sequences (N, C, L) would be taken for one of N channels; give it as (N, C, 1, L).
+            of sequences (N, C, L) is for :func:`lp_pool1d`.
         norm_type: p, any number > 0, or ``float("inf")``. 1, 2 and inf have kernels of their own.
             In the type that is computed in (float32 unless the input is float64), p above its range
             is taken as inf, and p below its smallest normal number (1.2e-38 in float32) is refused.
         kernel_size: height and width of a window, in pixels; one int or two.
         stride: distance between windows, in pixels; default ``kernel_size``.
-        padding: how far windows reach over each border, in pixels, at most half of ``kernel_size``.
+        padding: how far windows reach over each border, in pixels, at most half of ``kernel_size``;
+            or ``((top, bottom), (left, right))``, of any size, for which a padded copy is made.
         ceil_mode: keep a last window that only partly lies on the image, as PyTorch's poolings do.
+        dilation: distance between the elements of a window, in pixels; one int or two. Where it is
+            not 1 a copy of all windows is made.
 
     Returns:
         (N, C, H_out, W_out) or (C, H_out, W_out) with
-        ``H_out = floor((H + 2 * padding - kernel_size) / stride) + 1`` (``ceil`` with
-        ``ceil_mode``, without windows that would start beyond the image), in the memory format of
-        the input (channels_last stays channels_last).
+        ``H_out = floor((H + top + bottom - span) / stride) + 1``, where a window spans
+        ``dilation * (kernel_size - 1) + 1`` pixels (``ceil`` with ``ceil_mode``, without windows
+        that would start beyond the image), in the memory format of the input (channels_last stays
+        channels_last, without ``dilation``).
 
     Raises:
         TypeError: ``input`` is no floating-point tensor, a size is no int.
@@ -78,7 +91,8 @@ def lp_pool2d(
 
     Source:
         Torch7's ``nn.SpatialLPPooling``, which raises x itself (not \|x\|) to p; the two agree for
-        even p and for x >= 0. Under autocast it runs in the dtype of its input.
+        even p and for x >= 0. ONNX's ``LpPool`` has the same padding and dilation. Under autocast
+        it runs in the dtype of its input.
 
     Example:
         >>> import torch, mnist_ops
@@ -87,7 +101,10 @@ def lp_pool2d(
     """
     op = "lp_pool2d"
     check_images(op, input)
-    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
+    places: Places = kernel_size, stride, padding, ceil_mode
+    if dilation != 1 or has_sides(padding):
+        input, places = lay_out(op, input, 2, dilation, places)
+    windows = check_windows(op, norm_type, *places, dtype=input.dtype)
     check_fit(op, input, windows[1], windows[3])
     return _lp_pool2d(input, *windows)
 
@@ -100,8 +117,22 @@ def check_windows(
     padding: Any,
     ceil_mode: Any,
     dtype: torch.dtype = torch.float64,
+    dims: int = 2,
 ) -> tuple[float, list[int], list[int], list[int], bool]:
     """Refuse windows that no image of dtype could have; return them as the operators take them."""
+    p = check_norm_type(op, norm_type, dtype)
+    kernel, steps = check_kernel_and_stride(op, kernel_size, stride, dims)
+    pads = sizes(op, "padding", padding, dims)
+    if not all(0 <= pads[d] <= kernel[d] // 2 for d in range(dims)):
+        raise ValueError(
+            f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
+            f"kernel_size {tuple(kernel)}"
+        )
+    return p, kernel, steps, pads, bool(ceil_mode)
+
+
+def check_norm_type(op: str, norm_type: Any, dtype: torch.dtype) -> float:
+    """Refuse what is no p in the type that dtype is computed in; return it as operators take it."""
     p = check_number(op, "norm_type", norm_type)
     if not p > 0:
         raise ValueError(f"{op}: norm_type must be > 0, got {norm_type}")
@@ -115,20 +146,82 @@ def check_windows(
             )
         if p > info.max:
             p = INFINITE
-    kernel = pair(op, "kernel_size", kernel_size)
-    steps = kernel if stride is None else pair(op, "stride", stride)
-    pads = pair(op, "padding", padding)
+    return p
+
+
+def check_kernel_and_stride(
+    op: str, kernel_size: Any, stride: Any, dims: int
+) -> tuple[list[int], list[int]]:
+    """Refuse sizes that no window could have; return one for each dimension."""
+    kernel = sizes(op, "kernel_size", kernel_size, dims)
+    steps = kernel if stride is None else sizes(op, "stride", stride, dims)
     for name, values in (("kernel_size", kernel), ("stride", steps)):
-        if values[0] < 1 or values[1] < 1:
+        if min(values) < 1:
             raise ValueError(f"{op}: {name} must be positive, got {tuple(values)}")
         if max(values) >= 2**31:  # no image's size, and clear of overflow, as in lp_pool.h
             raise ValueError(f"{op}: {name} must be below 2^31, got {max(values)}")
-    if not (0 <= pads[0] <= kernel[0] // 2 and 0 <= pads[1] <= kernel[1] // 2):
-        raise ValueError(
-            f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
-            f"kernel_size {tuple(kernel)}"
+    return kernel, steps
+
+
+def has_sides(padding: Any) -> bool:
+    """Whether a padding says (before, after) for each dimension."""
+    return isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding)
+
+
+def check_layout(
+    op: str, dims: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[list[int], list[int], list[list[int]], list[int]]:
+    """Refuse windows of any padding and dilation; return sizes, strides, (before, after), gaps."""
+    kernel, steps = check_kernel_and_stride(op, kernel_size, stride, dims)
+    gaps = sizes(op, "dilation", dilation, dims)
+    if not all(1 <= gap < 2**31 for gap in gaps):
+        raise ValueError(f"{op}: dilation must be positive and below 2^31, got {tuple(gaps)}")
+    if not has_sides(padding):  # of half the size at most, as ever
+        padding = check_windows(op, 1, kernel, steps, padding, False, dims=dims)[3]
+        return kernel, steps, [[pad, pad] for pad in padding], gaps
+    if len(padding) != dims or not all(isinstance(p, (tuple, list)) for p in padding):
+        raise TypeError(
+            f"{op}: padding must be an int, {dims} ints or {dims} pairs of ints, got {padding!r}"
         )
-    return p, kernel, steps, pads, bool(ceil_mode)
+    sides = [pair(op, "padding", p) for p in padding]
+    if not all(0 <= pad < 2**31 for side in sides for pad in side):
+        raise ValueError(f"{op}: padding must be >= 0 and below 2^31, got {padding!r}")
+    return kernel, steps, sides, gaps
+
+
+def lay_out(
+    op: str,
+    input: Tensor,
+    dims: int,
+    dilation: Any,
+    places: Places,
+) -> tuple[Tensor, Places]:
+    """Return images whose windows need no padding or dilation, and these windows.
+
+    Zeros are put on, or pixels that no window holds taken off, so that the windows fit exactly.
+    Those with gaps are laid side by side. Neither changes a norm, nor the gradient of a pixel.
+    """
+    kernel_size, stride, padding, ceil_mode = places
+    kernel, steps, sides, gaps = check_layout(op, dims, kernel_size, stride, padding, dilation)
+    spans = [gap * (k - 1) + 1 for gap, k in zip(gaps, kernel, strict=True)]
+    first = input.dim() - dims
+    around: list[int] = []
+    for d, (span, step, (before, after)) in enumerate(zip(spans, steps, sides, strict=True)):
+        size = input.shape[first + d]
+        if size + before + after < span:
+            raise ValueError(
+                f"{op}: kernel_size {tuple(kernel)} with dilation {tuple(gaps)} does not fit into "
+                f"an image of {tuple(input.shape[first:])} with padding {tuple(map(tuple, sides))}"
+            )
+        count = pooled_size(size, span, step, before, ceil_mode, after)
+        around = [before, (count - 1) * step + span - size - before, *around]
+    images = F.pad(input, around)
+    for d, (span, gap) in enumerate(zip(spans, gaps, strict=True), first):
+        if gap > 1:
+            windows = images.unfold(d, span, steps[d - first])[..., ::gap]
+            images = windows.movedim(-1, d + 1).flatten(d, d + 1)
+            steps[d - first] = kernel[d - first]
+    return images, (kernel, steps, 0, False)
 
 
 #: What the operators are given for p = inf. They take it for that, as all p of :func:`is_infinite`;
@@ -141,13 +234,15 @@ def is_infinite(p: float, dtype: torch.dtype) -> bool:
     return p > (2.0**57 if dtype is torch.float64 else 2.0**28)
 
 
-def pooled_size(size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Any:
-    """Windows along one dimension of ``size`` pixels."""
-    span = size + 2 * padding - kernel
-    pooled = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # The last window must start inside the image or its left padding.
+def pooled_size(
+    size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool, after: int | None = None
+) -> Any:
+    """Windows along one dimension of ``size`` pixels; after them may be another padding."""
+    room = size + padding + (padding if after is None else after) - kernel
+    pooled = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # A window that is not whole must start inside the image or its left padding.
     if ceil_mode and (pooled - 1) * stride >= size + padding:
-        pooled -= 1
+        pooled = room // stride + 1
     return pooled
 
 
@@ -173,8 +268,8 @@ def output_size(
     """Return [height, width] of the pooled map; refuse windows that no kernel takes."""
     check_windows(op, norm_type, kernel, stride, padding, ceil, input.dtype)
     check_fit(op, input, kernel, padding)
-    sizes = input.shape[-2:]
-    return [pooled_size(sizes[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
+    image = input.shape[-2:]
+    return [pooled_size(image[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
 
 
 # ---------------------------------------------------------------------------- forward-mode kernel

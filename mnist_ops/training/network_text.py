@@ -82,6 +82,7 @@ def line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
     if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
         options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
         p, *_ = check_windows(where, module.norm_type, *options, dtype)
+        need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
         return f"lp_pool2d {_number(p)} {pool(module)}"
     if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")

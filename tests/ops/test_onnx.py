@@ -97,6 +97,22 @@ def test_a_dynamic_batch():
             )
 
 
+class Poolings(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            mnist_ops.lp_pool1d(x.flatten(1, 2), 2, 3, 2, 1),
+            mnist_ops.lp_pool3d(x[:, None], 3, 2, ceil_mode=True),
+            mnist_ops.lp_pool2d(x, 2, 2, 1, ((0, 1), (3, 0)), dilation=2),
+        )
+
+
+def test_sequences_volumes_and_dilation():
+    program = export(Poolings(), torch.zeros(2, 4, 5, 6), {0: torch.export.Dim("batch")})
+    x = torch.randn(3, 4, 5, 6)
+    for ours, expected in zip(run(program, x), Poolings()(x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_images_of_any_size():
     size = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
     module = nn.Sequential(
