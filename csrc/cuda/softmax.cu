@@ -24,13 +24,11 @@ __global__ void __launch_bounds__(kThreads) nll_gradient_kernel(int64_t count, N
   const auto line_at = [&](int64_t line, int64_t start) {
     const int64_t target = b.target[line];
     const uint64_t place = static_cast<uint64_t>(start) + static_cast<uint64_t>(target);
-    A factor = b.differences.beta * b.grad[line];
-    if (target < 0 || target >= b.g.size) factor = std::numeric_limits<A>::quiet_NaN();
-    return Line{factor, b.largest[line], b.log_sum[line], place < n ? static_cast<int>(place) : -1};
+    return Line{nll_factor(b, line, target), b.largest[line], b.log_sum[line],
+                place < n ? static_cast<int>(place) : -1};
   };
   const auto gradient = [&](const Line& line, int j, T x) {
-    const A d = b.differences(static_cast<A>(x), line.largest) - line.log_sum;
-    A value = line.factor * exp_for<T>(d);
+    A value = line.factor * nll_share(b, x, line.largest, line.log_sum);
     if (j == line.place) value -= line.factor;
     return static_cast<T>(value);
   };
@@ -70,6 +68,7 @@ __global__ void __launch_bounds__(kThreads) nll_gradient_kernel(int64_t count, N
 
 template <typename T>
 void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
+  if (b.g.inner == 1 && nll_gradient_of_short_rows(launcher, b)) return;
   const int64_t count = b.g.outer * b.g.size * b.g.inner;
   constexpr int n = kPackSize<T>;
   const T* const result = b.result;

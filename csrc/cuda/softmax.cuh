@@ -5,7 +5,8 @@
 // are aligned to that:
 //   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
 //            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
-//            there; forward, the next rows are on their way meanwhile
+//            there; forward, and for the gradient of the loss, the next rows are on their way
+//            meanwhile
 //   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
 //            it in registers
 //   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
@@ -155,6 +156,19 @@ __device__ __forceinline__ A gradient_value(Kind kind, A grad, A y, A sum, A bet
   return kind == Kind::kSoftmax ? beta * y * (grad - sum) : beta * (grad - exp_for<T>(y) * sum);
 }
 
+// The gradient of the loss of one line is its factor times its softmax, minus the factor for the
+// target; NaN where the target is no class.
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ A nll_factor(const NllBackward<T>& b, int64_t line, int64_t target) {
+  if (target < 0 || target >= b.g.size) return std::numeric_limits<A>::quiet_NaN();
+  return b.differences.beta * b.grad[line];
+}
+
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ A nll_share(const NllBackward<T>& b, T x, A largest, A log_sum) {
+  return exp_for<T>(b.differences(static_cast<A>(x), largest) - log_sum);
+}
+
 // Shared memory for `bytes` bytes of T, which may have constructors, aligned to packs.
 template <int64_t bytes>
 struct alignas(kVectorBytes) SharedBytes {
@@ -172,6 +186,8 @@ template <typename T>
 bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
 template <typename T>
 bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
+template <typename T>
+bool nll_gradient_of_short_rows(const Launcher& launcher, const NllBackward<T>& b);
 
 // In softmax_rows.cu: rows, g.inner == 1.
 template <typename T>

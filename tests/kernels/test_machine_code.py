@@ -53,7 +53,7 @@ TYPE = "(?P<type>double|float|Half|BFloat16)"
 N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
-    Packed(f"image_kernel<., true, {TYPE}>"),
+    Packed(rf"image_kernel<\w+, true, {TYPE}>"),
     Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one
@@ -68,6 +68,7 @@ PACKED = (
     Packed(f"backward_(stream|columns)_kernel<{N}, {TYPE}>"),
     Packed(rf"forward_tile_kernel<[013], \w+, {TYPE}>", rest=True),
     Packed(f"backward_tile_kernel<{TYPE}>", rest=True),
+    Packed(f"nll_tile_kernel<{TYPE}>", rest=True),
     Packed(f"nll_gradient_kernel<{N}, {TYPE}>", rest=True),
     # stage.cu; a few narrow stores are those of the rest of a map
     Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True),
