@@ -228,6 +228,38 @@ def lp_pooling(power, kernel, stride):
     return Object("nn.SpatialLPPooling", **sides, modules=[first, mean, times, last])
 
 
+def every_kind():
+    """A network with a layer of every kind, and a table with objects of every other kind."""
+    rng = np.random.default_rng(0)
+    storage = Storage(rng.standard_normal(20).round(3))
+    ones = np.ones(2)
+    statistics = {"running_mean": ones, "running_var": ones, "eps": 1e-5}
+    network = sequential(
+        Object("nn.SpatialZeroPadding", pad_l=1, pad_r=1, pad_t=0, pad_b=-1),
+        convolution(TensorOf(storage, (2, 9)), TensorOf(storage, (2,), offset=19), 1, 3, padding=1),
+        versioned(Object("nn.SpatialBatchNormalization", **statistics), 2),
+        Object("nn.Threshold", threshold=0.1, val=0),
+        lp_pooling(2, 2, 2),
+        lp_pooling(3, 2, 1),
+        Object("nn.SpatialContrastiveNormalization", kernel=np.array([1, 2, 1.0]), threshold=0.1),
+        pooling("SpatialAveragePooling", 2, 1, ceil_mode=True, count_include_pad=False),
+        Object("nn.View", size=long_storage(-1, 3), numInputDims=3),
+        sequential(
+            Object("nn.HardTanh", min_val=-1, max_val=1),
+            Object("nn.Linear", weight=rng.standard_normal((3, 8)).round(3), bias=np.ones(3)),
+            Object("nn.Dropout", p=0.5, v2=True, train=True),
+        ),
+        Object("nn.LogSoftMax", output=np.log([0.5, 0.25, 0.25])),
+    )
+    key = {"a": 1}
+    other = {
+        "table": Table((key, "x"), (Object("nngraph.Node", id=1), [True, None])),
+        "tds": Tds("tds.Hash", ("k", Tds("tds.Vec", 1, "two"))),
+        "gpu": cuda(np.arange(4, dtype=np.float16), "CudaHalf"),
+    }
+    return network, other
+
+
 def original_network(parameters, dtype):
     """Report 1's network as the original saves it, less gradients and outputs.
 

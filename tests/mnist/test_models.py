@@ -9,6 +9,14 @@ from mnist_ops import nn as ops_nn
 from mnist_ops.mnist import models
 from mnist_ops.training import online
 
+AFTER_THE_STAGES = {
+    "flatten": (1600,),
+    "linear1": (128,),
+    "tanh3": (128,),
+    "linear2": (10,),
+    "log_softmax": (10,),
+}
+
 
 def shapes(model, size=32):
     """The shape after every layer, for one image."""
@@ -39,11 +47,7 @@ def test_original_network():
         "stage1": (64, 14, 14),
         "conv2": (64, 10, 10),
         "stage2": (64, 5, 5),
-        "flatten": (1600,),
-        "linear1": (128,),
-        "tanh3": (128,),
-        "linear2": (10,),
-        "log_softmax": (10,),
+        **AFTER_THE_STAGES,
     }
     assert saved_parameters(model) == parameter_names(model)
     assert {"stage1.kernel", "stage2.kernel"} <= model.state_dict().keys()
@@ -61,11 +65,7 @@ def test_original_network_layer_by_layer():
         "tanh2": (64, 10, 10),
         "pool2": (64, 5, 5),
         "norm2": (64, 5, 5),
-        "flatten": (1600,),
-        "linear1": (128,),
-        "tanh3": (128,),
-        "linear2": (10,),
-        "log_softmax": (10,),
+        **AFTER_THE_STAGES,
     }
     assert saved_parameters(model) == parameter_names(model)
     assert {"norm1.kernel", "norm2.kernel"} <= model.state_dict().keys()
