@@ -38,7 +38,7 @@ MNIST_OPS_HD A activation_value(A x) {
   } else if constexpr (kind == ActivationKind::kRelu) {
     return x < A(0) ? A(0) : x;  // NaN stays NaN
   } else if constexpr (kind == ActivationKind::kSigmoid) {
-    return A(1) / (A(1) + elementary::exp(-x));
+    return elementary::sigmoid(x);
   } else {
     return x;
   }

@@ -25,7 +25,7 @@ Tensor sigmoid(const Tensor& input) {
         const A* xs = load(in + i, from, n);
         A* ys = stage(out + i, to);
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) ys[j] = A(1) / (A(1) + cpu::exp(-xs[j]));
+        for (int64_t j = 0; j < n; ++j) ys[j] = elementary::sigmoid(xs[j]);
         store(ys, out + i, n);
       }
     });

@@ -195,7 +195,8 @@ void sum_exponentials(const RowBlock<A>& block, const A* v, int64_t size,
   A* const largests = block.scratch[0];
   largest_of_rows(v, block.rows, size, difference.scale, largest);
   spread(largest, block.rows, size, largests);
-  fill_with(e, block.count, [=](int64_t i) { return cpu::exp(difference(v[i], largests[i])); });
+  fill_with(e, block.count,
+            [=](int64_t i) { return exp_of_negative(difference(v[i], largests[i])); });
   sum_rows(e, block.rows, size, sum);
 }
 
@@ -293,7 +294,7 @@ void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size,
   sum_lines(block, size, [=](int64_t i, A* sum) {
     const A* const v = block.read_again(in, i);
     fill_with(sum, block.lines,
-              [=](int64_t j) { return sum[j] + cpu::exp(difference(v[j], largest[j])); });
+              [=](int64_t j) { return sum[j] + exp_of_negative(difference(v[j], largest[j])); });
   });
 }
 
@@ -312,11 +313,12 @@ void probabilities(const SoftmaxForward<T>& f) {
       A* const y = stage(out + row * n, to);
       const A m = largest_of(v, n, difference.scale);
       if (log) {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(difference(v[i], m)); });
+        const A sum = sum_of<A>(n, [=](int64_t i) { return exp_of_negative(difference(v[i], m)); });
         const A log_sum = cpu::log(sum);
         fill_with(y, n, [=](int64_t i) { return difference(v[i], m) - log_sum; });
       } else {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = cpu::exp(difference(v[i], m)); });
+        const A sum =
+            sum_of<A>(n, [=](int64_t i) { return y[i] = exp_of_negative(difference(v[i], m)); });
         fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
       }
       store(y, out + row * n, n);
@@ -353,7 +355,7 @@ void probabilities(const SoftmaxForward<T>& f) {
           A* const y = block.place(out, i);
 #pragma omp simd
           for (int64_t j = 0; j < n; ++j) {
-            const A e = cpu::exp(difference(v[j], largest[j]));
+            const A e = exp_of_negative(difference(v[j], largest[j]));
             y[j] = e;
             part[j] += e;
           }
@@ -451,7 +453,7 @@ void losses(const SoftmaxForward<T>& f) {
     for_each_row<T>(g, [&](int64_t row, A* from, A*, A*) {
       const A* const v = load(in + row * n, from, n);
       const A m = largest_of(v, n, difference.scale);
-      const A sum = sum_of<A>(n, [=](int64_t i) { return cpu::exp(difference(v[i], m)); });
+      const A sum = sum_of<A>(n, [=](int64_t i) { return exp_of_negative(difference(v[i], m)); });
       finish(row, m, cpu::log(sum), v[t[row]]);
     });
   } else if (has_rows(g)) {

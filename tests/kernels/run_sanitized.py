@@ -49,7 +49,7 @@ TESTS = [
 ]
 # torch.compile, torch.export and opcheck are Python that calls the same kernels, very slowly here;
 # child processes are not what is looked at; training on 60,000 images takes hours.
-LEFT_OUT = "not compile and not export and not opcheck and not baseline"
+LEFT_OUT = "not compile and not export and not opcheck and not baseline and not avx2"
 LEFT_OUT += " and not original and not mnist and not subprocess"
 
 
