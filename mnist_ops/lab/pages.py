@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -390,29 +390,34 @@ class Report:
             rows.append(("momentum and learning rate", "around 30 %", here))
         return rows
 
+    def _size_means(self, pattern: str) -> dict[str, list[list[float]]]:
+        """Of a data set: mean accuracy by split, epoch and size, as far as all runs go."""
+        chosen = [self.of(pattern.format(size)) for size in _SIZES]
+        last = min(min((len(run["epochs"]) for run in runs), default=0) for runs in chosen)
+
+        def mean(runs: list[Run], epoch: int, key: str) -> float:
+            return statistics.mean_sd([run["epochs"][epoch][key] for run in runs]).mean
+
+        return {
+            split: [[mean(runs, e, key) for runs in chosen] for e in range(last)]
+            for split, key in tables.SPLITS.items()
+        }
+
     def _nearest(self) -> list[list[str]]:
         """For each data set and split the epoch nearest to all printed figures."""
         rows = []
         for words, pattern in _SETS.items():
-            chosen = [self.of(pattern.format(size)) for size in _SIZES]
-            last = min((len(run["epochs"]) for runs in chosen for run in runs), default=0)
-            for split, metric in (("training", "train"), ("test", "test")) if all(chosen) else ():
-                means = [self._size_means(chosen, metric, epoch) for epoch in range(1, last + 1)]
+            for split, means in self._size_means(pattern).items():
                 far = [
                     max(abs(m - x) for m, x in zip(row, _SIZES.values(), strict=True))
                     for row in means
                 ]
-                best = far.index(min(far))
-                shown = [f"{m:.1f}" for m in means[best]]
-                rows.append([words, split, f"{best + 1} of {last}", *shown, f"{far[best]:.1f}"])
+                if far:
+                    best = far.index(min(far))
+                    shown = [f"{m:.1f}" for m in means[best]]
+                    row = [words, split, f"{best + 1} of {len(far)}", *shown, f"{far[best]:.1f}"]
+                    rows.append(row)
         return rows
-
-    @staticmethod
-    def _size_means(chosen: Sequence[Sequence[Run]], metric: str, epoch: int) -> list[float]:
-        return [
-            statistics.mean_sd([statistics.metric(run, metric, epoch, epoch) for run in runs]).mean
-            for runs in chosen
-        ]
 
     def sizes(self) -> str:
         """The batch sizes' nearest epochs."""
@@ -421,18 +426,19 @@ class Report:
 
     def small_sizes(self) -> str:
         """The batch sizes on the small set, epoch by epoch."""
-        names = [f"small-batch-{size}{local}" for local in ("", "-local") for size in _SIZES]
-        chosen = [self.of(name) for name in names]
-        last = min((len(run["epochs"]) for runs in chosen for run in runs), default=0)
+        patterns = [pattern for pattern in _SETS.values() if pattern.startswith("small")]
+        names = [pattern.format(size) for pattern in patterns for size in _SIZES]
+        by_epoch = [
+            list(zip(*self._size_means(pattern).values(), strict=True)) for pattern in patterns
+        ]
         rows = [
             [str(e)]
             + [
                 f"{train:.0f} / {test:.0f}"
-                for train, test in zip(
-                    *(self._size_means(chosen, m, e) for m in ("train", "test")), strict=True
-                )
+                for splits in sets
+                for train, test in zip(*splits, strict=True)
             ]
-            for e in range(1, last + 1 if all(chosen) else 1)
+            for e, sets in enumerate(zip(*by_epoch, strict=False), 1)
         ]
         head = ["epoch", *(f"`{name}`" for name in names)]
         return markdown.table(head, rows, "The small set epoch by epoch: training / test in %")

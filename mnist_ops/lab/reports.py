@@ -129,6 +129,11 @@ def _pairs(entry: dict[str, list[Any]], epochs: Iterable[int]) -> dict[int, tupl
     return dict(zip(epochs, zip(entry["training"], entry["test"], strict=True), strict=True))
 
 
+def _claim(entry: dict[str, Any]) -> Claim:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    return Claim(**values)
+
+
 _CONTENT = _read("reports.json")
 
 #: Title, authors, date, repository and folder of both reports, under ``"1"`` and ``"2"``; under
@@ -178,7 +183,4 @@ TABLE_3_1: dict[int, tuple[float, float]] = {
 }
 
 #: Every claim by its name, in the order of the reports.
-CLAIMS: dict[str, Claim] = {
-    entry["name"]: Claim(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-    for entry in _read("claims.json")
-}
+CLAIMS: dict[str, Claim] = {entry["name"]: _claim(entry) for entry in _read("claims.json")}
