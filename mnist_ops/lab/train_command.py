@@ -72,6 +72,7 @@ def run() -> int:
     )
     digits = data.prepare(args.normalization, root=args.data, limit=args.limit)
     print(f"{models.count_parameters(model):,} parameters, normalization {args.normalization}")
+    print(f"trained on {data.describe(args.data)}")
 
     with training.locked(args.out) if lock else contextlib.nullcontext():
         history = train(args, model, sgd, digits, generator)

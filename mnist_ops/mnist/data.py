@@ -44,6 +44,7 @@ __all__ = [
     "DataError",
     "Splits",
     "cache_folder",
+    "describe",
     "global_norm",
     "global_statistics",
     "load",
@@ -175,16 +176,43 @@ def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
     return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
 
 
-def _find(root: Path, name: str) -> Path:
-    for folder in (root, root / "MNIST" / "raw", root / "raw"):
-        for candidate in (folder / name, folder / f"{name}.gz"):
-            if candidate.is_file():
-                return candidate
-    wanted = ", ".join(file.name for file in FILES)
-    raise DataError(
-        f"{name} is missing: {root} holds neither it nor {name}.gz. A data folder holds {wanted}, "
-        "each as it is or with .gz, directly or in MNIST/raw."
-    )
+def _in(folder: Path) -> dict[str, Path]:
+    """Those of the four files that a folder holds, under any name that they are given."""
+    # EMNIST's: its two sets of ten digits.
+    for prefix in ("", "emnist-mnist-", "emnist-digits-"):
+        found = {}
+        for file in FILES:
+            name = prefix + (file.name.replace("t10k", "test") if prefix else file.name)
+            spellings = (name, f"{name}.gz", name.replace("-idx", ".idx"))
+            for spelling in (*spellings, f"{spellings[-1]}.gz"):
+                if (folder / spelling).is_file():
+                    found[file.name] = folder / spelling
+                    break
+        if found:
+            return found
+    return {}
+
+
+def _find(root: Path) -> dict[str, Path]:
+    """The four files of a folder, flat or in torchvision's layout; all must be there."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder.")
+    places = [root, root / "MNIST" / "raw", root / "raw"]
+    found = next(filter(None, map(_in, places)), {})
+    if not found:
+        others = {name: _in(root / name / "raw") for name in ("FashionMNIST", "KMNIST", "EMNIST")}
+        others = {name: files for name, files in others.items() if files}
+        if len(others) > 1:
+            raise DataError(f"{root} holds {' and '.join(others)}: name the folder of one.")
+        found = next(iter(others.values()), {})
+    for file in FILES:
+        if file.name not in found:
+            wanted = ", ".join(file.name for file in FILES)
+            raise DataError(
+                f"{file.name} is missing: {root} holds neither it nor {file.name}.gz. A data "
+                f"folder holds {wanted}, each as it is or with .gz, directly or in MNIST/raw."
+            )
+    return found
 
 
 def _announced(path: Path, header: bytes | bytearray, images: bool) -> list[int]:
@@ -255,13 +283,10 @@ def read_idx(path: Path, images: bool, wary: bool = False, file: BinaryIO | None
 
 
 def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read a folder of the user's own, flat or in torchvision's layout, packed or not."""
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder.")
-    # All four must be there, though only those of the split are read.
-    paths = {file.name: _find(root, file.name) for file in FILES}
+    """Read a folder of the user's own."""
+    paths = _find(root)
     images_path, labels_path = (
-        path for name, path in paths.items() if name.startswith(_PREFIX[split])
+        paths[file.name] for file in FILES if file.name.startswith(_PREFIX[split])
     )
     labels = read_idx(labels_path, images=False)
     images = read_idx(images_path, images=True)
@@ -272,7 +297,40 @@ def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
         )
     if int(labels.max()) > 9:
         raise DataError(f"{labels_path}: labels must be 0 to 9, got {int(labels.max())}.")
+    if images_path.name.startswith("emnist-"):
+        images = images.mT.contiguous()  # its images lie on their side
     return images, labels.to(torch.int64)
+
+
+def describe(root: str | os.PathLike[str] | None = None) -> str:
+    """Say which data :func:`load` reads: it is MNIST where its bytes are, and only there.
+
+    Args:
+        root: as for :func:`load`.
+
+    Returns:
+        ``"MNIST"``, or where other files lie.
+
+    Raises:
+        DataError: as for :func:`load`.
+
+    Example::
+
+        >>> describe()
+        'MNIST'
+    """
+    if root is None:  # what is shipped is checked when it is read
+        return "MNIST"
+    paths = _find(Path(root).expanduser())
+    for file in FILES:
+        images = "images" in file.name
+        entries = read_idx(paths[file.name], images)
+        header = [0x0803, len(entries), 28, 28] if images else [0x0801, len(entries)]
+        digest = hashlib.md5(struct.pack(f">{len(header)}I", *header), usedforsecurity=False)
+        digest.update(entries.numpy().tobytes())
+        if digest.hexdigest() != file.raw_md5:
+            return f"files that are not MNIST's, in {paths[file.name].parent}"
+    return "MNIST"
 
 
 def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -281,10 +339,13 @@ def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor
     Args:
         split: ``"train"`` (60,000 digits) or ``"test"`` (10,000).
         root: a folder of your own with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``,
-            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is or with
-            ``.gz``, directly in the folder or in its ``MNIST/raw``. It may hold any data in this
-            format; only its integrity is checked. Without it, the files that came with the
-            package, checked against their MD5 sums.
+            ``t10k-images-idx3-ubyte`` and ``t10k-labels-idx1-ubyte``, each as it is, with ``.gz``,
+            or spelled ``train-images.idx3-ubyte``; packed or not whatever the name says; directly
+            in the folder or where torchvision puts them, in its ``MNIST/raw``, ``raw``,
+            ``FashionMNIST/raw``, ``KMNIST/raw`` or ``EMNIST/raw`` (whose sets ``mnist`` and
+            ``digits`` have ten classes; the images are turned upright). It may hold any data in
+            this format; only its integrity is checked, and :func:`describe` says whose it is.
+            Without it, the files that came with the package, checked against their MD5 sums.
 
     Raises:
         DataError: if a file is missing, truncated or altered, or the cache cannot be written.

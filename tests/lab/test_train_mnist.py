@@ -91,12 +91,13 @@ def finished(mnist, tmp_path_factory):
     return out, run(out, "--data", mnist, "--epochs", 3, "--lr", 0.005)
 
 
-def test_in_a_pipe(finished):
+def test_in_a_pipe(finished, mnist):
     out, result = finished
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""  # no bar
     assert epochs_of(result.stdout) == ["1", "2", "3"]
     assert "\r" not in result.stdout
+    assert f"trained on files that are not MNIST's, in {mnist}\n" in result.stdout
     assert "compiled online SGD, float64, cpu, 1 thread, batch size 1" in result.stdout
     assert sorted(os.listdir(out)) == RESULTS
 

@@ -219,6 +219,61 @@ class TestOwnFolder:
             assert labels.tolist() == list(files[f"{prefix}-labels-idx1-ubyte"][8:])
         assert len(list((tmp_path / layout).iterdir())) == 4  # nothing was written there
 
+    @pytest.mark.parametrize("layout", ["", "FashionMNIST/raw", "KMNIST/raw"])
+    def test_other_names_and_sets(self, tmp_path, layout):
+        files = idx_files()
+        write(tmp_path / layout, {n.replace("-idx", ".idx"): c for n, c in files.items()})
+        for folder in (tmp_path, tmp_path / layout):
+            images, _ = data.load("train", folder)
+            assert images.numpy().tobytes() == files["train-images-idx3-ubyte"][16:]
+        where = f"files that are not MNIST's, in {tmp_path / layout}"
+        assert data.describe(tmp_path) == where.rstrip("/")
+
+    @pytest.mark.parametrize("kind", ["mnist", "digits"])
+    def test_emnist(self, tmp_path, kind):
+        """Its images are columns of pixels."""
+        files = idx_files()
+        names = {n: f"emnist-{kind}-{n.replace('t10k', 'test')}" for n in files}
+        write(tmp_path / "EMNIST" / "raw", {names[n]: c for n, c in files.items()}, packed=True)
+        for root in (tmp_path, tmp_path / "EMNIST"):
+            for split, prefix in (("train", "train"), ("test", "t10k")):
+                images, labels = data.load(split, root)
+                pixels = np.frombuffer(files[f"{prefix}-images-idx3-ubyte"][16:], np.uint8)
+                sideways = pixels.reshape(-1, 1, 28, 28).transpose(0, 1, 3, 2)
+                assert np.array_equal(images.numpy(), sideways)
+                assert labels.tolist() == list(files[f"{prefix}-labels-idx1-ubyte"][8:])
+
+    def test_which_of_several_sets(self, tmp_path):
+        for seed, name in enumerate(("FashionMNIST", "EMNIST", "MNIST")):
+            write(tmp_path / name / "raw", idx_files(seed=seed))
+            if name == "EMNIST":
+                with pytest.raises(data.DataError, match="holds FashionMNIST and EMNIST: name"):
+                    data.load("train", tmp_path)
+        mnist = idx_files(seed=2)["train-images-idx3-ubyte"]
+        assert data.load("train", tmp_path)[0].numpy().tobytes() == mnist[16:]
+        (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
+        with pytest.raises(data.DataError, match="train-labels-idx1-ubyte is missing"):
+            data.load("train", tmp_path)  # the labels of another set would not do
+
+    def test_names_that_do_not_say_what_is_packed(self, tmp_path):
+        files = idx_files()
+        write(tmp_path, {n: gzip.compress(c) for n, c in list(files.items())[:2]})
+        write(tmp_path, {f"{n}.gz": c for n, c in list(files.items())[2:]})
+        for split, prefix in (("train", "train"), ("test", "t10k")):
+            images, _ = data.load(split, tmp_path)
+            assert images.numpy().tobytes() == files[f"{prefix}-images-idx3-ubyte"][16:]
+
+    def test_mnist_is_what_has_its_bytes(self, tmp_path, cache):
+        assert data.describe() == data.describe(Path(str(data._shipped()))) == "MNIST"
+        data.load("test")
+        assert data.describe(cache) == "MNIST"
+        for name in NAMES:
+            shutil.copy(cache / "MNIST" / "raw" / name, tmp_path)
+        labels = bytearray((tmp_path / NAMES[3]).read_bytes())
+        labels[-1] ^= 1
+        (tmp_path / NAMES[3]).write_bytes(labels)
+        assert data.describe(tmp_path) == f"files that are not MNIST's, in {tmp_path}"
+
     def test_mixed(self, tmp_path):
         files = idx_files()
         write(tmp_path, dict(list(files.items())[:2]))
