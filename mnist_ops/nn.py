@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops._common import check_int
+from .ops._common import check_int, check_number, compute_type
 from .ops.local_norm import check_kernel, check_thresholds
 from .ops.lp_pool import check_layout, check_norm_type, check_windows
 from .ops.softmax import check_beta, check_reduction
@@ -20,6 +20,7 @@ from .ops.stage import check_activation
 __all__ = [
     "ContrastiveNorm2d",
     "DivisiveNorm2d",
+    "GeM2d",
     "LPPool1d",
     "LPPool2d",
     "LPPool3d",
@@ -102,6 +103,61 @@ class LPPool3d(_LPPool):
 
     _dims = 3
     _function = staticmethod(ops.lp_pool3d)
+
+
+class GeM2d(torch.nn.Module):
+    r"""Generalized-mean pooling over whole maps, as the descriptors of image retrieval use it.
+
+    .. math:: y = \Big(\frac{1}{HW} \sum_{h, w} \max(x_{hw}, \epsilon)^p\Big)^{1/p}
+
+    A p that is not learned is that of :func:`mnist_ops.lp_pool2d` with ``average``. One that is
+    has its gradient from :math:`\log y = \frac{1}{p} (\operatorname{logsumexp} p \log x -
+    \log HW)`, in which no power leaves the range.
+
+    Args:
+        p: 1 is average pooling; the larger, the closer to max pooling. Any number > 0.
+        learnable: make p a parameter, one number for all channels.
+        eps: what smaller pixels are raised to, > 0.
+
+    Source:
+        Radenovic, Tolias and Chum, "Fine-tuning CNN image retrieval with no human annotation",
+        TPAMI 2018.
+
+    Example:
+        >>> import torch
+        >>> from mnist_ops import nn
+        >>> nn.GeM2d(learnable=False)(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        tensor([[[2.9240]]])
+    """
+
+    def __init__(self, p: float = 3.0, learnable: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        p = check_number("GeM2d", "p", p)
+        if not p > 0:
+            raise ValueError(f"GeM2d: p must be > 0, got {p}")
+        self.eps = check_number("GeM2d", "eps", eps)
+        if not self.eps > 0:
+            raise ValueError(f"GeM2d: eps must be > 0, got {eps}")
+        self.p: float | torch.nn.Parameter = p
+        if learnable:
+            self.p = torch.nn.Parameter(torch.tensor(p))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pool (N, C, H, W) to (N, C, 1, 1), or (C, H, W) to (C, 1, 1)."""
+        x = input.clamp(min=self.eps)
+        height, width = x.shape[-2:]
+        if not isinstance(self.p, Tensor):
+            return ops.lp_pool2d(x, self.p, (height, width), average=True)
+        wide = x.to(compute_type(x.dtype))
+        total = (self.p * wide.log()).flatten(-2).logsumexp(-1)
+        y = ((total - math.log(height * width)) / self.p).exp()
+        return y.to(x.dtype)[..., None, None]
+
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor."""
+        learnable = isinstance(self.p, Tensor)
+        p = self.p.item() if isinstance(self.p, Tensor) else self.p
+        return f"p={p:g}, learnable={learnable}, eps={self.eps:g}"
 
 
 class SubtractiveNorm2d(torch.nn.Module):

@@ -47,6 +47,7 @@ def lp_pool2d(
     padding: int | tuple[int, int] | Sides = 0,
     ceil_mode: bool = False,
     dilation: int | tuple[int, int] = 1,
+    average: bool = False,
 ) -> Tensor:
     r"""LP pooling: the p-norm of each window of each channel.
 
@@ -77,6 +78,9 @@ def lp_pool2d(
         ceil_mode: keep a last window that only partly lies on the image, as PyTorch's poolings do.
         dilation: distance between the elements of a window, in pixels; one int or two. Where it is
             not 1 a copy of all windows is made.
+        average: divide the sum by the number of pixels of the window that lie on the image, as
+            ``avg_pool2d(..., count_include_pad=False)`` counts: a generalized mean (GeM),
+            :math:`(\frac{1}{n} \sum |x|^p)^{1/p}`. Not with ``dilation`` or a padding by sides.
 
     Returns:
         (N, C, H_out, W_out) or (C, H_out, W_out) with
@@ -87,7 +91,8 @@ def lp_pool2d(
 
     Raises:
         TypeError: ``input`` is no floating-point tensor, a size is no int.
-        ValueError: p is not > 0, a size or the padding is out of range, the window does not fit.
+        ValueError: p is not > 0, a size or the padding is out of range, the window does not fit,
+            ``average`` with ``dilation`` or a padding by sides.
 
     Source:
         Torch7's ``nn.SpatialLPPooling``, which raises x itself (not \|x\|) to p; the two agree for
@@ -103,10 +108,28 @@ def lp_pool2d(
     check_images(op, input)
     places: Places = kernel_size, stride, padding, ceil_mode
     if dilation != 1 or has_sides(padding):
+        if average:
+            raise ValueError(f"{op}: average is not offered with dilation or a padding by sides")
         input, places = lay_out(op, input, 2, dilation, places)
     windows = check_windows(op, norm_type, *places, dtype=input.dtype)
     check_fit(op, input, windows[1], windows[3])
+    if average:
+        wide = input.to(compute_type(input.dtype))
+        return (_lp_pool2d(wide, *windows) * _share(wide, *windows)).to(input.dtype)
     return _lp_pool2d(input, *windows)
+
+
+def _share(
+    input: Tensor, p: float, kernel: list[int], stride: list[int], padding: list[int], ceil: bool
+) -> Tensor:
+    """The p-th root of 1 / n, with n pixels of each window on the image; (H_out, W_out)."""
+    counts = []
+    for size, span, step, pad in zip(input.shape[-2:], kernel, stride, padding, strict=True):
+        windows = torch.arange(pooled_size(size, span, step, pad, ceil), device=input.device)
+        first = windows * step - pad
+        counts.append((first + span).clamp(max=size) - first.clamp(min=0))
+    pixels = (counts[0][:, None] * counts[1]).clamp(min=1)
+    return pixels.to(input.dtype) ** (-1 / p)
 
 
 def check_windows(
