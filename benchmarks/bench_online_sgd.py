@@ -73,6 +73,7 @@ from mnist_ops import build_info, gaussian1d, torch7
 from mnist_ops.lab import command_line
 from mnist_ops.lab.runner import processor
 from mnist_ops.mnist import models
+from mnist_ops.training import write_text
 from mnist_ops.training.online import OnlineSGD
 
 #: The exit status of a benchmark that has no meaning here.
@@ -337,7 +338,7 @@ def device_main(args: argparse.Namespace) -> None:
     if args.models:
         record["several models"] = several_models(args)
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(record, indent=1) + "\n")
 
 
 def main() -> int:
@@ -445,7 +446,7 @@ def main() -> int:
             "ratios": found_ratios,
         }
         record |= {"torch": torch.__version__, "machine": processor()}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(record, indent=1) + "\n")
     return 0
 
 

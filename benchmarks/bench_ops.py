@@ -62,6 +62,7 @@ from torch import Tensor
 import mnist_ops
 from mnist_ops.lab import command_line, records
 from mnist_ops.lab.runner import processor
+from mnist_ops.training import write_text
 
 CONTENDERS = ("mnist_ops", "eager", "compile", "copy")
 _BY_NAME = records.Kind(
@@ -373,12 +374,9 @@ def header(options: Options) -> dict[str, Any]:
 
 def write(path: Path | None, record: dict[str, Any]) -> None:
     """Write the JSON, whole or not at all."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def run(

@@ -107,3 +107,28 @@ def test_import_loads_torch_alone():
     assert NAME in new, result.stderr
     assert not new & EXTRA
     assert new - {NAME, "torch", "torchgen"} <= set(sys.stdlib_module_names)
+
+
+def test_nothing_is_said_twice():
+    """No ten lines of code in two places, but for imports; docstrings and comments do not count."""
+    places: dict[tuple[str, ...], str] = {}
+    twice = []
+    folders = [PACKAGE, *(PACKAGE.parent / name for name in ("benchmarks", "examples"))]
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [
+                    one
+                    for one in body
+                    if not isinstance(one, (ast.Import, ast.ImportFrom))
+                    and not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+                ] or [ast.Pass()]
+        lines = ast.unparse(tree).splitlines()
+        for start in range(len(lines) - 9):
+            ten = tuple(line.strip() for line in lines[start : start + 10])
+            here = f"{path.name}: {ten[0]}"
+            if places.setdefault(ten, here) != here:
+                twice.append((places[ten], here))
+    assert len(places) > 3000 and twice == []

@@ -84,8 +84,6 @@ class OnlineSGD:
 
     Attributes:
         description: what runs, in a line.
-        chunk: a good number of samples for one call of :meth:`run`: few enough for Ctrl-C, enough
-            for the work before the first and after the last of them to be lost in the rest.
         steps: samples used so far.
         velocities: one tensor for each parameter, or an empty list without momentum or before the
             first step; with a list of models, see ``engines``.
@@ -141,8 +139,9 @@ class OnlineSGD:
             "momentum": momentum,
             "dampening": dampening,
         }
-        for name, value in numbers.items():
-            check_finite("OnlineSGD", name, value, 0.0)
+        self.lr, self.lr_decay, self.weight_decay, self.momentum, self.dampening = (
+            check_finite("OnlineSGD", name, value, 0.0) for name, value in numbers.items()
+        )
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             raise ValueError(
                 "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
@@ -151,11 +150,6 @@ class OnlineSGD:
         threads = check_integer("OnlineSGD", "threads", threads, 1)
         self.model = model
         self.loss = loss
-        self.lr = float(numbers["lr"])
-        self.lr_decay = float(numbers["lr_decay"])
-        self.weight_decay = float(numbers["weight_decay"])
-        self.momentum = float(momentum)
-        self.dampening = float(dampening)
         self.nesterov = bool(nesterov)
         self.threads = threads
         self.steps = 0
@@ -246,7 +240,11 @@ class OnlineSGD:
 
     @property
     def chunk(self) -> int:
-        """A good number of samples for one call of :meth:`run`."""
+        """A good number of samples for one call of :meth:`run`.
+
+        Few enough for Ctrl-C, enough for the work before the first and after the last of them to
+        be lost in the rest.
+        """
         engine = self.engines[0] if self.engines else self
         return 200 if engine._operator is None else 2000
 
