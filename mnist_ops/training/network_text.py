@@ -13,7 +13,7 @@ from .. import _torch_private as private
 from .. import nn as ops_nn
 from .. import torch7
 from ..ops._common import pair
-from ..ops.lp_pool import check_windows
+from ..ops.lp_pool import check_windows, has_sides
 from ..ops.softmax import check_beta
 
 
@@ -80,6 +80,7 @@ def line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
     if kind in _PLAIN:
         return _PLAIN[kind]
     if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
+        need(not has_sides(module.padding), f"has padding {module.padding}")
         options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
         p, *_ = check_windows(where, module.norm_type, *options, dtype)
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")

@@ -886,6 +886,8 @@ def hooked():
         (Conv2d(1, 2, 3, padding=1, padding_mode="circular"), "has padding_mode 'circular'"),
         (Conv2d(1, 2, 2, padding="same"), "has padding 'same' of an even kernel"),
         (MaxPool2d(2, dilation=2), "has dilation 2"),
+        (nn.LPPool2d(2, 2, dilation=2), "has dilation 2"),
+        (nn.LPPool2d(2, 2, padding=((0, 1), (0, 1))), "has padding .*0, 1"),
         (MaxPool2d(2, return_indices=True), "has return_indices"),
         (torch.nn.LPPool2d(2, 2), r"layer '0.odd' \(LPPool2d\) is not one of the engine's layers"),
         (torch.nn.Dropout(0.5), r"layer '0.odd' \(Dropout\) is not one of"),
