@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -162,6 +163,10 @@ struct Images {
 // they end in is a function of the ABI, too, and what is contiguous needs no call at all.
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it without the reason in its message
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 // A new tensor on the device of like.
 inline Tensor new_strided(const Tensor& like, IntHeaderOnlyArrayRef size,
