@@ -146,7 +146,7 @@ def test_channels_last_stays_with_a_padding_on_each_side(device):
 
 @pytest.mark.parametrize("dims", FUNCTIONS)
 def test_compile_export_vmap_fx(device, dims):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     windows = random_windows(dims, 1)
     module = MODULES[dims](2.5, **windows)
     x = images(dims, device=device)
