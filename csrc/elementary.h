@@ -1,6 +1,6 @@
-// Exponential, logarithm, power and tanh of one number, and the fused multiply-add they are made
-// of: on the CPU the loops over them vectorise, and on CUDA the same polynomials give the same bits
-// wherever the processor has the fused operation.
+// Exponential, logarithm, power, sigmoid and tanh of one number, and the fused multiply-add they
+// are made of: on the CPU the loops over them vectorise, and on CUDA the same polynomials give the
+// same bits wherever the processor has the fused operation.
 #pragma once
 
 #include "common.h"
@@ -157,7 +157,7 @@ MNIST_OPS_HD A exp_shifted(A x) {
 // exp(x) of x <= 0, bit for bit.
 template <typename A>
 MNIST_OPS_HD A exp_of_negative(A x) {
-  constexpr int kShift = std::is_same_v<A, float> ? 24 : 54;  // no subnormal number is left
+  constexpr int kShift = std::is_same_v<A, float> ? 25 : 55;  // no subnormal number is left
   constexpr A kBack = A(1) / static_cast<A>(int64_t{1} << kShift);
   const A least = x < kExpLowest<A> ? kExpLowest<A> : x;
   const A e = exp_shifted<kShift>(least) * kBack;
@@ -171,7 +171,7 @@ MNIST_OPS_HD A sigmoid(A x) {
   constexpr int kShift = std::is_same_v<A, float> ? 30 : 60;
   constexpr A kOne = A(1) / static_cast<A>(int64_t{1} << kShift);
   A y = -x;
-  y = y < A(-50) ? A(-50) : y;
+  y = y < A(-50) ? A(-50) : y;  // 1 + exp(-50) is 1 in float64, too
   y = y > -kExpLowest<A> ? -kExpLowest<A> : y;
   const A result = kOne / (kOne + exp_shifted<-kShift>(y));
   return x != x ? x : result;

@@ -57,7 +57,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a submodule when it is first used: torchvision and the rest take seconds."""
-    if name in _LAZY or name == "onnx":  # not in __all__: it needs what no extra brings
+    if name in _LAZY or name == "onnx":  # not in __all__: it needs the extra onnx
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

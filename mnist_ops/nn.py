@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops._common import check_int, check_number, compute_type
+from .ops._common import check_finite, check_int, check_number, compute_type
 from .ops.local_norm import check_kernel, check_thresholds
 from .ops.lp_pool import check_layout, check_norm_type, check_windows
 from .ops.softmax import check_beta, check_reduction
@@ -133,9 +133,9 @@ class GeM2d(torch.nn.Module):
     def __init__(self, p: float = 3.0, learnable: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         p = check_number("GeM2d", "p", p)
-        if not p > 0:
-            raise ValueError(f"GeM2d: p must be > 0, got {p}")
-        self.eps = check_number("GeM2d", "eps", eps)
+        if not p > 0 or (learnable and math.isinf(p)):
+            raise ValueError(f"GeM2d: p must be > 0, and finite to be learned, got {p}")
+        self.eps = check_finite("GeM2d", "eps", eps)
         if not self.eps > 0:
             raise ValueError(f"GeM2d: eps must be > 0, got {eps}")
         self.p: float | torch.nn.Parameter = p
@@ -144,14 +144,15 @@ class GeM2d(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool (N, C, H, W) to (N, C, 1, 1), or (C, H, W) to (C, 1, 1)."""
-        x = input.clamp(min=self.eps)
-        height, width = x.shape[-2:]
+        height, width = input.shape[-2:]
+        if height * width == 0:
+            raise ValueError(f"GeM2d: input has no pixels, its shape is {tuple(input.shape)}")
+        x = input.to(compute_type(input.dtype)).clamp(min=self.eps)
         if not isinstance(self.p, Tensor):
-            return ops.lp_pool2d(x, self.p, (height, width), average=True)
-        wide = x.to(compute_type(x.dtype))
-        total = (self.p * wide.log()).flatten(-2).logsumexp(-1)
+            return ops.lp_pool2d(x, self.p, (height, width), average=True).to(input.dtype)
+        total = (self.p * x.log()).flatten(-2).logsumexp(-1)
         y = ((total - math.log(height * width)) / self.p).exp()
-        return y.to(x.dtype)[..., None, None]
+        return y.to(input.dtype)[..., None, None]
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""

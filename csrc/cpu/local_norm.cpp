@@ -334,8 +334,8 @@ struct Workspace {
       return body(problem, a, b, out, planes.data());
     } else {
       const int64_t n = problem.C * problem.HW;
-      converted.resize(3 * n);
-      A *in_a = converted.data(), *in_b = a == b ? in_a : in_a + n, *result = in_a + 2 * n;
+      converted.resize(a == b ? 2 * n : 3 * n);
+      A *in_a = converted.data(), *in_b = a == b ? in_a : in_a + n, *result = in_b + n;
       const A *first = in_a, *second = in_b;
       convert_all(a, in_a, n);
       if (a != b) convert_all(b, in_b, n);

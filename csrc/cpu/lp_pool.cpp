@@ -259,7 +259,7 @@ int64_t power_cost(double p) {
 template <typename T>
 void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
   using A = opmath_t<T>;
-  constexpr bool in_place = std::is_same_v<T, float>;  // for p = 2
+  constexpr bool in_place = std::is_same_v<T, float>;  // the type that has such loops
   const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two();
   const bool fours = norm_type == 2 && all.pixels_by_four();
   const PoolGeometry& g = all.g;
@@ -284,7 +284,7 @@ void forward_batches(const Grouping& all, double norm_type, const T* input, T* o
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         if constexpr (in_place) {
-          for (int64_t r = oh; r < oh + rows; ++r) {
+          for (int64_t r = oh; (pairs || fours) && r < oh + rows; ++r) {
             const T* const upper = image + 2 * r * g.in_h;
             T* const to = out + r * g.out_h;
             if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
@@ -307,7 +307,7 @@ template <typename T>
 void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
                       const T* output, T* grad_input) {
   using A = opmath_t<T>;
-  constexpr bool in_place = std::is_same_v<T, float>;  // for p = 2
+  constexpr bool in_place = std::is_same_v<T, float>;  // the type that has such loops
   const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two() && all.tiles();
   const bool fours = norm_type == 2 && all.pixels_by_four() && all.tiles();
   constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
@@ -345,7 +345,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         if constexpr (in_place) {
-          for (int64_t r = oh; r < oh + rows; ++r) {
+          for (int64_t r = oh; (pairs || fours) && r < oh + rows; ++r) {
             const T* const upper = in + 2 * r * g.in_h;
             const int64_t o = r * g.out_h;
             A* const to = gx + (2 * r - top) * width;
@@ -371,8 +371,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
   });
 }
 
-// --------------------------------------------------- windows too large to gather, second
-// derivatives
+// --------------------------------------- windows too large to gather, second derivatives
 
 // Calls body(n, c, h, w) for every element of an (N, C, H, W) tensor in the order of its memory.
 template <typename F>

@@ -237,11 +237,12 @@ BatchLoops<A> loops_of(double p, int64_t taps) {
       return loops_of_size<Power::kTwo, A>(taps);
     case Norm::kInf:
       return loops_of_size<Power::kInf, A>(taps);
-    default:
-      return p == 3   ? loops_of_size<Power::kThree, A>(taps)
-             : p == 4 ? loops_of_size<Power::kFour, A>(taps)
-                      : loops_of_size<Power::kGeneral, A>(taps);
+    case Norm::kGeneral:
+      break;
   }
+  return p == 3   ? loops_of_size<Power::kThree, A>(taps)
+         : p == 4 ? loops_of_size<Power::kFour, A>(taps)
+                  : loops_of_size<Power::kGeneral, A>(taps);
 }
 
 // -------------------------------------------------------------------- 2 x 2 windows, not gathered

@@ -292,7 +292,7 @@ class CurrentStream {
     const ClusterLaunch launch(blocks, cluster, threads, shared_bytes, stream_);
     const void* const address = address_of(kernel);
     const bool fits = remembered([&] { return has_clusters(address) && launch.fits(address); },
-                                 address, cluster, threads.x);
+                                 address, cluster, threads.x, shared_bytes);
     if (fits) STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, arguments...));
     return fits;
   }

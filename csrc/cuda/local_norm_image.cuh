@@ -1,4 +1,4 @@
-// Images in shared memory: what a block, or a cluster of blocks, does with one.
+// What a block, or a cluster of blocks, does with an image.
 #pragma once
 
 #include "local_norm.cuh"
@@ -23,8 +23,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 //   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
 //            blurred, the partial sums of groups of threads and of blocks
 //   d        begins where scratch ends; where the gradient has three partial sums, among them,
-//   which
-//            are done with when it is written
+//            which are done with when it is written
 struct PlaneLayout {
   int W4, pitch;            // of scratch and of in
   int scratch_rows, above;  // rows of zeros above

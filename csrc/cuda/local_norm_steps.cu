@@ -6,7 +6,8 @@
 //             rows, then columns; 2-D kernels at once
 //   apply     from planes back to every channel
 //   repair    images whose squares left the range once more, a block each
-// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9; and repair.
+// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9, repair among
+// them, which float16 does not need.
 //
 // The passes over the data have indices in 64 bits and divide in 32 where the numbers allow it
 // (quotient()): memory is what they wait for. What planes are for is an argument, not a kernel of

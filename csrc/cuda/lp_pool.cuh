@@ -15,9 +15,9 @@
 //             stride.
 // On an H100 the first two run at 90 to 103 % of a copy's bandwidth with p = 2 and 2x2 windows. The
 // third one, in float32 and forward, with 3x3 windows and in NHWC with any, took no more than 30 to
-// 35 us with its launch for 67 MB, 77 to 90 %: packs of channels, of which there were kernels for
-// all windows, could gain little. Divisions that find a result's place are in 32 bits, two or three
-// for all that a thread does.
+// 35 us with its launch for 67 MB, 77 to 90 %: packs of channels could gain little there. Backward
+// and half types of it have not been measured. Divisions that find a result's place are in 32 bits,
+// two or three for all that a thread does.
 //
 // The gradients gather from the windows over an element, in a fixed order: no atomics.
 #pragma once

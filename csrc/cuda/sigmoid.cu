@@ -16,7 +16,7 @@ struct Sigmoid {
   static constexpr bool kTwoInputs = false;
   template <typename A>
   __device__ A operator()(A x, A) const {
-    return A(1) / (A(1) + std::exp(-x));
+    return elementary::sigmoid(x);
   }
 };
 

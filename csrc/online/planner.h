@@ -466,8 +466,7 @@ class Planner {
     b.source = MeanSource::kSum;
   }
 
-  // ---------------------------------------------------------------------------------- linear
-  // layers
+  // ------------------------------------------------------------------------- linear layers
 
   // Whether a vector of n numbers and the planes of a normalization fit into a block's own memory.
   static bool fits(int64_t n, int64_t pixels) { return n + 2 * pixels + 64 <= kScratch; }
@@ -531,8 +530,7 @@ class Planner {
     return p;
   }
 
-  // ------------------------------------------------------------------------------- the other
-  // layers
+  // ---------------------------------------------------------------------- the other layers
 
   void forward(std::size_t i) {
     const LayerSpec& layer = spec_.layers[i];

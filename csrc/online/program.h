@@ -114,7 +114,8 @@ struct Phase {
   ActivationKind activation = ActivationKind::kIdentity;
   PoolKind pool = PoolKind::kLp;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
-  int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels
+  int32_t split = 0;    // convolution: the lanes of a warp share the sum over input channels; else
+                        // it is that of few channels, by tiles
   int32_t flip = 0;     // convolution: the gradient with respect to the input
   int32_t staged = 0;   // the operand that a task uses again and again fits into a block's memory
   int32_t permute = 0;  // the map is read, or its gradient written, in the order of a vector

@@ -177,7 +177,8 @@ def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _in(folder: Path) -> dict[str, Path]:
-    """Those of the four files that a folder holds, under any name that they are given."""
+    """The most of the four files that a folder holds of one set, under any name that they have."""
+    most: dict[str, Path] = {}
     # EMNIST's: its two sets of ten digits.
     for prefix in ("", "emnist-mnist-", "emnist-digits-"):
         found = {}
@@ -188,9 +189,9 @@ def _in(folder: Path) -> dict[str, Path]:
                 if (folder / spelling).is_file():
                     found[file.name] = folder / spelling
                     break
-        if found:
-            return found
-    return {}
+        if len(found) > len(most):
+            most = found
+    return most
 
 
 def _find(root: Path) -> dict[str, Path]:
@@ -198,7 +199,7 @@ def _find(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder.")
     places = [root, root / "MNIST" / "raw", root / "raw"]
-    found = next(filter(None, map(_in, places)), {})
+    found = max(map(_in, places), key=len)
     if not found:
         others = {name: _in(root / name / "raw") for name in ("FashionMNIST", "KMNIST", "EMNIST")}
         others = {name: files for name, files in others.items() if files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -81,6 +82,8 @@ def lp_pool2d(
         average: divide the sum by the number of pixels of the window that lie on the image, as
             ``avg_pool2d(..., count_include_pad=False)`` counts: a generalized mean (GeM),
             :math:`(\frac{1}{n} \sum |x|^p)^{1/p}`. Not with ``dilation`` or a padding by sides.
+            For small p it is computed in float64, and refused where :math:`n^{1/p}` leaves its
+            range.
 
     Returns:
         (N, C, H_out, W_out) or (C, H_out, W_out) with
@@ -107,14 +110,18 @@ def lp_pool2d(
     op = "lp_pool2d"
     check_images(op, input)
     places: Places = kernel_size, stride, padding, ceil_mode
-    if dilation != 1 or has_sides(padding):
+    if has_gaps(op, dilation, 2) or has_sides(padding):
         if average:
             raise ValueError(f"{op}: average is not offered with dilation or a padding by sides")
         input, places = lay_out(op, input, 2, dilation, places)
     windows = check_windows(op, norm_type, *places, dtype=input.dtype)
     check_fit(op, input, windows[1], windows[3])
     if average:
-        wide = input.to(compute_type(input.dtype))
+        p, kernel = windows[:2]
+        digits = math.log2(kernel[0] * kernel[1]) / p  # by which the norm is above the mean
+        if digits > 1000:
+            raise ValueError(f"{op}: norm_type {p:g} is too small for the average of {kernel}")
+        wide = input.to(torch.float64 if digits > 20 else compute_type(input.dtype))
         return (_lp_pool2d(wide, *windows) * _share(wide, *windows)).to(input.dtype)
     return _lp_pool2d(input, *windows)
 
@@ -184,6 +191,11 @@ def check_kernel_and_stride(
         if max(values) >= 2**31:  # no image's size, and clear of overflow, as in lp_pool.h
             raise ValueError(f"{op}: {name} must be below 2^31, got {max(values)}")
     return kernel, steps
+
+
+def has_gaps(op: str, dilation: Any, dims: int) -> bool:
+    """Whether the elements of a window are not neighbours."""
+    return any(gap != 1 for gap in sizes(op, "dilation", dilation, dims))
 
 
 def has_sides(padding: Any) -> bool:

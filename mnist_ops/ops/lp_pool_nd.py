@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._common import check_floating, compute_type
 from ._public import public
-from .lp_pool import Places, check_windows, has_sides, lay_out, lp_pool2d
+from .lp_pool import Places, check_windows, has_gaps, has_sides, lay_out, lp_pool2d
 
 
 def _checked(
@@ -19,7 +19,7 @@ def _checked(
     check_floating(op, "input", input)
     if not dims + 1 <= input.dim() <= dims + 2:
         raise ValueError(f"{op}: input must be {shapes}, got the shape {tuple(input.shape)}")
-    if dilation != 1 or has_sides(places[2]):
+    if has_gaps(op, dilation, dims) or has_sides(places[2]):
         input, places = lay_out(op, input, dims, dilation, places)
     windows = check_windows(op, norm_type, *places, dtype=input.dtype, dims=dims)
     _, kernel, _, pads, _ = windows

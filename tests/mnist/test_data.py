@@ -251,6 +251,10 @@ class TestOwnFolder:
                     data.load("train", tmp_path)
         mnist = idx_files(seed=2)["train-images-idx3-ubyte"]
         assert data.load("train", tmp_path)[0].numpy().tobytes() == mnist[16:]
+        stray = tmp_path / "train-labels-idx1-ubyte"
+        stray.write_bytes(b"of nothing")  # a whole set comes before one file
+        assert data.load("train", tmp_path)[0].numpy().tobytes() == mnist[16:]
+        stray.unlink()
         (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
         with pytest.raises(data.DataError, match="train-labels-idx1-ubyte is missing"):
             data.load("train", tmp_path)  # the labels of another set would not do

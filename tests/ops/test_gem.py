@@ -53,6 +53,38 @@ def test_gradients_of_the_mean(device):
     gradgradcheck(mean, x)
 
 
+def test_the_mean_where_the_norm_overflows(device):
+    """n^(1/p) is 10^57 here, and the norm beyond float32."""
+    x = torch.rand(1, 28, 28, device=device) + 0.5
+    expected = x.double().pow(0.05).mean().pow(20).float()
+    torch.testing.assert_close(lp_pool2d(x, 0.05, 28, average=True).flatten(), expected[None])
+    y = nn.GeM2d(0.05, learnable=False)(x)
+    torch.testing.assert_close(y.flatten(), expected[None])
+    with pytest.raises(ValueError, match="lp_pool2d: norm_type 0.001 is too small for the average"):
+        lp_pool2d(x, 0.001, 28, average=True)
+
+
+def test_gem_of_no_pixels_and_of_small_ones_in_half(device):
+    for learnable in (False, True):
+        with pytest.raises(ValueError, match="GeM2d: input has no pixels"):
+            nn.GeM2d(learnable=learnable)(torch.ones(1, 2, 0, 4, device=device))
+        pool = nn.GeM2d(learnable=learnable, eps=1e-9).to(device)
+        x = torch.zeros(1, 2, 3, 3, dtype=torch.float16, device=device, requires_grad=True)
+        y = pool(x)
+        y.sum().backward()
+        assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+
+
+def test_dilation_of_one_in_any_form():
+    x = torch.rand(1, 4, 4)
+    torch.testing.assert_close(
+        lp_pool2d(x, 2, 2, dilation=(1, 1), average=True), lp_pool2d(x, 2, 2, average=True)
+    )
+    for wrong in (1.0, True):
+        with pytest.raises(TypeError, match="lp_pool2d: dilation must be"):
+            lp_pool2d(x, 2, 2, dilation=wrong)  # type: ignore[arg-type]
+
+
 def test_what_the_mean_is_not_offered_with():
     for options in ({"dilation": 2}, {"padding": ((0, 1), (0, 1))}):
         with pytest.raises(ValueError, match="lp_pool2d: average is not offered with dilation or"):
@@ -103,8 +135,10 @@ def test_p_is_saved_and_small_pixels_are_in_range(device):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"p": 0}, "GeM2d: p must be > 0, got 0"),
+        ({"p": 0}, "GeM2d: p must be > 0, and finite to be learned, got 0"),
+        ({"p": math.inf}, "GeM2d: p must be > 0, and finite to be learned, got inf"),
         ({"eps": 0}, "GeM2d: eps must be > 0, got 0"),
+        ({"eps": math.inf}, "GeM2d: eps must be finite, got inf"),
     ],
 )
 def test_errors(arguments, message):

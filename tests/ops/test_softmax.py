@@ -61,6 +61,12 @@ def test_sigmoid_over_its_whole_range(device):
         y = mnist_ops.sigmoid(x).cpu().double()
         expected = loops.sigmoid(x.cpu())
         assert ((y - expected).abs() / expected).max() < ulps * torch.finfo(dtype).eps
+    for dtype, last in ((torch.float32, 104), (torch.float64, 745)):  # subnormal numbers
+        x = torch.linspace(-last, -last * 0.84, 1001, dtype=dtype, device=device)
+        y = mnist_ops.sigmoid(x).cpu()
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        steps = (y.double() - loops.sigmoid(x.cpu())).abs() / smallest
+        assert ((steps <= 1) | (y >= torch.finfo(dtype).tiny)).all()
     extremes = torch.tensor([-INF, INF, float("nan"), -1e30, 1e30], device=device)
     assert mnist_ops.sigmoid(extremes).tolist()[:2] == [0, 1]
     assert mnist_ops.sigmoid(extremes)[2].isnan()
