@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +13,7 @@ from .. import torch7
 from ..ops._common import check_finite
 from ..torch7.optim import SGD
 from . import online
+from .averaging import AveragedSGD
 from .metrics import predicted_classes
 
 #: A loss per sample: ``criterion(output, target, reduction="none")`` of shape ``(N,)``.
@@ -126,7 +126,8 @@ class OptimizerEngine(online.OnlineSGD):
 
     Args:
         model: as for :class:`~mnist_ops.training.online.OnlineSGD`.
-        optimizer: a ``SGD``, one group with all of the model's parameters.
+        optimizer: a ``SGD`` or :class:`AveragedSGD`, no subclass, one group with all of the
+            model's parameters.
         criterion: :func:`mnist_ops.torch7.nll_loss`, ``multi_margin_loss`` or ``mse_loss``.
         transform: applied to each image ``(1, C, H, W)`` before use, for augmentation, or, where it
             has a true attribute ``batched``, to all images of a run at once. Together with dropout
@@ -147,7 +148,8 @@ class OptimizerEngine(online.OnlineSGD):
         transform: Callable[[Tensor], Tensor] | None = None,
         threads: int = 1,
     ) -> None:
-        if not isinstance(optimizer, SGD) or not _steps_like_sgd(optimizer):
+        # A subclass may have overridden any part of the step.
+        if type(optimizer) not in (SGD, AveragedSGD):
             raise online.UnsupportedError(f"the optimizer is {type(optimizer).__name__}, not SGD")
         if len(optimizer.param_groups) != 1:
             raise online.UnsupportedError("the optimizer has several parameter groups")
@@ -221,11 +223,6 @@ class OptimizerEngine(online.OnlineSGD):
             return super()._uniform(size)
         first, self._drawn = self._drawn[: size[0]], self._drawn[size[0] :]
         return first
-
-
-def _steps_like_sgd(optimizer: SGD) -> bool:
-    """Whether a subclass has SGD's own step; PyTorch wraps that of each class in another one."""
-    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(SGD.step)
 
 
 _SETTINGS = ("lr", "lr_decay", "weight_decay", "momentum", "dampening", "nesterov")

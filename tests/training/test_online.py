@@ -1,7 +1,6 @@
 """The compiled online SGD: the autograd loop in float64 is its truth, and the original's run."""
 
 import copy
-import inspect
 import itertools
 import math
 import threading
@@ -1114,11 +1113,21 @@ def test_when_fit_stays_with_autograd():
         assert f"(not compiled: {reason}" in engine.description
     assert set(online.LOSSES) == set(CRITERIA)
 
-    class First(SGD):
-        # PyTorch wraps a class's step when it makes its first instance, which may be this one.
-        step = inspect.unwrap(SGD.step)
 
-    assert isinstance(choose(model, First(model.parameters())), OptimizerEngine)
+@pytest.mark.parametrize("kind", [SGD, training.AveragedSGD])
+@pytest.mark.parametrize("part", ["rate", "step", "_update", "_momentum"])
+def test_what_a_subclass_overrides_is_done(kind, part):
+    """Here nothing, so that the weights stay; the class itself is the engine's."""
+    model, _, _ = fit_setup()
+    nothing = {"rate": 0.0, "_momentum": [torch.zeros_like(p) for p in model.parameters()]}
+    other = type("Other", (kind,), {part: lambda *_: nothing.get(part)})
+    choose, before = training.choose_engine, values(model).clone()
+    images, labels = samples(1, 16, 16, classes=10)
+    for optimizer, changes in ((other, False), (kind, True)):
+        engine = choose(model, optimizer(model.parameters(), lr=0.01, momentum=0.5))
+        assert isinstance(engine, OptimizerEngine) == changes
+        engine.run(images, labels, torch.arange(2))
+        assert torch.equal(values(model), before) != changes
 
 
 @pytest.mark.parametrize("several", [False, True])
