@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import torch7
 from ..ops._common import check_finite, check_integer
-from ._files import locked
+from ._files import FolderInUseError, locked
 from .checkpoint import (
     BACKUP_CHECKPOINT,
     CHECKPOINT,
@@ -195,6 +195,23 @@ def alone(loop: Callable[P, Loop[T]]) -> Callable[P, T]:
     return run
 
 
+_folders_of_loops: set[Path] = set()
+
+
+@contextlib.contextmanager
+def _locked_for_one_loop(folder: Path) -> Iterator[None]:
+    """The folder's lock, which whoever called may hold already, but no loop beside this one."""
+    with locked(folder):
+        path = folder.resolve()
+        if path in _folders_of_loops:
+            raise FolderInUseError(f"another training loop is at work in {folder}")
+        _folders_of_loops.add(path)
+        try:
+            yield
+        finally:
+            _folders_of_loops.remove(path)
+
+
 def _train_epoch(
     engine: Engine,
     images: Tensor,
@@ -292,7 +309,7 @@ def fitting(
     Raises:
         ValueError: for an impossible argument, images or weights that are not finite.
         CheckpointError: if ``resume`` finds no usable checkpoint.
-        FolderInUseError: if another process, or another thread, trains in ``folder``.
+        FolderInUseError: if another process, another thread or another loop trains in ``folder``.
         KeyboardInterrupt: on Ctrl-C, with a message; the folder then holds the state after the
             last complete epoch.
     """
@@ -339,7 +356,7 @@ def fitting(
         if folder is not None:
             if resume and not folder.is_dir():
                 raise CheckpointError(f"there is no checkpoint at {folder / CHECKPOINT}")
-            stack.enter_context(locked(folder))
+            stack.enter_context(_locked_for_one_loop(folder))
             if resume:
                 run.restore(folder)
             else:

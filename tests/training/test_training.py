@@ -60,9 +60,9 @@ class Setup:
         )
         self.optimizer = SGD(self.model.parameters(), lr=0.02, lr_decay=1e-3, momentum=momentum)
 
-    def fit(self, epochs, **options):
+    def fit(self, epochs, run=training.fit, **options):
         options = {"verbose": False, "progress": False} | options
-        return training.fit(
+        return run(
             self.model,
             options.pop("train", TRAIN),
             options.pop("test", TEST),
@@ -974,6 +974,21 @@ class TestResume:
         Setup().fit(2, folder=tmp_path, on_epoch=on_epoch)
         assert refused == [1, 2]
         assert training.load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+    def test_two_loops_at_once(self, tmp_path):
+        """Side by side, or one within the other; whoever began them may hold the lock, too."""
+
+        def loop(folder):
+            return Setup().fit(1, training.fitting, folder=folder)
+
+        one, two = tmp_path / "one", tmp_path / "two"
+        two.mkdir()
+        with pytest.raises(training.FolderInUseError, match="another training loop is at work in"):
+            training.side_by_side([loop(one), loop(two / ".." / "one")])
+        with pytest.raises(training.FolderInUseError, match="another training loop is at work in"):
+            Setup().fit(2, folder=one, on_epoch=lambda _: Setup().fit(1, folder=one))
+        with training.locked(one), training.locked(two):
+            assert len(training.side_by_side([loop(one), loop(two)])) == 2
 
     def test_something_else(self, tmp_path):
         torch.save({"weight": torch.zeros(3)}, tmp_path / "checkpoint.pt")
