@@ -161,24 +161,29 @@ def side_by_side(loops: Sequence[Loop[T]]) -> list[T]:
             }
             while moves:
                 wanted: dict[Any, dict[int, Steps]] = {}
+                then: dict[int, Callable[[], Steps]] = {}
                 for i, move in moves.items():
                     try:
                         steps = move()
                     except StopIteration as end:
                         results[i] = end.value
-                    else:
+                        continue
+                    # An error belongs to the loops that asked for what cannot be done.
+                    try:
                         wanted.setdefault(steps.kind(), {})[i] = steps
-                moves = {}
+                    except BaseException as error:
+                        then[i] = partial(loops[i].throw, error)
                 for alike in wanted.values():
                     try:
                         came = run_steps(list(alike.values()))
-                    except BaseException as error:  # it belongs to the loops that asked for it
-                        moves |= {i: partial(loops[i].throw, error) for i in alike}
+                    except BaseException as error:
+                        then |= {i: partial(loops[i].throw, error) for i in alike}
                     else:
-                        moves |= {
+                        then |= {
                             i: partial(loops[i].send, result)
                             for i, result in zip(alike, came, strict=True)
                         }
+                moves = then
         finally:
             for loop in loops:
                 loop.close()

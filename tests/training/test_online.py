@@ -615,6 +615,26 @@ def test_an_error_is_raised_in_the_loops_whose_run_it_was():
     assert training.side_by_side([]) == []
 
 
+def test_settings_that_cannot_be_are_an_error_of_their_loop():
+    """As where a callback of one loop has set its momentum to NaN."""
+    images, labels = samples(1, 16, 16, classes=10)
+
+    def train(model, momentum):
+        sgd = SGD(model.parameters())
+        engine = OptimizerEngine(model, sgd)
+        try:
+            for sgd.param_groups[0]["momentum"] in (0.5, momentum):
+                yield Steps(engine, images, labels, torch.arange(2))
+        except ValueError as error:
+            return str(error)
+        return engine.steps
+
+    momenta = (0.5, float("nan"), 0.5)
+    loops = [train(*each) for each in zip(several(dropout=0.0), momenta, strict=True)]
+    one, error, other = training.side_by_side(loops)
+    assert one == other == 4 and "momentum must be" in error
+
+
 def test_fits_side_by_side(tmp_path):
     """Each with its folder, and the deterministic convolutions as long as one is under way."""
     images, labels = samples(1, 16, 16, classes=10)
