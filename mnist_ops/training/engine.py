@@ -248,8 +248,8 @@ class Steps(NamedTuple):
             return id(engine)
         engine._read_optimizer()
         # Images as they are are shared, transformed ones copied.
-        data = (id(self.images), id(self.labels)) if engine.transform is None else ()
-        return *engine._layout(), *data, len(self.order)
+        shared = (id(self.images), id(self.labels)) if engine.transform is None else ()
+        return *engine._layout(), *shared, self.images.shape[1:], len(self.order)
 
 
 def run_steps(alike: Sequence[Steps]) -> list[tuple[Tensor, ...]]:

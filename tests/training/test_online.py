@@ -635,6 +635,24 @@ def test_settings_that_cannot_be_are_an_error_of_their_loop():
     assert one == other == 4 and "momentum must be" in error
 
 
+def test_images_of_two_sizes_side_by_side():
+    """Transformed ones are copied together: those of one size."""
+    sizes = torch.randn(20, 1, 16, 16), torch.randn(20, 1, 17, 17)
+    networks = [
+        Sequential(Conv2d(1, 3, 3), MaxPool2d(2), Flatten(), Linear(147, 4)) for _ in range(4)
+    ]
+    labels = torch.randint(0, 4, (20,))
+
+    def train(model, images):
+        engine = OptimizerEngine(model, SGD(model.parameters()), transform=torch.neg)
+        losses, _ = yield Steps(engine, images, labels, torch.arange(9))
+        return losses.tolist()
+
+    pairs = list(zip(networks, sizes * 2, strict=True))
+    alone = [training.side_by_side([train(copy.deepcopy(model), x)])[0] for model, x in pairs]
+    assert training.side_by_side([train(*pair) for pair in pairs]) == alone
+
+
 def test_fits_side_by_side(tmp_path):
     """Each with its folder, and the deterministic convolutions as long as one is under way."""
     images, labels = samples(1, 16, 16, classes=10)
