@@ -485,7 +485,7 @@ def training_loop(
     start: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> training.Loop[tuple[list[training.EpochResult], nn.Sequential]]:
-    """Run one experiment: ``train`` does so at once, this as a loop among others.
+    """Run one experiment: ``train`` does so at once, ``training_loop`` makes a loop of it.
 
     Args:
         experiment: which one.
@@ -543,4 +543,4 @@ def training_loop(
     return history, parts.model
 
 
-train = training.alone(training_loop)
+train = training.alone(training_loop, "train")

@@ -10,8 +10,9 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial, wraps
+from inspect import currentframe, signature
 from pathlib import Path
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -190,14 +191,29 @@ def side_by_side(loops: Sequence[Loop[T]]) -> list[T]:
     return [results[i] for i in range(len(loops))]
 
 
-def alone(loop: Callable[P, Loop[T]]) -> Callable[P, T]:
-    """Decorate what makes a loop: the function that runs it by itself."""
+def alone(loop: Callable[P, Loop[T]], name: str) -> Callable[P, T]:
+    """The function ``name`` that makes a loop and runs it by itself.
+
+    Its docstring is that of ``loop``, whose return annotation must be a :data:`Loop`.
+    """
 
     @wraps(loop)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         return side_by_side([loop(*args, **kwargs)])[0]
 
+    *_, result = get_args(get_type_hints(loop)["return"])
+    run.__signature__ = signature(loop).replace(return_annotation=result)  # type: ignore[attr-defined]
+    run.__annotations__ = {**loop.__annotations__, "return": result}
+    run.__name__ = run.__qualname__ = name
     return run
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that has called this package."""
+    package, level, frame = f"{__name__.partition('.')[0]}.", 1, currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 _folders_of_loops: set[Path] = set()
@@ -394,10 +410,9 @@ def fitting(
                     on_progress,
                 )
                 if _diverged(result) and not any(map(_diverged, run.history)):
-                    warnings.warn(
+                    _warn(
                         f"the run has diverged in epoch {epoch}: training loss "
-                        f"{result.train_loss}, test loss {result.test_loss}",
-                        stacklevel=2,
+                        f"{result.train_loss}, test loss {result.test_loss}"
                     )
                 run.history.append(result)
                 if folder is not None:
@@ -486,4 +501,4 @@ def _one_epoch(
     )
 
 
-fit = alone(fitting)
+fit = alone(fitting, "fit")

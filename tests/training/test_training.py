@@ -2,10 +2,12 @@
 
 import copy
 import csv
+import inspect
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from conftest import REFERENCE, torch7_cases, torch7_tensor
 from torch import nn
 
 from mnist_ops import torch7, training
+from mnist_ops.lab import experiments
 from mnist_ops.mnist import data, models
 from mnist_ops.torch7.optim import ASGD, CG, LBFGS, SGD
 
@@ -585,6 +589,27 @@ def spoil(setup, value):
     return on_progress
 
 
+@pytest.mark.parametrize(
+    ("function", "loop", "name", "result"),
+    [
+        (training.fit, training.fitting, "fit", list[training.EpochResult]),
+        (
+            experiments.train,
+            experiments.training_loop,
+            "train",
+            tuple[list[training.EpochResult], nn.Sequential],
+        ),
+    ],
+)
+def test_what_runs_a_loop_is_a_function_of_its_own(function, loop, name, result):
+    assert function.__name__ == function.__qualname__ == name
+    assert pickle.loads(pickle.dumps(function)) is function
+    ours, theirs = map(inspect.signature, (function, loop))
+    assert ours.parameters == theirs.parameters and ours.return_annotation == result
+    assert typing.get_type_hints(function)["return"] == result
+    assert function.__doc__ == loop.__doc__ and f"``{name}`` does so at once" in function.__doc__
+
+
 class TestDivergence:
     @pytest.mark.parametrize("compiled", [True, False])
     @pytest.mark.parametrize("worst", [math.nan, math.inf])
@@ -596,7 +621,7 @@ class TestDivergence:
             history = setup.fit(
                 2, engine=engine, folder=tmp_path, chunk=1, on_progress=spoil(setup, worst)
             )
-        assert len(caught) == 1  # once
+        assert len(caught) == 1 and caught[0].filename == __file__  # once
         for result in history:
             assert not math.isfinite(result.train_loss) and not math.isfinite(result.test_loss)
             assert 0.0 <= result.train_accuracy < 12.0  # a tenth, and perhaps the first one
