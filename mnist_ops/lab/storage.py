@@ -34,9 +34,11 @@ def write_json(path: Path, value: Any) -> None:
     training.write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_results(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Write a ``results.json``."""
-    write_json(path, {"format": 1, "runs": runs})
+def write_results(
+    path: Path, runs: Sequence[Mapping[str, Any]], others: Mapping[str, Any] | None = None
+) -> None:
+    """Write a ``results.json``: the runs, and what else it holds."""
+    write_json(path, {"format": 1, **(others or {}), "runs": runs})
 
 
 # --- One run -----------------------------------------------------------------------------------
@@ -195,8 +197,10 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
     out, path = Path(out).resolve(), Path(results).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        there = records.read_results(path)["runs"] if path.exists() else []
-        runs = {records.folder(out, run): run for run in there}
+        there = records.read_results(path) if path.exists() else {"runs": []}
+        runs = {records.folder(out, run): run for run in there["runs"]}
+        # Of whoever merged last, as earlier versions wrote it; anything else stays.
+        others = {name: there[name] for name in there if name not in ("environment", "runs")}
         ours = {records.folder(out, run): run for run in collect(out)["runs"]}
         for folder, run in known(out).items():
             if not (folder / "run.json").exists():
@@ -217,7 +221,7 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
             if folder not in ours or len(ours[folder]["epochs"]) < len(run["epochs"])
         }
         if changed:
-            write_results(path, _in_order(list(runs.values())))
+            write_results(path, _in_order(list(runs.values())), others)
     for folder, run in missing.items():
         check_inside(folder, out)
         with contextlib.suppress(training.FolderInUseError), training.locked(folder):

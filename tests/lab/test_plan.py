@@ -126,7 +126,8 @@ def test_merging_loses_nothing_and_doubles_nothing(straight, tmp_path):
     shorter = json.loads(json.dumps(longer))
     del shorter[1]["epochs"][1:]
     other = longer[0] | {"seed": 7}
-    results.write_text(json.dumps({"format": 1, "environment": {}, "runs": [*shorter, other]}))
+    rest = {"format": 1, "options": {"epochs": 2}, "notes": ["from two machines"]}
+    results.write_text(json.dumps(rest | {"environment": {}, "runs": [*shorter, other]}))
     shutil.copytree(straight / "out", out)
     path = out / "runs/original/float32-seed1/run.json"
     record = json.loads(path.read_text())
@@ -134,7 +135,7 @@ def test_merging_loses_nothing_and_doubles_nothing(straight, tmp_path):
     (path.parent / training.LOG).unlink()  # as in a folder from which the run is gone
     for changed in (1, 0):
         assert storage.merge(out, results) == changed
-        assert runs_of(results) == [longer[0], other, longer[1]]
+        assert json.loads(results.read_text()) == rest | {"runs": [longer[0], other, longer[1]]}
         # And the folder knows all of them: nothing is made twice.
         assert storage.collect(out)["runs"] == [longer[0], other, longer[1]]
 
