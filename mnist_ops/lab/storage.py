@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["collect", "epochs_done", "log", "merge", "seconds_per_epoch"]
 
-# A file that is half written for so many seconds is one that a killed process left.
-_HALF_WRITTEN = 3600
+# A file that nobody has gone on with for so many seconds is one that a killed process left.
+_LEFT = 3600
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -127,10 +128,11 @@ def check_inside(folder: Path, out: Path) -> None:
 
 
 def sweep(out: Path) -> None:
-    """Remove files that killed processes left half written; a run's own are its training loop's."""
-    for path in [*out.glob(".*.part"), *out.glob("figures/.*.part")]:
+    """Remove what killed processes left; a run's half-written files are its training loop's."""
+    # Runs of earlier versions kept a progress.json while they were under way.
+    for path in chain(*map(out.glob, (".*.part", "figures/.*.part", "runs/*/*/progress.json"))):
         with contextlib.suppress(OSError):  # another process may finish it just now
-            if path.stat().st_mtime < time.time() - _HALF_WRITTEN:
+            if path.stat().st_mtime < time.time() - _LEFT:
                 path.unlink()
 
 
