@@ -89,7 +89,8 @@ class Experiment:
         loss: ``"nll"``, ``"multi_margin"`` or ``"mse"``.
         optimizers: from the first epoch that uses it to an optimizer's ``name`` (``"sgd"``,
             ``"asgd"``, ``"cg"``, ``"lbfgs"``; ``"averaged"``: SGD that is tested with the mean of
-            its weights at the ends of its epochs) and options.
+            its weights at the ends of its epochs, while ``model.pt`` holds the last weights) and
+            options.
         batch_size: samples per step.
         rotation: standard deviation in radians of the training digits' random angles.
         noise: standard deviation of the normal noise on the training digits' pixels, which have

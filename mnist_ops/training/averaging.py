@@ -23,7 +23,12 @@ class AveragedSGD(SGD):
         >>> late = training.AveragedSGD(parameters, lr=5e-4)
         >>> training.fit(..., optimizer={1: SGD(parameters, lr=1e-3), 13: late}, epochs=20)
 
-    Arguments and errors: those of SGD. The means are in the optimizer's state as ``average``.
+    Arguments and errors: those of SGD. The means are in the optimizer's state as ``average``; a
+    run's ``model.pt`` and the model in its ``checkpoint.pt`` are the last weights, not the mean. To
+    save or use the mean::
+
+        >>> with late.averaged():
+        ...     torch.save(model.state_dict(), "mean.pt")
 
     Source: stochastic weight averaging, Izmailov et al., "Averaging Weights Leads to Wider Optima
     and Better Generalization", 2018.
@@ -31,17 +36,19 @@ class AveragedSGD(SGD):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """At an epoch's end, once: within it the parameters hold their means, this end included.
+        """Within it the parameters hold their means; afterwards, in any case, what they held.
 
-        Afterwards, in any case, they hold what they held.
+        Where steps were made since the last time, an epoch has ended here and counts.
         """
         held = []
         with torch.no_grad():
-            for param in (p for group in self.param_groups for p in group["params"]):
+            for group, param in ((g, p) for g in self.param_groups for p in g["params"]):
                 state = self.state[param]
-                state["epochs"] = state.get("epochs", 0) + 1
                 average = state.setdefault("average", torch.zeros_like(param))
-                average += (param - average) / state["epochs"]
+                if state.get("averaged_at") != group["steps"]:
+                    state["averaged_at"] = group["steps"]
+                    state["epochs"] = state.get("epochs", 0) + 1
+                    average += (param - average) / state["epochs"]
                 held.append((param, param.clone(), average))
         try:
             with torch.no_grad():

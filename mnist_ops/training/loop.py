@@ -297,8 +297,9 @@ def fitting(
         epochs: in all, those of a resumed run included.
         optimizer: its step follows every batch, see :class:`mnist_ops.torch7.optim.SGD`; one that
             needs a closure evaluates the batch as often as it likes, see :class:`AutogradEngine`.
-            One with a context manager ``averaged()`` is tested within it. Or a mapping from the
-            first epoch to the optimizer that is in charge from then on: ``{1: sgd, 6: lbfgs}``.
+            One with a context manager ``averaged()`` is tested within it; checkpoints hold the
+            weights outside. Or a mapping from the first epoch to the optimizer that is in charge
+            from then on: ``{1: sgd, 6: lbfgs}``.
         generator: source of the shuffles.
         criterion: ``criterion(output, target, reduction="none")`` gives a loss per sample, as do
             those of :mod:`mnist_ops.torch7`; a batch's mean is minimised.

@@ -81,7 +81,30 @@ def test_the_weights_come_back():
     for value, mean in ((1.0, 1.0), (4.0, 2.5), (1.0, 2.0)):
         with torch.no_grad():
             parameter.fill_(value)
+        optimizer.step()  # which counts, and without a gradient changes nothing
         with pytest.raises(KeyError), optimizer.averaged():
             assert torch.equal(parameter, torch.tensor([mean, mean]))
             raise KeyError
         assert torch.equal(parameter, torch.tensor([value, value]))
+
+
+def test_a_look_at_the_means_counts_no_epoch(tmp_path):
+    """Neither after a run nor after one was resumed."""
+    parts = [experiments.build(QUICK) for _ in range(2)]
+    digits = experiments.digits(7, None, 40, validation=5000)
+    train, test = (
+        (digits.train_images, digits.train_labels),
+        (digits.test_images, digits.test_labels),
+    )
+    history: list[training.EpochResult] = []
+    for epochs, part in zip((4, 5), parts, strict=True):
+        history = training.fit(
+            part.model, train, test, epochs=epochs, optimizer=part.optimizers,
+            generator=part.generator, folder=tmp_path, resume=epochs > 4, verbose=False,
+        )  # fmt: skip
+        last, late = vector(part.model), part.optimizers[3]
+        for _ in range(2):
+            with late.averaged():
+                _, loss = training.evaluate(part.model, *test)
+                assert not torch.equal(vector(part.model), last)
+            assert loss == history[-1].test_loss
