@@ -1,4 +1,7 @@
-"""Layers of Torch7 that PyTorch has no module for, as :func:`load_net` builds them."""
+"""Layers of Torch7 that PyTorch has no module for, as :func:`load_net` builds them.
+
+Checkpoints compare the text of a network: another name of a class would be another network.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Power(nn.Module):
+class _Power(nn.Module):
     """``nn.Power``: signed where the exponent is odd, NaN where a root is not real."""
 
     def __init__(self, exponent: float) -> None:
@@ -22,7 +25,7 @@ class Power(nn.Module):
         return f"{self.exponent}"
 
 
-class Sqrt(nn.Module):
+class _Sqrt(nn.Module):
     """``nn.Sqrt``: the root of ``input + eps``; its gradient is 0 where it is 0."""
 
     def __init__(self, eps: float) -> None:
@@ -38,7 +41,7 @@ class Sqrt(nn.Module):
         return f"eps={self.eps}"
 
 
-class Scale(nn.Module):
+class _Scale(nn.Module):
     """``nn.MulConstant``."""
 
     def __init__(self, factor: float) -> None:
@@ -52,7 +55,7 @@ class Scale(nn.Module):
         return f"{self.factor}"
 
 
-class View(nn.Module):
+class _View(nn.Module):
     """``nn.View``, for a batch of any size.
 
     Args:
@@ -89,7 +92,7 @@ class View(nn.Module):
         return f"{self.sizes}, dimensions={self.dimensions}"
 
 
-class WholeSample(nn.Module):
+class _WholeSample(nn.Module):
     """A softmax over all numbers of a sample, as ``cudnn.SoftMax`` has it for maps."""
 
     def __init__(self, rows: nn.Module) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .. import nn as ops_nn
-from . import _layers, losses
+from . import losses
+from ._layers import _Power, _Scale, _Sqrt, _View, _WholeSample
 from .files import BadFileError, Reader, Torch7Object, guarded, parse, read
 
 __all__ = ["build"]
@@ -289,7 +290,7 @@ def _average_pooling(layer: _Layer) -> nn.Module:
     if padding == (0, 0) and not ceil_mode:
         return nn.AvgPool2d(kernel, stride, divisor_override=1)
     mean = nn.AvgPool2d(kernel, stride, padding, ceil_mode, counts)
-    return nn.Sequential(mean, _layers.Scale(math.prod(kernel)))
+    return nn.Sequential(mean, _Scale(math.prod(kernel)))
 
 
 def _lp_pooling(layer: _Layer) -> nn.Module:
@@ -365,8 +366,8 @@ def _reshape(layer: _Layer) -> nn.Module:
 def _view(layer: _Layer) -> nn.Module:
     sizes = layer.sizes()
     if not layer.has("numInputDims"):
-        return nn.Flatten() if sizes == [-1] else _layers.View(sizes, None)
-    return _layers.View(sizes, layer.whole("numInputDims", 1))
+        return nn.Flatten() if sizes == [-1] else _View(sizes, None)
+    return _View(sizes, layer.whole("numInputDims", 1))
 
 
 def _softmax(layer: _Layer, log: bool) -> nn.Module:
@@ -382,7 +383,7 @@ def _cudnn_softmax(layer: _Layer, log: bool, spatial: bool) -> nn.Module:
     module = ops_nn.LogSoftmax(dim=1) if log else ops_nn.Softmax(dim=1)
     if spatial and fields.get("mode") != "CUDNN_SOFTMAX_MODE_INSTANCE":
         return module
-    return _layers.WholeSample(module)
+    return _WholeSample(module)
 
 
 def _kernel_norm(layer: _Layer, kind: type[ops_nn.DivisiveNorm2d]) -> nn.Module:
@@ -397,8 +398,8 @@ _LAYERS: dict[str, Callable[[_Layer], nn.Module]] = {
     "nn.Identity": lambda layer: nn.Identity(),
     "nn.Linear": _linear,
     "nn.LogSoftMax": partial(_softmax, log=True),
-    "nn.MulConstant": lambda layer: _layers.Scale(layer.number("constant_scalar")),
-    "nn.Power": lambda layer: _layers.Power(layer.number("pow")),
+    "nn.MulConstant": lambda layer: _Scale(layer.number("constant_scalar")),
+    "nn.Power": lambda layer: _Power(layer.number("pow")),
     "nn.ReLU": _threshold,
     "nn.Reshape": _reshape,
     "nn.Sequential": _sequential,
@@ -418,8 +419,8 @@ _LAYERS: dict[str, Callable[[_Layer], nn.Module]] = {
         layer.tensor("kernel")
     ),
     "nn.SpatialZeroPadding": _zero_padding,
-    "nn.Sqrt": lambda layer: _layers.Sqrt(layer.number("eps", 0)),
-    "nn.Square": lambda layer: _layers.Power(2),
+    "nn.Sqrt": lambda layer: _Sqrt(layer.number("eps", 0)),
+    "nn.Square": lambda layer: _Power(2),
     "nn.Tanh": lambda layer: nn.Tanh(),
     "nn.Threshold": _threshold,
     "nn.View": _view,

@@ -474,6 +474,20 @@ class TestLayers:
         net(Object("nn.Sqrt", eps=0))(zero).backward()
         assert zero.grad == 0  # as torch/nn's
 
+    def test_their_text(self):
+        """It is in checkpoints, which are of another network where it differs."""
+        for layer, text in (
+            (Object("nn.MulConstant", constant_scalar=-3.5), "_Scale(-3.5)"),
+            (Object("nn.Power", pow=3), "_Power(3)"),
+            (Object("nn.Sqrt", eps=9), "_Sqrt(eps=9)"),
+            (
+                Object("nn.View", size=long_storage(6, 2), numInputDims=3),
+                "_View([6, 2], dimensions=3)",
+            ),
+            (Object("cudnn.SoftMax"), "_WholeSample("),
+        ):
+            assert text in str(net(layer))
+
     def test_zero_padding(self):
         layer = Object("nn.SpatialZeroPadding", pad_l=1, pad_r=2, pad_t=0, pad_b=-3)
         expected = torch.zeros(2, 3, 4, 11, dtype=torch.float64)
