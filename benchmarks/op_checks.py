@@ -225,9 +225,8 @@ def streams(check: Check, device: torch.device, quick: bool) -> str:
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        _torch_private.sleep_on_gpu(
-            2_000_000
-        )  # a millisecond or so: work launched elsewhere sees zeros
+        # A millisecond or so: work launched elsewhere sees zeros.
+        _torch_private.sleep_on_gpu(2_000_000)
         late.copy_(x)
         found = check.run(late)
     torch.cuda.synchronize()

@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         type=many,
         default=1,
         metavar="N",
-        help="up to N runs of one network share the launches of a GPU, as one of --jobs",
+        help="up to N runs of one network make their steps together on a GPU, as one of --jobs",
     )
     how.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     how.add_argument("--out", type=Path, default=Path("runs/reproduce"))

@@ -15,7 +15,7 @@ cluster's backend around :func:`run_all` the same runs go there, as long as the 
 system that all machines see; each record names the machine that made it::
 
     with dask.distributed.Client("scheduler:8786"), joblib.parallel_config(backend="dask"):
-        runner.run_all(plan.tasks(plan.read("full")), "/shared/runs", jobs=64, resume=True)
+        runner.run_all(plan.tasks(plan.read("full")), "/data/runs", jobs=64, resume=True)
 
 Workers on this machine end with the process that hands out the work, however that one ends.
 """

@@ -46,7 +46,7 @@ def write_results(
 
 
 def log(folder: Path) -> list[training.EpochResult | None]:
-    """The complete epochs in the log that the training loop keeps; None for one of other bytes."""
+    """The complete epochs in the log of the training loop; None for a damaged line."""
     try:
         rows = (folder / training.LOG).read_text(errors="replace").split("\n")[1:-1]
     except OSError:
