@@ -60,7 +60,9 @@ def test_the_mean_where_the_norm_overflows(device):
     torch.testing.assert_close(lp_pool2d(x, 0.05, 28, average=True).flatten(), expected[None])
     y = nn.GeM2d(0.05, learnable=False)(x)
     torch.testing.assert_close(y.flatten(), expected[None])
-    with pytest.raises(ValueError, match=r"lp_pool2d: norm_type 0\.001 is too small for the average"):
+    with pytest.raises(
+        ValueError, match=r"lp_pool2d: norm_type 0\.001 is too small for the average"
+    ):
         lp_pool2d(x, 0.001, 28, average=True)
 
 
