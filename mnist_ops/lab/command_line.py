@@ -29,9 +29,12 @@ def _program() -> str:
 
 
 def repository() -> Path | None:
-    """The git checkout that this package is in; None for one that was installed."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "csrc").is_dir() else None
+    """The checkout that this package, or the script that runs, is in; None where neither is."""
+    places = [Path(__file__).resolve().parents[2]]
+    script = Path(sys.argv[0]).resolve()
+    if script.parent.name == "examples":
+        places.append(script.parents[1])
+    return next((place for place in places if (place / "csrc").is_dir()), None)
 
 
 def device(text: str) -> str:

@@ -214,7 +214,9 @@ def check_layout(
     if not has_sides(padding):  # of half the size at most, as ever
         padding = check_windows(op, 1, kernel, steps, padding, False, dims=dims)[3]
         return kernel, steps, [[pad, pad] for pad in padding], gaps
-    if len(padding) != dims or not all(isinstance(p, (tuple, list)) for p in padding):
+    if len(padding) != dims or not all(
+        isinstance(p, (tuple, list)) and len(p) == 2 for p in padding
+    ):
         raise TypeError(
             f"{op}: padding must be an int, {dims} ints or {dims} pairs of ints, got {padding!r}"
         )

@@ -210,7 +210,10 @@ def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
         raise Refused("norm_type")
     kernel = pair(args["kernel_size"], raw)
     stride = kernel if args["stride"] is None and not raw else pair(args["stride"], raw)
-    padding = pair(args["padding"], raw)
+    padding = args["padding"]
+    if not raw and isinstance(padding, list) and all(isinstance(p, list) for p in padding):
+        raise Unclear("a padding by sides, or as good as one")
+    padding = pair(padding, raw)
     if type(args["ceil_mode"]) is not bool:
         raise Unclear("ceil_mode")
     if min(kernel) < 1 or min(stride) < 1 or min(padding) < 0:

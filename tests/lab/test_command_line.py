@@ -156,9 +156,12 @@ def test_the_examples_say_how_they_are_used(name):
     assert result.returncode == 0 and f"usage: {name}.py [-h]" in result.stdout
 
 
-def test_what_is_no_checkout(monkeypatch, tmp_path):
-    assert command_line.repository() == Path(__file__).parents[2]
-    monkeypatch.setattr(
-        command_line, "__file__", str(tmp_path / "a" / "mnist_ops" / "lab" / "x.py")
-    )
-    assert command_line.repository() is None
+def test_checkout(monkeypatch, tmp_path):
+    """A package that was installed finds the checkout by the script that uses it."""
+    root = Path(__file__).parents[2]
+    for place, found in ((root, root), (tmp_path / "a", None)):
+        here = place / "mnist_ops" / "lab" / "command_line.py"
+        monkeypatch.setattr(command_line, "__file__", str(here))
+        assert command_line.repository() == found
+    monkeypatch.setattr(sys, "argv", [str(root / "examples" / "reproduce.py")])
+    assert command_line.repository() == root
