@@ -204,6 +204,14 @@ inline Tensor contiguous_of(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// The tensor, or a contiguous copy that is copied back when it has changed. A tensor that cannot be
+// copied to (a leaf that requires grad, overlapping memory) is an error now, not then.
+inline Tensor contiguous_to_write(const Tensor& tensor) {
+  Tensor contiguous = contiguous_of(tensor), original = tensor;
+  if (contiguous.data_ptr() != original.data_ptr()) torch::stable::copy_(original, contiguous);
+  return contiguous;
+}
+
 // An image or a batch of images, dense in one of two layouts: the tensor itself where it is.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
   if (!channels_last) return contiguous_of(tensor);

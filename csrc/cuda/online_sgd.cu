@@ -418,8 +418,8 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
 
   // Dense copies of what is not dense; the parameters' go back at the end.
   std::vector<Tensor> values, speeds, wide_kernels;
-  for (const Tensor& tensor : parameters) values.push_back(contiguous_of(tensor));
-  for (const Tensor& tensor : velocities) speeds.push_back(contiguous_of(tensor));
+  for (const Tensor& tensor : parameters) values.push_back(contiguous_to_write(tensor));
+  for (const Tensor& tensor : velocities) speeds.push_back(contiguous_to_write(tensor));
   std::vector<std::array<int64_t, 3>> taps;
   for (std::size_t i = 0; i < kernels.size(); ++i) {
     const Tensor& first = own_kernels[i % own_kernels.size()];

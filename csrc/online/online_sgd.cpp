@@ -35,8 +35,8 @@ class Network {
           const Tensor& images, const Settings& settings)
       : settings_(settings), workers_{settings.threads} {
     for (std::size_t i = 0; i < parameters.size(); ++i) {
-      parameters_.push_back(contiguous_of(parameters[i]));
-      if (!velocities.empty()) velocities_.push_back(contiguous_of(velocities[i]));
+      parameters_.push_back(contiguous_to_write(parameters[i]));
+      if (!velocities.empty()) velocities_.push_back(contiguous_to_write(velocities[i]));
     }
     const NetworkSpec spec =
         NetworkReader(kOp, parameters_, kernels).read(network, sample_shape(images));

@@ -1318,3 +1318,14 @@ def test_the_raw_operator_refuses(wrong, message):
     assert "online_sgd" in str(refused.value)
     assert all(torch.equal(a, b) for a, b in zip(right["parameters"], before, strict=True))
     torch.ops.mnist_ops.online_sgd(*right.values())
+
+
+def test_parameters_that_cannot_be_written_are_refused_before_the_run():
+    """A leaf that requires grad is copied, as it is not contiguous, and cannot be copied to."""
+    arguments = raw_arguments()
+    weight = arguments["parameters"][-2]
+    arguments["parameters"][-2] = weight.t().contiguous().t().requires_grad_()
+    before = [p.detach().clone() for p in arguments["parameters"]]
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        torch.ops.mnist_ops.online_sgd(*arguments.values())
+    assert all(torch.equal(a, b) for a, b in zip(arguments["parameters"], before, strict=True))
