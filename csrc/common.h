@@ -204,6 +204,10 @@ inline Tensor contiguous_of(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
 // The tensor, or a contiguous copy that is copied back when it has changed. A tensor that cannot be
 // copied to (a leaf that requires grad, overlapping memory) is an error now, not then.
 inline Tensor contiguous_to_write(const Tensor& tensor) {

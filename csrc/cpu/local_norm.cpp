@@ -151,7 +151,7 @@ void mean_from_sum(const Problem<A>& problem, const A* sum, A* mean, A* scratch)
   const A channels = static_cast<A>(problem.C);
   const A* coef = problem.blur.coef.data();
   problem.over_plane([=](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) mean[p] = mean[p] / channels / coef[p];
+    for (int64_t p = begin; p < end; ++p) mean[p] = local_mean(mean[p], channels, coef[p]);
   });
 }
 

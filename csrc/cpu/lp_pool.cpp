@@ -284,17 +284,19 @@ void forward_batches(const Grouping& all, double norm_type, const T* input, T* o
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         if constexpr (in_place) {
-          for (int64_t r = oh; (pairs || fours) && r < oh + rows; ++r) {
-            const T* const upper = image + 2 * r * g.in_h;
-            T* const to = out + r * g.out_h;
-            if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
-            for (int64_t w = ow; fours && w < ow + columns; ++w) {
-              const T* const left = upper + 2 * w * g.in_w;
-              if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
-              gathered(r, 1, w, 1);
+          if (pairs || fours) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = image + 2 * r * g.in_h;
+              T* const to = out + r * g.out_h;
+              if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const T* const left = upper + 2 * w * g.in_w;
+                if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
+                gathered(r, 1, w, 1);
+              }
             }
+            return;
           }
-          if (pairs || fours) return;
         }
         gathered(oh, rows, ow, columns);
       };
@@ -345,23 +347,25 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         if constexpr (in_place) {
-          for (int64_t r = oh; (pairs || fours) && r < oh + rows; ++r) {
-            const T* const upper = in + 2 * r * g.in_h;
-            const int64_t o = r * g.out_h;
-            A* const to = gx + (2 * r - top) * width;
-            if (pairs) {
-              pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
-            }
-            for (int64_t w = ow; fours && w < ow + columns; ++w) {
-              const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
-              if (pixel_gradients(upper + left, upper + width + left, out + at, go + at, to + left,
-                                  to + width + left, all.inner)) {
-                continue;
+          if (pairs || fours) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = in + 2 * r * g.in_h;
+              const int64_t o = r * g.out_h;
+              A* const to = gx + (2 * r - top) * width;
+              if (pairs) {
+                pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
               }
-              gathered(r, 1, w, 1);
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
+                if (pixel_gradients(upper + left, upper + width + left, out + at, go + at,
+                                    to + left, to + width + left, all.inner)) {
+                  continue;
+                }
+                gathered(r, 1, w, 1);
+              }
             }
+            return;
           }
-          if (pairs || fours) return;
         }
         gathered(oh, rows, ow, columns);
       };
@@ -394,10 +398,6 @@ void for_each_element(const PoolGeometry& g, bool channels_last, int64_t H, int6
 // ------------------------------------------------------------------------------------- operators
 //
 // What is not computed in batches is computed for half types in float32 throughout.
-
-Tensor converted(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
 
 Tensor forward_each(const Images& x, const PoolGeometry& g, double p) {
   const Tensor image = converted(x.data, type_to_compute_in(x.data));

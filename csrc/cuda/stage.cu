@@ -494,10 +494,6 @@ Images activated(const Images& x, ActivationKind activation) {
   return a;
 }
 
-Tensor in_type(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 Tensor forward(const char* op, const Images& x, const Tensor& kernel,
                const StageArguments& arguments) {
   const PoolGeometry& g = arguments.geometry;
@@ -507,7 +503,7 @@ Tensor forward(const char* op, const Images& x, const Tensor& kernel,
     using T = decltype(element);
     if (forward_tiles<T>(x, kernel, arguments, output)) return;
     const Images a = activated<T>(x, arguments.activation);
-    output = in_type(subtractive_norm2d(pooled(a, g, arguments.p), kernel), x.data.scalar_type());
+    output = converted(subtractive_norm2d(pooled(a, g, arguments.p), kernel), x.data.scalar_type());
   });
   return output;
 }
@@ -523,7 +519,7 @@ Tensor backward(const char* op, const Tensor& grad_output, const Images& x, cons
     if (backward_tiles<T>(grad_output, x, kernel, arguments, grad_input)) return;
     const Images a = activated<T>(x, arguments.activation);
     const Tensor y = pooled(a, g, arguments.p);
-    const Tensor grad_z = in_type(grad_output, a.data.scalar_type());
+    const Tensor grad_z = converted(grad_output, a.data.scalar_type());
     const Tensor grad_y = subtractive_norm2d_backward(grad_z, kernel);
     const Tensor grad_a = pool_gradient(grad_y, a, y, g, arguments.p);
     const int64_t count = x.data.numel();

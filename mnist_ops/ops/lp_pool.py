@@ -284,13 +284,15 @@ def pooled_size(
 
 
 def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> None:
-    """Refuse windows that do not fit into the image."""
-    *_, height, width = input.shape
-    if height + 2 * padding[0] < kernel[0] or width + 2 * padding[1] < kernel[1]:
-        raise ValueError(
-            f"{op}: kernel_size {tuple(kernel)} does not fit into an image of {(height, width)} "
-            f"with padding {tuple(padding)}"
-        )
+    """Refuse windows that do not fit into a sequence, an image or a volume."""
+    extent = input.shape[-len(kernel) :]
+    for d, size in enumerate(kernel):
+        if extent[d] + 2 * padding[d] < size:
+            image = "an image of " if len(kernel) == 2 else ""
+            raise ValueError(
+                f"{op}: kernel_size {tuple(kernel)} does not fit into {image}{tuple(extent)} with "
+                f"padding {tuple(padding)}"
+            )
 
 
 def output_size(

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ._common import check_floating, compute_type
+from ._common import check_floating, compute_type, direct
 from ._public import public
-from .lp_pool import Places, check_windows, has_gaps, has_sides, lay_out, lp_pool2d
+from .lp_pool import Places, check_fit, check_windows, has_gaps, has_sides, lay_out
+
+_lp_pool2d = direct("lp_pool2d")  # what its function would check is checked here
 
 
 def _checked(
@@ -22,13 +24,7 @@ def _checked(
     if has_gaps(op, dilation, dims) or has_sides(places[2]):
         input, places = lay_out(op, input, dims, dilation, places)
     windows = check_windows(op, norm_type, *places, dtype=input.dtype, dims=dims)
-    _, kernel, _, pads, _ = windows
-    extent = input.shape[-dims:]
-    if any(extent[d] + 2 * pads[d] < kernel[d] for d in range(dims)):
-        raise ValueError(
-            f"{op}: kernel_size {tuple(kernel)} does not fit into {tuple(extent)} with padding "
-            f"{tuple(pads)}"
-        )
+    check_fit(op, input, windows[1], windows[3])
     return input, windows
 
 
@@ -86,7 +82,7 @@ def lp_pool1d(
     input, windows = _checked("lp_pool1d", input, shapes, 1, norm_type, dilation, places)
     p, (kernel,), (step,), (pad,), ceil = windows
     rows = input.unsqueeze(-2)
-    return lp_pool2d(rows, p, (1, kernel), (1, step), (0, pad), ceil).squeeze(-2)
+    return _lp_pool2d(rows, p, [1, kernel], [1, step], [0, pad], ceil).squeeze(-2)
 
 
 @public(_leading(3))
@@ -144,8 +140,8 @@ def lp_pool3d(
     channels, slices = input.shape[-4:-2]
     maps = input.to(compute_type(input.dtype)).flatten(-4, -3)
     (_, *area), (_, *apart), (_, *margin) = kernel, steps, pads
-    maps = lp_pool2d(maps, p, area, apart, margin, ceil)  # type: ignore[arg-type]
+    maps = _lp_pool2d(maps, p, area, apart, margin, ceil)
     height, width = maps.shape[-2:]
     columns = maps.reshape(*maps.shape[:-3], channels, slices, height * width)
-    y = lp_pool2d(columns, p, (kernel[0], 1), (steps[0], 1), (pads[0], 0), ceil)
+    y = _lp_pool2d(columns, p, [kernel[0], 1], [steps[0], 1], [pads[0], 0], ceil)
     return y.unflatten(-1, (height, width)).to(input.dtype)

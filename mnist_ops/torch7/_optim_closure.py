@@ -32,6 +32,12 @@ class _OneVector(Torch7Optimizer):
     #: ``step`` evaluates its closure, possibly several times.
     needs_closure = True
 
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        if defaults["max_eval"] is None:
+            name = type(self).__name__
+            defaults["max_eval"] = 1.25 * check_number(name, "max_iter", defaults["max_iter"])
+        super().__init__(params, defaults)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the only group, of parameters with one dtype on one device."""
         name = type(self).__name__
@@ -147,8 +153,6 @@ class CG(_OneVector):
         extrapolation: float = 3.0,
         ratio: float = 100.0,
     ) -> None:
-        if max_eval is None:
-            max_eval = 1.25 * check_number("CG", "max_iter", max_iter)
         defaults = {
             "max_iter": max_iter,
             "max_eval": max_eval,
@@ -341,8 +345,6 @@ class LBFGS(_OneVector):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
     ) -> None:
-        if max_eval is None:
-            max_eval = 1.25 * check_number("LBFGS", "max_iter", max_iter)
         numbers = {
             "lr": lr,
             "tolerance_grad": tolerance_grad,
