@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -122,11 +123,34 @@ def _active(optimizers: Mapping[int, Any], epoch: int) -> int:
     return max(first for first in optimizers if first <= epoch)
 
 
-def repeatable() -> contextlib.AbstractContextManager[None]:
-    """Deterministic convolutions without TF32: a run on the GPU can be repeated, too."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Deterministic convolutions without TF32: a run on the GPU can be repeated, too.
+
+    These settings are the process's, not the thread's: whoever comes first makes them, whoever
+    leaves last takes them back.
+    """
+    global _loops_under_way
+    with _repeatable_lock:
+        if _loops_under_way == 0:
+            _repeatable_settings.enter_context(
+                torch.backends.cudnn.flags(
+                    enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+                )
+            )
+        _loops_under_way += 1
+    try:
+        yield
+    finally:
+        with _repeatable_lock:
+            _loops_under_way -= 1
+            if _loops_under_way == 0:
+                _repeatable_settings.close()
+
+
+_repeatable_lock = threading.Lock()
+_repeatable_settings = contextlib.ExitStack()
+_loops_under_way = 0
 
 
 #: A training loop in pieces: it yields what is to be run next and is sent what came of it.

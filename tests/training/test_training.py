@@ -384,6 +384,20 @@ def optimizers(setup):
     }
 
 
+def test_repeatable_in_threads():
+    """cuDNN's settings belong to the process: the last one out takes them back, whoever it is."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    first, second = training.repeatable(), training.repeatable()
+    first.__enter__()
+    thread = threading.Thread(target=second.__enter__)
+    thread.start()
+    thread.join()
+    first.__exit__(None, None, None)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert before == (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32)
+
+
 class TestOtherOptimizers:
     @pytest.mark.parametrize("kind", ["cg", "lbfgs", "torch"])
     def test_every_evaluation_counts(self, device, kind):
