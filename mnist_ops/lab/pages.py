@@ -20,7 +20,7 @@ from typing import Any
 
 from ..training import write_atomically, write_text
 from . import derivations, experiments, figures, markdown, records, reports, statistics, tables
-from .reports import cut
+from .reports import counted, cut
 from .statistics import Run, Sample
 
 __all__ = ["Report", "write"]
@@ -132,7 +132,12 @@ class Report:
         ) + markdown.table(
             ["line", "printed", "outcome", "remark"],
             [
-                (r.line.source.split(", ", 1)[1], f"`{r.line.printed}`", r.outcome, r.line.remark)
+                (
+                    r.line.source.split(", ", 1)[1],
+                    f"`{r.line.printed}`",
+                    r.outcome,
+                    r.line.remark or "–",
+                )
                 for r in derivations.check()
                 if r.line.source.startswith(f"report {self.number}")
             ],
@@ -158,7 +163,7 @@ class Report:
         return (
             "Every run with the commit, torch, precision and machine that made it. `results.json` "
             "has all its epochs.\n\n"
-        ) + markdown.table(head, rows, f"{count} runs in {len(rows)} groups")
+        ) + markdown.table(head, rows, f"{counted(count, 'run')} in {counted(len(rows), 'group')}")
 
     def in_group(self, *names: str) -> dict[str, dict[int, Any]]:
         """The experiments of a group, or of a name, none of them with points."""
@@ -171,11 +176,11 @@ class Report:
 
     def reached(self, names: Iterable[str]) -> str:
         """What experiments reach by the last epoch of most seeds."""
-        rows = []
+        rows, missing = [], []
         for name in names:
             lengths = sorted((len(run["epochs"]) for run in self.of(name)), reverse=True)
             if not lengths:
-                rows.append([f"`{name}`", "not run", *["–"] * 4])
+                missing.append(f"`{name}`")
                 continue
             last = lengths[min(statistics.SEEDS, len(lengths)) - 1]
             values = [
@@ -185,7 +190,8 @@ class Report:
             shown = [_mean(statistics.mean_sd(x)) for x in values]
             rows.append([f"`{name}`", str(len(values[0])), str(last), *shown])
         head = ["experiment", "seeds", "epoch", "training %", "test %", "best test % until then"]
-        return markdown.table(head, rows)
+        parts = [markdown.table(head, rows), f"Not run: {', '.join(missing)}." * bool(missing)]
+        return "\n\n".join(filter(None, parts))
 
     def figure_of(self, name: str, words: str, lines: Mapping[str, Any], points: str) -> str:
         """Curves of experiments, by name, with points."""
@@ -211,16 +217,20 @@ class Report:
                 if cells[0].experiment != "original" or table.number in ("3.1", "3.5"):
                     count = sum(cell.printed is not None for cell in cells)
                     words = tables.column_verdict(cells)
-                    rows.append((f"Table {table.number}, {column}", f"{count} numbers", words))
+                    rows.append(
+                        (f"Table {table.number}, {column}", counted(count, "number"), words)
+                    )
         for name, words in _NAMES.items():
             if found := tables.authors_log(self.results, name):
                 epochs = len(reports.AUTHORS_LOGS[_LOGS[name]]["test"])
-                rows.append((f"Authors' log, {words}", f"{epochs} epochs", self._log_words(found)))
+                rows.append(
+                    (f"Authors' log, {words}", counted(epochs, "epoch"), self._log_words(found))
+                )
         return rows
 
     def _log_words(self, found: tables.LogComparison) -> str:
         equal = 2 * found.epochs - sum(map(len, found.apart.values()))
-        ours = f"{found.epochs} epoch{'s' * (found.epochs > 1)}"
+        ours = counted(found.epochs, "epoch")
         return f"{equal} of {2 * found.epochs} numbers equal to the image ({ours} run)"
 
     def printed_table(self, number: str) -> str:
@@ -234,20 +244,28 @@ class Report:
         return self._beside_print(table, f"{words}, epoch by epoch") if lines else ""
 
     def _beside_print(self, table: experiments.Table, folded: str = "") -> str:
+        columns = tables.compare(table, self.runs)
+        several = any(c.seeds and c.seeds.n > 1 for cells in columns.values() for c in cells)
         rows, told = [], []
-        for column, cells in tables.compare(table, self.runs).items():
-            for i in range(0, len(cells), 2):
-                epoch = cells[i].epoch
+        for column, cells in columns.items():
+            pairs = list(zip(cells[::2], cells[1::2], strict=True))
+            run = [pair for pair in pairs if pair[0].seeds or pair[1].seeds]
+            for pair in run:
+                epoch = pair[0].epoch
                 number_there = f" (printed {epoch + table.shift})" if table.shift else ""
-                row = [column if i == 0 else "", f"{epoch}{number_there}"]
-                for cell in cells[i : i + 2]:
-                    row += [_cut(cell.printed), _cut(cell.ours)]
-                    row += [tables.signed(cell.images), _spread(cell.seeds)]
+                row = [column, f"{epoch}{number_there}"]
+                for cell in pair:
+                    row += [_cut(cell.printed), _cut(cell.ours), tables.signed(cell.images)]
+                    row += [_spread(cell.seeds)] * several
                 rows.append(row)
-            run = cells[0].run
-            which = f" (seed 1: {_named(run)})" if run is not None else ""
-            told.append(f"{column}: **{tables.column_verdict(cells)}**{which}")
-        parts = ("printed", "seed 1", "images", "all seeds")
+            words = f"{column}: **{tables.column_verdict(cells)}**"
+            if cells[0].run is not None:
+                words += f" (seed 1: {_named(cells[0].run)})"
+            missing = len(pairs) - len(run)
+            if run and missing:
+                words += f"; {missing} of {counted(len(pairs), 'epoch')} not run yet"
+            told.append(words)
+        parts = ("printed", "seed 1", "images", *["all seeds"] * several)
         head = ["column", "epoch", *(f"{split}: {p}" for split in tables.SPLITS for p in parts)]
         return f"{markdown.table(head, rows, folded)}\n\n{markdown.items(told)}"
 
@@ -354,7 +372,7 @@ class Report:
         run = statistics.by_seed(self.runs, "original").get(1)
         if run is None:
             return "The original network was not run."
-        parts = [f"{_named(run)}, after {len(run['epochs'])} epochs."]
+        parts = [f"{_named(run)}, after {counted(len(run['epochs']), 'epoch')}."]
         if run.get("filters"):
             words = "The first convolution's kernels: blue negative, white zero, red positive."
             parts.append(self.figure("filters", words, figures.filters, run["filters"]))

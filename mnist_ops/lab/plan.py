@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import experiments, records, runner, storage
+from .reports import counted
 
 __all__ = ["NAMES", "Step", "left", "pace", "read", "tasks"]
 
@@ -118,9 +119,10 @@ def _by_step(
                     task = replace(task, root=root, seconds=step.seconds * pace * share)
                     _, first = made.setdefault(task.folder(Path()), (step, task))
                     if first.epochs < task.epochs:
+                        before = counted(first.epochs, "epoch")
                         raise ValueError(
-                            f"plan.json, {step.title}: {task.name} has {first.epochs} epochs in an "
-                            f"earlier step, {task.epochs} here"
+                            f"plan.json, {step.title}: {task.name} has {before} in an earlier "
+                            f"step, {task.epochs} here"
                         )
     return list(made.values())
 

@@ -34,6 +34,7 @@ __all__ = [
     "TABLES",
     "TABLE_3_1",
     "Claim",
+    "counted",
     "cut",
 ]
 
@@ -51,6 +52,11 @@ def cut(accuracy: float) -> str:
     """
     # The smallest step of an accuracy, 1/600 %, is far above what a division's rounding can take.
     return f"{math.floor(accuracy * 100 + 1e-6) / 100:.2f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from . import (
     storage,
     tables,
 )
+from .reports import counted
 
 # What needs no training: every run of this script makes the two of them.
 EXTRAS = {
@@ -144,7 +145,7 @@ def show_list() -> None:
     """Every experiment, as a table."""
     width = max(map(len, experiments.EXPERIMENTS))
     for e in experiments.EXPERIMENTS.values():
-        print(f"{e.name:{width}s}  {e.epochs:3d} epochs  {e.section:24s}  {e.title}")
+        print(f"{e.name:{width}s}  {counted(e.epochs, 'epoch'):>10s}  {e.section:24s}  {e.title}")
         if e.note:
             print(f"{'':{width}s}              note: {e.note}")
     for name, (section, title) in EXTRAS.items():
@@ -170,7 +171,7 @@ def report(args: argparse.Namespace, results: dict) -> list[str]:
         for row in tables.spread(results):
             lines.append(
                 f"  {row['experiment']} ({row['dtype']}), epoch {row['epoch']}, "
-                f"{row['runs']} runs: "
+                f"{counted(row['runs'], 'run')}: "
                 f"training {row['training_lowest']} to {row['training_highest']}, "
                 f"test {row['test_lowest']} to {row['test_highest']}"
             )
@@ -218,9 +219,11 @@ def work_through(args: argparse.Namespace) -> int:
     if changed or args.no_run:
         pages.write(records.read_results(args.results), args.results.parent, args.data)
     for step, epochs, seconds in plan.left(steps, args.out, **options):
-        print(f"{epochs:5d} epochs, {seconds / 3600:6.1f} core hours left: {step.title}")
+        print(
+            f"{counted(epochs, 'epoch'):>12s}, {seconds / 3600:6.1f} core hours left: {step.title}"
+        )
     print(f"an epoch takes {pace:.1f} times as long here as on an idle core of the plan's machine")
-    print(f"{changed} runs are new or longer in {args.results}")
+    print(f"{counted(changed, 'run')} new or longer in {args.results}")
     return 1 if failures else 0
 
 
@@ -235,8 +238,8 @@ def run() -> int:
     todo = choose(args)
     if args.dry_run:
         for task in todo:
-            print(f"{task.name}: {task.epochs} epochs of {task.digits_per_epoch} digits")
-        print(f"{len(todo)} runs, {sum(task.digits for task in todo):,} digits")
+            print(f"{task.name}: {counted(task.epochs, 'epoch')} of {task.digits_per_epoch} digits")
+        print(f"{counted(len(todo), 'run')}, {sum(task.digits for task in todo):,} digits")
         return 0
     # Python says so of what workers had that were told to stop; it is cleared away all the same.
     quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]

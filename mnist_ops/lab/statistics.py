@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from . import experiments, records
-from .reports import Claim, cut
+from .reports import Claim, counted, cut
 
 __all__ = [
     "Estimate",
@@ -386,7 +386,7 @@ def _pair(claim: Claim, runs: Sequence[Run], a: str, b: str | None) -> _Pair:
     few = [name for name in sides if len(chosen[name]) < 2]
     if few:
         there = ", ".join(f"{name} {len(chosen[name])}" for name in dict.fromkeys(sides))
-        needs = f"needs 2 seeds or more with {reach} epoch{'s' * (reach > 1)} (there are: {there})"
+        needs = f"needs 2 seeds or more with {counted(reach, 'epoch')} (there are: {there})"
         if all(values):
             effect = values[0][0] - (values[1][0] if b is not None else 0)
             needs += f"; one seed gives {_show([effect], claim.metric, b is not None)}"
@@ -470,11 +470,12 @@ def _exact(claim: Claim, runs: Sequence[Run]) -> Verdict:
             for key in keys
         ]
         if not equal:
-            return Verdict(claim, NOT_TESTED, f"needs a seed of both with {last} epochs")
+            return Verdict(claim, NOT_TESTED, f"needs a seed of both with {counted(last, 'epoch')}")
         sentence = f"{sum(equal)} of {len(equal)} printed numbers are equal"
         return Verdict(claim, SUPPORTED if all(equal) else CONTRADICTED, sentence)
     if 1 not in a:
-        return Verdict(claim, NOT_TESTED, f"needs seed 1 of {claim.a[0]} with {last} epochs")
+        needs = f"needs seed 1 of {claim.a[0]} with {counted(last, 'epoch')}"
+        return Verdict(claim, NOT_TESTED, needs)
     values = {seed: metric(run, claim.metric, first, last) for seed, run in a.items()}
 
     def holds(value: float) -> bool:

@@ -139,7 +139,7 @@ def column_verdict(cells: Sequence[Cell]) -> str:
         words += f", {len(known) - len(run)} not run"
     if met < len(run):
         far = max(run, key=lambda cell: abs(cell.images or 0))
-        unit = "image" if abs(far.images or 0) == 1 else "images"
+        unit = reports.counted(abs(far.images or 0), "image").split()[1]
         words += f"; farthest {signed(far.images)} {unit} (epoch {far.epoch}, {far.split})"
     return words
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,11 +73,12 @@ def run() -> int:
     )
     digits = data.prepare(args.normalization, root=args.data, limit=args.limit)
     print(f"{models.count_parameters(model):,} parameters, normalization {args.normalization}")
-    print(f"trained on {data.describe(args.data)}")
+    source = data.describe(args.data)
+    print(f"trained on {source}")
 
     with training.locked(args.out) if lock else contextlib.nullcontext():
         history = train(args, model, sgd, digits, generator)
-        write(args, model, history)
+        write(args, model, history, reports.TABLE_3_1 if source == "MNIST" else {})
     return 0 if math.isfinite(history[-1].train_loss + history[-1].test_loss) else 1
 
 
@@ -106,21 +108,27 @@ def train(
 
 
 def write(
-    args: argparse.Namespace, model: torch.nn.Module, history: list[training.EpochResult]
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    history: list[training.EpochResult],
+    table: Mapping[int, tuple[float, float]],
 ) -> None:
-    """Print the table and write what is made from the results."""
-    print("\n        this run           Table 3.1\nepoch   training    test   training    test")
+    """Print the results, beside the table that is printed for such data, and write their files."""
+    if table:
+        print("\n        this run           Table 3.1\nepoch   training    test   training    test")
+    else:
+        print("\nepoch   training    test")
     for result in history:
-        printed = "".join(f"{x:9.2f}" for x in reports.TABLE_3_1.get(result.epoch, ()))
+        printed = "".join(f"{x:9.2f}" for x in table.get(result.epoch, ()))
         ours = f"{result.train_accuracy:9.2f}{result.test_accuracy:9.2f}"
-        print(f"{result.epoch:5d} {ours}  {printed}")
+        print(f"{result.epoch:5d} {ours}  {printed}".rstrip())
     confusion = training.ConfusionMatrix.from_counts(history[-1].confusion)
     print(f"\nTest set after epoch {len(history)}\n{confusion}\n")
 
     training.save_checkpoint(args.out / "model.pt", model.state_dict())
     confusion.save(args.out / "confusion.csv")
     run = {"epochs": [asdict(result) for result in history]}
-    line = figures.Line("this run", {args.seed: run}, reports.TABLE_3_1)
+    line = figures.Line("this run", {args.seed: run}, table)
     path = args.out / "accuracy.png"
     figures.curves([line], path, "Table 3.1", last=len(history), within=True)
     print(f"{args.out} holds model.pt, checkpoint.pt, log.csv, confusion.csv and accuracy.png")

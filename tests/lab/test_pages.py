@@ -86,12 +86,17 @@ def test_numbers_beside_print(written):
     row += "| 99.04 | 99.04 | 0 | 99.02 ± 0.03 (2) |"
     assert row in first
     # Epoch 2: 99.04 printed stands for 59,424 to 59,429 of 60,000; 99.0 is 59,400.
-    assert "|  | 2 | 99.04 | 99.00 | −24 |" in first
+    assert "| original | 2 | 99.04 | 99.00 | −24 |" in first
+    assert "| original | 4 |" not in first and "; 7 of 10 epochs not run yet" in first
     words = "4 of 20 equal, 14 not run; farthest −24 images (epoch 2, training)"
     assert f"original: **{words}**" in first and f"| {words} |" in first
     assert "| `rotation-0.2` | 1 | 1 | 95.40 | 98.80 | 98.80 |" in second
     # A figure's points likewise: 96.093 and 98.856 were read off for epoch 1.
-    assert "| rotation-0.2 | 1 | 96.09 | 95.40 | −414 | – | 98.85 | 98.80 | −6 | – |" in second
+    assert "| rotation-0.2 | 1 | 96.09 | 95.40 | −414 | 98.85 | 98.80 | −6 |" in second
+    assert "| rotation-0.2 | 2 |" not in second and "; 43 of 44 epochs not run yet" in second
+    assert "Not run: `plain`, `lbfgs-after-5`, `lbfgs-after-7`" in second
+    for text in written[1:]:
+        assert not re.search(r"\b1 (epochs|runs|seeds|images|numbers|groups)\b", text)
     assert "rotation-0.2: **0 of 87 equal, 85 not run; farthest −414 images" in second
     rows = Html(page).rows
     assert [cell.strip() for cell in row.split("|")[1:-1]] in rows
@@ -238,7 +243,7 @@ def test_experiments_of_neither_report(tmp_path, images, no_figures, monkeypatch
     runs = [record("new", s, [(99.0, 99.6 + s / 100)]) for s in (1, 2, 3)]
     text = pages.write({"runs": runs}, tmp_path, images)[1].read_text("utf-8")
     assert "## Beyond the reports" in text and "`new`: a new one." in text
-    assert "without the last 5,000 training images" in text and "| `new--first` | not run |" in text
+    assert "without the last 5,000 training images" in text and "Not run: `new--first`." in text
     assert "| `new` | 3 | 1 | 99.00 ± 0.00 (3) | 99.62 ± 0.01 (3) | 99.62 ± 0.01 (3) |" in text
 
 

@@ -51,7 +51,7 @@ def test_all_that_the_reports_need_is_there():
 
 def test_what_a_step_may_not_say():
     again = replace(STEPS[0], epochs=2)
-    with pytest.raises(ValueError, match="has 1 epochs in an earlier step, 2 here"):
+    with pytest.raises(ValueError, match="has 1 epoch in an earlier step, 2 here"):
         plan.tasks([STEPS[0], again])
     assert plan.tasks([again, STEPS[0]]) == plan.tasks([again])
     with pytest.raises(ValueError, match="no experiment is called 'originall'"):

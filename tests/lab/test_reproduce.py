@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mnist_ops.lab import experiments, reproduce_command, runner
+from mnist_ops.lab import experiments, reports, reproduce_command, runner
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "reproduce.py"
 PAGES = ["report-1.md", "report-2.md", "report.html"]
@@ -107,8 +107,8 @@ def test_a_plan_killed_and_merged(tmp_path):
         names = [run["experiment"] for run in runs]
         assert len(names) == len(set(names)) >= 3
         assert all(len(run["epochs"]) == 1 and run["limit"] == 20 for run in runs)
-    assert "0 runs are new or longer" in text
-    assert f"{19 - len(names):5d} epochs" in text.splitlines()[0]
+    assert "0 runs new or longer" in text
+    assert f"  {reports.counted(19 - len(names), 'epoch')}, " in text.splitlines()[0]
     assert (results.parent / "report-1.md").exists()
 
 

@@ -110,8 +110,15 @@ def test_table(finished):
         ours = [
             f"{float(log[epoch - 1][name]):.2f}" for name in ("train_accuracy", "test_accuracy")
         ]
-        printed = [f"{value:.2f}" for value in reports.TABLE_3_1[epoch]]
-        assert [str(epoch), *ours, *printed] in table
+        assert [str(epoch), *ours] in table
+    assert "Table 3.1" not in result.stdout  # that is of MNIST
+
+
+def test_table_of_mnist(tmp_path, monkeypatch, capfd):
+    assert run_here(monkeypatch, tmp_path, "--limit", 20) == 0
+    table = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert ["this", "run", "Table", "3.1"] in table
+    assert any(row[:1] == ["1"] and row[3:] == ["96.71", "99.04"] for row in table)
 
 
 def test_results(finished):
