@@ -20,7 +20,6 @@ OUTSIDE = {
     "_": {"torch"},
     "onnx": {"onnx_ir", "onnxscript"},
     "torch7": {"numpy"},
-    "mnist": {"platformdirs", "torchvision"},
     "training": {"filelock", "tqdm"},
     "lab": {"jinja2", "joblib", "matplotlib", "scipy"},
 }

@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from ..mnist import data
 
@@ -53,25 +50,22 @@ class Kind(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and abs(value) < 1e300  # False for NaN
+    return type(value) in (int, float) and abs(value) < 1e300  # False for NaN
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_nested(value: Any, depth: int = 6) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return depth > 0 and all(_is_nested(one, depth - 1) for one in value)
     return _is_number(value)
 
 
 def _is_square(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(row, (list, tuple)) and len(row) == len(value) and all(map(_is_count, row))
-        for row in value
-    )
+    rows = isinstance(value, list) and all(isinstance(row, list) for row in value)
+    return rows and all(len(row) == len(value) and all(map(_is_count, row)) for row in value)
 
 
 def optional(kind: Kind) -> Kind:
@@ -81,9 +75,7 @@ def optional(kind: Kind) -> Kind:
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 NUMBER = Kind("a finite number", _is_number)
-NUMBERS = Kind(
-    "a list of finite numbers", lambda v: isinstance(v, list) and all(map(_is_number, v))
-)
+NUMBERS = Kind("a list of finite numbers", lambda v: type(v) is list and all(map(_is_number, v)))
 COUNT = Kind("an integer from 0 on", _is_count)
 TABLE = Kind("an object", lambda value: isinstance(value, Mapping))
 ANY = Kind("anything", lambda value: True)
@@ -91,6 +83,7 @@ _ACCURACY = Kind("an accuracy in %", lambda value: _is_number(value) and 0 <= va
 _SAFE = Kind("a plain name", lambda v: isinstance(v, str) and _NAME.fullmatch(v) is not None)
 _DTYPE = Kind("float64 or float32", lambda value: value in ("float64", "float32"))
 _LIMIT = Kind("an integer from 1 on", lambda value: _is_count(value) and value >= 1)
+_CONFUSION = Kind("a square of counts", _is_square)
 
 #: One run: what identifies it, what defines it, and its epochs.
 RUN: dict[str, Any] = {
@@ -113,8 +106,8 @@ RUN: dict[str, Any] = {
             "test_loss": optional(NUMBER),
             "learning_rate": optional(NUMBER),
             "curve": NUMBERS,
-            "confusion": Kind("a square of counts", _is_square),
-            "?train_confusion": Kind("a square of counts", _is_square),
+            "confusion": _CONFUSION,
+            "?train_confusion": _CONFUSION,
         }
     ],
     "?filters": Kind("nested lists of numbers", _is_nested),
@@ -148,10 +141,7 @@ def _wrong(value: Any, shape: Any) -> str | None:
 
 def _show(value: Any) -> str:
     """A value in a few characters."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = f"a {type(value).__name__}"
+    text = json.dumps(value, default=lambda other: f"a {type(other).__name__}")
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -263,19 +253,10 @@ def data_identity(root: str | None) -> str:
     Raises:
         DataError: as for :func:`mnist_ops.mnist.data.load`.
     """
-    if root is None:
+    if data.is_mnist(root):
         return MNIST
-    sums = []
-    for split in ("train", "test"):
-        images, labels = data.load(split, root)
-        # The official files' own bytes, whose MD5 sums are known.
-        for magic, values in ((0x803, images[:, 0]), (0x801, labels.to(torch.uint8))):
-            content = struct.pack(f">{1 + values.dim()}I", magic, *values.shape)
-            content += values.contiguous().numpy().tobytes()
-            sums.append(hashlib.md5(content, usedforsecurity=False).hexdigest())
-    if sums == [file.raw_md5 for file in data.FILES]:
-        return MNIST
-    return f"md5:{hashlib.md5(''.join(sums).encode(), usedforsecurity=False).hexdigest()}"
+    sums = "".join(data.checksums(str(root))).encode()
+    return f"md5:{hashlib.md5(sums, usedforsecurity=False).hexdigest()}"
 
 
 def of_mnist(run: Mapping[str, Any]) -> bool:
@@ -283,7 +264,7 @@ def of_mnist(run: Mapping[str, Any]) -> bool:
     return run.get("limit") is None and run.get("data", MNIST) == MNIST
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON keeps it: tuples are lists and all keys texts."""
     return json.loads(json.dumps(value))
 
@@ -291,6 +272,17 @@ def _plain(value: Any) -> Any:
 def same_device(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two runs are of one kind of device: those of another kind round differently."""
     return bool(then["device"].partition(":")[0] == now["device"].partition(":")[0])
+
+
+def _defining(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "seed": run["seed"],
+        "limit": run["limit"],
+        "perturbed weight": run["perturbed_weight"],
+        "device": run["device"].partition(":")[0],
+        "data": run.get("data", MNIST),
+        **plain(run["settings"]),
+    }
 
 
 def difference(
@@ -303,18 +295,8 @@ def difference(
         now: that of what is asked for.
         any_device: whether the kind of device may differ.
     """
-    pairs: list[tuple[str, Any, Any]] = [
-        ("seed", then["seed"], now["seed"]),
-        ("limit", then["limit"], now["limit"]),
-        ("perturbed weight", then["perturbed_weight"], now["perturbed_weight"]),
-        ("device", then["device"].partition(":")[0], now["device"].partition(":")[0]),
-        ("data", then.get("data", MNIST), now.get("data", MNIST)),
-    ]
-    old, new = _plain(then["settings"]), _plain(now["settings"])
-    pairs += [(name, old.get(name), new.get(name)) for name in {**old, **new}]
-    if any_device:
-        pairs = [pair for pair in pairs if pair[0] != "device"]
-    for name, before, asked in pairs:
-        if before != asked:
-            return f"{name} = {before}, this run has {asked}"
+    old, new = _defining(then), _defining(now)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and not (any_device and name == "device"):
+            return f"{name} = {old.get(name)}, this run has {new.get(name)}"
     return None

@@ -6,4 +6,4 @@ changes them while training, :mod:`~mnist_ops.mnist.models` builds the networks.
 
 from .._extra import need
 
-need(__name__, "platformdirs", "torchvision")
+need(__name__, "numpy")

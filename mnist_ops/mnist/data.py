@@ -1,9 +1,7 @@
 """MNIST: the shipped files, a folder of the user's own, and the reports' preprocessing.
 
-The four official files are package data. On first use they are checked against their published
-MD5 sums and unpacked into a cache folder, in the layout that :class:`torchvision.datasets.MNIST`
-reads: ``$MNIST_OPS_CACHE`` if set, else the platform's cache folder for the user. The package
-itself is never written to. ::
+The four official files are package data, read where they lie and checked against their published
+MD5 sums. ::
 
     >>> from mnist_ops.mnist import data
     >>> images, labels = data.load("train")
@@ -16,18 +14,15 @@ itself is never written to. ::
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
+import io
 import math
 import os
 import struct
-import tempfile
-import warnings
 import zlib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +32,9 @@ from .. import _unpack as packing
 from ..ops import contrastive_norm2d, gaussian1d
 from ..ops._common import check_integer, check_number
 
-if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
 __all__ = [
     "DataError",
     "Splits",
-    "cache_folder",
     "describe",
     "global_norm",
     "global_statistics",
@@ -54,44 +45,33 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class _File:
-    """An official file: its name without ``.gz``, sizes in bytes and MD5 sums."""
+class _File(NamedTuple):
+    """An official file: its name without ``.gz`` and MD5 sums."""
 
     name: str
-    gz_size: int
     gz_md5: str
-    raw_size: int
     raw_md5: str
 
 
 FILES = (
     _File(
         "train-images-idx3-ubyte",
-        9_912_422,
         "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        47_040_016,
         "6bbc9ace898e44ae57da46a324031adb",
     ),
     _File(
         "train-labels-idx1-ubyte",
-        28_881,
         "d53e105ee54ea40749a09fcbcd1e9432",
-        60_008,
         "a25bea736e30d166cdddb491f175f624",
     ),
     _File(
         "t10k-images-idx3-ubyte",
-        1_648_877,
         "9fb629c4189551a2d022fa330f9573f3",
-        7_840_016,
         "2646ac647ad5339dbf082846283269ea",
     ),
     _File(
         "t10k-labels-idx1-ubyte",
-        4_542,
         "ec29112dd5afa0611ce80d1b7f02629c",
-        10_008,
         "27ae3e4e09519cfbb04c329615203637",
     ),
 )
@@ -105,75 +85,27 @@ _REINSTALL = "Reinstall mnist_ops, or name a folder of your own that holds the f
 
 
 class DataError(RuntimeError):
-    """A data file or folder is missing, damaged or cannot be written; the message says which."""
+    """A data file or folder is missing or damaged; the message says which."""
 
 
-def cache_folder() -> Path:
-    """Where the shipped files are unpacked: ``$MNIST_OPS_CACHE``, else the user's cache folder."""
-    if folder := os.environ.get("MNIST_OPS_CACHE"):
-        return Path(folder).expanduser()
-    from platformdirs import user_cache_path
-
-    return user_cache_path("mnist_ops", appauthor=False)
+def _shipped() -> Path:
+    """The folder of the shipped files."""
+    return Path(__file__).parent
 
 
-def _shipped() -> Traversable:
-    return resources.files(__package__)
-
-
-def _is_intact(path: Path, file: _File) -> bool:
-    """Whether ``path`` holds exactly the official uncompressed file."""
-    try:
-        if path.stat().st_size != file.raw_size:
-            return False
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == file.raw_md5
-    except OSError:
-        return False
-
-
-def _read_shipped(source: Traversable, file: _File) -> bytes:
-    """The uncompressed bytes of a shipped file, checked against its published MD5 sum."""
-    path = source / f"{file.name}.gz"
+def _read_shipped(file: _File) -> Tensor:
+    """The entries of a shipped file, checked against its published MD5 sum."""
+    path = _shipped() / f"{file.name}.gz"
     try:
         packed = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing. {_REINSTALL}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. {_REINSTALL}") from None
-    if len(packed) < file.gz_size:
-        raise DataError(f"{path} is truncated: {len(packed)} of {file.gz_size} bytes. {_REINSTALL}")
     digest = hashlib.md5(packed, usedforsecurity=False).hexdigest()
     if digest != file.gz_md5:
         raise DataError(
             f"{path} was altered: expected MD5 {file.gz_md5}, got {digest}. {_REINSTALL}"
         )
-    return gzip.decompress(packed)
-
-
-def _unpack(source: Traversable, root: Path) -> None:
-    """Put the official files into ``root/MNIST/raw``, those that are not already there intact.
-
-    Every file is written under a name of its own and then renamed, so another process sees the
-    whole file or none, and two processes that do this at once do the same thing twice.
-    """
-    raw = root / "MNIST" / "raw"
-    missing = [file for file in FILES if not _is_intact(raw / file.name, file)]
-    if not missing:
-        return
-    raw.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=raw) as scratch:
-        for file in missing:
-            part = Path(scratch, file.name)
-            part.write_bytes(_read_shipped(source, file))
-            os.replace(part, raw / file.name)
-
-
-def _read(root: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read ``root/MNIST/raw`` through torchvision."""
-    from torchvision.datasets import MNIST
-
-    dataset = MNIST(root, train=split == "train", download=False)
-    return dataset.data.unsqueeze(1), dataset.targets.to(torch.int64)
+    return read_idx(path, "images" in file.name, file=io.BytesIO(packed))
 
 
 def _in(folder: Path) -> dict[str, Path]:
@@ -303,6 +235,25 @@ def _read_folder(root: Path, split: str) -> tuple[Tensor, Tensor]:
     return images, labels.to(torch.int64)
 
 
+def checksums(root: str | os.PathLike[str]) -> list[str]:
+    """The MD5 sums of the four files of a folder, unpacked: those of :data:`FILES` for MNIST."""
+    sums = []
+    for split in _PREFIX:
+        images, labels = load(split, root)
+        for magic, values in ((0x803, images[:, 0]), (0x801, labels.to(torch.uint8))):
+            header = struct.pack(f">{1 + values.dim()}I", magic, *values.shape)
+            digest = hashlib.md5(header, usedforsecurity=False)
+            digest.update(values.contiguous().numpy().data)
+            sums.append(digest.hexdigest())
+    return sums
+
+
+def is_mnist(root: str | os.PathLike[str] | None) -> bool:
+    """Whether :func:`load` reads the official digits; ``None``: what is shipped."""
+    # What is shipped is checked when it is read.
+    return root is None or checksums(root) == [file.raw_md5 for file in FILES]
+
+
 def describe(root: str | os.PathLike[str] | None = None) -> str:
     """Say which data :func:`load` reads: it is MNIST where its bytes are, and only there.
 
@@ -320,18 +271,10 @@ def describe(root: str | os.PathLike[str] | None = None) -> str:
         >>> describe()
         'MNIST'
     """
-    if root is None:  # what is shipped is checked when it is read
+    if root is None or is_mnist(root):
         return "MNIST"
-    paths = _find(Path(root).expanduser())
-    for file in FILES:
-        images = "images" in file.name
-        entries = read_idx(paths[file.name], images)
-        header = [0x0803, len(entries), 28, 28] if images else [0x0801, len(entries)]
-        digest = hashlib.md5(struct.pack(f">{len(header)}I", *header), usedforsecurity=False)
-        digest.update(entries.numpy().tobytes())
-        if digest.hexdigest() != file.raw_md5:
-            return f"files that are not MNIST's, in {paths[file.name].parent}"
-    return "MNIST"
+    folder = _find(Path(root).expanduser())[FILES[0].name].parent
+    return f"files that are not MNIST's, in {folder}"
 
 
 def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
@@ -349,30 +292,15 @@ def load(split: str, root: str | os.PathLike[str] | None = None) -> tuple[Tensor
             Without it, the files that came with the package, checked against their MD5 sums.
 
     Raises:
-        DataError: if a file is missing, truncated or altered, or the cache cannot be written.
+        DataError: if a file is missing, truncated or altered.
     """
     if split not in _PREFIX:
         raise ValueError(f"load: split must be 'train' or 'test', got {split!r}")
     if root is not None:
         return _read_folder(Path(root).expanduser(), split)
-    cache = cache_folder()
-    try:
-        _unpack(_shipped(), cache)
-    except OSError as error:
-        reason = f"{cache} cannot be used as cache: {error.strerror}"
-        if os.environ.get("MNIST_OPS_CACHE"):
-            raise DataError(f"{reason}. MNIST_OPS_CACHE must name a writable folder.") from None
-        warnings.warn(
-            f"{reason}; unpacking to a temporary folder. Set MNIST_OPS_CACHE to a writable one.",
-            stacklevel=2,
-        )
-        with tempfile.TemporaryDirectory(prefix="mnist_ops-") as scratch:
-            try:
-                _unpack(_shipped(), Path(scratch))
-            except OSError as second:
-                raise DataError(f"{scratch} cannot be written: {second.strerror}.") from None
-            return _read(Path(scratch), split)
-    return _read(cache, split)
+    files = (file for file in FILES if file.name.startswith(_PREFIX[split]))
+    images, labels = map(_read_shipped, files)
+    return images, labels.to(torch.int64)
 
 
 def pad32(images: Tensor) -> Tensor:
