@@ -147,7 +147,7 @@ class Report:
         """Every run with its own commit, machine, torch and dtype."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for run in self.results["runs"]:
-            known = statistics.registered(run["experiment"])
+            known = experiments.EVERY.get(run["experiment"])
             first = known is not None and known.section.startswith("report 1")
             if run["epochs"] and first == (self.number == 1):
                 name, _, commit = _named(run).partition(" at commit ")

@@ -32,7 +32,6 @@ import fnmatch
 import functools
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,21 +71,12 @@ Run = Mapping[str, Any]
 # --- Runs --------------------------------------------------------------------------------------
 
 
-def registered(name: str) -> experiments.Experiment | None:
-    """The experiment of this name, guesses included, or ``None``."""
-    try:
-        return experiments.select([name])[0]
-    except ValueError:
-        return None
-
-
 def is_current(run: Run) -> bool:
     """Whether a run has the settings that its experiment has today."""
-    known = registered(run["experiment"])
+    known = experiments.EVERY.get(run["experiment"])
     if known is None or "settings" not in run:
         return True
-    # As JSON keeps them: tuples are lists and all keys texts.
-    now, then = (json.loads(json.dumps(s)) for s in (known.settings(), run["settings"]))
+    now, then = records.plain(known.settings()), records.plain(run["settings"])
     return all(now.get(k) == then.get(k) for k in {*now, *then} - {"experiment", "dtype"})
 
 
@@ -97,11 +87,9 @@ def usable(runs: Iterable[Run]) -> list[Run]:
     on all of MNIST where there is one; else those on the part of it that the first run had.
     """
     kept = [r for r in runs if r["epochs"] and r["perturbed_weight"] is None and is_current(r)]
+    parts = [(run["limit"], run.get("data")) for run in kept]
     whole = [run for run in kept if records.of_mnist(run)]
-    same = [
-        r for r in kept if (r["limit"], r.get("data")) == (kept[0]["limit"], kept[0].get("data"))
-    ]
-    return whole or same
+    return whole or [run for run, part in zip(kept, parts, strict=True) if part == parts[0]]
 
 
 def by_seed(runs: Iterable[Run], name: str, reach: int = 1) -> dict[int, Run]:
@@ -109,13 +97,17 @@ def by_seed(runs: Iterable[Run], name: str, reach: int = 1) -> dict[int, Run]:
 
     Of several the one in float64, then that on a CPU, then the longest.
     """
-    chosen: dict[int, tuple[Any, Run]] = {}
+
+    def rank(run: Run) -> tuple[bool, bool, int]:
+        return run["dtype"] == "float64", run["device"] == "cpu", len(run["epochs"])
+
+    best: dict[int, Run] = {}
     for run in runs:
         if run["experiment"] == name and len(run["epochs"]) >= reach:
-            rank = (run["dtype"] == "float64", run["device"] == "cpu", len(run["epochs"]))
-            if run["seed"] not in chosen or rank > chosen[run["seed"]][0]:
-                chosen[run["seed"]] = (rank, run)
-    return {seed: chosen[seed][1] for seed in sorted(chosen)}
+            known = best.get(run["seed"])
+            if known is None or rank(run) > rank(known):
+                best[run["seed"]] = run
+    return dict(sorted(best.items()))
 
 
 @functools.cache
@@ -127,7 +119,7 @@ def stream(name: str) -> tuple[str, str, str] | None:
     experiments with all three equal share weights and every shuffle, with any seed. ``None`` for an
     experiment that nobody describes.
     """
-    known = registered(name)
+    known = experiments.EVERY.get(name)
     if known is None:
         return None
     parts = experiments.build(known)
@@ -156,18 +148,13 @@ def metric(run: Run, name: str, first: int, last: int) -> float:
     train = [epoch["train_accuracy"] for epoch in epochs]
     test = [epoch["test_accuracy"] for epoch in epochs]
     if name == "first 100":
-        perfect = (first + i for i, x in enumerate(train) if cut(x) == "100.00")
-        return next(perfect, last + 1)
+        return next((first + i for i, x in enumerate(train) if cut(x) == "100.00"), last + 1)
     if name == "largest step":
         return max(abs(b - a) for a, b in itertools.pairwise(test))
     if name == "best test":
         return max(test)
-    values = {
-        "train": train,
-        "test": test,
-        "gap": [a - b for a, b in zip(train, test, strict=True)],
-    }
-    return float(np.mean(values[name]))
+    gap = [a - b for a, b in zip(train, test, strict=True)]
+    return float(np.mean({"train": train, "test": test, "gap": gap}[name]))
 
 
 class Sample(NamedTuple):
@@ -218,10 +205,7 @@ class Estimate(NamedTuple):
     def p(self, bound: float, side: str, reach: bool = False) -> float:
         """One-sided p: the true value is ``"above"`` or ``"below"`` a bound.
 
-        Args:
-            bound: the hypothesis that is to be rejected.
-            side: of it, on which the claim is.
-            reach: instead of the mean, that of one more run.
+        With ``reach`` it is that of one more run and not of the mean.
         """
         from scipy import stats
 
@@ -361,14 +345,12 @@ def _pair(claim: Claim, runs: Sequence[Run], a: str, b: str | None) -> _Pair:
     """Test one pair; ``needs`` where that is not possible."""
     sides = [name for name in (a, b) if name is not None]
     if claim.epochs is None:
-        known = registered(a)
-        since = min(
-            (epoch for epoch in (known.optimizers if known else {}) if epoch > 1), default=1
-        )
+        # Before the second optimizer a run is its baseline: nothing to compare.
+        known = experiments.EVERY.get(a)
+        last = (known and known.switch) or 1
         lengths = [sorted(len(r["epochs"]) for r in by_seed(runs, s).values()) for s in sides]
-        fewest = min(SEEDS, *(len(x) for x in lengths))
-        last = min(x[-fewest] for x in lengths) if fewest else since
-        last = max(last, since)
+        if fewest := min(SEEDS, *map(len, lengths)):
+            last = max(last, min(x[-fewest] for x in lengths))
         spans = [(last, last)] * 2
     else:
         spans = [claim.epochs, claim.epochs_b or claim.epochs]
@@ -382,9 +364,7 @@ def _pair(claim: Claim, runs: Sequence[Run], a: str, b: str | None) -> _Pair:
         [metric(run, claim.metric, *span) for run in chosen[name].values()]
         for name, span in zip(sides, spans, strict=False)
     ]
-    when = _when(claim.metric, *spans[0])
-    few = [name for name in sides if len(chosen[name]) < 2]
-    if few:
+    if any(len(x) < 2 for x in values):
         there = ", ".join(f"{name} {len(chosen[name])}" for name in dict.fromkeys(sides))
         needs = f"needs 2 seeds or more with {counted(reach, 'epoch')} (there are: {there})"
         if all(values):
@@ -395,43 +375,43 @@ def _pair(claim: Claim, runs: Sequence[Run], a: str, b: str | None) -> _Pair:
     if late[0]:
         return _Pair(a, b, f"needs more epochs: not every seed of {a} prints 100.00 by {reach}")
     numbers = estimate(values[0], values[1] if b is not None else None, paired)
-    target = claim.value or 0.0
-    above, below = claim.above, claim.below
-    if claim.within is not None:
-        above, below = target - claim.within, target + claim.within
-    inside, outside = [], []
     # A printed figure is one run: the mean may be elsewhere and one more run still give it.
-    reaching = claim.value is not None
-    for bound, side, other in ((above, "above", "below"), (below, "below", "above")):
-        if bound is not None:
-            inside.append(numbers.p(bound, side))
-            outside.append(numbers.p(bound, other, reaching))
-    p_in = max(inside) if claim.within is not None else 2 * inside[0]
-    # A limit where 100.00 was not reached understates the second side.
-    p_out = 1.0 if any(late) else 2 * min(outside)
+    one_more = claim.value is not None
+    if claim.within is not None:
+        low, high = ((claim.value or 0.0) + sign * claim.within for sign in (-1, 1))
+        p_in = max(numbers.p(low, "above"), numbers.p(high, "below"))
+        p_out = 2 * min(numbers.p(low, "below", one_more), numbers.p(high, "above", one_more))
+    else:
+        side, other = ("above", "below") if claim.above is not None else ("below", "above")
+        bound = claim.above if claim.above is not None else claim.below or 0.0
+        p_in, p_out = 2 * numbers.p(bound, side), 2 * numbers.p(bound, other, one_more)
+    if any(late):  # a limit where 100.00 was not reached understates the second side
+        p_out = 1.0
+    when = _when(claim.metric, *spans[0])
     return _Pair(a, b, "", numbers, min(1.0, p_in), min(1.0, p_out), when)
 
 
 def _tested(claim: Claim, runs: Sequence[Run]) -> Verdict:
     """Differences and equivalences, before Holm: ``outcome`` is that of the plain p."""
-    names = _names(claim.a)
-    pairs = [_pair(claim, runs, a, b) for a in names for b in (claim.b or (None,))]
+    pairs = [_pair(claim, runs, a, b) for a in _names(claim.a) for b in (claim.b or (None,))]
     done = [pair for pair in pairs if pair.numbers is not None]
-    if not done:
-        more = f"; {len(pairs) - 1} more likewise" if len(pairs) > 1 else ""
-        needs = f"{pairs[0].needs}{more}" if pairs else "needs runs of its experiments"
-        return Verdict(claim, NOT_TESTED, needs)
-    complete = len(done) == len(pairs)
-    if claim.quantifier == "all":
-        p_in = max(pair.inside for pair in done) if complete else 1.0
-        p_out = min(1.0, len(pairs) * min(pair.outside for pair in done))
-    else:
-        p_in = min(1.0, len(pairs) * min(pair.inside for pair in done))
-        p_out = max(pair.outside for pair in done) if complete else 1.0
+    complete = bool(pairs) and len(done) == len(pairs)
+    inside, outside = [pair.inside for pair in done], [pair.outside for pair in done]
+    # One that was not tested decides neither "all" nor "none of any".
+    p_in, p_out = 1.0, 1.0
+    if claim.quantifier == "all" and done:
+        p_in, p_out = max(inside), min(1.0, len(pairs) * min(outside))
+    elif done:
+        p_in, p_out = min(1.0, len(pairs) * min(inside)), max(outside)
+    if not complete and claim.quantifier == "all":
+        p_in = 1.0
+    elif not complete:
+        p_out = 1.0
     if not complete and min(p_in, p_out) >= ALPHA:
         missing = [pair.needs for pair in pairs if pair.numbers is None]
         more = f"; {len(missing) - 1} more likewise" if len(missing) > 1 else ""
-        return Verdict(claim, NOT_TESTED, f"{missing[0]}{more}")
+        needs = f"{missing[0]}{more}" if missing else "needs runs of its experiments"
+        return Verdict(claim, NOT_TESTED, needs)
     outcome = SUPPORTED if p_in <= p_out else CONTRADICTED
     weakest = (claim.quantifier == "all") == (outcome == SUPPORTED)
     key = (lambda pair: pair.inside) if outcome == SUPPORTED else (lambda pair: pair.outside)

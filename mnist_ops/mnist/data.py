@@ -391,7 +391,8 @@ def prepare(
     kernel_size: int = 7,
     root: str | os.PathLike[str] | None = None,
     limit: int | tuple[int, int] | None = None,
-    own_statistics: bool = False,
+    statistics_of: int | None = None,
+    validation: int = 0,
 ) -> Splits:
     """The reports' data: zero-padded to 32x32 and normalised in float32.
 
@@ -401,10 +402,11 @@ def prepare(
         kernel_size: taps of the local normalization's Gaussian.
         root: as for :func:`load`.
         limit: keep the first ``limit`` digits of each split, or of training and test set so many
-            each. Both splits are normalised with mean and standard deviation of the whole training
-            set.
-        own_statistics: take the two from the training digits that are kept: with ``limit=(6000,
-            1000)`` the small set of the course's scripts.
+            each.
+        statistics_of: normalise with mean and standard deviation of so many of the training digits,
+            the first ones, and not of all: with 6000 and ``limit=(6000, 1000)`` the small set of
+            the course's scripts.
+        validation: test on so many of the training digits, the last ones, and train on the others.
 
     Raises:
         ValueError: for an unknown normalization or a limit below 1.
@@ -421,13 +423,18 @@ def prepare(
         None if one is None else check_integer("prepare", "limit", one, 1) for one in limits
     )
     train_images, train_labels = load("train", root)
-    test_images, test_labels = load("test", root)
+    if not validation:
+        test_images, test_labels = load("test", root)
     try:
-        mean, std = global_statistics(train_images[: first if own_statistics else None])
+        mean, std = global_statistics(train_images[:statistics_of])
     except ValueError:
         raise DataError(
             f"{root}: all pixels of the training images are 0: they cannot be normalised."
         ) from None
+
+    if validation:
+        train_images, test_images = train_images[:-validation], train_images[-validation:]
+        train_labels, test_labels = train_labels[:-validation], train_labels[-validation:]
 
     def finish(images: Tensor) -> Tensor:
         images = global_norm(pad32(images), mean, std)

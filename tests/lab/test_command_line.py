@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ops.lab import command_line
+from mnist_ops.lab import __main__, command_line
 
 
 @pytest.fixture(autouse=True)
@@ -128,20 +128,24 @@ def test_whole_numbers():
             convert(text)
 
 
-def test_the_examples_as_commands(tmp_path):
+def test_the_examples_as_commands(tmp_path, monkeypatch, capsys):
     """``python -m mnist_ops.lab``: one name for the scripts, wherever the package is."""
-    lab = [sys.executable, "-m", "mnist_ops.lab"]
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        result = subprocess.run([*lab, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        return result.returncode, result.stdout, result.stderr
+        monkeypatch.setattr(sys, "argv", ["lab", *arguments])
+        try:
+            code = __main__.main()
+        except SystemExit as stop:  # argparse's way out
+            code = stop.code
+        return code, *capsys.readouterr()
 
     code, out, _ = run("--help")
     assert code == 0 and all(f"  {name}" in out for name in ("train", "reproduce", "predict"))
     code, out, errors = run("guess")
     assert code == 2 and out == "" and errors.startswith("usage: python -m mnist_ops.lab")
     code, out, errors = run("reproduce", "--experiment", "mse", "--limit", "10", "--dry-run")
-    assert (code, errors) == (0, "") and "1 runs, 30 digits" in out
+    assert (code, errors) == (0, "") and "1 run, 30 digits" in out
     code, out, errors = run("predict", "--model", "none", "--images", "none")
     assert code == 2 and errors.startswith("mnist_ops.lab predict: error: none cannot be read")
     code, out, errors = run("train", "--epochs", "0")

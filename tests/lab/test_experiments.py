@@ -17,7 +17,16 @@ GUESSES = [guess for guesses in CANDIDATES.values() for guess in guesses]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+def first_of_each_group():
+    """Every experiment's name; those that are much like one before are slow."""
+    groups = set()
+    for name, experiment in EXPERIMENTS.items():
+        alike = experiment.group in groups
+        yield pytest.param(name, marks=[pytest.mark.slow] if alike else [])
+        groups.add(experiment.group)
+
+
+@pytest.mark.parametrize("name", first_of_each_group())
 def test_every_experiment_trains(name):
     experiment = EXPERIMENTS[name]
     # The first epoch of each optimizer: those that switch late switch after the first here.

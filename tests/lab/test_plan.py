@@ -12,6 +12,7 @@ import torch
 from mnist_ops import training
 from mnist_ops.lab import experiments, plan, records, runner, storage
 from mnist_ops.lab.experiments import EVERY
+from mnist_ops.mnist import data
 from mnist_ops.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -222,6 +223,9 @@ def test_the_small_set():
     # Normalised by their own mean and deviation.
     assert abs(float(splits.train_images.double().mean())) < 1e-6
     assert float(splits.train_images.double().std()) == pytest.approx(1.0, abs=1e-6)
+    part = experiments.digits(None, None, 20, small=True)
+    assert torch.equal(part.train_images, splits.train_images[:20])
+    assert torch.equal(part.test_images, splits.test_images[:20])
     e = EVERY["small-batch-32"]
     assert e.training_digits == 6000 and runner.Task(e, 1, 2).digits == 12_000
     assert runner.Task(e, limit=100).digits_per_epoch == 100
@@ -232,14 +236,17 @@ def test_the_small_set():
 
 
 def test_what_is_chosen_is_chosen_without_the_test_set():
-    whole = experiments.digits(7, None, None)
     for choice in experiments.CHOICES["modern"]:
         assert choice.validation == 5000 and choice.training_digits == 55_000
-    splits = experiments.digits(7, None, None, validation=5000)
-    assert torch.equal(splits.test_images, whole.train_images[55_000:])
-    assert torch.equal(splits.test_labels, whole.train_labels[55_000:])
-    assert torch.equal(splits.train_images, whole.train_images[:55_000])
-    assert torch.equal(splits.train_labels, whole.train_labels[:55_000])
+    images, labels = data.load("train")
+    splits = experiments.digits(None, None, None, validation=5000)
+    assert len(splits.train_images) == 55_000 and len(splits.test_images) == 5000
+    assert torch.equal(splits.train_labels, labels[:55_000])
+    assert torch.equal(splits.test_labels, labels[55_000:])
+    part = experiments.digits(7, None, 20, validation=5000)
+    kept = data.pad32(torch.cat([images[:20], images[55_000:55_020]]))
+    normal = data.local_norm(data.global_norm(kept, *data.global_statistics(images)))
+    assert torch.equal(torch.cat([part.train_images, part.test_images]), normal)
 
 
 def test_modern_is_the_original_network_at_falling_rates():

@@ -68,7 +68,7 @@ def test_what_it_leaves(straight):
     assert "original" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed(straight, tmp_path, jobs):
     process = start(*QUICK, "--jobs", jobs, "--out", tmp_path, start_new_session=True)
     # Without any mercy, workers included, once there is something to lose.
@@ -88,6 +88,7 @@ def test_killed_and_resumed(straight, tmp_path, jobs):
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_plan_killed_and_merged(tmp_path):
     """Whatever is killed whenever: the file has each run once, with all its complete epochs."""
     out, results = tmp_path / "out", tmp_path / "merged" / "results.json"
@@ -141,8 +142,8 @@ def processes_of(group):
     ("number", "everybody"),
     [
         (signal.SIGINT, True),
-        (signal.SIGTERM, False),
-        (signal.SIGKILL, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, False, marks=pytest.mark.slow),
     ],
 )
 def test_no_process_stays_behind(tmp_path, number, everybody):
@@ -189,12 +190,16 @@ def test_a_reader_that_stops_reading():
     assert result.stderr == "reproduce.py: error: No space left on device\n"
 
 
-def test_list_and_dry_run(tmp_path):
-    code, text, _ = reproduce("--list")
+def test_list_and_dry_run(tmp_path, script, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+        return script.main(), capsys.readouterr().out
+
+    code, text = run("--list")
     assert code == 0
     for name in ("original", "lbfgs-after-30", "derivations", "relu--conv1-local", "predict"):
         assert name in text
-    code, text, _ = reproduce("--table", "3.2", "3.5", "--dry-run", "--out", tmp_path / "none")
+    code, text = run("--table", "3.2", "3.5", "--dry-run", "--out", tmp_path / "none")
     # The original column is in both tables and runs once, as far as the longer one goes.
     assert code == 0 and "original, float64, seed 1: 30 epochs of 60000 digits" in text
     assert text.splitlines()[-1] == "4 runs, 3,960,000 digits"
@@ -267,6 +272,7 @@ def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypat
     assert (tmp_path / "out" / PAGES[0]).exists()
 
 
+@pytest.mark.slow
 def test_an_ascii_locale(tmp_path):
     """Files are UTF-8 everywhere, and results get there."""
     environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}

@@ -568,6 +568,7 @@ def test_not_in_the_main_thread(straight, tmp_path):
     assert content(tmp_path) == content(straight)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_dask(straight, tmp_path):
     distributed = pytest.importorskip("distributed", reason="there is no dask.distributed here")
     with (

@@ -257,7 +257,7 @@ def test_resuming_another_run(finished, mnist, monkeypatch, capfd):
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
-def test_two_at_once(mnist, tmp_path):
+def test_two_at_once(mnist, tmp_path, monkeypatch, capfd):
     """The second one is refused; the first goes on as if nothing had been."""
     flags = ("--data", mnist, "--lr", 0.005)
     first = subprocess.Popen(
@@ -265,36 +265,35 @@ def test_two_at_once(mnist, tmp_path):
     )
     while not first.stdout.readline().startswith("epoch"):
         pass
-    second = run(tmp_path, *flags)
-    assert second.returncode == 2
-    assert second.stderr == f"train_mnist.py: error: another process is at work in {tmp_path}\n"
+    assert run_here(monkeypatch, tmp_path, *flags) == 2
+    errors = capfd.readouterr().err
+    assert errors == f"train_mnist.py: error: another process is at work in {tmp_path}\n"
     first.kill()
     first.communicate()
     (tmp_path / ".checkpoint.pt.1-1.part").touch()  # as a kill in the middle of writing leaves it
-    third = run(tmp_path, *flags)
-    assert third.returncode == 0, third.stderr
+    assert run_here(monkeypatch, tmp_path, *flags) == 0
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_resuming_a_damaged_checkpoint(finished, mnist, tmp_path):
+def test_resuming_a_damaged_checkpoint(finished, mnist, tmp_path, monkeypatch, capfd):
     out, _ = finished
     flags = ("--data", mnist, "--lr", 0.005)
-    assert run(tmp_path, *flags, "--epochs", 2).returncode == 0
+    assert run_here(monkeypatch, tmp_path, *flags, "--epochs", 2) == 0
+    capfd.readouterr()
     path = tmp_path / "checkpoint.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    result = run(tmp_path, *flags, "--epochs", 3, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("\n") == 1 and "going on from" in result.stderr
-    assert epochs_of(result.stdout) == ["2", "3"]
+    with pytest.warns(UserWarning, match="going on from"):
+        assert run_here(monkeypatch, tmp_path, *flags, "--epochs", 3, "--resume") == 0
+    assert epochs_of(capfd.readouterr().out) == ["2", "3"]
     assert rows(tmp_path) == rows(out)
 
 
-def test_full_disk(mnist, tmp_path):
+def test_full_disk(mnist, tmp_path, monkeypatch):
     """A limit on the size of files stands for it: one line, and the old checkpoint goes on."""
     flags = ("--data", mnist, "--lr", 0.005)
-    assert run(tmp_path, *flags).returncode == 0
+    assert run_here(monkeypatch, tmp_path, *flags) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
     code = """
         import resource, runpy, sys
@@ -312,6 +311,7 @@ def test_full_disk(mnist, tmp_path):
     assert not list(tmp_path.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_ascii_locale(mnist, tmp_path):
     environment = os.environ | {
         "LC_ALL": "C",
