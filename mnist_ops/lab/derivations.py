@@ -161,43 +161,33 @@ def _part(derivative: str, values: Tensor) -> Tensor:
     return values.diagonal()
 
 
-def check(beta: float = 0.7, size: int = 6, seed: int = 0) -> list[Result]:
+def check(beta: float = 0.7, seed: int = 0) -> list[Result]:
     """Evaluate every line at random inputs.
 
     Args:
         beta: of the softmax; not 1, so that a missing beta shows.
-        size: number of inputs, 3 at least.
         seed: of the inputs.
 
     Returns:
         One :class:`Result` for each of :data:`LINES`.
     """
-    if size < 3:
-        raise ValueError(f"check: size must be >= 3, got {size}")
-    x = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    functions: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-        "sigmoid": (_logistic, sigmoid),
-        "softmax": (lambda x: _gibbs(x, beta), lambda x: softmax(x, beta=-beta)),
-    }
-    jacobians = {
-        family: [jacobian(function, x) for function in both] for family, both in functions.items()
-    }
+    x = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     results = []
     for line in LINES:
+        truth: Callable[[Tensor], Tensor] = _logistic
+        ours: Callable[[Tensor], Tensor] = sigmoid
+        if line.derivative != "dy/dx":
+            truth, ours = (lambda x: _gibbs(x, beta)), (lambda x: softmax(x, beta=-beta))
         value = line.value(x, beta)
         if line.derivative == "y_i":
-            expected, kernel = (function(x) for function in functions["softmax"])
+            expected, kernel = truth(x), ours(x)
         else:
-            family = "sigmoid" if line.derivative == "dy/dx" else "softmax"
-            expected, kernel = (_part(line.derivative, each) for each in jacobians[family])
-            if line.derivative == "dy_i/dx_j":
-                value = _part(line.derivative, value)
+            expected, kernel = (_part(line.derivative, jacobian(f, x)) for f in (truth, ours))
+        if line.derivative == "dy_i/dx_j":
+            value = _part(line.derivative, value)
         error = float((value - expected).abs().max())
-        if error < 1e-12:
-            outcome = "right"
-        elif float((value + expected).abs().max()) < 1e-12:
+        outcome = "right" if error < 1e-12 else "wrong"
+        if error >= 1e-12 and float((value + expected).abs().max()) < 1e-12:
             outcome = "wrong sign"
-        else:
-            outcome = "wrong"
         results.append(Result(line, error, float((kernel - expected).abs().max()), outcome))
     return results

@@ -227,20 +227,12 @@ def normalization_gallery(
         path: see :data:`Target`.
         indices: training digits, from 0.
         root: as for :func:`mnist_ops.mnist.data.load`.
-
-    Raises:
-        ValueError: for no index, or one that is out of range.
     """
     import torch
 
     from ..mnist import data
 
     images, _ = data.load("train", root)
-    if not indices or not all(0 <= i < len(images) for i in indices):
-        raise ValueError(
-            f"normalization_gallery: indices must be in 0 to {len(images) - 1} and at least one, "
-            f"got {list(indices)}"
-        )
     pixels = data.pad32(images[torch.tensor(list(indices), device="cpu")])
     normal = data.global_norm(pixels, *data.global_statistics(images))
     rows = {
@@ -251,33 +243,25 @@ def normalization_gallery(
         "Gaussian1D(21)": data.local_norm(normal, 21),
     }
     width = _WIDTH - 0.95
-    with _canvas(
-        path,
-        len(rows) * width / len(indices) * 1.04 + 0.1,
-        w_pad=0.01,
-        h_pad=0.01,
-        wspace=0.02,
-        hspace=0.02,
-    ) as figure:
+    height = len(rows) * width / len(indices) * 1.04 + 0.1
+    with _canvas(path, height, w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02) as figure:
         grid = figure.subplots(len(rows), len(indices), squeeze=False)
         for axes_row, (name, row) in zip(grid, rows.items(), strict=True):
             low, high = float(row.min()), float(row.max())
             for axes, image in zip(axes_row, row, strict=True):
-                axes.imshow(
-                    image[0].numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest"
-                )
+                pixels = image[0].numpy()
+                axes.imshow(pixels, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
                 _bare(axes)
             axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=4)
     return figure
 
 
-def filters(weights: Tensor | Sequence[Any], path: Target = None, title: str = "") -> Figure:
+def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
     """Draw a convolution's kernels, zero in white, negative in blue, positive in red.
 
     Args:
         weights: ``(filters, 1, height, width)`` or ``(filters, height, width)``, a tensor or lists.
         path: see :data:`Target`.
-        title: above the figure.
 
     Raises:
         ValueError: for other shapes.
@@ -304,17 +288,16 @@ def filters(weights: Tensor | Sequence[Any], path: Target = None, title: str = "
         _bare(axes)
         bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, label="weight")
         bar.outline.set_visible(False)
-        axes.set_title(title or f"{count} filters of {height}×{width}")
+        axes.set_title(f"{count} filters of {height}×{width}")
     return figure
 
 
-def confusion(counts: Sequence[Sequence[int]], path: Target = None, title: str = "") -> Figure:
+def confusion(counts: Sequence[Sequence[int]], path: Target = None) -> Figure:
     """Draw a confusion matrix with its counts; colour is for the mistakes, off the diagonal.
 
     Args:
         counts: ``(classes, classes)``; row: true class, column: predicted class.
         path: see :data:`Target`.
-        title: above the figure; the numbers of digits and mistakes unless given.
 
     Raises:
         ValueError: if ``counts`` is not square.
@@ -347,17 +330,14 @@ def confusion(counts: Sequence[Sequence[int]], path: Target = None, title: str =
         axes.tick_params(length=0)
         axes.set_xlabel("predicted class")
         axes.set_ylabel("true class")
-        axes.set_title(title or f"{wrong:,} of {int(matrix.sum()):,} images wrong")
+        axes.set_title(f"{wrong:,} of {int(matrix.sum()):,} images wrong")
     return figure
 
 
 def mistakes(
-    items: Sequence[Mapping[str, Any]],
-    images: Tensor,
-    path: Target = None,
-    columns: int = 4,
+    items: Sequence[Mapping[str, Any]], images: Tensor, path: Target = None, columns: int = 4
 ) -> Figure:
-    """Draw misclassified digits with true class, prediction and the network's confidence.
+    """Draw misclassified digits, one or more, with true class, prediction and confidence.
 
     Args:
         items: each with ``index`` into ``images``, ``true``, ``predicted`` and, where known,
@@ -365,16 +345,9 @@ def mistakes(
         images: ``(N, 1, H, W)`` or ``(N, H, W)``.
         path: see :data:`Target`.
         columns: digits a row.
-
-    Raises:
-        ValueError: for no items, or an index that is out of range.
     """
     import numpy as np
 
-    bad = [item["index"] for item in items if not 0 <= item["index"] < len(images)]
-    if not items or bad:
-        got = f"index {bad[0]} of {len(images)} images" if items else "none"
-        raise ValueError(f"mistakes: items must be indices into images, at least one, got {got}")
     rows = math.ceil(len(items) / columns)
     with _canvas(path, rows * 1.12 + 0.1) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)

@@ -297,7 +297,7 @@ class Report:
         try:
             draw = figures.normalization_gallery
             return self.figure("normalization", words, draw, root=self.root)
-        except (data.DataError, ValueError):
+        except (data.DataError, IndexError, ValueError):
             return ""  # Other data than MNIST, or none: the numbers are still there.
 
     def log(self, name: str) -> str:

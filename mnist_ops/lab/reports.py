@@ -107,23 +107,6 @@ class Claim:
     value: float | None = None
     note: str = ""
 
-    def __post_init__(self) -> None:
-        for field, allowed in {
-            "kind": ("difference", "equivalence", "equal", "bound", "none"),
-            "quantifier": ("all", "any"),
-            "metric": ("train", "test", "gap", "best test", "largest step", "first 100"),
-            "report": (1, 2),
-        }.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"claim {self.name}: {field} must be one of {allowed}")
-        needed = {
-            "difference": [self.above, self.below],
-            "equivalence": [self.within],
-            "bound": [self.at_most, self.at_least],
-        }.get(self.kind, [0])
-        if sum(bound is not None for bound in needed) != 1:
-            raise ValueError(f"claim {self.name}: a {self.kind} needs one bound of its own")
-
 
 def _read(name: str) -> Any:
     """One of the package's own files."""

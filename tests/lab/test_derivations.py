@@ -51,12 +51,6 @@ def test_a_wrong_kernel_shows(monkeypatch):
     assert max(r.kernel_error for r in results if r.line.derivative == "dy_i/dx_i") > 1e-3
 
 
-def test_size():
-    assert len(derivations.check(size=9)) == len(derivations.LINES)
-    with pytest.raises(ValueError, match="size must be >= 3, got 2"):
-        derivations.check(size=2)
-
-
 def test_lines_take_and_give_the_shapes_they_say():
     x = torch.randn(5, dtype=torch.float64)
     for line in derivations.LINES:
