@@ -233,7 +233,7 @@ def _statistics(path: Path, settings: dict[str, Any]) -> tuple[float, float] | N
     """Mean and standard deviation, if the settings have them."""
     if "mean" not in settings and "std" not in settings:
         return None
-    mean, std = (_number(settings.get(name)) for name in ("mean", "std"))
+    mean, std = map(_number, (settings.get("mean"), settings.get("std")))
     if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
         raise training.CheckpointError(
             f"{path} records images of mean {mean} and standard deviation {std}: no image can be "
@@ -243,12 +243,8 @@ def _statistics(path: Path, settings: dict[str, Any]) -> tuple[float, float] | N
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    plain = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return float(value) if plain else math.nan
 
 
 def read_images(path: str | os.PathLike[str]) -> Tensor:
@@ -269,30 +265,20 @@ def read_images(path: str | os.PathLike[str]) -> Tensor:
             head = file.peek(len(_NPY))
             if not head.startswith((_ZIP, _NPY)):
                 return data.read_idx(path, images=True, wary=True, file=file)
-            size = os.fstat(file.fileno()).st_size
+            if os.fstat(file.fileno()).st_size > _MAX_BYTES:
+                raise data.DataError(f"{path} is larger than {_MAX_BYTES:,} bytes.")
     except OSError as error:
         raise data.DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if size > _MAX_BYTES:
-        raise data.DataError(f"{path} is larger than {_MAX_BYTES:,} bytes.")
-    return _checked_images(path, _read_array(path, head.startswith(_ZIP)))
-
-
-def _read_array(path: Path, is_torch: bool) -> Tensor:
     try:
-        if is_torch:
+        if head.startswith(_ZIP):
             images = training.read_torch(path)
         else:
             # Mapped, so that a header's announcement is checked against the file's length.
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            images = torch.from_numpy(np.array(mapped))
+            images = torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
     except Exception:  # whatever the bytes make the readers stumble over
         raise data.DataError(f"{path} is damaged or does not hold an array of images.") from None
     if not isinstance(images, Tensor):
         raise data.DataError(f"{path} must hold one tensor, got {type(images).__name__}.")
-    return images
-
-
-def _checked_images(path: Path, images: Tensor) -> Tensor:
     if images.dim() == 4 and images.shape[1] == 1:
         images = images.squeeze(1)
     if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1:] != (28, 28):
@@ -351,14 +337,7 @@ def predict(
                 batch = data.local_norm(batch, taps)
             try:
                 scores = model(batch.to(device, dtype))
-            except (
-                ArithmeticError,
-                LookupError,
-                MemoryError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
+            except Exception as error:  # whatever a network from a file stumbles over
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise ValueError(
                     f"{saved.path}: the network fails on images of 1x32x32: {reason}"
