@@ -254,7 +254,10 @@ class TestOwnFolder:
             data.load("train", tmp_path)
         assert str(tmp_path) in str(caught.value)
 
-    @pytest.mark.parametrize("announced", ["right", "little", "too much"])
+    @pytest.mark.parametrize(
+        "announced",
+        ["too much", *(pytest.param(n, marks=pytest.mark.slow) for n in ("right", "little"))],
+    )
     def test_bombs(self, tmp_path, announced):
         """gzip packs zeros a thousandfold: 400 kB of it are 392 MB."""
         counts = {"right": 500_000, "little": 10, "too much": 2_000_000}

@@ -9,14 +9,6 @@ from mnist_ops import nn as ops_nn
 from mnist_ops.mnist import models
 from mnist_ops.training import online
 
-AFTER_THE_STAGES = {
-    "flatten": (1600,),
-    "linear1": (128,),
-    "tanh3": (128,),
-    "linear2": (10,),
-    "log_softmax": (10,),
-}
-
 
 def shapes(model, size=32):
     """The shape after every layer, for one image."""
@@ -27,48 +19,25 @@ def shapes(model, size=32):
     return result
 
 
-def parameter_names(model):
-    order = ["conv1", "conv2", "linear1", "linear2"]
-    expected = [f"{name}.{kind}" for name in order for kind in ("weight", "bias")]
-    assert [name for name, _ in model.named_parameters()] == expected
-    return expected
-
-
-def saved_parameters(model):
-    """The names in a state, but for the constant kernels of its normalizations."""
-    return [name for name in model.state_dict() if not name.endswith(".kernel")]
-
-
-def test_original_network():
-    model = models.convnet()
+@pytest.mark.parametrize("fused", [True, False])
+def test_original_network(fused):
+    model = models.convnet(fused=fused)
     assert models.count_parameters(model) == 310_346
-    assert shapes(model) == {
-        "conv1": (64, 28, 28),
-        "stage1": (64, 14, 14),
-        "conv2": (64, 10, 10),
-        "stage2": (64, 5, 5),
-        **AFTER_THE_STAGES,
-    }
-    assert saved_parameters(model) == parameter_names(model)
-    assert {"stage1.kernel", "stage2.kernel"} <= model.state_dict().keys()
-
-
-def test_original_network_layer_by_layer():
-    model = models.convnet(fused=False)
-    assert models.count_parameters(model) == 310_346
-    assert shapes(model) == {
-        "conv1": (64, 28, 28),
-        "tanh1": (64, 28, 28),
-        "pool1": (64, 14, 14),
-        "norm1": (64, 14, 14),
-        "conv2": (64, 10, 10),
-        "tanh2": (64, 10, 10),
-        "pool2": (64, 5, 5),
-        "norm2": (64, 5, 5),
-        **AFTER_THE_STAGES,
-    }
-    assert saved_parameters(model) == parameter_names(model)
-    assert {"norm1.kernel", "norm2.kernel"} <= model.state_dict().keys()
+    stages = {"conv1": (64, 28, 28), "tanh1": (64, 28, 28), "pool1": (64, 14, 14),
+              "norm1": (64, 14, 14), "conv2": (64, 10, 10), "tanh2": (64, 10, 10),
+              "pool2": (64, 5, 5), "norm2": (64, 5, 5)}  # fmt: skip
+    if fused:
+        stages = {
+            n.replace("norm", "stage"): s for n, s in stages.items() if n[:4] in ("conv", "norm")
+        }
+    end = {"flatten": (1600,), "linear1": (128,), "tanh3": (128,), "linear2": (10,)}
+    assert shapes(model) == stages | end | {"log_softmax": (10,)}
+    order = [f"{name}.{kind}" for name in ("conv1", "conv2", "linear1", "linear2")
+             for kind in ("weight", "bias")]  # fmt: skip
+    assert [name for name, _ in model.named_parameters()] == order
+    # And the constant kernels of the normalizations.
+    kernels = {f"{'stage' if fused else 'norm'}{i}.kernel" for i in (1, 2)}
+    assert set(model.state_dict()) == {*order, *kernels}
 
 
 def test_original_layers():

@@ -95,6 +95,7 @@ def log_rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_first_2000_steps_of_the_original(original):
     splits = data.prepare()
     generator = torch7.start(seed=1)
@@ -783,6 +784,7 @@ class TestResume:
         setup.fit(2, folder=tmp_path, resume=True)
         assert torch.equal(setup.values(), straight.values())
 
+    @pytest.mark.slow
     def test_interrupted_in_the_middle(self, tmp_path):
         """Ctrl-C and a kill, in a process of its own, each in the middle of an epoch."""
         script = textwrap.dedent(
@@ -1063,6 +1065,7 @@ class TestResume:
         assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
+@pytest.mark.slow
 def test_wherever_new_tensors_go(tmp_path):
     """torch.set_default_device("meta"): what the library makes for itself says where it is."""
     code = textwrap.dedent(
