@@ -13,13 +13,13 @@ figures and statistics; the numbers that the reports printed are in :mod:`mnist_
 
 from __future__ import annotations
 
-import json
+import copy
+import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,7 @@ __all__ = [
     "train",
 ]
 
-_CONTENT: dict[str, Any] = json.loads(
-    (resources.files(__package__) / "experiments.json").read_text(encoding="utf-8")
-)
+_CONTENT: dict[str, Any] = reports.read("experiments.json")
 #: The scripts' default: ``optim.sgd`` with these options.
 SGD: dict[str, Any] = _CONTENT["optimizers"]["sgd"]
 
@@ -309,15 +307,12 @@ def select(names: Sequence[str]) -> list[Experiment]:
     Raises:
         ValueError: for an unknown name; the message suggests close ones.
     """
-    import difflib
-
-    known = EVERY
     for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known)
+        if name not in EVERY:
+            close = difflib.get_close_matches(name, EVERY)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"there is no experiment {name!r}{hint}")
-    return [known[name] for name in dict.fromkeys(names)]
+    return [EVERY[name] for name in dict.fromkeys(names)]
 
 
 @dataclass
@@ -331,15 +326,12 @@ class Parts:
     transform: Any
 
 
-def _optimizer(parameters: Sequence[Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    rest = {key: value for key, value in options.items() if key != "name"}
-    optimizer: torch.optim.Optimizer = _OPTIMIZERS[options["name"]](parameters, **rest)
+def _optimizer(parameters: Sequence[Tensor], name: str, **options: Any) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[name](parameters, **options)
     return optimizer
 
 
 def _transform(experiment: Experiment, generator: torch7.Generator) -> Any:
-    if not (experiment.rotation or experiment.noise or experiment.augmentation):
-        return None
     from ..mnist import transforms
 
     steps: list[Any] = []
@@ -349,7 +341,7 @@ def _transform(experiment: Experiment, generator: torch7.Generator) -> Any:
         steps.append(transforms.GaussianNoise(experiment.noise, generator))
     if experiment.augmentation:
         steps.append(transforms.RandomAffine(generator, **experiment.augmentation))
-    return steps[0] if len(steps) == 1 else transforms.Compose(*steps)
+    return transforms.Compose(*steps) if len(steps) > 1 else steps[0] if steps else None
 
 
 def build(
@@ -380,7 +372,7 @@ def build(
             parameters[0].view(-1)[perturbed_weight] += 1e-15
     return Parts(
         model,
-        {epoch: _optimizer(parameters, o) for epoch, o in experiment.optimizers.items()},
+        {epoch: _optimizer(parameters, **o) for epoch, o in experiment.optimizers.items()},
         generator,
         _CRITERIA[experiment.loss],
         _transform(experiment, generator),
@@ -407,14 +399,7 @@ def digits(
     They are computed once for the runs that follow each other. ``small`` and ``validation``: see
     :class:`Experiment`.
     """
-    kept = _digits(kernel, root, limit, small, validation, _stamp(root))
-    return replace(
-        kept,
-        train_images=kept.train_images.clone(),
-        train_labels=kept.train_labels.clone(),
-        test_images=kept.test_images.clone(),
-        test_labels=kept.test_labels.clone(),
-    )
+    return copy.deepcopy(_digits(kernel, root, limit, small, validation, _stamp(root)))
 
 
 def _stamp(root: str | None) -> Any:
@@ -490,15 +475,8 @@ def training_loop(
         The epochs' results and the trained network.
     """
     parts = build(experiment, seed, device, perturbed_weight)
-    folder_of_data = None if root is None else str(root)
-    splits = _digits(
-        experiment.data_kernel,
-        folder_of_data,
-        limit,
-        experiment.small,
-        experiment.validation,
-        _stamp(folder_of_data),
-    )
+    e, source = experiment, None if root is None else str(root)
+    splits = _digits(e.data_kernel, source, limit, e.small, e.validation, _stamp(source))
     run: dict[str, Any] = {"seed": seed, "limit": limit, "perturbed_weight": perturbed_weight}
     # What predictions from a checkpoint must normalise images with.
     if root is not None or experiment.small:

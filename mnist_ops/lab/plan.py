@@ -13,17 +13,16 @@ results and in the committed ones, see :func:`mnist_ops.lab.storage.merge`.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from . import experiments, records, runner, storage
 from .reports import counted
+from .reports import read as read_json
 
 __all__ = ["NAMES", "Step", "left", "pace", "read", "tasks"]
 
@@ -53,9 +52,7 @@ class Step:
     weights: int = 0
 
 
-_CONTENT: dict[str, Any] = json.loads(
-    (resources.files(__package__) / "plan.json").read_text(encoding="utf-8")
-)
+_CONTENT: dict[str, Any] = read_json("plan.json")
 #: The plans there are.
 NAMES: tuple[str, ...] = tuple(_CONTENT["plans"])
 

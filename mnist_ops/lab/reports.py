@@ -108,7 +108,7 @@ class Claim:
     note: str = ""
 
 
-def _read(name: str) -> Any:
+def read(name: str) -> Any:
     """One of the package's own files."""
     return json.loads((resources.files(__package__) / name).read_text(encoding="utf-8"))
 
@@ -123,7 +123,7 @@ def _claim(entry: dict[str, Any]) -> Claim:
     return Claim(**values)
 
 
-_CONTENT = _read("reports.json")
+_CONTENT = read("reports.json")
 
 #: Title, authors, date, repository and folder of both reports, under ``"1"`` and ``"2"``; under
 #: ``"starter"`` the scripts of the course that both began with.
@@ -144,7 +144,7 @@ EPOCH_SHIFT: dict[str, int] = {"3.5": 1}
 #: The logs that the authors of report 1 published: ``original`` and ``three_layer``, each with
 #: ``training`` and ``test``, one accuracy in % an epoch to five digits; ``original`` has confusion
 #: matrices of epochs 20 to 46 as well. ``source`` says where they come from.
-AUTHORS_LOGS: dict[str, Any] = _read("report1_logs.json")
+AUTHORS_LOGS: dict[str, Any] = read("report1_logs.json")
 
 #: Report 2's figures 1 and 2, ``FIGURES[figure][epoch] = (training, test)``: curves read off the
 #: published plots to about 0.01; ``None`` where they cannot be read. The legend of figure 2 is
@@ -172,4 +172,4 @@ TABLE_3_1: dict[int, tuple[float, float]] = {
 }
 
 #: Every claim by its name, in the order of the reports.
-CLAIMS: dict[str, Claim] = {entry["name"]: _claim(entry) for entry in _read("claims.json")}
+CLAIMS: dict[str, Claim] = {entry["name"]: _claim(entry) for entry in read("claims.json")}

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import training
-from ..mnist import data
+from ..mnist.data import DataError
 from ..training.loop import progress_bar
 from . import command_line, experiments, records, storage
 from .experiments import Experiment
@@ -206,14 +206,10 @@ def _describe(task: Task, identity: str, commit: str | None) -> dict[str, Any]:
     }
 
 
-def _digits(task: Task) -> data.Splits:
-    e = task.experiment
-    return experiments.digits(e.data_kernel, task.root, task.limit, e.small, e.validation)
-
-
 def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
     """The first layer's filters and the test digits that were most confidently wrong."""
-    digits = _digits(task)
+    e = task.experiment
+    digits = experiments.digits(e.data_kernel, task.root, task.limit, e.small, e.validation)
     parameter = next(model.parameters())
     outputs: list[Tensor] = []
     model.eval()
@@ -527,17 +523,17 @@ def run_all(
             f"{out} holds {len(there)} of these {len(todo)} runs already ({there[0]}): "
             "continue them with resume, or choose another folder"
         )
-    identities: dict[str | None, str | data.DataError] = {}
+    identities: dict[str | None, str | DataError] = {}
     for root in dict.fromkeys(task.root for task in todo):
         try:
             identities[root] = records.data_identity(root)
-        except data.DataError as error:
+        except DataError as error:
             identities[root] = error
     failures: list[str] = []
     left: list[_Job] = []
     for task in todo:
         identity = identities[task.root]
-        if isinstance(identity, data.DataError):
+        if isinstance(identity, DataError):
             failures.append(_failure(task, identity))
             continue
         record = known.get(task.folder(out))
