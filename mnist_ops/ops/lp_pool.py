@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any
@@ -114,7 +115,7 @@ def lp_pool2d(
         if average:
             raise ValueError(f"{op}: average is not offered with dilation or a padding by sides")
         input, places = lay_out(op, input, 2, dilation, places)
-    windows = check_windows(op, norm_type, *places, dtype=input.dtype)
+    windows = windows_for(op, norm_type, *places, input.dtype)
     check_fit(op, input, windows[1], windows[3])
     if average:
         p, kernel = windows[:2]
@@ -161,6 +162,17 @@ def check_windows(
     return p, kernel, steps, pads, bool(ceil_mode)
 
 
+_known_windows = functools.lru_cache(maxsize=256, typed=True)(check_windows)
+_PLAIN = frozenset((str, int, float, bool, type(None), torch.dtype))
+
+
+def windows_for(*arguments: Any) -> tuple[float, list[int], list[int], list[int], bool]:
+    """As :func:`check_windows`, once for plain numbers: it takes longer than a small pooling."""
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments)):
+        return check_windows(*arguments)
+    return _known_windows(*arguments)
+
+
 def check_norm_type(op: str, norm_type: Any, dtype: torch.dtype) -> float:
     """Refuse what is no p in the type that dtype is computed in; return it as operators take it."""
     p = check_number(op, "norm_type", norm_type)
@@ -195,6 +207,8 @@ def check_kernel_and_stride(
 
 def has_gaps(op: str, dilation: Any, dims: int) -> bool:
     """Whether the elements of a window are not neighbours."""
+    if type(dilation) is int and dilation == 1:
+        return False
     return any(gap != 1 for gap in sizes(op, "dilation", dilation, dims))
 
 
@@ -286,8 +300,8 @@ def pooled_size(
 def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> None:
     """Refuse windows that do not fit into a sequence, an image or a volume."""
     extent = input.shape[-len(kernel) :]
-    for d, size in enumerate(kernel):
-        if extent[d] + 2 * padding[d] < size:
+    for pixels, size, pad in zip(extent, kernel, padding, strict=True):
+        if pixels + 2 * pad < size:
             image = "an image of " if len(kernel) == 2 else ""
             raise ValueError(
                 f"{op}: kernel_size {tuple(kernel)} does not fit into {image}{tuple(extent)} with "

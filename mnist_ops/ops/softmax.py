@@ -164,18 +164,22 @@ def softmax_nll(
 
 
 def _check_target(op: str, input: Tensor, target: Tensor) -> None:
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if target.dtype is not torch.int64 and (
+        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+    ):
         raise TypeError(f"{op}: target must be integer class indices, got {target.dtype}")
-    if input.dim() == 0:
+    shape = tuple(input.shape)  # a slice of a torch.Size takes five times as long
+    if not shape:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[1:]
+    class_dim = min(1, len(shape) - 1)
+    expected = shape[:class_dim] + shape[class_dim + 1 :]
     if target.shape != expected:
         raise ValueError(
-            f"{op}: target must have the shape {tuple(expected)} for an input of "
-            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+            f"{op}: target must have the shape {expected} for an input of {shape}, "
+            f"got {tuple(target.shape)}"
         )
-    if input.shape[min(1, input.dim() - 1)] == 0:
-        raise ValueError(f"{op}: input has no classes, its shape is {tuple(input.shape)}")
+    if shape[class_dim] == 0:
+        raise ValueError(f"{op}: input has no classes, its shape is {shape}")
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:

@@ -24,7 +24,7 @@ from .local_norm import (
     refuse_kernel_gradient,
     refuse_kernel_tangent,
 )
-from .lp_pool import check_fit, check_windows, output_size
+from .lp_pool import check_fit, output_size, windows_for
 
 _ops = torch.ops.mnist_ops
 _stage2d = direct("stage2d")
@@ -95,7 +95,7 @@ def stage2d(
     op = "stage2d"
     check_images(op, input)
     check_activation(op, activation)
-    windows = check_windows(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
+    windows = windows_for(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
     check_fit(op, input, windows[1], windows[3])
     return _stage2d(input, kernel_beside(op, input, kernel), activation, *windows)
 
