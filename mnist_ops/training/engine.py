@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ Criterion = Callable[..., Tensor]
 class Engine(Protocol):
     """What runs the training steps. :func:`fit` hands it one chunk of an epoch at a time."""
 
-    description: str
+    @property
+    def description(self) -> str:
+        """What runs, in a line."""
 
     def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, ...]:
         """Train on ``images[order]``, one step per batch, in order.
@@ -146,7 +148,7 @@ class OptimizerEngine(online.OnlineSGD):
         optimizer: torch.optim.Optimizer,
         criterion: Callable[..., Tensor] = torch7.nll_loss,
         transform: Callable[[Tensor], Tensor] | None = None,
-        threads: int = 1,
+        threads: int | Literal["auto"] = 1,
     ) -> None:
         # A subclass may have overridden any part of the step.
         if type(optimizer) not in (SGD, AveragedSGD):
@@ -285,14 +287,13 @@ def choose_engine(
     criteria of :mod:`mnist_ops.torch7`, and a network of layers that it knows, on the CPU or on
     CUDA. ``images``, the training set, tell whether it knows them for images of that shape, too:
     PyTorch pools where it finds a window outside. The ``description`` says which one it is and, at
-    batch size 1, why not the compiled one. On the CPU it runs on one thread: a second one gains 1.6
-    to 1.8 times on two idle cores and loses ten times on busy ones;
-    ``fit(engine=OptimizerEngine(..., threads=2))`` asks for it.
+    batch size 1, why not the compiled one. On the CPU it runs with ``threads="auto"``: a second
+    thread gains 1.6 to 1.8 times on two idle cores and loses ten times on busy ones.
     """
     reason = ""
     if batch_size == 1:
         try:
-            compiled = OptimizerEngine(model, optimizer, criterion, transform)
+            compiled = OptimizerEngine(model, optimizer, criterion, transform, "auto")
             if images is not None:
                 # A transform is given images of the network's dtype.
                 sample = images[:1]

@@ -335,8 +335,9 @@ def fitting(
             the newest. The folder is locked meanwhile; what killed runs left half written in it
             is removed.
         resume: continue from ``folder``'s checkpoint. On the CPU with the same number of threads
-            the results are those of an uninterrupted run, bit for bit. Optimizers that were not yet
-            in charge may be others than those of the run that made it.
+            (of :class:`OnlineSGD` with any) the results are those of an uninterrupted run, bit for
+            bit. Optimizers that were not yet in charge may be others than those of the run that
+            made it.
         settings: what else defines the run (numbers, strings), kept in the checkpoint; resuming
             with other settings is refused, as it is with another network, dtype, criterion, batch
             size, transform module, with other data or other options of an optimizer.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import _libraries, torch7
 from .. import _torch_private as private
 from .. import nn as ops_nn
-from .. import torch7
 from ..ops._common import pair
 from ..ops.lp_pool import check_windows, has_sides
 from ..ops.softmax import check_beta
@@ -23,6 +23,63 @@ class UnsupportedError(ValueError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"OnlineSGD: {reason}; use the autograd loop (training.AutogradEngine)")
         self.reason = reason
+
+
+class Network(NamedTuple):
+    """A module as the engine takes it: the text, and the tensors that its lines take in turn."""
+
+    text: str
+    parameters: list[nn.Parameter]
+    kernels: list[Tensor]
+    dropouts: list[torch7.Dropout]
+
+
+def read(model: nn.Module) -> Network:
+    """Turn a module into the engine's text, and refuse what it cannot say."""
+    lines: list[str] = []
+    parameters: list[nn.Parameter] = []
+    kernels: list[Tensor] = []
+    dropouts: list[torch7.Dropout] = []
+    seen: set[int] = set()
+    dtype = next((p.dtype for p in model.parameters()), torch.float64)
+    for name, module in layers(model):
+        lines.append(f"{line(name, module, dtype)} {' '.join(name.split())}")
+        where = f"layer {name!r} ({type(module).__name__})"
+        for parameter_name, parameter in module.named_parameters():
+            if id(parameter) in seen:
+                raise UnsupportedError(f"{where} shares its {parameter_name} with another layer")
+            if not parameter.requires_grad:
+                raise UnsupportedError(f"{where} has a frozen {parameter_name}")
+            if parameter.device.type not in ("cpu", "cuda"):
+                raise UnsupportedError(
+                    f"{where} is on {parameter.device}, the engine runs on the CPU and on CUDA"
+                )
+            missing = _libraries.CUDA_MISSING
+            if not parameter.is_cuda:
+                missing = "the CPU's are not loaded" * (_libraries.CPU_CAPABILITY == "none")
+            if missing:
+                raise UnsupportedError(f"{where} is on {parameter.device}: {missing}")
+            if parameter.dtype not in (torch.float64, torch.float32):
+                raise UnsupportedError(f"{where} is {parameter.dtype}, not float64 or float32")
+            seen.add(id(parameter))
+            parameters.append(parameter)
+        if type(module) is ops_nn.SubtractiveNorm2d:
+            kernels.append(module.kernel)
+        if isinstance(module, torch7.Dropout) and module.p > 0:
+            dropouts.append(module)
+    if not parameters:
+        raise UnsupportedError("the network has no parameters")
+    devices = {tensor.device for tensor in (*parameters, *kernels)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedError(f"the network must be on one device, got {names}")
+    dtypes = {parameter.dtype for parameter in parameters}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise UnsupportedError(f"the parameters must have one dtype, got {names}")
+    if len({id(module.generator) for module in dropouts}) > 1:
+        raise UnsupportedError("the Dropout layers must draw from one generator")
+    return Network("\n".join(lines), parameters, kernels, dropouts)
 
 
 def layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

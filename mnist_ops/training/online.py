@@ -16,18 +16,17 @@ or several modules of one shape side by side::
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import _libraries, torch7
 from .. import _torch_private as private
-from .. import nn as ops_nn
 from ..ops._common import check_finite, check_integer
-from .network_text import UnsupportedError, layers, line
+from .network_text import UnsupportedError, read
 
 __all__ = ["OnlineSGD", "UnsupportedError"]
 
@@ -35,6 +34,9 @@ LOSSES = ("nll", "multi_margin", "mse")
 
 # Dropout's random numbers are drawn for a piece of a run at a time: at most this many.
 _NUMBERS_AT_ONCE = 1 << 21
+
+# How often, and with how many steps each time, threads="auto" times one thread and all of them.
+_TRIALS, _TRIAL_STEPS = 3, 16
 
 
 class OnlineSGD:
@@ -79,11 +81,11 @@ class OnlineSGD:
         momentum: m.
         dampening: d, equal to ``momentum`` unless given, as in Torch7.
         nesterov: needs ``momentum > 0`` and ``dampening=0``.
-        threads: how many threads of PyTorch's pool may share the work of a sample on the CPU. The
-            results do not depend on it.
+        threads: how many threads of PyTorch's pool may share the work of a sample on the CPU;
+            ``"auto"``: one or all of them, whichever is faster when the first images come (a second
+            thread gains on an idle core and loses on a busy one). The results do not depend on it.
 
     Attributes:
-        description: what runs, in a line.
         steps: samples used so far.
         velocities: one tensor for each parameter, or an empty list without momentum or before the
             first step; with a list of models, see ``engines``.
@@ -119,7 +121,7 @@ class OnlineSGD:
         momentum: float = 0.0,
         dampening: float | None = None,
         nesterov: bool = False,
-        threads: int = 1,
+        threads: int | Literal["auto"] = 1,
     ) -> None:
         self.engines: list[OnlineSGD] = []
         if isinstance(model, (list, tuple)):
@@ -147,25 +149,23 @@ class OnlineSGD:
                 "OnlineSGD: nesterov needs momentum > 0 and dampening 0, "
                 f"got momentum {momentum} and dampening {dampening}"
             )
-        threads = check_integer("OnlineSGD", "threads", threads, 1)
+        if threads != "auto":
+            if isinstance(threads, str):
+                raise TypeError(f"OnlineSGD: threads must be an int or 'auto', got {threads!r}")
+            threads = check_integer("OnlineSGD", "threads", threads, 1)
         self.model = model
         self.loss = loss
         self.nesterov = bool(nesterov)
-        self.threads = threads
+        self.threads: int | Literal["auto"] = threads
         self.steps = 0
         self.velocities: list[Tensor] = []
         # The operator that runs several models, and this one as one of them; None: the CPU's.
         self._operator: Any = None
         self._placed: dict[str, tuple[Any, object, Tensor]] = {}
-        self._read_model()
+        self._network, self._parameters, self._kernels, self._dropouts = read(model)
         self._device = self._parameters[0].device
-        dtype = str(self._parameters[0].dtype).removeprefix("torch.")
         if self._device.type == "cuda":
             self._operator = torch.ops.mnist_ops.online_sgd_models
-            how = f"{self._device}, persistent kernel"
-        else:
-            how = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-        self.description = f"compiled online SGD, {dtype}, {how}, batch size 1"
 
     def _start_several(
         self, models: Sequence[nn.Module], loss: str, rates: dict[str, Any], others: tuple[Any, ...]
@@ -222,9 +222,8 @@ class OnlineSGD:
                     "device, loss or kind of momentum"
                 )
         self.model = nn.ModuleList([engine.model for engine in self.engines])
-        self.loss, self.threads, self.nesterov = first.loss, first.threads, first.nesterov
+        self.loss, self.nesterov = first.loss, first.nesterov
         self.momentum, self.dampening = first.momentum, first.dampening
-        self.description = f"{first.description}, {len(self.engines)} models at once"
 
     def _layout(self) -> tuple[Any, ...]:
         """What models that run together must have in common."""
@@ -232,6 +231,20 @@ class OnlineSGD:
         shapes = tuple(tuple(parameter.shape) for parameter in self._parameters)
         where = self._parameters[0].dtype, self._device
         return self._network, shapes, kernels, *where, self.loss, self.nesterov, self.momentum > 0
+
+    @property
+    def description(self) -> str:
+        """What runs, in a line."""
+        if self.engines:
+            return f"{self.engines[0].description}, {len(self.engines)} models at once"
+        if self._device.type == "cuda":
+            how = f"{self._device}, persistent kernel"
+        elif self.threads == "auto":
+            how = f"cpu, 1 or {torch.get_num_threads()} threads"
+        else:
+            how = f"cpu, {self.threads} thread{'s' if self.threads != 1 else ''}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"compiled online SGD, {dtype}, {how}, batch size 1"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,55 +260,6 @@ class OnlineSGD:
         """
         engine = self.engines[0] if self.engines else self
         return 200 if engine._operator is None else 2000
-
-    def _read_model(self) -> None:
-        """Turn the module into the engine's text, and refuse what it cannot say."""
-        lines: list[str] = []
-        self._parameters: list[nn.Parameter] = []
-        self._kernels: list[Tensor] = []
-        self._dropouts: list[torch7.Dropout] = []
-        seen: set[int] = set()
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float64)
-        for name, module in layers(self.model):
-            lines.append(f"{line(name, module, dtype)} {' '.join(name.split())}")
-            for parameter_name, parameter in module.named_parameters():
-                where = f"layer {name!r} ({type(module).__name__})"
-                if id(parameter) in seen:
-                    raise UnsupportedError(
-                        f"{where} shares its {parameter_name} with another layer"
-                    )
-                if not parameter.requires_grad:
-                    raise UnsupportedError(f"{where} has a frozen {parameter_name}")
-                if parameter.device.type not in ("cpu", "cuda"):
-                    raise UnsupportedError(
-                        f"{where} is on {parameter.device}, the engine runs on the CPU and on CUDA"
-                    )
-                missing = _libraries.CUDA_MISSING
-                if not parameter.is_cuda:
-                    missing = "the CPU's are not loaded" * (_libraries.CPU_CAPABILITY == "none")
-                if missing:
-                    raise UnsupportedError(f"{where} is on {parameter.device}: {missing}")
-                if parameter.dtype not in (torch.float64, torch.float32):
-                    raise UnsupportedError(f"{where} is {parameter.dtype}, not float64 or float32")
-                seen.add(id(parameter))
-                self._parameters.append(parameter)
-            if type(module) is ops_nn.SubtractiveNorm2d:
-                self._kernels.append(module.kernel)
-            if isinstance(module, torch7.Dropout) and module.p > 0:
-                self._dropouts.append(module)
-        if not self._parameters:
-            raise UnsupportedError("the network has no parameters")
-        devices = {tensor.device for tensor in (*self._parameters, *self._kernels)}
-        if len(devices) > 1:
-            names = ", ".join(sorted(map(str, devices)))
-            raise UnsupportedError(f"the network must be on one device, got {names}")
-        dtypes = {parameter.dtype for parameter in self._parameters}
-        if len(dtypes) > 1:
-            names = ", ".join(sorted(map(str, dtypes)))
-            raise UnsupportedError(f"the parameters must have one dtype, got {names}")
-        if len({id(module.generator) for module in self._dropouts}) > 1:
-            raise UnsupportedError("the Dropout layers must draw from one generator")
-        self._network = "\n".join(lines)
 
     def run(self, images: Tensor, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Train on ``images[order]``, one step per sample, in order.
@@ -335,6 +299,8 @@ class OnlineSGD:
         if engines[0]._operator is not None:
             images = engines[0]._place("images", images)
             labels = engines[0]._place("labels", labels)
+        if images.dim() >= 2 and len(images) and order.numel():
+            self._choose_threads(images)
         nothing = torch.empty(0, dtype=torch.float64, device="cpu")
         if not engines[0]._dropouts or order.dim() not in (1, 2) or images.dim() < 2:
             return self._run(images, labels, order, nothing)
@@ -382,7 +348,8 @@ class OnlineSGD:
     def check(self, images: Tensor) -> None:
         """See whether the network can run on such images, as :meth:`run` would find out.
 
-        A run plans every layer for the images' shape. This plans one of no steps; nothing changes.
+        A run plans every layer for the images' shape. This plans one of no steps; nothing changes,
+        but that ``threads="auto"`` makes its choice.
 
         Raises:
             UnsupportedError: if it cannot; PyTorch may run such a network nevertheless.
@@ -399,6 +366,33 @@ class OnlineSGD:
             self._run(sample.to(device), labels.to(device), order, uniform)
         except RuntimeError as error:
             raise UnsupportedError(str(error).splitlines()[0]) from None
+        if count:
+            self._choose_threads(sample)
+
+    def _choose_threads(self, images: Tensor) -> None:
+        """Settle on one thread or all of them: time both on images like these, on a copy."""
+        for engine in self.engines or [self]:
+            if engine.threads != "auto":
+                continue
+            every = torch.get_num_threads()
+            engine.threads = 1
+            if every > 1 and engine._operator is None:
+                times: dict[int, list[float]] = {1: [], every: []}
+                for _ in range(_TRIALS):
+                    for threads, seconds in times.items():
+                        seconds.append(engine._time_steps(images, threads))
+                engine.threads = 1 if min(times[1]) <= min(times[every]) else every
+
+    def _time_steps(self, images: Tensor, threads: int) -> float:
+        """The seconds that a few steps take; they are made on copies and change nothing."""
+        numbers = self._numbers_per_sample(images) if self._dropouts else 0
+        order = torch.zeros(_TRIAL_STEPS, dtype=torch.int64, device="cpu")
+        uniform = torch.zeros(_TRIAL_STEPS * numbers, dtype=torch.float64, device="cpu")
+        copies = [parameter.detach().clone() for parameter in self._parameters]
+        velocities = [torch.zeros_like(copy) for copy in copies] if self.momentum else []
+        before = time.perf_counter()
+        self._call(copies, velocities, images[:1], order[:1], order, uniform, threads)
+        return time.perf_counter() - before
 
     def _place(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor on the network's device; a copy is kept for the next call."""
@@ -423,30 +417,32 @@ class OnlineSGD:
             return (losses, predictions) if self.engines else (losses[0], predictions[0])
         if self.engines:
             return _run_in_turn(engines, images, labels, order, uniform)
-        started = bool(self.velocities)
         velocities = self._next_velocities()
-        with torch.no_grad():
-            result = torch.ops.mnist_ops.online_sgd(
-                [parameter.detach() for parameter in self._parameters],
-                velocities,
-                self._network,
-                self._kernels,
-                images,
-                labels,
-                order,
-                uniform,
-                LOSSES.index(self.loss),
-                self.steps,
-                self.lr,
-                self.lr_decay,
-                self.weight_decay,
-                self.momentum,
-                self.dampening,
-                self.nesterov,
-                started,
-                self.threads,
-            )
+        parameters = [parameter.detach() for parameter in self._parameters]
+        threads = 1 if isinstance(self.threads, str) else self.threads  # without steps: any number
+        result = self._call(parameters, velocities, images, labels, order, uniform, threads)
         self._advance(velocities, len(order))
+        return result
+
+    def _call(
+        self,
+        parameters: list[Tensor],
+        velocities: list[Tensor],
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        uniform: Tensor,
+        threads: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Call the CPU's operator."""
+        rates = self.lr, self.lr_decay, self.weight_decay, self.momentum, self.dampening
+        data = images, labels, order, uniform, LOSSES.index(self.loss), self.steps
+        started = bool(self.velocities)
+        with torch.no_grad():
+            result: tuple[Tensor, Tensor] = torch.ops.mnist_ops.online_sgd(
+                *(parameters, velocities, self._network, self._kernels),
+                *(*data, *rates, self.nesterov, started, threads),
+            )
         return result
 
     def _next_velocities(self) -> list[Tensor]:
@@ -473,13 +469,15 @@ class OnlineSGD:
             module.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
             for module in self._dropouts
         ]
+        modes = [(module, module.training) for module in self.model.modules()]
         parameter = self._parameters[0]
         sample = parameter.new_zeros((1, *images.shape[1:]), requires_grad=False)
         try:
             with torch.no_grad():
                 self.model.eval()(sample)  # in evaluation mode nothing is drawn
         finally:
-            self.model.train()
+            for module, training in modes:
+                module.training = training
             for handle in handles:
                 handle.remove()
         return sum(counts)

@@ -980,6 +980,7 @@ def test_shared_layers_are_refused():
         ({"nesterov": True}, ValueError, "nesterov needs momentum > 0 and dampening 0"),
         ({"threads": 0}, ValueError, "threads must be >= 1, got 0"),
         ({"threads": 1.5}, TypeError, "threads must be an int"),
+        ({"threads": "all"}, TypeError, "threads must be an int or 'auto', got 'all'"),
     ],
     ids=str,
 )
@@ -1166,6 +1167,57 @@ def test_what_a_subclass_overrides_is_done(kind, part):
         assert isinstance(engine, OptimizerEngine) == changes
         engine.run(images, labels, torch.arange(2))
         assert torch.equal(values(model), before) != changes
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_the_faster_number_of_threads_is_taken(monkeypatch, faster, several, checked):
+    """And changes nothing: the trials are made on copies, and any number gives the same bits."""
+    images, labels = samples(1, 20, 20, classes=10)
+    order = torch.randint(0, 20, (40,))
+    tried = []
+    really = OnlineSGD._time_steps
+
+    def time_steps(self, images, threads):
+        tried.append(threads)
+        assert really(self, images, threads) > 0
+        return 1.0 if threads == faster else 2.0
+
+    monkeypatch.setattr(OnlineSGD, "_time_steps", time_steps)
+    results = []
+    for threads in (1, "auto"):
+        model, generator, _ = chunked_setup()
+        model.eval()
+        one = OnlineSGD(model, lr=0.02, momentum=0.5, threads=threads)
+        engine = OnlineSGD.of_engines([one]) if several else one
+        torch.set_num_threads(2)
+        try:
+            if threads == "auto":
+                assert "cpu, 1 or 2 threads, batch size 1" in engine.description
+                if checked:
+                    engine.check(images)
+                    assert one.threads == faster and not model.training
+            losses, classes = engine.run(images, labels, order)
+        finally:
+            torch.set_num_threads(1)
+        words = torch.from_numpy(generator.random32(3).astype(float))
+        results.append((losses, classes, values(model), words, one.steps))
+        results[-1] += tuple(one.velocities)
+    assert one.threads == faster and set(tried) == {1, 2}
+    plural = "s" * (faster > 1)
+    assert f"float64, cpu, {faster} thread{plural}, batch size 1" in engine.description
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
+
+
+def test_one_thread_is_not_timed(monkeypatch):
+    monkeypatch.setattr(OnlineSGD, "_time_steps", lambda *_: pytest.fail("timed"))
+    model, sgd, _ = fit_setup()
+    images, labels = samples(1, 16, 16, classes=10)
+    engine = training.choose_engine(model, sgd, images=images)
+    assert "cpu, 1 thread, batch size 1" in engine.description
+    engine.run(images, labels, torch.arange(2))
 
 
 @pytest.mark.parametrize("several", [False, True])
