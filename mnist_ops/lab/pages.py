@@ -13,10 +13,12 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..training import write_atomically, write_text
 from . import derivations, experiments, figures, markdown, records, reports, statistics, tables
@@ -48,7 +50,8 @@ def _spread(sample: Sample | None) -> str:
     return f"{sample.mean:.2f} ± {sample.sd:.2f} ({sample.n})"
 
 
-def _mean(sample: Sample) -> str:
+def _mean(values: Sequence[float]) -> str:
+    sample = statistics.mean_sd(values)
     return _spread(sample) if sample.n > 1 else cut(sample.mean)
 
 
@@ -187,8 +190,7 @@ class Report:
                 [statistics.metric(run, metric, first, last) for run in self.of(name, last)]
                 for metric, first in (("train", last), ("test", last), ("best test", 1))
             ]
-            shown = [_mean(statistics.mean_sd(x)) for x in values]
-            rows.append([f"`{name}`", str(len(values[0])), str(last), *shown])
+            rows.append([f"`{name}`", str(len(values[0])), str(last), *map(_mean, values)])
         head = ["experiment", "seeds", "epoch", "training %", "test %", "best test % until then"]
         parts = [markdown.table(head, rows), f"Not run: {', '.join(missing)}." * bool(missing)]
         return "\n\n".join(filter(None, parts))
@@ -395,16 +397,15 @@ class Report:
         rows = []
         for name, last, printed in (("rotation-0.2", 44, "99.57"), (_ALL, 108, "99.63")):
             best = [statistics.metric(run, "best test", 1, last) for run in self.of(name, last)]
-            here = _mean(statistics.mean_sd(best)) if best else f"not run for {last} epochs yet"
+            here = _mean(best) if best else f"not run for {last} epochs yet"
             rows.append((f"`{name}`, best test of {last} epochs", f"{printed} %", here))
         if near := min(self._nearest(), key=lambda row: float(row[-1]), default=None):
             data, split, epoch, *means, _ = near
             here = f"nearest: {' / '.join(means)} ({data}, {split}, epoch {epoch})"
             rows.append(("batch size 32 / 64 / 128", "78 / 60 / 45 %", here))
-        found = self._grid()
-        if found:
-            name = min(found, key=lambda one: abs(found[one].mean - 30))
-            here = f"nearest: {found[name].mean:.1f} % (`{name}`)"
+        if found := self._grid():
+            name, nearest = min(found.items(), key=lambda one: abs(float(np.mean(one[1])) - 30))
+            here = f"nearest: {np.mean(nearest):.1f} % (`{name}`)"
             rows.append(("momentum and learning rate", "around 30 %", here))
         return rows
 
@@ -412,12 +413,11 @@ class Report:
         """Of a data set: mean accuracy by split, epoch and size, as far as all runs go."""
         chosen = [self.of(pattern.format(size)) for size in _SIZES]
         last = min(min((len(run["epochs"]) for run in runs), default=0) for runs in chosen)
-
-        def mean(runs: list[Run], epoch: int, key: str) -> float:
-            return statistics.mean_sd([run["epochs"][epoch][key] for run in runs]).mean
-
         return {
-            split: [[mean(runs, e, key) for runs in chosen] for e in range(last)]
+            split: [
+                [float(np.mean([run["epochs"][e][key] for run in runs])) for runs in chosen]
+                for e in range(last)
+            ]
             for split, key in tables.SPLITS.items()
         }
 
@@ -445,45 +445,36 @@ class Report:
     def small_sizes(self) -> str:
         """The batch sizes on the small set, epoch by epoch."""
         patterns = [pattern for pattern in _SETS.values() if pattern.startswith("small")]
-        names = [pattern.format(size) for pattern in patterns for size in _SIZES]
-        by_epoch = [
-            list(zip(*self._size_means(pattern).values(), strict=True)) for pattern in patterns
-        ]
-        rows = [
-            [str(e)]
-            + [
-                f"{train:.0f} / {test:.0f}"
-                for splits in sets
-                for train, test in zip(*splits, strict=True)
-            ]
-            for e, sets in enumerate(zip(*by_epoch, strict=False), 1)
-        ]
-        head = ["epoch", *(f"`{name}`" for name in names)]
+        rows = []
+        for e, sets in enumerate(zip(*(self._by_epoch(p) for p in patterns), strict=False), 1):
+            pairs = [pair for means in sets for pair in zip(*means, strict=True)]
+            rows.append([str(e), *(f"{train:.0f} / {test:.0f}" for train, test in pairs)])
+        head = ["epoch", *(f"`{p.format(size)}`" for p in patterns for size in _SIZES)]
         return markdown.table(head, rows, "The small set epoch by epoch: training / test in %")
 
-    def _grid(self) -> dict[str, Sample]:
+    def _by_epoch(self, pattern: str) -> Iterable[tuple[list[float], ...]]:
+        return zip(*self._size_means(pattern).values(), strict=True)
+
+    def _grid(self) -> dict[str, list[float]]:
         """Test accuracy of the momenta and learning rates on the small set."""
         found = {}
         for name in experiments.EXPERIMENTS:
             if name.startswith("small-momentum-") and (runs := self.of(name)):
                 last = min(len(run["epochs"]) for run in runs)
-                values = [statistics.metric(run, "test", last, last) for run in runs]
-                found[name] = statistics.mean_sd(values)
+                found[name] = [statistics.metric(run, "test", last, last) for run in runs]
         return found
 
     def momentum_grid(self, words: str) -> str:
         """The same as a table, momenta by learning rates."""
-        found, start = self._grid(), "small-momentum-"
-        split = [name.removeprefix("small-momentum-").rpartition("-lr-") for name in found]
-        rates = list(dict.fromkeys(rate for *_, rate in split))
-        rows = [
-            [momentum.replace("-", ", ")]
-            + [
-                _mean(found[one]) if (one := f"{start}{momentum}-lr-{rate}") in found else "–"
-                for rate in rates
-            ]
-            for momentum in dict.fromkeys(momentum for momentum, *_ in split)
-        ]
+        found = {
+            tuple(name.removeprefix("small-momentum-").rsplit("-lr-", 1)): values
+            for name, values in self._grid().items()
+        }
+        rates = list(dict.fromkeys(rate for _, rate in found))
+        rows = []
+        for momentum in dict.fromkeys(momentum for momentum, _ in found):
+            there = [found.get((momentum, rate)) for rate in rates]
+            rows.append([momentum.replace("-", ", "), *(_mean(x) if x else "–" for x in there)])
         head = ["momentum", *(f"learning rate {rate}" for rate in rates)]
         return f"{words}\n\n{markdown.table(head, rows)}" if rows else ""
 

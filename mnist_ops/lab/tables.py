@@ -149,16 +149,12 @@ def candidates(column: Experiment, runs: Sequence[Run]) -> list[tuple[Experiment
 
     Distance is counted in % of the images of both splits. Guesses not run come last, empty.
     """
-    printed = {1: column.reported[1]}
     rows = []
     for guess in CANDIDATES[column.name]:
-        cells = list(_cells(guess.title, guess.name, printed, runs))
-        far = [
-            100 * abs(c.images) / images_of(c.run, c.split)
-            for c in cells
-            if c.run and c.images is not None
-        ]
-        rows.append((sum(far) if far else math.inf, guess, cells if far else []))
+        cells = list(_cells(guess.title, guess.name, {1: column.reported[1]}, runs))
+        known = [c for c in cells if c.run and c.images is not None]
+        far = sum(100 * abs(c.images or 0) / images_of(c.run or {}, c.split) for c in known)
+        rows.append((far if known else math.inf, guess, cells if known else []))
     return [(guess, cells) for _, guess, cells in sorted(rows, key=lambda row: row[0])]
 
 
@@ -184,13 +180,12 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
     log = reports.AUTHORS_LOGS[name.replace("-", "_")]
     full = [run for run in statistics.usable(results["runs"]) if records.of_mnist(run)]
     longest = max((len(run["epochs"]) for run in full if run["experiment"] == name), default=0)
-    run = statistics.by_seed(full, name, min(longest, len(log["test"]))).get(1)
-    if run is None:
-        run = statistics.by_seed(full, name).get(1)
+    reach = min(longest, len(log["test"]))
+    run = statistics.by_seed(full, name, reach).get(1) or statistics.by_seed(full, name).get(1)
     if run is None:
         return None
-    rows = [r for r in spread(results) if (r["experiment"], r["seed"]) == (name, 1)]
-    rows = [row for row in rows if row["dtype"] == run["dtype"]]
+    same = name, run["dtype"], 1
+    rows = [r for r in spread(results) if (r["experiment"], r["dtype"], r["seed"]) == same]
     apart, inside = {}, {}
     for split, key in SPLITS.items():
         total = images_of(run, split)
@@ -216,20 +211,18 @@ def confusion_cells(run: Run) -> dict[str, tuple[int, int, list[str]]]:
     logged = reports.AUTHORS_LOGS["original"]["confusion"]["epochs"]
     found = {}
     for split, key in (("training", "train_confusion"), ("test", "confusion")):
-        equal, total, others = 0, 0, []
+        total, others = 0, []
         for number, entry in logged.items():
-            there = int(number) <= len(run["epochs"])
-            epoch: Mapping[str, Any] = run["epochs"][int(number) - 1] if there else {}
-            ours: Any = epoch.get(key)
-            theirs = entry[split]
-            for i, j in itertools.product(range(10), range(10)) if ours else ():
+            if int(number) > len(run["epochs"]) or key not in run["epochs"][int(number) - 1]:
+                continue
+            ours, theirs = run["epochs"][int(number) - 1][key], entry[split]
+            for i, j in itertools.product(range(10), range(10)):
                 total += 1
-                equal += ours[i][j] == theirs[i][j]
                 if ours[i][j] != theirs[i][j]:
                     where = f"epoch {number}, {split}, {i} as {j}"
                     others.append(f"{where}: {ours[i][j]}, in the log {theirs[i][j]}")
         if total:
-            found[split] = equal, total, others
+            found[split] = total - len(others), total, others
     return found
 
 
