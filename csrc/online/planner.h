@@ -15,10 +15,7 @@
 #pragma once
 
 #include "network_text.h"
-#include "program.h"
-
-#include <algorithm>
-#include <array>
+#include "tiling.h"
 
 namespace mnist_ops::online {
 
@@ -28,7 +25,7 @@ struct Program {
   int64_t parameter_elements = 0;   // of all parameters, aligned
   int64_t workspace = 0;            // elements for one model, velocities not counted
   int32_t phases = 0;
-  int64_t memory = kScratch;  // that a block needs, in numbers
+  int64_t memory = 0;  // that a block needs, in numbers
 
   struct Kernel {  // of a normalization, to be prepared before the first step
     int64_t index;
@@ -43,7 +40,7 @@ class Planner {
   // of a block; memory: the numbers that a block can have in its own memory.
   Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
           const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory)
-      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), memory_(memory) {
+      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), tiling_(threads, memory) {
     for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
     program_.parameter_elements = program_.workspace;
   }
@@ -58,6 +55,7 @@ class Planner {
     // Backward in the reverse order; what was recorded for each layer knows its buffers.
     for (std::size_t s = steps_.size(); s-- > 0;) backward(s);
     while (!ready_.empty()) end_level();
+    program_.memory = tiling_.taken();
     return program_;
   }
 
@@ -88,9 +86,14 @@ class Planner {
     return offset;
   }
 
-  static int32_t narrow(int64_t n) { return static_cast<int32_t>(n); }
-  static int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
   int32_t warps() const { return threads_ / 32; }
+
+  // For a phase, or the head of one.
+  template <typename P>
+  void set_parameters(P& p, const LayerSpec& layer) const {
+    p.weight = program_.parameters[layer.weight];
+    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+  }
 
   const LayerSpec* peek(std::size_t i) const {
     return i < spec_.layers.size() ? &spec_.layers[i] : nullptr;
@@ -196,129 +199,22 @@ class Planner {
 
   // ---------------------------------------------------------------------------------- convolution
 
-  // Whether a phase has so many numbers of a block's memory, which it then gets.
-  bool take_memory(int64_t numbers) {
-    if (numbers > memory_) return false;
-    program_.memory = std::max(program_.memory, numbers);
-    return true;
-  }
-
-  // Tiles a convolution, or its input's gradient, if its sizes allow it.
-  bool tile_convolution(Phase& p) {
-    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
-    if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
-    const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
-    const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
-    TilePlan best;
-    int64_t best_work = 0;
-    for (const auto& [segment, group] : {std::array{5, 3}, std::array{5, 4}, std::array{7, 4}}) {
-      TilePlan t;
-      t.group = group, t.segment = segment;
-      const int32_t segments = ceil_div(p.OW, segment);
-      t.width = segments * segment + kTile - 1;
-      // Two output channels of four, or all of three, are a warp's.
-      t.parts = chunks * 2 * segments * (group == 4 ? 2 : 1) < warps() ? 2 : 1;
-      const int64_t weights =
-          p.flip ? int64_t{p.C} * odd(narrow(group * taps)) : group * p.C * taps;
-      const int64_t sums = int64_t{t.parts} * chunks * 2 * segments * segment * group;
-      const int64_t numbers =
-          (kTile + 1) * int64_t{t.width} * p.C + (weights + 3) / 4 * 4 + sums + group;
-      if (numbers + planes > memory_) continue;
-      t.memory = narrow(numbers);
-      // What the busiest block of a device with enough of them has to do.
-      const int64_t rounds = ceil_div(int64_t{pairs} * ceil_div(p.O, group), kWantedTasks);
-      const int64_t work = rounds * group * segments * segment;
-      if (best.group == 0 || work < best_work) best = t, best_work = work;
-    }
-    if (best.group == 0 || !take_memory(best.memory + planes)) return false;
-    p.split = 1;
-    p.tile = best;
-    p.tasks = pairs * ceil_div(p.O, best.group);
-    return true;
-  }
-
-  // Tiles a convolution's update: with all input channels a task, unless that leaves the device
-  // with few of them.
-  bool tile_update(Phase& p) {
-    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
-    if (p.C > 4096 || p.OW > 4096) return false;
-    const int64_t planes = mean_numbers(p.local.blur);
-    const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
-    for (int32_t n = chunks; n > 0; --n) {  // of a task
-      if (chunks % n != 0 || (n > 1 && int64_t{p.O} * chunks / n < kWantedTasks / 2)) continue;
-      TilePlan t;
-      t.group = n * kTileLanes;
-      t.width = columns + kTile - 1;
-      t.parts = std::max(1, std::min(p.OH, 2 * warps() / (kTile * n)));
-      const int64_t numbers = int64_t{p.H} * t.width * t.group + int64_t{p.OH} * columns +
-                              int64_t{t.parts} * n * kTile * kTile * (kTileLanes + 1);
-      if (!take_memory(numbers + planes)) continue;
-      t.memory = narrow(numbers);
-      p.tile = t;
-      p.tasks = p.O * (chunks / n);
-      return true;
-    }
-    return false;
-  }
-
-  // The same for few input channels, which a block holds at once, all tasks an output channel each.
-  bool tile_first_update(Phase& p) {
-    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C > 8) return false;
-    TilePlan t;
-    t.group = p.C;
-    t.width = p.W + 2 * p.padding_w;
-    t.parts = warps();
-    const int64_t numbers = (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C +
-                            int64_t{p.OH} * p.OW + int64_t{t.parts} * kTileLanes;
-    if (p.OW > 4096 || !take_memory(numbers + mean_numbers(p.local.blur))) return false;
-    t.memory = narrow(numbers);
-    p.tile = t;
-    return true;
-  }
-
-  // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels.
-  bool tile_first_convolution(Phase& p) {
-    if (p.C > 8 || p.flip) return false;
-    const Tiles tiles = tiles_of(p.OH, p.OW);
-    TilePlan t;
-    const int32_t lanes = (p.O + kTileLanes - 1) / kTileLanes * kTileLanes;
-    t.group = ceil_div(tiles.count, kWantedTasks);
-    t.width = p.W + 2 * p.padding_w;
-    const int64_t numbers = int64_t{p.O} * odd(p.C * p.kernel_h * p.kernel_w) +
-                            (int64_t{p.H} + 2 * p.padding_h) * t.width * p.C + p.O +
-                            int64_t{t.group} * (4 * p.O + lanes / kTileLanes);
-    if (p.O > 4096 || !take_memory(numbers + mean_numbers(p.blur))) return false;
-    t.memory = narrow(numbers);
-    p.split = 0;
-    p.tile = t;
-    p.tasks = ceil_div(tiles.count, t.group);
-    return true;
-  }
-
-  // Sets how a convolution's work is shared out.
-  void share_convolution(Phase& p) {
-    if (tile_first_convolution(p) || tile_convolution(p)) return;
-    const Tiles tiles = tiles_of(p.OH, p.OW);
-    p.split = 1;
-    p.staged = int64_t{p.C} * odd(p.kernel_h * p.kernel_w) + mean_numbers(p.blur) <= kScratch - 64;
-    // Enough tasks for a large device and no more: each copies its weights first.
-    const int32_t chunks = std::min(tiles.count, ceil_div(kWantedTasks, p.O));
-    p.per_task = ceil_div(tiles.count, chunks);
-    p.tasks = p.O * ceil_div(tiles.count, p.per_task);
-  }
-
-  void forward_convolution(std::size_t i) {
-    const LayerSpec& layer = spec_.layers[i];
-    Step s{&layer, value_, {}};
+  Phase convolution_phase(Op op, const LayerSpec& layer) const {
     Phase p;
-    p.op = Op::kConvolution;
+    p.op = op;
     p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
     p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
     const ConvolutionOptions& o = layer.convolution;
     p.kernel_h = narrow(o.kernel_h), p.kernel_w = narrow(o.kernel_w);
     p.padding_h = narrow(o.padding_h), p.padding_w = narrow(o.padding_w);
-    p.weight = program_.parameters[layer.weight];
-    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    set_parameters(p, layer);
+    return p;
+  }
+
+  void forward_convolution(std::size_t i) {
+    const LayerSpec& layer = spec_.layers[i];
+    Step s{&layer, value_, {}};
+    Phase p = convolution_phase(Op::kConvolution, layer);
     p.x = value_.value;
     emit_mean(value_.blur, value_.value);
     p.blur = value_.blur;
@@ -332,7 +228,7 @@ class Planner {
     s.norm = take_norm();
     p.activation = activation_of(s.activation);
     p.y = s.y = allocate(layer.out.numel());
-    share_convolution(p);
+    tiling_.share_convolution(p);
     s.out = {s.y, allocate(layer.out.numel()), {}};
     if (s.pool != nullptr) {
       p.fused_pool = 1;
@@ -400,16 +296,7 @@ class Planner {
     const Step& s = steps_[index];
     const LayerSpec& layer = *s.layer;
     const int64_t pixels = layer.out.pixels();
-    Phase update;
-    update.op = Op::kConvolutionUpdate;
-    update.C = narrow(layer.in.C), update.H = narrow(layer.in.H), update.W = narrow(layer.in.W);
-    update.O = narrow(layer.out.C), update.OH = narrow(layer.out.H);
-    update.OW = narrow(layer.out.W);
-    const ConvolutionOptions& o = layer.convolution;
-    update.kernel_h = narrow(o.kernel_h), update.kernel_w = narrow(o.kernel_w);
-    update.padding_h = narrow(o.padding_h), update.padding_w = narrow(o.padding_w);
-    update.weight = program_.parameters[layer.weight];
-    update.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    Phase update = convolution_phase(Op::kConvolutionUpdate, layer);
     update.x = s.in.value;
     update.tasks = update.O;
     update.dy = s.out.grad;
@@ -432,9 +319,9 @@ class Planner {
     gradient.x = update.dy, gradient.y = s.in.grad;
     bool alone;  // without a phase that goes back through what is local
     if (layer.gradient) {
-      alone = tile_update(update) && tile_convolution(gradient);
+      alone = tiling_.tile_update(update) && tiling_.tile_convolution(gradient);
     } else {
-      alone = tile_update(update) || tile_first_update(update) ||
+      alone = tiling_.tile_update(update) || tiling_.tile_first_update(update) ||
               pixels + threads_ + mean_numbers(local.blur) <= kScratch;
     }
     if (local.present && !alone) {
@@ -450,7 +337,7 @@ class Planner {
       update.local = gradient.local = {};
     }
     if (!layer.gradient) return emit_level(update);
-    if (gradient.tile.group == 0) share_convolution(gradient);
+    if (gradient.tile.group == 0) tiling_.share_convolution(gradient);
     if (gradient.tile.group != 0 && index > 0) leave_group_sums(steps_[index - 1], gradient);
     emit(gradient);
     pending_.push_back(update);
@@ -478,20 +365,26 @@ class Planner {
            fits(layer.in.numel(), layer.in.pixels());
   }
 
+  Phase linear_phase(Op op, const Step& s) const {
+    Phase p;
+    p.op = op;
+    p.C = narrow(s.layer->in.C), p.O = narrow(s.layer->out.C);
+    set_parameters(p, *s.layer);
+    if (s.flatten != nullptr) {
+      p.permute = 1;
+      p.H = narrow(s.flatten->in.H), p.W = narrow(s.flatten->in.W);
+    }
+    return p;
+  }
+
   void forward_linear(std::size_t i, const LayerSpec* flatten) {
     const LayerSpec& layer = spec_.layers[i];
     Step s{&layer, value_, {}};
     s.flatten = flatten;
-    Phase p;
-    p.op = Op::kLinear;
-    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
-    p.weight = program_.parameters[layer.weight];
-    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    Phase p = linear_phase(Op::kLinear, s);
     p.x = value_.value;
     s.flat = value_.value;
     if (flatten != nullptr) {
-      p.permute = 1;
-      p.H = narrow(flatten->in.H), p.W = narrow(flatten->in.W);
       p.blur = value_.blur;
       emit_mean(value_.blur, value_.value);
       p.flat = s.flat = allocate(layer.in.C);
@@ -513,20 +406,12 @@ class Planner {
 
   Phase linear_backward(const Step& s) const {
     const LayerSpec& layer = *s.layer;
-    Phase p;
-    p.op = Op::kLinearBackward;
-    p.C = narrow(layer.in.C), p.O = narrow(layer.out.C);
-    p.weight = program_.parameters[layer.weight];
-    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    Phase p = linear_phase(Op::kLinearBackward, s);
     p.flat = s.flat, p.y = s.y, p.dy = s.out.grad;
     p.activation = activation_of(s.activation);
     p.tasks = ceil_div(p.C, kColumns);
     p.staged = backward_fits(layer);
     if (layer.gradient) p.dx = s.in.grad;
-    if (s.flatten != nullptr) {
-      p.permute = 1;
-      p.H = narrow(s.flatten->in.H), p.W = narrow(s.flatten->in.W);
-    }
     return p;
   }
 
@@ -641,10 +526,9 @@ class Planner {
       next_ = i + 2;
     }
     h.classes = narrow(layer.out.C);
-    h.weight = program_.parameters[layer.weight];
-    h.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+    set_parameters(h, layer);
     h.grad = allocate(layer.out.C);
-    h.staged = take_memory(vectors + 64 + layer.in.C * layer.out.C);
+    h.staged = tiling_.take_memory(vectors + 64 + layer.in.C * layer.out.C);
     head_ = h;
     return true;
   }
@@ -696,7 +580,7 @@ class Planner {
   const NetworkSpec& spec_;
   const std::vector<std::array<int64_t, 3>>& kernels_;
   int32_t threads_;
-  int64_t memory_;
+  Tiling tiling_;
   Program program_;
   Value value_{};
   std::vector<Step> steps_;
