@@ -216,6 +216,8 @@ class _RandomTransform(nn.Module):
     """
 
     batched = True
+    #: The attributes that :meth:`extra_repr` shows.
+    shown: tuple[str, ...] = ("std",)
 
     def __init__(self, std: float, generator: Generator) -> None:
         super().__init__()
@@ -242,6 +244,10 @@ class _RandomTransform(nn.Module):
         _check_images(type(self).__name__, images)
         return self.apply_numbers(images, self.draw(images))
 
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+
 
 class RandomRotation(_RandomTransform):
     """Rotate each image by an angle drawn from a normal distribution. See :func:`rotate`.
@@ -253,12 +259,11 @@ class RandomRotation(_RandomTransform):
         generator: shared with the rest of the run. It is not part of the ``state_dict``.
         interpolation: ``"nearest"``, the reports', or ``"bilinear"``.
 
-    Attributes:
-        batched: a batch gives the same bits as its samples one at a time in order.
-
     Raises:
         TypeError, ValueError: for an impossible argument.
     """
+
+    shown = ("std", "interpolation")
 
     def __init__(self, std: float, generator: Generator, interpolation: str = "nearest") -> None:
         super().__init__(std, generator)
@@ -273,10 +278,6 @@ class RandomRotation(_RandomTransform):
         """Rotate by ``std * numbers``."""
         return rotate(images, numbers.squeeze(1) * self.std, self.interpolation)
 
-    def extra_repr(self) -> str:
-        """Return the arguments, as in the constructor."""
-        return f"std={self.std}, interpolation={self.interpolation!r}"
-
 
 class GaussianNoise(_RandomTransform):
     """Add ``generator.normal(0, std)`` to every pixel, sample by sample, row-major.
@@ -286,9 +287,6 @@ class GaussianNoise(_RandomTransform):
     Args:
         std: standard deviation of the noise, >= 0; the normalised digits' own is 1.
         generator: shared with the rest of the run. It is not part of the ``state_dict``.
-
-    Attributes:
-        batched: a batch gives the same bits as its samples one at a time in order.
 
     Raises:
         TypeError, ValueError: for an impossible argument.
@@ -301,10 +299,6 @@ class GaussianNoise(_RandomTransform):
     def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Add ``std * numbers``."""
         return images + (numbers * self.std).view(images.shape).to(images)
-
-    def extra_repr(self) -> str:
-        """Return ``std``, as in the constructor."""
-        return f"std={self.std}"
 
 
 class RandomAffine(_RandomTransform):
@@ -328,12 +322,11 @@ class RandomAffine(_RandomTransform):
         shift: of the shifts in pixels.
         fill: the value outside; 0 is the background of digits with local normalization.
 
-    Attributes:
-        batched: a batch gives the same bits as its samples one at a time in order.
-
     Raises:
         TypeError, ValueError: for an impossible argument.
     """
+
+    shown = ("rotation", "scale", "shear", "shift", "fill")
 
     def __init__(
         self,
@@ -365,11 +358,6 @@ class RandomAffine(_RandomTransform):
             torch.stack([sin, sin * slope + cos, down * self.shift], 1),
         ]
         return affine(images, torch.stack(rows, 1), self.fill)
-
-    def extra_repr(self) -> str:
-        """Return the arguments, as in the constructor."""
-        names = ("rotation", "scale", "shear", "shift", "fill")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 class Compose(nn.Module):

@@ -59,15 +59,9 @@ _DTYPES: dict[str, torch.dtype] = {
 _DTYPES |= {f"Cuda{name}": dtype for name, dtype in _DTYPES.items() if name != "Float"}
 _DTYPES["Cuda"] = torch.float32
 _DATA_CLASS = re.compile(rf"torch\.({'|'.join(_DTYPES)})(Tensor|Storage)")
-_NUMPY: dict[torch.dtype, str] = {
-    torch.float64: "f8",
-    torch.float32: "f4",
-    torch.float16: "f2",
-    torch.int64: "i8",
-    torch.int32: "i4",
-    torch.int16: "i2",
-    torch.int8: "i1",
-    torch.uint8: "u1",
+_NUMPY = {
+    dtype: torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.str[1:]
+    for dtype in _DTYPES.values()
 }
 # Numbers of a text that are converted at a time.
 _PIECE = 10_000
