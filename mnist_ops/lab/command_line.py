@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["device", "parser", "repository", "run", "whole_number"]
+__all__ = ["COUNT", "add", "device", "parser", "repository", "run", "whole_number"]
 
 
 def parser(description: str, **options: Any) -> argparse.ArgumentParser:
@@ -65,6 +65,23 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+#: Any count of images, epochs or threads.
+COUNT = whole_number(1, 10**9)
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--device": {"type": device, "default": "cpu", "help": "cpu, cuda or cuda:N"},
+    "--threads": {"type": COUNT, "help": "CPU threads; PyTorch's choice unless given"},
+    "--data": {"type": Path, "help": "a folder with MNIST's four files"},
+    "--limit": {"type": COUNT, "help": "use the first LIMIT digits of each split"},
+    "--no-progress": {"action": "store_true", "help": "no progress bars"},
+}
+
+
+def add(group: Any, *names: str) -> None:
+    """Add options that several scripts have."""
+    for name in names:
+        group.add_argument(name, **_OPTIONS[name])
 
 
 def _end_of_output(stream: TextIO | None) -> None:

@@ -11,8 +11,6 @@ from .. import training
 from ..mnist import data
 from . import command_line, prediction
 
-_COUNT = command_line.whole_number(1, 10**9)
-
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; anything wrong there ends in one line."""
@@ -31,10 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         help="global only, or also local with 7 or N taps; default: what the checkpoint records. "
         "A .net file records nothing: contrastive for report 1, none for report 2",
     )
-    p.add_argument("--data", type=Path, help="a folder with MNIST's four files")
-    p.add_argument("--batch-size", type=_COUNT, default=100)
-    p.add_argument("--device", type=command_line.device, default="cpu", help="cpu, cuda or cuda:N")
-    p.add_argument("--threads", type=_COUNT, help="CPU threads; PyTorch's choice unless given")
+    p.add_argument("--batch-size", type=command_line.COUNT, default=100)
+    command_line.add(p, "--data", "--device", "--threads")
     args = p.parse_args()
     try:
         if args.normalization is not None:

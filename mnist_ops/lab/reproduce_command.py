@@ -57,13 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--seeds", type=many, default=1, help="run with seeds 1 to SEEDS")
     how.add_argument("--epochs", type=many, help="default: as many as the report shows")
     how.add_argument(
-        "--limit",
-        type=command_line.whole_number(1, 10**9),
-        help="use the first LIMIT digits of each split",
-    )
-    how.add_argument(
         "--minutes",
-        type=command_line.whole_number(1, 10**6),
+        type=command_line.COUNT,
         help="of a plan: start no epoch that would end later",
     )
     how.add_argument(
@@ -72,9 +67,6 @@ def parse_arguments() -> argparse.Namespace:
         help="of a plan: where its runs are merged into; the committed ones in a checkout",
     )
     how.add_argument("--dtype", choices=["float64", "float32"], help="default: float64")
-    how.add_argument(
-        "--device", type=command_line.device, default="cpu", help="cpu, cuda or cuda:N"
-    )
     how.add_argument(
         "--perturb",
         type=command_line.whole_number(0, 10_000),
@@ -90,12 +82,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="up to N runs of one network make their steps together on a GPU, as one of --jobs",
     )
-    how.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     how.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     how.add_argument("--resume", action="store_true", help="continue what is in --out")
     how.add_argument("--no-run", action="store_true", help="only tables and report of --out's runs")
     how.add_argument("--dry-run", action="store_true", help="say what would run, and stop")
-    how.add_argument("--no-progress", action="store_true", help="no progress bars")
+    command_line.add(how, "--data", "--limit", "--device", "--no-progress")
     args = p.parse_args()
     others = args.experiment or args.table or args.report or args.candidates
     if not (args.list or others or args.plan):

@@ -16,7 +16,7 @@ from ..mnist import data, models
 from ..torch7 import optim
 from . import command_line, figures, reports
 
-_COUNT = command_line.whole_number(1, 10**9)
+_COUNT = command_line.COUNT
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +30,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     p.add_argument("--seed", type=int, default=1, help="of Torch7's random numbers")
     p.add_argument("--dtype", choices=["float64", "float32"], default="float64")
-    p.add_argument("--device", type=command_line.device, default="cpu", help="cpu, cuda or cuda:N")
     p.add_argument("--batch-size", type=_COUNT, default=1)
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate, default %(default)s")
     p.add_argument("--lr-decay", type=float, default=1e-7, help="lr / (1 + steps * decay)")
@@ -39,14 +38,11 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--nesterov", action="store_true", help="needs --dampening 0")
     p.add_argument("--weight-decay", type=float, default=0.0)
     p.add_argument("--normalization", choices=["contrastive", "global"], default="contrastive")
-    p.add_argument("--threads", type=_COUNT, help="CPU threads; PyTorch's choice unless given")
-    p.add_argument("--data", type=Path, help="a folder with MNIST's four files")
     p.add_argument(
         "--out", type=Path, default=Path("runs/train_mnist"), help="default: %(default)s"
     )
     p.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
-    p.add_argument("--limit", type=_COUNT, help="use the first LIMIT digits of each split")
-    p.add_argument("--no-progress", action="store_true", help="no progress bar")
+    command_line.add(p, "--data", "--limit", "--device", "--threads", "--no-progress")
     return p.parse_args()
 
 
