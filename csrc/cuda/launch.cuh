@@ -159,7 +159,7 @@ struct Multiprocessors {
   int count;
   int64_t shared_bytes, shared_per_block;  // of shared memory
   int largest_cluster;                     // blocks of a cluster, 1 where there are none
-  int block_threads;                       // of such a kernel, as a rule
+  int block_threads;                       // of this kernel at most, and its registers for all
 };
 
 // Whether the device has clusters and this kernel was compiled for one that has: where it was not,
@@ -218,7 +218,8 @@ Multiprocessors multiprocessors(Kernel* kernel) {
       [address] {
         return Multiprocessors{multiprocessor_count(),
                                device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                               shared_memory_limit(), largest_cluster(address), 256};
+                               shared_memory_limit(), largest_cluster(address),
+                               attributes_of(address).maxThreadsPerBlock};
       },
       address);
 }

@@ -34,13 +34,19 @@ struct Range {
   static constexpr A kIsPart = kNeedsPart * kPart * kPart;
 };
 
+// In turn kAsItIs; where that leaves the range, kMeasure looks for smaller deviations, kLifted is
+// the result, or, with kPart, all but the pixels that are far larger than the smallest.
+enum Turn { kAsItIs, kMeasure, kLifted, kPart };
+
 // Of the image that a block works on: in shared memory, where it costs no register.
 template <typename A>
 struct Units {
   A lift = 1, part = 1, by_lift = 1, by_part = 1;  // and 1 / lift, 1 / part
   A lift_of_known = 1;                             // the lift for what is in range without one
-  A unused[3] = {};                                // eight elements
+  int turn = kAsItIs, image = 0;
+  A unused = 0;  // eight elements
 };
+static_assert(sizeof(Units<float>) == 8 * sizeof(float));
 
 // float16 squared is in float32's range.
 template <typename T>
@@ -62,36 +68,17 @@ A root_of_least(int64_t C) {
 
 // ----------------------------------------------------------------------------------------- reduce
 
-// The sums over channels that a pass computes. Its terms are functions of the gradient, the input
-// and the mean of a pixel, in units of 1 / scale; a pass without gradients reads the input alone.
-struct SumOfInput {
-  static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false;
-  template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A, A x, A scale, A) const {
-    sums[0] += x * scale;
-  }
-};
+// The sums over channels that a pass adds up, of z = x * scale - mean: of z or of its squares, and
+// for the gradient of grad * z and of grad.
+template <bool gradient, typename A>
+struct ChannelSums {
+  static constexpr int kCount = gradient ? 3 : 1;
+  A of[kCount] = {};
 
-struct SumOfSquares {
-  static constexpr int kSums = 1;
-  static constexpr bool kReadsGradient = false;
-  template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A, A x, A scale, A mean) const {
+  __device__ __forceinline__ void add(A grad, A x, A scale, A mean, bool squares) {
     const A z = x * scale - mean;
-    sums[0] += z * z;
-  }
-};
-
-struct SumsOfGradient {
-  static constexpr int kSums = 3;
-  static constexpr bool kReadsGradient = true;
-  template <typename A>
-  __device__ void operator()(A (&sums)[kSums], A grad, A x, A scale, A mean) const {
-    const A z = x * scale - mean;
-    sums[0] += grad * z;
-    sums[1] += z * z;
-    sums[2] += grad;
+    of[0] += squares ? z * z : z;
+    if constexpr (gradient) of[1] += grad * z, of[2] += grad;
   }
 };
 
@@ -114,50 +101,35 @@ __device__ __forceinline__ A divided(A value, A prepared) {
   return value * prepared;
 }
 
-// The values of the last pass, of an element and its pixel's planes, which are in units of 1 / lift
-// (see Range).
-struct MinusMean {
-  static constexpr int kPlanes = 1;
-  static constexpr bool kReadsBoth = false;
-  template <typename A>
-  __device__ A operator()(A x, A, A mean, A, A) const {
-    return x - mean;
-  }
-};
-template <bool kExact, typename A>
-struct CentredByDivisor {
+// The result of an element, from its pixel's planes, which are in units of 1 / lift (see Range).
+// Forward: (x - mean) / d, or for subtractive without d; the gradient: grad / d + offset - x * b,
+// with offset = mean * b - t, and d in units of 1.
+template <bool gradient, bool kExact, typename A>
+struct Result {
   A lift;
-  static constexpr int kPlanes = 2;
-  static constexpr bool kReadsBoth = false;
-  __device__ A operator()(A x, A, A mean, A d, A) const {
-    return divided<kExact>(x * lift - mean, d);
+  bool divides;
+
+  __device__ __forceinline__ A operator()(A grad, A x, A mean_or_b, A d, A offset) const {
+    if constexpr (gradient) {
+      return divided<kExact>(grad, d) + (offset - x * lift * mean_or_b) * lift;
+    } else {
+      const A z = x * lift - mean_or_b;
+      return divides ? divided<kExact>(z, d) : z;
+    }
   }
 };
-// offset = mean * b - t; d is in units of 1
-template <bool kExact, typename A>
-struct GradientOfDivisor {
-  A lift;
-  static constexpr int kPlanes = 3;
-  static constexpr bool kReadsBoth = true;
-  __device__ A operator()(A grad, A x, A b, A d, A offset) const {
-    return divided<kExact>(grad, d) + (offset - x * lift * b) * lift;
-  }
-};
+
 // ------------------------------------------------------------------------------- one image
 //
 // The operators, for a block that has an image and its planes where it can sum (reduce), blur and
-// apply: an ImageBlock in shared memory, a MemoryBlock in global memory. All blocks of a cluster
-// decide alike: they have the same planes.
-
-// In turn kAsItIs; where that leaves the range, kMeasure looks for smaller deviations, kLifted is
-// the result, or, with kPart, all but the pixels that are far larger than the smallest.
-enum Turn { kAsItIs, kMeasure, kLifted, kPart };
+// apply: an ImageBlock in registers, a MemoryBlock in global memory. All blocks of a cluster decide
+// alike: they have the same planes.
 
 // Writes what stands in the plane d, from a pixel's blurred sum of squares and its deviation s in
 // units of 1 / lift: so is d, or for the gradient in units of 1. Whether the result cannot stay.
 template <typename T, bool kGradient, typename Block, typename A>
-__device__ __forceinline__ bool finish_divisor(const Block& block, int turn, A blurred, A s,
-                                               int64_t p, A& d) {
+__device__ __forceinline__ bool finish_divisor(const Block& block, A blurred, A s, int64_t p,
+                                               A& d) {
   using R = Range<A>;
   const Units<A>& units = block.units();
   const A threshold = block.a.threshold * units.lift;
@@ -168,8 +140,8 @@ __device__ __forceinline__ bool finish_divisor(const Block& block, int turn, A b
     const A value = block.a.value * units.lift;
     d = as_divisor<Block::kExact>(divisor(s, threshold, value < kTiny ? kTiny : value));
   }
-  if (!kLeavesRange<T> || turn >= kLifted) return false;
-  if (turn == kAsItIs) {
+  if (!kLeavesRange<T> || units.turn >= kLifted) return false;
+  if (units.turn == kAsItIs) {
     const A least = block.over_coef(block.a.root_of_least, p);
     if (!out_of_range(blurred, least, threshold)) return false;
     if (blurred >= R::kLeast) return true;
@@ -198,119 +170,98 @@ __device__ __forceinline__ A lift_for(const Block& block, const A* d, A lift) {
 
 // After a turn that was not good enough: what is in shared memory for the next one.
 template <typename Block, typename A>
-__device__ __forceinline__ void next_turn(const Block& block, int turn, const A* d) {
+__device__ __forceinline__ void next_turn(const Block& block, const A* d) {
   using R = Range<A>;
   Units<A>& units = block.units();
   Units<A> next = units;
-  if (turn == kAsItIs) {
+  if (next.turn == kAsItIs) {
     next.lift_of_known = lift_for(block, d, R::kLeastLift);
     next.lift = R::kMeasure;
-  } else if (turn == kMeasure) {
+  } else if (next.turn == kMeasure) {
     next.lift = lift_for(block, d, next.lift_of_known);
   } else {
     next.part = R::kPart;
     next.by_part = 1 / R::kPart;
   }
   next.by_lift = 1 / next.lift;
+  ++next.turn;
+  __syncthreads();  // all have read the old ones
   if (block.thread == 0) units = next;
   __syncthreads();
 }
 
-// units.lift and units.part are 1.
-template <typename Block, typename T>
-__device__ __forceinline__ void forward_image(const Block& block, const T* x, T* out) {
+// What is blurred: the sum of the input for the mean; of squares for the deviation; of the gradient
+// h for b, its share of each channel; for contrastive also what the divisive gradient sums to.
+enum Pass { kMean, kDeviation, kShare, kOffset };
+
+// One image, of which g and x hold the data; there is a g for the gradient of divisive and
+// contrastive alone. The units are those of a new image. One loop over the passes: as many kinds of
+// sums and blurs in a row would be as much code more, and memory is what all of them wait for.
+//
+// Where s is that much larger than elsewhere that the gradient would need kPart, it is 0 next to
+// the gradient there.
+template <bool gradient, typename Block, typename Image>
+__device__ __forceinline__ void normalize_image(const Block& block, Image& g, Image& x) {
+  using T = typename Block::Element;
   using A = opmath_t<T>;
   using R = Range<A>;
-  A *mean = block.mean(), *d = block.d(), *in = block.in();
-  const Units<A>& units = block.units();
-#pragma unroll 1
-  for (int turn = kAsItIs;; ++turn) {
-    if (block.a.kind != LocalNorm::kDivisive && turn != kPart) {
-      block.template reduce<SumOfInput>(
-          x, x, units.lift, A(1), [&](auto p, auto where, const A(&sums)[1]) {
-            in[where] = block.a.adjoint ? block.over_coef(sums[0], p) : sums[0];
-          });
-      block.blur(block.a.adjoint, [&](A blurred, auto p, auto) {
-        const A share = block.over_channels(blurred);
-        mean[p] = block.a.adjoint ? share : block.over_coef(share, p);
-        return false;
-      });
-    }
-    if (block.a.kind == LocalNorm::kSubtractive) {
-      return block.apply(MinusMean{}, out, x, x, mean, mean, mean);
-    }
-    block.template reduce<SumOfSquares>(
-        x, x, units.lift * units.part, units.part,
-        [&](auto, auto where, const A(&sums)[1]) { in[where] = sums[0]; });
-    const bool again = block.blur(false, [&](A blurred, auto p, auto) {
-      const A s = block.over_coef(std::sqrt(block.over_channels(blurred)), p);
-      if (kLeavesRange<T> && turn == kPart && !(blurred >= R::kIsPart)) return false;
-      const bool wrong = finish_divisor<T, false>(block, turn, blurred, s * units.by_part, p, d[p]);
-      return kLeavesRange<T> && (turn == kLifted ? !(blurred <= R::kNeedsPart) : wrong);
-    });
-    if (!kLeavesRange<T> || turn == kPart || (turn != kMeasure && !again)) break;
-    next_turn(block, turn, d);
-  }
-  block.apply(CentredByDivisor<Block::kExact, A>{units.lift}, out, x, x, mean, d, d);
-}
-
-// Divisive and contrastive. Where s is that much larger than elsewhere that it would need kPart,
-// the gradient is 0 next to the one there. units.lift is 1.
-template <typename Block, typename T>
-__device__ __forceinline__ void backward_image(const Block& block, const T* g, const T* x, T* out) {
-  using A = opmath_t<T>;
   A *mean = block.mean(), *d = block.d(), *in = block.in();
   A *q = block.q(), *grads = block.grads(), *centred = block.centred();
   A *b = q, *offset = grads;  // what comes in their place
   const bool contrastive = block.a.kind == LocalNorm::kContrastive;
-  const A channels = static_cast<A>(block.a.C);
+  const bool subtractive = block.a.kind == LocalNorm::kSubtractive;
+  const bool adjoint = !gradient && block.a.adjoint;
+  const int first = contrastive || subtractive ? kMean : kDeviation;
+  const int last = gradient ? (contrastive ? kOffset : kShare) : subtractive ? kMean : kDeviation;
   const Units<A>& units = block.units();
 #pragma unroll 1
-  for (int turn = kAsItIs;; ++turn) {
-    if (contrastive) {
-      block.template reduce<SumOfInput>(
-          x, x, units.lift, A(1),
-          [&](auto p, auto where, const A(&sums)[1]) { in[where] = centred[p] = sums[0]; });
-      block.blur(false, [&](A blurred, auto p, auto) {
-        const A value = block.over_coef(block.over_channels(blurred), p);
-        mean[p] = value;
-        centred[p] -= channels * value;
-        return false;
+  for (int pass = first; pass <= last; ++pass) {
+    if (pass <= kDeviation) {
+      block.template reduce<gradient>(g, x, pass == kDeviation, [&](auto p, auto where, auto sums) {
+        in[where] = adjoint ? block.over_coef(sums.of[0], p) : sums.of[0];
+        if constexpr (gradient) {
+          if (pass == kMean) {
+            centred[p] = sums.of[0];
+          } else {
+            q[p] = sums.of[1], grads[p] = contrastive ? sums.of[2] : A(0);
+          }
+        }
       });
     }
-    block.template reduce<SumsOfGradient>(g, x, units.lift, A(1),
-                                          [&](auto p, auto where, const A(&sums)[3]) {
-                                            q[p] = sums[0];
-                                            in[where] = sums[1];
-                                            if (contrastive)
-                                              grads[p] = sums[2];  // or the offset stays 0
-                                          });
-    const bool again = block.blur(false, [&](A blurred, auto p, auto where) {
-      const A root = std::sqrt(block.over_channels(blurred)), s = block.over_coef(root, p);
-      // divisor_gradient(), as s * coef is the root
-      const bool above = s > block.a.threshold * units.lift && s > A(0);
-      in[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
-      return finish_divisor<T, true>(block, turn, blurred, s, p, d[p]);
-    });
-    if (!kLeavesRange<T> || (turn != kMeasure && !again)) break;
-    next_turn(block, turn, d);
-  }
-  block.blur(true, [&](A blurred, auto p, auto where) {
-    const A share = block.over_channels(blurred);
-    b[p] = share;
-    if (contrastive) {
-      const A over_d = divided<Block::kExact>(grads[p], d[p]) * units.by_lift;
-      in[where] = block.over_coef(over_d - centred[p] * share, p);
-    }
-    return false;
-  });
-  if (contrastive) {
-    block.blur(true, [&](A blurred, auto p, auto) {
-      offset[p] = mean[p] * b[p] - block.over_channels(blurred);
+    const bool again = block.blur(adjoint || pass >= kShare, [&](A blurred, auto p, auto where) {
+      const A share = block.over_channels(blurred);
+      if (pass == kMean) {
+        mean[p] = adjoint ? share : block.over_coef(share, p);
+        if constexpr (gradient) centred[p] -= static_cast<A>(block.a.C) * mean[p];
+      } else if (pass == kDeviation) {
+        const A root = std::sqrt(share), s = block.over_coef(root, p) * units.by_part;
+        if constexpr (gradient) {
+          // divisor_gradient(), as s * coef is the root
+          const bool above = s > block.a.threshold * units.lift && s > A(0);
+          in[where] = above ? q[p] / root / root / s : (s != s ? s : A(0));
+        } else if (kLeavesRange<T> && units.turn == kPart && !(blurred >= R::kIsPart)) {
+          return false;
+        }
+        const bool wrong = finish_divisor<T, gradient>(block, blurred, s, p, d[p]);
+        return !gradient && units.turn == kLifted ? !(blurred <= R::kNeedsPart) : wrong;
+      } else if (gradient && pass == kShare) {
+        b[p] = share;
+        if (contrastive) {
+          const A over_d = divided<Block::kExact>(grads[p], d[p]) * units.by_lift;
+          in[where] = block.over_coef(over_d - centred[p] * share, p);
+        }
+      } else if (gradient) {
+        offset[p] = mean[p] * b[p] - share;
+      }
       return false;
     });
+    if (kLeavesRange<T> && pass == kDeviation && (units.turn == kMeasure || again)) {
+      next_turn(block, d);
+      pass = units.turn == kPart ? kMean : first - 1;  // and ++pass
+    }
   }
-  block.apply(GradientOfDivisor<Block::kExact, A>{units.lift}, out, g, x, b, d, offset);
+  block.apply(Result<gradient, Block::kExact, A>{units.lift, !subtractive}, g, x,
+              gradient ? b : mean, d, offset);
 }
 
 // --------------------------------------------------------------------------------------- two ways

@@ -5,19 +5,25 @@
 
 namespace mnist_ops::cuda {
 
-// ------------------------------------------------------------------------ images in shared memory
+// --------------------------------------------------------------------------- images in registers
 //
-// A block, or a cluster of them, takes an image at a time: each block copies its share of the data
-// (channels of NCHW, pixels of NHWC; one range of memory in both) to shared memory, and has every
-// plane, whole. Sums over channels are added up from all blocks' shares; the blur, of one plane, is
-// every block's own.
+// A block, or a cluster of them, takes an image at a time. Its threads keep the data in registers,
+// in packs of 16 bytes, from the one load to the one store; the planes are in shared memory. Of a
+// cluster each block has a share of the data (channels of NCHW, pixels of NHWC) and every plane,
+// whole: sums over channels are added up from all blocks' shares; the blur, of one plane, is every
+// block's own.
+//
+// An image is a table of packs. Those of a column have the same pixels: in NHWC a column is a pixel
+// and its entries are the packs of its channels; in NCHW an entry is a channel, or as many channels
+// as it takes for the next one to begin with a pack, and a column is a pack of it. `groups` threads
+// share a column; a thread takes `per` entries of it, and then those of its next column.
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Where a block has what, in elements of A from the end of its share of the image(s): multiples of
-// four. A flat plane has a value for each pixel.
+// Where a block has what in shared memory, in elements of A: multiples of four. A flat plane has a
+// value for each pixel.
 //   in       the plane that is blurred, its rows with zeros before and behind them, so that the
 //            window of a pixel begins at the pixel's own index
 //   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
@@ -31,7 +37,8 @@ struct PlaneLayout {
   int weight, flipped, units, coef, mean, q, grads, centred, scratch, d;  // in begins at 0
   int64_t size;
 
-  PlaneLayout(const BlurGeometry& g, bool backward, int groups) {
+  // With `sums` elements of partial sums, each of which backward has three times.
+  PlaneLayout(const BlurGeometry& g, bool backward, int64_t sums) {
     const auto H4 = round_up(g.H, 4), around_w = round_up(g.taps_w - 1, 4);
     const auto around_h = g.separable ? round_up(g.taps_h - 1, 4) : 0;
     const auto row = round_up(g.taps_w, 4), taps = row * (g.separable ? 1 : g.taps_h);
@@ -52,7 +59,7 @@ struct PlaneLayout {
     q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
     centred = take(backward ? flat : 0);
     const int64_t blurred = int64_t{scratch_rows} * W4;
-    const int64_t partial = int64_t{backward ? 3 : 1} * groups * flat;
+    const int64_t partial = round_up((backward ? 3 : 1) * sums, 4);
     scratch =
         take(backward ? std::max(blurred + flat, partial) : std::max(blurred, partial) + flat);
     d = static_cast<int>(backward ? scratch + blurred : end - flat);
@@ -62,18 +69,32 @@ struct PlaneLayout {
 
 constexpr int kMaxTaps = 512;  // of a kernel that shared memory holds
 
+// How a launch divides the images.
+struct ImagePlan {
+  int cluster = 0;                      // blocks of an image; none where it can not be done
+  int log_cluster = 0;                  // to the base of two
+  int share = 0;                        // entries or (NHWC) columns of a block
+  int columns = 0, entries = 0;         // of the table
+  int column_step = 0, entry_step = 0;  // in elements
+  int groups = 0, across = 0,
+      per = 0;    // threads of a column, columns of a turn, entries of a thread
+  int packs = 0;  // that a thread has
+  int sums = 0;   // partial sums of a pixel in a block
+  int threads = 0;
+  int64_t bytes = 0;      // of shared memory
+  bool prefetch = false;  // the next image comes to shared memory while this one is worked on
+};
+
 template <typename T>
 struct ImageArguments {
+  ImagePlan plan;
   LocalNorm kind;
   bool adjoint;  // the gradient of subtractive, which is its forward but for the order of steps
   bool channels_last, separable;
-  bool direct;  // few channels, no shares: a thread adds up those of a pixel
-  int64_t N;
-  int C, H, W, HW, taps_h, taps_w;
-  int cluster, share, groups;     // blocks of an image; channels or pixels of a block
-  int image_bytes;                // that a share takes in shared memory
-  int size;                       // elements of an image
-  Divider by_W, by_row, by_line;  // a row's packs; what an element is divided by for its pixel
+  bool aligned;  // packs are whole and their addresses multiples of 16
+  int N, C, H, W, HW, taps_h, taps_w;
+  int size;                     // elements of an image
+  Divider by_W, by_row, by_HW;  // a row's packs
   PlaneLayout at;
   opmath_t<T> threshold, value, root_of_least, by_channels;
   const double* kernel;
@@ -82,33 +103,97 @@ struct ImageArguments {
   T* out;
 };
 
-// A block's work on its image. kPacked: accesses of 16 bytes; then four neighbours belong to one
-// channel (NCHW) or one pixel (NHWC), and shares begin at multiples of 16 bytes.
-template <bool kPacked, typename T>
+// 16 bytes of elements in registers of 32 bits: left to itself nvcc gives every number of a half
+// type one of its own.
+template <typename T>
+struct Words {
+  Pack<uint32_t, 4> of;
+
+  __device__ __forceinline__ T operator[](int j) const {
+    T value;
+    if constexpr (sizeof(T) == 2) {
+      const auto bits = static_cast<uint16_t>(of.values[j / 2] >> j % 2 * 16);
+      std::memcpy(&value, &bits, sizeof(T));
+    } else {
+      std::memcpy(&value, of.values + j * sizeof(T) / 4, sizeof(T));
+    }
+    return value;
+  }
+  __device__ __forceinline__ void set(int j, T value) {
+    if constexpr (sizeof(T) == 2) {
+      uint16_t bits;
+      std::memcpy(&bits, &value, sizeof(T));
+      uint32_t& word = of.values[j / 2];
+      word = (word & 0xffff0000u >> j % 2 * 16) | uint32_t{bits} << j % 2 * 16;
+    } else {
+      std::memcpy(of.values + j * sizeof(T) / 4, &value, sizeof(T));
+    }
+  }
+};
+
+template <typename V>
+__device__ __forceinline__ auto* as_words(V* elements) {
+  using Word = std::conditional_t<std::is_const_v<V>, const uint32_t, uint32_t>;
+  return reinterpret_cast<Word*>(elements);
+}
+
+// A thread's packs of an image at most: 128 bytes, the gradient's among them.
+template <bool gradient>
+constexpr int kMostPacks = gradient ? 4 : 8;
+
+template <bool gradient, typename T>
+struct Held {
+  Words<T> packs[kMostPacks<gradient>];
+};
+
+// A block's work on its image. kPacked: accesses of 16 bytes, and m neighbours of a pack belong to
+// one channel, their planes' values at a multiple of 16 bytes (NCHW), or all to one pixel (NHWC).
+template <bool gradient, bool kPacked, typename T>
 struct ImageBlock {
+  using Element = T;
   using A = opmath_t<T>;
-  static constexpr int m = kPacked ? kImagePack<T> : 1;
+  using Image = Held<gradient, T>;
+  static constexpr int n = kPackSize<T>, m = kImagePack<T>;
+  static constexpr int width = gradient ? m : n;  // elements of a pack for which sums are held
   static constexpr bool kExact = sizeof(A) == 8;  // coef and d; or they are reciprocals
 
   const ImageArguments<T>& a;
   A* const planes;
-  const int rank, threads, thread;
+  const int threads, thread;
+  int first_column, start;  // of this thread's first pack, which is the start-th of its block
+  unsigned inside = 0;      // a bit for each pack that there is
 
   __device__ __forceinline__ ImageBlock(const ImageArguments<T>& arguments, A* memory)
       : a(arguments),
         planes(memory),
-        rank(static_cast<int>(blockIdx.x) % arguments.cluster),
         threads(static_cast<int>(blockDim.x)),
-        thread(static_cast<int>(threadIdx.x)) {}
-
-  // Of the share, in elements: where it begins in the image, and how many there are.
-  __device__ __forceinline__ int first() const {
-    return min_of(rank * a.share, a.channels_last ? a.HW : a.C) * (a.channels_last ? a.C : a.HW);
+        thread(static_cast<int>(threadIdx.x)) {
+    const int begin = rank() * a.plan.share;
+    int entry, columns = a.plan.columns, entries = a.plan.entries;
+    if (a.channels_last) {
+      first_column = begin + thread / a.plan.groups, entry = thread % a.plan.groups;
+      columns = min_of(begin + a.plan.share, columns);
+    } else {
+      first_column = thread % a.plan.across, entry = thread / a.plan.across;
+      entries = min_of(entries - begin, a.plan.share);
+    }
+    start = first_column * a.plan.column_step + entry * a.plan.entry_step;
+    if (thread >= a.plan.across * a.plan.groups) first_column = a.plan.columns;  // idle
+    int column = first_column;
+    for (int k = 0, turn = 0; k < a.plan.packs; ++k) {
+      const bool is_inside = column < columns && entry + turn * a.plan.groups < entries;
+      inside |= (is_inside ? 1u : 0u) << k;
+      if (++turn == a.plan.per) turn = 0, column += a.plan.across;
+    }
   }
-  __device__ __forceinline__ int count() const {
-    return min_of((rank + 1) * a.share, a.channels_last ? a.HW : a.C) *
-               (a.channels_last ? a.C : a.HW) -
-           first();
+
+  __device__ __forceinline__ int rank() const {
+    return static_cast<int>(blockIdx.x) & (a.plan.cluster - 1);
+  }
+  // Where this block's entries begin (NCHW); columns are those of the image.
+  __device__ __forceinline__ int64_t begin(int image) const {
+    return int64_t{image} * a.size +
+           (a.channels_last ? 0 : rank() * a.plan.share * a.plan.entry_step);
   }
 
   __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
@@ -149,141 +234,198 @@ struct ImageBlock {
       weight[row * at.taps_pitch + column] = normalised;
       flipped[(lines - 1 - row) * at.taps_pitch + a.taps_w - 1 - column] = normalised;
     }
+    for (int p = thread; p < a.HW; p += threads) planes[place_of(p)] = A(1);
     __syncthreads();
-    // The blur of ones along either dimension; the mean and d are not in use yet.
-    A *along_h = planes + at.mean, *along_w = planes + at.d;
-    const auto inside = [&](int i, int size) {
-      const Taps in = taps_inside(i, size, a.taps_w);
-      A total = A(0);
-      for (int64_t k = in.first; k < in.last; ++k) total += weight[k];
-      return total;
-    };
-    if (a.separable) {
-      for (int i = thread; i < a.H + a.W; i += threads) {
-        if (i < a.H) {
-          along_h[i] = inside(i, a.H);
-        } else {
-          along_w[i - a.H] = inside(i - a.H, a.W);
+    blur(false, [&](A of_ones, int p, int) {
+      coef[p] = kExact ? of_ones : A(1) / of_ones;
+      return false;
+    });
+  }
+
+  // Of a pixel, in the plane `in`.
+  __device__ __forceinline__ int place_of(int p) const {
+    const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p)));
+    return p + h * (a.at.pitch - a.W) + a.taps_w / 2;
+  }
+
+  // ---------------------------------------------------------------------------------- the data
+
+  // A pack of this thread: its number, a constant once this is compiled; its column; where it
+  // begins among the block's elements, and where the thread's first one of the column does; how
+  // many of its elements there are; whether it is the first or the last one of its column.
+  struct Place {
+    int number, column, at, column_at, count;
+    bool first, last;
+  };
+
+  // step(place) for all packs of the thread. The same number of steps for all threads.
+  template <typename Step>
+  __device__ __forceinline__ void each_pack(const Step& step) const {
+    int column = first_column, column_at = start, turn = 0;
+    unsigned mask = inside;
+    // Nothing to compute once for all images and to keep: the registers are for the data.
+    asm volatile("" : "+r"(column), "+r"(column_at), "+r"(mask));
+    int at = column_at;
+#pragma unroll
+    for (int k = 0; k < kMostPacks<gradient>; ++k) {
+      if (k < a.plan.packs) {
+        // Of several blocks none has a part of an entry.
+        const int end = a.channels_last ? (column + 1) * a.C : a.size;
+        const int count = kPacked ? n : min_of(n, end - at);
+        step(Place{k, column, at, column_at, mask >> k & 1 ? count : 0, turn == 0,
+                   turn == a.plan.per - 1});
+        at += a.plan.groups * a.plan.entry_step;
+        if (++turn == a.plan.per) {
+          turn = 0, column += a.plan.across, column_at += a.plan.across * a.plan.column_step;
+          at = column_at;
         }
       }
-      __syncthreads();
-    }
-    for (int p = thread; p < a.HW; p += threads) {
-      const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p))), w = p - h * a.W;
-      A total = A(0);
-      if (a.separable) {
-        total = along_w[w] * along_h[h];
-      } else {
-        const Taps rows = taps_inside(h, a.H, a.taps_h), columns = taps_inside(w, a.W, a.taps_w);
-        for (int64_t i = rows.first; i < rows.last; ++i) {
-          for (int64_t k = columns.first; k < columns.last; ++k) {
-            total += weight[i * at.taps_pitch + k];
-          }
-        }
-      }
-      coef[p] = sizeof(A) == 8 ? total : A(1) / total;
-    }
-    __syncthreads();
-    if (a.separable) {
-      for (int i = thread; i < a.H; i += threads) along_h[i] = A(0);
-      __syncthreads();
     }
   }
 
-  // -------------------------------------------------------------------------------- the image
+  // This thread's packs of an image begin to come to its own part of shared memory.
+  __device__ __forceinline__ void prefetch(T* stage, const T* images, int image) const {
+    const T* const from = images + begin(image);
+    each_pack([&](const Place& place) {
+      if (place.count > 0) {
+        copy_pack<4>(as_words(stage + (place.number * threads + thread) * n),
+                     as_words(from + place.at));
+      }
+    });
+  }
+  // And from there to registers, after wait_for_copies().
+  __device__ __forceinline__ void take(Image& x, const T* stage) const {
+#pragma unroll
+    for (int k = 0; k < kMostPacks<gradient>; ++k) {
+      if (k < a.plan.packs)
+        x.packs[k].of = load_pack<4>(as_words(stage + (k * threads + thread) * n));
+    }
+  }
 
-  // Begins to copy this block's share; wait_for_copies() and a barrier, and it is there.
-  __device__ __forceinline__ void load(T* to, const T* image) const {
-    const T* from = image + first();
-    constexpr int n = kPacked ? kPackSize<T> : 1;
-    const int packs = count() / n;
-#pragma unroll 8
-    for (int i = thread; i < packs; i += threads) copy_pack<n>(to + i * n, from + i * n);
+  // whole() for a pack that has all of its elements, at a multiple of 16 bytes, or else one(j) for
+  // those that there are.
+  template <typename Whole, typename One>
+  __device__ __forceinline__ void access(const Place& place, const Whole& whole,
+                                         const One& one) const {
+    if (kPacked || a.aligned) {
+      if (place.count > 0) whole();
+    } else {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        if (j < place.count) one(j);
+      }
+    }
+  }
+  __device__ __forceinline__ void load(Image& x, const T* images, int image) const {
+    const T* const memory = images + begin(image);
+    each_pack([&](const Place& place) {
+      const T* const from = memory + place.at;
+      Words<T>& to = x.packs[place.number];
+      access(
+          place, [&] { to.of = load_pack<4>(as_words(from)); }, [&](int j) { to.set(j, from[j]); });
+    });
+  }
+
+  // The values of a plane for the elements of a column's packs from h on.
+  __device__ __forceinline__ void of_column(const A* plane, int column, int h,
+                                            A (&values)[width]) const {
+    if (column >= a.plan.columns) return;
+    constexpr int step = kPacked ? m : 1;
+#pragma unroll
+    for (int i = 0; i < width; i += step) {
+      if (a.channels_last) {
+#pragma unroll
+        for (int j = 0; j < step; ++j) values[i + j] = plane[column];
+      } else {
+        const auto at = static_cast<uint32_t>(column * n + h + i);
+        const Pack<A, step> pack = load_pack<step>(plane + a.by_HW.remainder(at));
+#pragma unroll
+        for (int j = 0; j < step; ++j) values[i + j] = pack.values[j];
+      }
+    }
   }
 
   // ------------------------------------------------------------------------------------ sums
 
-  // use(p, where, sums) for every pixel, with the sums over all channels that Terms names of the
-  // input in units of 1 / scale, where the mean is in units of scale_of_mean / scale; `where` is
-  // the pixel's place in the plane `in`. Ends with a barrier.
-  template <typename Terms, typename Use>
-  __device__ __forceinline__ void reduce(const T* grad, const T* x, A scale, A scale_of_mean,
+  // Adds an element of a pack.
+  __device__ __forceinline__ static void add(ChannelSums<gradient, A>& sums, const Image& grad,
+                                             const Image& x, int pack, int j, A scale, A centre,
+                                             bool squares) {
+    sums.add(gradient ? static_cast<A>(grad.packs[pack][j]) : A(0),
+             static_cast<A>(x.packs[pack][j]), scale, centre, squares);
+  }
+
+  // use(p, where, sums) for every pixel, with the sums over all channels; those of squares are of
+  // deviations from the mean. `where` is the pixel's place in the plane `in`. Ends with a barrier.
+  template <bool /* gradient, as of the block */, typename Use>
+  __device__ __forceinline__ void reduce(const Image& grad, const Image& x, bool squares,
                                          const Use& use) const {
-    A *partial = planes + a.at.scratch, *mean = planes + a.at.mean;
-    const auto add = [&](A(&to)[Terms::kSums], int i, A centre) {
-      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
-              scale, centre);
-    };
-    const auto add_pack = [&](A(&to)[Terms::kSums], const Pack<T, m>& gs, const Pack<T, m>& xs,
-                              int j, A centre) {
-      Terms{}(to, Terms::kReadsGradient ? static_cast<A>(gs.values[j]) : A(0),
-              static_cast<A>(xs.values[j]), scale, centre);
-    };
-    const int flat = a.at.flat;
-    if (a.direct) {
-      // below
-    } else if (a.channels_last) {
-      const int packs = a.C / m, pixels = min_of(a.HW - rank * a.share, a.share);
-      // So many neighbouring threads that they read from all banks.
-      constexpr int most = kPacked ? static_cast<int>(128 / (4 * sizeof(T))) : kWarp;
-      int lanes = 1;
-      while (lanes < most && lanes < packs) lanes *= 2;
-      const int lane = thread % lanes, per_turn = threads / lanes;
-      for (int base = 0; base < pixels; base += per_turn) {
-        const int pixel = base + thread / lanes;
-        A total[Terms::kSums] = {};
-        if (pixel < pixels) {
-          const A centre = mean[rank * a.share + pixel] * scale_of_mean;
-#pragma unroll 2
-          for (int c = lane; c < packs; c += lanes) {
-            const int i = (pixel * packs + c) * m;
-            const Pack<T, m> xs = load_pack<m>(x + i);
-            const Pack<T, m> gs = Terms::kReadsGradient ? load_pack<m>(grad + i) : xs;
-#pragma unroll
-            for (int j = 0; j < m; ++j) add_pack(total, gs, xs, j, centre);
-          }
+    using Sums = ChannelSums<gradient, A>;
+    const A scale = units().lift * units().part, scale_of_mean = units().part;
+    A* const partial = planes + a.at.scratch;
+    const int kind =
+        a.plan.sums * a.HW;  // one kind of sums: a plane for each partial sum of a pixel
+    const int kinds = squares ? Sums::kCount : 1;
+    if (a.channels_last) {
+      A centre = A(0);
+      Sums total;
+      each_pack([&](const Place& place) {
+        if (place.first) {
+          total = {};
+          centre = place.count > 0 && squares ? mean()[place.column] * scale_of_mean : A(0);
         }
 #pragma unroll
-        for (int k = 0; k < Terms::kSums; ++k) {
-          total[k] = lane_sum(total[k], lanes);
-          if (lane == 0 && pixel < pixels) partial[k * flat + rank * a.share + pixel] = total[k];
+        for (int j = 0; j < n; ++j) {
+          if (j < place.count) add(total, grad, x, place.number, j, scale, centre, squares);
         }
-      }
-      __syncthreads();
+        if (!place.last) return;
+#pragma unroll
+        for (int k = 0; k < Sums::kCount; ++k) {
+          const A sum = lane_sum(total.of[k], a.plan.groups);
+          if (place.count > 0 && thread % a.plan.groups == 0)
+            partial[k * kind + place.column] = sum;
+        }
+      });
     } else {
-      const int packs = a.HW / m, channels = min_of(a.C - rank * a.share, a.share);
-      const int group = a.groups > 1 ? thread / packs : 0;
-      for (int q = thread - group * packs; q < packs && group < a.groups; q += threads) {
-        A total[m][Terms::kSums] = {};
-        Pack<A, m> centre = load_pack<m>(mean + q * m);
 #pragma unroll
-        for (int j = 0; j < m; ++j) centre.values[j] *= scale_of_mean;
-#pragma unroll 4
-        for (int c = group; c < channels; c += a.groups) {
-          const int i = c * a.HW + q * m;
-          const Pack<T, m> xs = load_pack<m>(x + i);
-          const Pack<T, m> gs = Terms::kReadsGradient ? load_pack<m>(grad + i) : xs;
+      for (int h = 0; h < n; h += width) {
+        A centre[width] = {};
+        Sums total[width];
+        each_pack([&](const Place& place) {
+          if (place.first) {
+            if (squares) of_column(mean(), place.column, h, centre);
 #pragma unroll
-          for (int j = 0; j < m; ++j) add_pack(total[j], gs, xs, j, centre.values[j]);
-        }
+            for (int j = 0; j < width; ++j) total[j] = {}, centre[j] *= scale_of_mean;
+          }
 #pragma unroll
-        for (int k = 0; k < Terms::kSums; ++k) {
-          Pack<A, m> sums;
+          for (int j = 0; j < width; ++j) {
+            if (h + j < place.count) {
+              add(total[j], grad, x, place.number, h + j, scale, centre[j], squares);
+            }
+          }
+          if (!place.last || place.column >= a.plan.columns) return;
 #pragma unroll
-          for (int j = 0; j < m; ++j) sums.values[j] = total[j][k];
-          store_pack(partial + (k * a.groups + group) * flat + q * m, sums);
-        }
+          for (int k = 0; k < Sums::kCount; ++k) {
+#pragma unroll
+            for (int i = 0; i < width; i += m) {
+              Pack<A, m> sums;
+#pragma unroll
+              for (int j = 0; j < m; ++j) sums.values[j] = total[i + j].of[k];
+              if (k < kinds) store_pack(partial + k * kind + place.column_at + h + i, sums);
+            }
+          }
+        });
       }
-      __syncthreads();
     }
-    if (a.cluster > 1) {
-      if (a.groups > 1) {  // this block's own first, for others to read one number a pixel
+    __syncthreads();
+    if (a.plan.cluster > 1) {
+      if (a.plan.sums > 1) {  // this block's own first, for others to read one number a pixel
         for (int p = thread; p < a.HW; p += threads) {
 #pragma unroll
-          for (int k = 0; k < Terms::kSums; ++k) {
-            A* const sums = partial + k * a.groups * flat + p;
+          for (int k = 0; k < Sums::kCount; ++k) {
+            A* const sums = partial + k * kind + p;
             A total = sums[0];
-            for (int g = 1; g < a.groups; ++g) total += sums[g * flat];
+            for (int i = 1; i < a.plan.sums; ++i) total += sums[i * a.HW];
             sums[0] = total;
           }
         }
@@ -291,27 +433,23 @@ struct ImageBlock {
       sync_cluster();
     }
     for (int p = thread; p < a.HW; p += threads) {
-      A sums[Terms::kSums] = {};
-      if (a.direct) {
-        const A centre = mean[p] * scale_of_mean;
-        for (int c = 0; c < a.C; ++c) add(sums, c * a.HW + p, centre);
-      } else {
-        // Of all blocks, of the one that has the pixel, or of this block's groups.
-        const bool gathered = a.cluster > 1 && !a.channels_last;
-        const int terms = gathered ? a.cluster : a.groups;
-        const A* mine = partial + p;
-        if (a.cluster > 1 && a.channels_last) mine = cluster_peer(mine, p / a.share);
+      Sums total;
+      // Of all blocks, of the one that has the pixel, or of this block's groups.
+      const bool gathered = a.plan.cluster > 1 && !a.channels_last;
+      const int terms = gathered ? a.plan.cluster : a.plan.sums;
+      const A* mine = partial + p;
+      if (a.plan.cluster > 1 && a.channels_last) mine = cluster_peer(mine, p / a.plan.share);
 #pragma unroll 4
-        for (int i = 0; i < terms; ++i) {
-          const A* from = gathered ? cluster_peer(mine, i) : mine + i * flat;
+      for (int i = 0; i < terms; ++i) {
+        const A* from = gathered ? cluster_peer(mine, i) : mine + i * a.HW;
 #pragma unroll
-          for (int k = 0; k < Terms::kSums; ++k) sums[k] += from[k * a.groups * flat];
+        for (int k = 0; k < Sums::kCount; ++k) {
+          if (k < kinds) total.of[k] += from[k * kind];
         }
       }
-      const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p)));
-      use(p, p + h * (a.at.pitch - a.W) + a.taps_w / 2, sums);
+      use(p, place_of(p), total);
     }
-    if (a.cluster > 1) {
+    if (a.plan.cluster > 1) {
       sync_cluster();  // before anyone writes over what others have yet to read
     } else {
       __syncthreads();
@@ -329,7 +467,7 @@ struct ImageBlock {
     const A *in = planes, *taps = planes + (adjoint ? at.flipped : at.weight);
     A* const scratch = planes + at.scratch;
     const int per_row = at.W4 / 4, W4 = at.W4;
-    if (a.separable && !a.direct) {  // partial sums were there
+    if (a.separable) {  // partial sums were there
       for (int i = thread; i < (at.scratch_rows - a.H) * W4; i += threads) {
         scratch[i < at.above * W4 ? i : i + a.H * W4] = A(0);
       }
@@ -338,17 +476,13 @@ struct ImageBlock {
       const int h = static_cast<int>(a.by_row.quotient(static_cast<uint32_t>(i))),
                 w = (i - h * per_row) * 4;
       A sums[4] = {};
-      const auto along = [&](int row, const A* weight) {
+      const int lines = a.separable ? 1 : a.taps_h;
+      for (int k = 0; k < lines; ++k) {
+        const int row = h - lines / 2 + k;
+        if (row < 0 || row >= a.H) continue;
         const A* x = in + row * at.pitch + w;
-        correlate_four([&](int k) { return load_four(x + k); }, weight, a.taps_w, sums);
-      };
-      if (a.separable) {
-        along(h, taps);
-      } else {
-        const int top = h - a.taps_h / 2;
-        for (int k = 0; k < a.taps_h; ++k) {
-          if (top + k >= 0 && top + k < a.H) along(top + k, taps + k * at.taps_pitch);
-        }
+        correlate_four([&](int j) { return load_four(x + j); }, taps + k * at.taps_pitch, a.taps_w,
+                       sums);
       }
       store_four(scratch + (at.above + h) * W4 + w, sums);
     }
@@ -382,50 +516,33 @@ struct ImageBlock {
 
   // ----------------------------------------------------------------------------------- apply
 
-  // image = value(u, v, planes) for every element of this share. Ends with a barrier.
-  template <typename Value>
-  __device__ __forceinline__ void apply(const Value& value, T* image, const T* u, const T* v,
-                                        const A* plane0, const A* plane1, const A* plane2) const {
-    constexpr int n = kPacked ? kPackSize<T> : 1;
-    T* const out = image + first();
-    const int size = count();
-    // What two turns of three planes take are more registers than there are.
-#pragma unroll(Value::kReadsBoth ? 1 : 2)
-    for (int i = thread * n; i < size; i += threads * n) {
-      const Pack<T, n> us = load_pack<n>(u + i);
-      const Pack<T, n> vs = Value::kReadsBoth ? load_pack<n>(v + i) : us;
-      Pack<T, n> to;
+  // The result for every element of this thread's, in the place of x; to the image in memory.
+  __device__ __forceinline__ void apply(const Result<gradient, kExact, A>& result,
+                                        const Image& grad, Image& x, const A* plane0,
+                                        const A* plane1, const A* plane2) const {
+    T* const memory = a.out + begin(units().image);
 #pragma unroll
-      for (int c = 0; c < n; c += m) {
-        Pack<A, m> of[3];
-        const A* const from[3] = {plane0, plane1, plane2};
-        // A share of NCHW begins with a channel, one of NHWC with a pixel.
-        const int p = a.channels_last
-                          ? rank * a.share +
-                                static_cast<int>(a.by_line.quotient(static_cast<uint32_t>(i + c)))
-                          : static_cast<int>(a.by_line.remainder(static_cast<uint32_t>(i + c)));
-#pragma unroll
-        for (int k = 0; k < Value::kPlanes; ++k) {
-          if (a.channels_last) {
-            const A of_pixel = from[k][p];
-#pragma unroll
-            for (int j = 0; j < m; ++j) of[k].values[j] = of_pixel;
-          } else {
-            of[k] = load_pack<m>(from[k] + p);
-          }
+    for (int h = 0; h < n; h += width) {
+      A of[3][width] = {};
+      each_pack([&](const Place& place) {
+        if (place.first) {
+          of_column(plane0, place.column, h, of[0]);
+          of_column(plane1, place.column, h, of[1]);
+          if constexpr (gradient) of_column(plane2, place.column, h, of[2]);
         }
+        Words<T>& xs = x.packs[place.number];
+        const Words<T>& gs = grad.packs[place.number];
 #pragma unroll
-        for (int k = Value::kPlanes; k < 3; ++k) of[k] = of[0];
-#pragma unroll
-        for (int j = 0; j < m; ++j) {
-          to.values[c + j] = static_cast<T>(value(static_cast<A>(us.values[c + j]),
-                                                  static_cast<A>(vs.values[c + j]), of[0].values[j],
-                                                  of[1].values[j], of[2].values[j]));
+        for (int j = 0; j < width; ++j) {
+          const A of_grad = gradient ? static_cast<A>(gs[h + j]) : A(0);
+          xs.set(h + j, static_cast<T>(result(of_grad, static_cast<A>(xs[h + j]), of[0][j],
+                                              of[1][j], of[2][j])));
         }
-      }
-      store_pack(out + i, to);
+        if (h + width < n) return;
+        T* const to = memory + place.at;
+        access(place, [&] { store_pack(as_words(to), xs.of); }, [&](int j) { to[j] = xs[j]; });
+      });
     }
-    __syncthreads();
   }
 };
 

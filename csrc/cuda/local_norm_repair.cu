@@ -9,6 +9,7 @@ namespace {
 // A block's work on an image in global memory, of any size: one pixel a thread at a time.
 template <typename T>
 struct MemoryBlock {
+  using Element = T;
   using A = opmath_t<T>;
   static constexpr bool kExact = true;
 
@@ -35,18 +36,18 @@ struct MemoryBlock {
   __device__ A over_channels(A value) const { return value / static_cast<A>(a.C); }
   __device__ A over_coef(A value, int64_t p) const { return value / a.coef[p]; }
 
-  template <typename Terms, typename Use>
-  __device__ void reduce(const T* grad, const T* x, A scale, A scale_of_mean,
-                         const Use& use) const {
+  template <bool gradient, typename Use>
+  __device__ void reduce(const T* grad, const T* x, bool squares, const Use& use) const {
+    const A scale = units().lift * units().part;
 #pragma unroll 1
     for (int64_t p = thread; p < HW; p += threads) {
-      A sums[Terms::kSums] = {};
-      const A centre = mean()[p] * scale_of_mean;
+      ChannelSums<gradient, A> sums;
+      const A centre = squares ? mean()[p] * units().part : A(0);
 #pragma unroll 1
       for (int64_t c = 0; c < a.C; ++c) {
         const int64_t i = c * a.stride_c() + p * a.stride_pixel();
-        Terms{}(sums, Terms::kReadsGradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]),
-                scale, centre);
+        sums.add(gradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]), scale, centre,
+                 squares);
       }
       use(p, p, sums);
     }
@@ -72,18 +73,18 @@ struct MemoryBlock {
     return __syncthreads_or(any);
   }
 
-  template <typename Value>
-  __device__ void apply(const Value& value, T* out, const T* u, const T* v, const A* plane0,
-                        const A* plane1, const A* plane2) const {
+  template <bool gradient, bool kExact>
+  __device__ void apply(const Result<gradient, kExact, A>& result, const T* grad, const T* x,
+                        const A* plane0, const A* plane1, const A* plane2) const {
+    T* const out = a.out + image * a.C * HW;
 #pragma unroll 1
     for (int64_t p = thread; p < HW; p += threads) {
-      const A of[3] = {plane0[p], plane1[p], Value::kPlanes > 2 ? plane2[p] : A(0)};
+      const A of[3] = {plane0[p], plane1[p], gradient ? plane2[p] : A(0)};
 #pragma unroll 1
       for (int64_t c = 0; c < a.C; ++c) {
         const int64_t i = c * a.stride_c() + p * a.stride_pixel();
-        out[i] = static_cast<T>(value(static_cast<A>(u[i]),
-                                      Value::kReadsBoth ? static_cast<A>(v[i]) : A(0), of[0], of[1],
-                                      of[2]));
+        out[i] = static_cast<T>(result(gradient ? static_cast<A>(grad[i]) : A(0),
+                                       static_cast<A>(x[i]), of[0], of[1], of[2]));
       }
     }
   }
@@ -99,14 +100,14 @@ __global__ void __launch_bounds__(kThreads) repair_kernel(const __grid_constant_
     const MemoryBlock<T> block(s, image, &units);
     for (int64_t p = threadIdx.x; p < s.HW && s.kind == LocalNorm::kDivisive; p += kThreads) {
       block.mean()[p] = 0;
-      if (s.grad) block.grads()[p] = 0;
     }
     __syncthreads();
     const int64_t first = image * s.C * s.HW;
-    if (s.grad) {
-      backward_image(block, s.grad + first, s.input + first, s.out + first);
+    const T *x = s.input + first, *g = s.grad ? s.grad + first : nullptr;
+    if (g) {
+      normalize_image<true>(block, g, x);
     } else {
-      forward_image(block, s.input + first, s.out + first);
+      normalize_image<false>(block, g, x);
     }
   }
 }

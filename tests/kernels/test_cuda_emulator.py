@@ -96,7 +96,7 @@ class Mode:
     name: str
     max_blocks: int = 2**62
     largest_narrow_index: int = 2**31 - 1
-    image_bytes: int = 48 << 10  # shared memory of a block, for images that stay there
+    image_bytes: int = 48 << 10  # of registers, and of shared memory, for images that stay there
 
     def __str__(self) -> str:
         return self.name
@@ -544,10 +544,14 @@ def test_local_normalization_of_many_images(configure):
 
 
 @cases(1)
-def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case: Cases):
-    """An image a block, one for two, four or eight, one that does not fit; and few channels."""
+def test_local_normalization_of_images_in_registers(emulator: Emulator, case: Cases):
+    """An image a block, one for two, four or eight, one that does not fit, and more than blocks.
+
+    Of rows that are no packs, of channels that end within a pack, of more pixels than threads.
+    """
     # In float32 an image has 4.5, 12 and 18 KiB, its planes 1.3 to 4.
-    shapes = ((3, 18, 8, 8), (2, 48, 8, 8), (2, 72, 8, 8), (3, 13, 7, 9), (4, 3, 9, 12))
+    shapes = ((5, 18, 8, 8), (2, 48, 8, 8), (2, 72, 8, 8), (4, 13, 7, 9), (4, 3, 9, 12))
+    shapes += ((2, 16, 5, 5), (4, 16, 6, 6), (4, 1, 20, 25))
     memory = emulator.mode.image_bytes
     sizes = (memory, 14 << 10, 9 << 10, 6 << 10, 4 << 10) if memory else (0,)
     for shape in shapes if memory else shapes[:1]:
@@ -565,7 +569,7 @@ def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_local_normalization_of_images_of_any_magnitude(emulator: Emulator, dtype: torch.dtype):
-    """In shared memory, in clusters of blocks, step by step: in units of a power of two each."""
+    """In registers, in clusters of blocks, step by step: in units of a power of two each."""
     case = Cases(7, dtype)
     rtol = {torch.float64: 1e-11, torch.float32: 4e-5, torch.bfloat16: 0.24}[dtype]
     factors = [1e-36, 1e-30, 1e-22, 1e-16, 1e-10, 1.0, 1e10, 1e16, 1e20, 1e30, 1e37]

@@ -54,6 +54,8 @@ N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
     Packed(rf"image_kernel<\w+, true, {TYPE}>"),
+    # images of which a pack has parts of channels, or whose packs are not aligned
+    Packed(rf"image_kernel<\w+, false, {TYPE}>", rest=True),
     Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one

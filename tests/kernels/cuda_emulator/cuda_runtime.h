@@ -58,7 +58,7 @@ namespace cuda_emulator {
 struct Settings {
   int64_t max_blocks = INT64_MAX;            // of a grid: few of them, and kernels must loop
   int64_t largest_narrow_index = INT32_MAX;  // 0, and every kernel is the one for large tensors
-  int64_t image_bytes = int64_t{48} << 10;   // of shared memory, for kernels launched as clusters
+  int64_t image_bytes = int64_t{48} << 10;   // of shared memory, and as many of registers
 };
 inline Settings settings;
 
@@ -84,7 +84,8 @@ struct Multiprocessors {
 };
 template <typename Kernel>
 Multiprocessors multiprocessors(Kernel*) {
-  return {3, 2 * settings.image_bytes, settings.image_bytes, 8, 64};
+  return {3, 2 * settings.image_bytes, settings.image_bytes, 8,
+          static_cast<int>(settings.image_bytes / 128)};
 }
 
 // The same for clusters of blocks, which are alive at once, each with its own dynamic shared
