@@ -5,9 +5,9 @@
 // kTileRows rows by one line of channels (16 of float32, 8 of float64) takes a broadcast number
 // times a line in each step.
 //
-//   forward          rows: pixels of an output row   lines: output channels   sum: taps k = (c, kh,
-//   kw) input gradient   rows: pixels of an output row   lines: input channels    sum: kh, output
-//   channels weight gradient  rows: taps                      lines: output channels   sum: pixels
+//   forward          rows: pixels of an output row   lines: output channels   sum: taps (c, kh, kw)
+//   input gradient   rows: pixels of an output row   lines: input channels    sum: kh, o
+//   weight gradient  rows: taps                      lines: output channels   sum: pixels
 //
 // Weights are kept as [block of o][k][lane of o] while the engine runs, k in the order (block of c,
 // kh, kw, lane of c), so the weight gradient's tiles are added straight into them. The input
@@ -91,15 +91,15 @@ void input_gradient_tile(const T* dy, int64_t row, int64_t block, const T* w, in
 }
 
 // The gradient of kRows taps' weights: sum over pixels of x[pixel][m] * dy[pixel][lane], for
-// OH x OW pixels; then the update of w[m][lane].
-template <typename T, int kPixel, int kRows>
-void weight_gradient_tile(const T* x, int64_t x_row, const T* dy, int64_t OH, int64_t OW,
-                          const Update<T>& update, T* w, T* velocity) {
+// OH x OW pixels; then the update of w[m][lane]. Neighbouring pixels are `pixel` apart in x.
+template <typename T, int kRows>
+void weight_gradient_tile(const T* x, int64_t pixel, int64_t x_row, const T* dy, int64_t OH,
+                          int64_t OW, const Update<T>& update, T* w, T* velocity) {
   constexpr int kV = kVectorsPerLine, kWidth = kLanes<T> / kV;
   Tile<T, kRows> sum = {};
   for (int64_t h = 0; h < OH; ++h, x += x_row) {
     const T* from = x;
-    for (int64_t p = 0; p < OW; ++p, from += kPixel, dy += kLanes<T>) {
+    for (int64_t p = 0; p < OW; ++p, from += pixel, dy += kLanes<T>) {
       Vector<T> line[kV];
       for (int v = 0; v < kV; ++v) line[v] = load(dy + v * kWidth);
 #pragma GCC unroll 16
@@ -152,11 +152,9 @@ inline void for_each_tile(int64_t count, const F& body) {
 template <typename T>
 class Convolution final : public Layer<T> {
  public:
-  Convolution(const ConvolutionOptions& options, const Map<T>& input, const Map<T>& output,
+  Convolution(const Map<T>& input, const Map<T>& output, const ConvolutionOptions& options,
               Parameter<T> weight, Parameter<T> bias)
-      : o_(options), weight_(weight), bias_(bias) {
-    this->in = input;
-    this->out = output;
+      : Layer<T>(input, output), o_(options), weight_(weight), bias_(bias) {
     padded_ = {input.shape.C, input.shape.H + 2 * o_.padding_h, input.shape.W + 2 * o_.padding_w,
                false};
     lanes_ = input.lanes;
@@ -245,11 +243,7 @@ class Convolution final : public Layer<T> {
 
   void update(int64_t b, const Step<T>& step) override {
     if (dx_ != nullptr) transpose(b);
-    if (lanes_ == 1) {
-      update_block<1>(b, step.update);
-    } else {
-      update_block<kLanes<T>>(b, step.update);
-    }
+    update_block(b, step.update);
   }
 
   void backward(int64_t b) override {
@@ -304,7 +298,6 @@ class Convolution final : public Layer<T> {
     }
   }
 
-  template <int kPixel>
   void update_block(int64_t b, const Update<T>& update) {
     const int64_t OH = this->out.shape.H, OW = this->out.shape.W;
     const T* dy = this->out.grad + b * this->out.block();
@@ -312,9 +305,8 @@ class Convolution final : public Layer<T> {
     T* v = weight_.velocity ? packed_velocity_.data() + b * taps_ * kLanes<T> : nullptr;
     for (const Run& run : runs_) {
       for_each_tile(run.length, [&](auto rows, int64_t m) {
-        weight_gradient_tile<T, kPixel, rows()>(x_ + run.offset + m, padded_.W * kPixel, dy, OH, OW,
-                                                update, w + m * kLanes<T>,
-                                                v ? v + m * kLanes<T> : nullptr);
+        weight_gradient_tile<T, rows()>(x_ + run.offset + m, lanes_, padded_.W * lanes_, dy, OH, OW,
+                                        update, w + m * kLanes<T>, v ? v + m * kLanes<T> : nullptr);
       });
       w += run.length * kLanes<T>;
       v = v ? v + run.length * kLanes<T> : nullptr;

@@ -91,6 +91,7 @@ struct Parameter {
 template <typename T>
 class Layer {
  public:
+  Layer(const Map<T>& input, const Map<T>& output) : in(input), out(output) {}
   virtual ~Layer() = default;
 
   virtual bool local() const { return false; }

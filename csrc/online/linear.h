@@ -12,10 +12,7 @@ template <typename T>
 class Linear final : public Layer<T> {
  public:
   Linear(const Map<T>& input, const Map<T>& output, Parameter<T> weight, Parameter<T> bias)
-      : weight_(weight), bias_(bias), gradient_(input.shape.C) {
-    this->in = input;
-    this->out = output;
-  }
+      : Layer<T>(input, output), weight_(weight), bias_(bias), gradient_(input.shape.C) {}
 
   bool has_parameters() const override { return true; }
 
@@ -122,10 +119,7 @@ class Linear final : public Layer<T> {
 template <typename T>
 class Flatten final : public Layer<T> {
  public:
-  Flatten(const Map<T>& input, const Map<T>& output) {
-    this->in = input;
-    this->out = output;
-  }
+  using Layer<T>::Layer;
 
   void prepare_forward(const Step<T>&, const Workers&) override {
     const int64_t pixels = this->in.shape.pixels();

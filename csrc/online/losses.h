@@ -10,10 +10,8 @@ namespace mnist_ops::online {
 template <typename T>
 class LogSoftmax final : public Layer<T> {
  public:
-  LogSoftmax(const Map<T>& input, const Map<T>& output, double beta) : difference_(beta) {
-    this->in = input;
-    this->out = output;
-  }
+  LogSoftmax(const Map<T>& input, const Map<T>& output, double beta)
+      : Layer<T>(input, output), difference_(beta) {}
 
   bool needs_output() const override { return true; }
 
@@ -46,10 +44,7 @@ class LogSoftmax final : public Layer<T> {
 template <typename T>
 class Torch7LogSoftmax final : public Layer<T> {
  public:
-  Torch7LogSoftmax(const Map<T>& input, const Map<T>& output) {
-    this->in = input;
-    this->out = output;
-  }
+  using Layer<T>::Layer;
 
   bool needs_output() const override { return true; }
 

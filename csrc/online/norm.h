@@ -12,13 +12,11 @@ template <typename T>
 class SubtractiveNorm final : public Layer<T> {
  public:
   SubtractiveNorm(const Map<T>& input, const Map<T>& output, const Tensor& kernel)
-      : blur_("online_sgd", kernel, input.shape.H, input.shape.W),
+      : Layer<T>(input, output),
+        blur_("online_sgd", kernel, input.shape.H, input.shape.W),
         sum_(input.shape.pixels()),
         mean_(input.shape.pixels()),
-        scratch_(input.shape.pixels()) {
-    this->in = input;
-    this->out = output;
-  }
+        scratch_(input.shape.pixels()) {}
 
   void prepare_forward(const Step<T>&, const Workers&) override {
     add_channels(this->in.value);

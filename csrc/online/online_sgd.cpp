@@ -144,12 +144,8 @@ class Network {
   Map<T> add(const LayerSpec& layer, const Map<T>& in, const std::vector<Tensor>& kernels) {
     const Parameter<T> weight = parameter(layer.weight), bias = parameter(layer.bias);
     switch (layer.kind) {
-      case Kind::kConv2d: {
-        const Map<T> out = new_map(layer.out, true);
-        layers_.push_back(
-            std::make_unique<Convolution<T>>(layer.convolution, in, out, weight, bias));
-        return out;
-      }
+      case Kind::kConv2d:
+        return push<Convolution<T>>(in, new_map(layer.out, true), layer.convolution, weight, bias);
       case Kind::kLinear:
         return push<Linear<T>>(in, new_map(layer.out, true), weight, bias);
       case Kind::kTanh:
@@ -181,17 +177,10 @@ class Network {
       default:
         break;
     }
-    switch (norm_of(layer.pooling.p)) {
-      case Norm::kOne:
-        return push<LpPooling<T, Norm::kOne>>(in, out, layer.pooling);
-      case Norm::kTwo:
-        return push<LpPooling<T, Norm::kTwo>>(in, out, layer.pooling);
-      case Norm::kInf:
-        return push<LpPooling<T, Norm::kInf>>(in, out, layer.pooling);
-      case Norm::kGeneral:
-        break;
-    }
-    return push<LpPooling<T, Norm::kGeneral>>(in, out, layer.pooling);
+    dispatch_norm(layer.pooling.p, [&](auto norm) {
+      push<LpPooling<T, decltype(norm)::value>>(in, out, layer.pooling);
+    });
+    return out;
   }
 
   void plan() {

@@ -8,10 +8,7 @@ namespace mnist_ops::online {
 template <typename T, ActivationKind kind>
 class Activation final : public Layer<T> {
  public:
-  Activation(const Map<T>& input, const Map<T>& output) {
-    this->in = input;
-    this->out = output;
-  }
+  using Layer<T>::Layer;
 
   bool local() const override { return true; }
   bool needs_output() const override { return true; }
@@ -40,10 +37,10 @@ template <typename T>
 class Dropout final : public Layer<T> {
  public:
   Dropout(const Map<T>& input, const Map<T>& output, double p, int64_t first)
-      : keep_(1.0 - p), first_(first), factor_(input.blocks() * input.block()) {
-    this->in = input;
-    this->out = output;
-  }
+      : Layer<T>(input, output),
+        keep_(1.0 - p),
+        first_(first),
+        factor_(input.blocks() * input.block()) {}
 
   bool local() const override { return true; }
 

@@ -24,11 +24,10 @@ template <typename T>
 class Pooling : public Layer<T> {
  public:
   Pooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
-      : g_(geometry_of(input, output, arguments)),
+      : Layer<T>(input, output),
+        g_(geometry_of(input, output, arguments)),
         disjoint_(g_.stride_h == g_.kernel_h && g_.stride_w == g_.kernel_w && g_.padding_h == 0 &&
                   g_.padding_w == 0 && g_.OH * g_.kernel_h == g_.H && g_.OW * g_.kernel_w == g_.W) {
-    this->in = input;
-    this->out = output;
   }
 
   bool local() const override { return true; }
