@@ -555,7 +555,8 @@ def test_local_normalization_of_images_in_registers(emulator: Emulator, case: Ca
     memory = emulator.mode.image_bytes
     sizes = (memory, 14 << 10, 9 << 10, 6 << 10, 4 << 10) if memory else (0,)
     for shape in shapes if memory else shapes[:1]:
-        for layout in ("contiguous", "channels last"):
+        unaligned = case.choice("misaligned", "channels last, misaligned")
+        for layout in ("contiguous", "channels last", unaligned):
             mode = replace(emulator.mode, image_bytes=case.choice(*sizes))
             one = Emulator(emulator.configure, mode)
             x, grad = case.normal(shape, layout), case.normal(shape, layout)
