@@ -23,6 +23,15 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
       "Tensor output, float norm_type, int[] kernel_size, int[] stride, int[] padding, "
       "bool ceil_mode) -> (Tensor, Tensor)");
 
+  // with a p for each channel, which has a gradient of its own
+  m.def(
+      "lp_pool2d_tensor_p(Tensor input, Tensor norm_type, int[] kernel_size, int[] stride, "
+      "int[] padding, bool ceil_mode, bool average) -> Tensor");
+  m.def(
+      "lp_pool2d_tensor_p_backward(Tensor grad_output, Tensor input, Tensor norm_type, "
+      "int[] kernel_size, int[] stride, int[] padding, bool ceil_mode, bool average) "
+      "-> (Tensor grad_input, Tensor grad_norm_type)");
+
   // local_norm
   m.def("subtractive_norm2d(Tensor input, Tensor kernel) -> Tensor");
   m.def("subtractive_norm2d_backward(Tensor grad_output, Tensor kernel) -> Tensor");

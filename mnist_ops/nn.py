@@ -13,9 +13,10 @@ from torch import Tensor
 from . import ops
 from .ops._common import check_finite, check_int, check_number, compute_type
 from .ops.local_norm import check_kernel, check_thresholds
-from .ops.lp_pool import check_layout, check_norm_type, check_windows
+from .ops.lp_pool_tensor import check_powers
 from .ops.softmax import check_beta, check_reduction
 from .ops.stage import check_activation
+from .ops.windows import check_layout, check_norm_type, check_windows
 
 __all__ = [
     "ContrastiveNorm2d",
@@ -110,13 +111,12 @@ class GeM2d(torch.nn.Module):
 
     .. math:: y = \Big(\frac{1}{HW} \sum_{h, w} \max(x_{hw}, \epsilon)^p\Big)^{1/p}
 
-    A p that is not learned is that of :func:`mnist_ops.lp_pool2d` with ``average``. One that is
-    has its gradient from :math:`\log y = \frac{1}{p} (\operatorname{logsumexp} p \log x -
-    \log HW)`, in which no power leaves the range.
+    It is :func:`mnist_ops.lp_pool2d` with ``average``.
 
     Args:
-        p: 1 is average pooling; the larger, the closer to max pooling. Any number > 0.
-        learnable: make p a parameter, one number for all channels.
+        p: 1 is average pooling; the larger, the closer to max pooling. Any number > 0, or a tensor
+            with one for each channel.
+        learnable: make p a parameter; a tensor that is not learned is a buffer.
         eps: what smaller pixels are raised to, > 0.
 
     Source:
@@ -130,17 +130,27 @@ class GeM2d(torch.nn.Module):
         tensor([[[2.9240]]])
     """
 
-    def __init__(self, p: float = 3.0, learnable: bool = True, eps: float = 1e-6) -> None:
+    def __init__(self, p: float | Tensor = 3.0, learnable: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
-        p = check_number("GeM2d", "p", p)
-        if not p > 0 or (learnable and math.isinf(p)):
-            raise ValueError(f"GeM2d: p must be > 0, and finite to be learned, got {p}")
         self.eps = check_finite("GeM2d", "eps", eps)
         if not self.eps > 0:
             raise ValueError(f"GeM2d: eps must be > 0, got {eps}")
-        self.p: float | torch.nn.Parameter = p
+        if isinstance(p, Tensor):
+            check_powers("GeM2d", p, p.numel())
+            values = [] if p.is_meta else p.flatten().tolist()
+            p = p.detach().clone()
+        else:
+            p = check_number("GeM2d", "p", p)
+            values = [p]
+        if not all(value > 0 and (value < math.inf or not learnable) for value in values):
+            raise ValueError(f"GeM2d: p must be > 0, and finite to be learned, got {p}")
+        self.p: float | Tensor
         if learnable:
-            self.p = torch.nn.Parameter(torch.tensor(p))
+            self.p = torch.nn.Parameter(p if isinstance(p, Tensor) else torch.tensor(p))
+        elif isinstance(p, Tensor):
+            self.register_buffer("p", p)
+        else:
+            self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool (N, C, H, W) to (N, C, 1, 1), or (C, H, W) to (C, 1, 1)."""
@@ -148,17 +158,16 @@ class GeM2d(torch.nn.Module):
         if height * width == 0:
             raise ValueError(f"GeM2d: input has no pixels, its shape is {tuple(input.shape)}")
         x = input.to(compute_type(input.dtype)).clamp(min=self.eps)
-        if not isinstance(self.p, Tensor):
-            return ops.lp_pool2d(x, self.p, (height, width), average=True).to(input.dtype)
-        total = (self.p * x.log()).flatten(-2).logsumexp(-1)
-        y = ((total - math.log(height * width)) / self.p).exp()
-        return y.to(input.dtype)[..., None, None]
+        return ops.lp_pool2d(x, self.p, (height, width), average=True).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
-        learnable = isinstance(self.p, Tensor)
-        p = self.p.item() if isinstance(self.p, Tensor) else self.p
-        return f"p={p:g}, learnable={learnable}, eps={self.eps:g}"
+        p, learnable = self.p, isinstance(self.p, torch.nn.Parameter)
+        if isinstance(p, Tensor):
+            shown = f"{p.item():g}" if p.dim() == 0 else f"a tensor {tuple(p.shape)}"
+        else:
+            shown = f"{p:g}"
+        return f"p={shown}, learnable={learnable}, eps={self.eps:g}"
 
 
 class SubtractiveNorm2d(torch.nn.Module):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18
 
-from .ops.lp_pool import is_infinite, pooled_size
+from .ops.windows import is_infinite, pooled_size
 
 __all__ = ["translations"]
 

@@ -66,10 +66,12 @@ def _by_shards(
     local = dict(arguments)
     for name, value in arguments.items():
         if isinstance(value, distributed.DTensor):
-            divided = name in ("input", "target")
-            local[name] = value.redistribute(
-                mesh, places if divided else [whole] * mesh.ndim
-            ).to_local()
+            if name in ("input", "target"):
+                local[name] = value.redistribute(mesh, places).to_local()
+            else:  # each device has its images' part of the gradient
+                parts = [distributed.Partial() if p.is_shard() else whole for p in places]
+                gathered = value.redistribute(mesh, [whole] * mesh.ndim)
+                local[name] = gathered.to_local(grad_placements=parts)
     result = function(**local)
     shape = list(result.shape)
     for place in places:

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._libraries import CPU_CAPABILITY, CUDA_MISSING
+from . import lp_pool_tensor
 from ._common import compute_type, is_channels_last
-from .lp_pool import is_infinite, output_size
+from .windows import is_infinite, output_size
 
 __all__ = ["DEFINITIONS"]
 
@@ -126,6 +127,7 @@ def softmax_nll(
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "lp_pool2d": lp_pool2d,
+    "lp_pool2d_tensor_p": lp_pool_tensor.definition,
     "subtractive_norm2d": subtractive_norm2d,
     "divisive_norm2d": divisive_norm2d,
     "contrastive_norm2d": contrastive_norm2d,

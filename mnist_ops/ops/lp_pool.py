@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import (
     _library,
     backward_jvp,
     check_images,
-    check_number,
     compute_type,
     direct,
     empty_images,
-    pair,
     refuse_lone_tangent,
     register_autograd,
     register_fake,
     register_image_vmap,
-    sizes,
     sum_of_tangents,
 )
-from ._public import planes, public
-
-#: A padding before and after, for each of two dimensions.
-Sides = tuple[tuple[int, int], tuple[int, int]]
-
-#: kernel_size, stride, padding, ceil_mode, as they are given.
-Places = tuple[Any, Any, Any, Any]
+from ._public import batch, planes, public
+from .lp_pool_tensor import pool_by_tensor
+from .windows import (
+    Places,
+    Sides,
+    check_fit,
+    has_gaps,
+    has_sides,
+    is_infinite,
+    lay_out,
+    output_size,
+    pooled_size,
+    windows_for,
+)
 
 _ops = torch.ops.mnist_ops
 _lp_pool2d = direct("lp_pool2d")
 _lp_pool2d_grad = direct("lp_pool2d_backward")
 
 
-@public(planes)
+def _shardable(arguments: dict[str, Any]) -> Collection[int]:
+    return (batch if isinstance(arguments["norm_type"], Tensor) else planes)(arguments)
+
+
+@public(_shardable)
 def lp_pool2d(
     input: Tensor,
-    norm_type: float,
+    norm_type: float | Tensor,
     kernel_size: int | tuple[int, int],
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] | Sides = 0,
@@ -66,6 +72,17 @@ def lp_pool2d(
     gradient is shared evenly among equal maxima. Differentiable twice; the third derivative is an
     error.
 
+    A tensor p has the gradient
+
+    .. math:: \frac{\partial y}{\partial p} = \frac{y}{p} \sum_{x \in \text{window}}
+              w_x \ln \frac{|x|}{y}, \qquad w_x = \frac{|x|^p}{\sum |x|^p}
+
+    for the sum as well as for the mean of ``average``, 0 in windows that are all 0, summed in a
+    fixed order. \|x\| / y comes by way of the window's largest magnitude, so it is as exact for
+    small x as for large. Its values are not looked at, which would have to wait for the device:
+    where p is not > 0 the result is NaN. Differentiable any number of times, the second and further
+    ones by PyTorch's own operators, which copy the windows.
+
     Args:
         input: images (N, C, H, W) or one image (C, H, W); float64, float32, float16 or bfloat16
             (the half types are computed in float32). Three dimensions are always one image: a batch
@@ -73,6 +90,8 @@ def lp_pool2d(
         norm_type: p, any number > 0, or ``float("inf")``. 1, 2 and inf have kernels of their own.
             In the type that is computed in (float32 unless the input is float64), p above its range
             is taken as inf, and p below its smallest normal number (1.2e-38 in float32) is refused.
+            Or a floating-point tensor on the device of ``input``, 0-d or with one p for each
+            channel, which has a gradient of its own (above).
         kernel_size: height and width of a window, in pixels; one int or two.
         stride: distance between windows, in pixels; default ``kernel_size``.
         padding: how far windows reach over each border, in pixels, at most half of ``kernel_size``;
@@ -96,7 +115,9 @@ def lp_pool2d(
     Raises:
         TypeError: ``input`` is no floating-point tensor, a size is no int.
         ValueError: p is not > 0, a size or the padding is out of range, the window does not fit,
-            ``average`` with ``dilation`` or a padding by sides.
+            ``average`` with ``dilation`` or a padding by sides, ``norm_type`` has the shape of no p
+            for each channel.
+        RuntimeError: ``norm_type`` is a tensor on another device.
 
     Source:
         Torch7's ``nn.SpatialLPPooling``, which raises x itself (not \|x\|) to p; the two agree for
@@ -115,8 +136,11 @@ def lp_pool2d(
         if average:
             raise ValueError(f"{op}: average is not offered with dilation or a padding by sides")
         input, places = lay_out(op, input, 2, dilation, places)
-    windows = windows_for(op, norm_type, *places, input.dtype)
+    number = 1 if isinstance(norm_type, Tensor) else norm_type
+    windows = windows_for(op, number, *places, input.dtype)
     check_fit(op, input, windows[1], windows[3])
+    if isinstance(norm_type, Tensor):
+        return pool_by_tensor(op, input, norm_type, *windows[1:], average)
     if average:
         p, kernel = windows[:2]
         digits = math.log2(kernel[0] * kernel[1]) / p  # by which the norm is above the mean
@@ -138,191 +162,6 @@ def _share(
         counts.append((first + span).clamp(max=size) - first.clamp(min=0))
     pixels = (counts[0][:, None] * counts[1]).clamp(min=1)
     return pixels.to(input.dtype) ** (-1 / p)
-
-
-def check_windows(
-    op: str,
-    norm_type: Any,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    ceil_mode: Any,
-    dtype: torch.dtype = torch.float64,
-    dims: int = 2,
-) -> tuple[float, list[int], list[int], list[int], bool]:
-    """Refuse windows that no image of dtype could have; return them as the operators take them."""
-    p = check_norm_type(op, norm_type, dtype)
-    kernel, steps = check_kernel_and_stride(op, kernel_size, stride, dims)
-    pads = sizes(op, "padding", padding, dims)
-    if not all(0 <= pads[d] <= kernel[d] // 2 for d in range(dims)):
-        raise ValueError(
-            f"{op}: padding must be between 0 and half of kernel_size, got {tuple(pads)} with "
-            f"kernel_size {tuple(kernel)}"
-        )
-    return p, kernel, steps, pads, bool(ceil_mode)
-
-
-_known_windows = functools.lru_cache(maxsize=256, typed=True)(check_windows)
-_PLAIN = frozenset((str, int, float, bool, type(None), torch.dtype))
-
-
-def windows_for(*arguments: Any) -> tuple[float, list[int], list[int], list[int], bool]:
-    """As :func:`check_windows`, once for plain numbers: it takes longer than a small pooling."""
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments)):
-        return check_windows(*arguments)
-    return _known_windows(*arguments)
-
-
-def check_norm_type(op: str, norm_type: Any, dtype: torch.dtype) -> float:
-    """Refuse what is no p in the type that dtype is computed in; return it as operators take it."""
-    p = check_number(op, "norm_type", norm_type)
-    if not p > 0:
-        raise ValueError(f"{op}: norm_type must be > 0, got {norm_type}")
-    if not 1e-30 < p < 1e30:
-        wide = compute_type(dtype)
-        info = torch.finfo(wide)
-        if p < info.smallest_normal:
-            raise ValueError(
-                f"{op}: norm_type must be at least {info.smallest_normal:.3g}, the smallest normal "
-                f"number of the type that is computed in, {wide}, got {norm_type}"
-            )
-        if p > info.max:
-            p = INFINITE
-    return p
-
-
-def check_kernel_and_stride(
-    op: str, kernel_size: Any, stride: Any, dims: int
-) -> tuple[list[int], list[int]]:
-    """Refuse sizes that no window could have; return one for each dimension."""
-    kernel = sizes(op, "kernel_size", kernel_size, dims)
-    steps = kernel if stride is None else sizes(op, "stride", stride, dims)
-    for name, values in (("kernel_size", kernel), ("stride", steps)):
-        if min(values) < 1:
-            raise ValueError(f"{op}: {name} must be positive, got {tuple(values)}")
-        if max(values) >= 2**31:  # no image's size, and clear of overflow, as in lp_pool.h
-            raise ValueError(f"{op}: {name} must be below 2^31, got {max(values)}")
-    return kernel, steps
-
-
-def has_gaps(op: str, dilation: Any, dims: int) -> bool:
-    """Whether the elements of a window are not neighbours."""
-    if type(dilation) is int and dilation == 1:
-        return False
-    return any(gap != 1 for gap in sizes(op, "dilation", dilation, dims))
-
-
-def has_sides(padding: Any) -> bool:
-    """Whether a padding says (before, after) for each dimension."""
-    return isinstance(padding, (tuple, list)) and any(isinstance(p, (tuple, list)) for p in padding)
-
-
-def check_layout(
-    op: str, dims: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[list[int], list[int], list[list[int]], list[int]]:
-    """Refuse windows of any padding and dilation; return sizes, strides, (before, after), gaps."""
-    kernel, steps = check_kernel_and_stride(op, kernel_size, stride, dims)
-    gaps = sizes(op, "dilation", dilation, dims)
-    if not all(1 <= gap < 2**31 for gap in gaps):
-        raise ValueError(f"{op}: dilation must be positive and below 2^31, got {tuple(gaps)}")
-    if not has_sides(padding):  # of half the size at most, as ever
-        padding = check_windows(op, 1, kernel, steps, padding, False, dims=dims)[3]
-        return kernel, steps, [[pad, pad] for pad in padding], gaps
-    if len(padding) != dims or not all(
-        isinstance(p, (tuple, list)) and len(p) == 2 for p in padding
-    ):
-        raise TypeError(
-            f"{op}: padding must be an int, {dims} ints or {dims} pairs of ints, got {padding!r}"
-        )
-    sides = [pair(op, "padding", p) for p in padding]
-    if not all(0 <= pad < 2**31 for side in sides for pad in side):
-        raise ValueError(f"{op}: padding must be >= 0 and below 2^31, got {padding!r}")
-    return kernel, steps, sides, gaps
-
-
-def lay_out(
-    op: str,
-    input: Tensor,
-    dims: int,
-    dilation: Any,
-    places: Places,
-) -> tuple[Tensor, Places]:
-    """Return images whose windows need no padding or dilation, and these windows.
-
-    Zeros are put on, or pixels that no window holds taken off, so that the windows fit exactly.
-    Those with gaps are laid side by side. Neither changes a norm, nor the gradient of a pixel.
-    """
-    kernel_size, stride, padding, ceil_mode = places
-    kernel, steps, sides, gaps = check_layout(op, dims, kernel_size, stride, padding, dilation)
-    spans = [gap * (k - 1) + 1 for gap, k in zip(gaps, kernel, strict=True)]
-    first = input.dim() - dims
-    around: list[int] = []
-    for d, (span, step, (before, after)) in enumerate(zip(spans, steps, sides, strict=True)):
-        size = input.shape[first + d]
-        if size + before + after < span:
-            raise ValueError(
-                f"{op}: kernel_size {tuple(kernel)} with dilation {tuple(gaps)} does not fit into "
-                f"an image of {tuple(input.shape[first:])} with padding {tuple(map(tuple, sides))}"
-            )
-        count = pooled_size(size, span, step, before, ceil_mode, after)
-        around = [before, (count - 1) * step + span - size - before, *around]
-    images = F.pad(input, around)
-    for d, (span, gap) in enumerate(zip(spans, gaps, strict=True), first):
-        if gap > 1:
-            windows = images.unfold(d, span, steps[d - first])[..., ::gap]
-            images = windows.movedim(-1, d + 1).flatten(d, d + 1)
-            steps[d - first] = kernel[d - first]
-    return images, (kernel, steps, 0, False)
-
-
-#: What the operators are given for p = inf. They take it for that, as all p of :func:`is_infinite`;
-#: inf itself cannot be read again from what AOTInductor writes.
-INFINITE = sys.float_info.max
-
-
-def is_infinite(p: float, dtype: torch.dtype) -> bool:
-    """Whether an operator takes p for inf, as ``usable_norm_type`` of lp_pool.h does."""
-    return p > (2.0**57 if dtype is torch.float64 else 2.0**28)
-
-
-def pooled_size(
-    size: Any, kernel: int, stride: int, padding: int, ceil_mode: bool, after: int | None = None
-) -> Any:
-    """Windows along one dimension of ``size`` pixels; after them may be another padding."""
-    room = size + padding + (padding if after is None else after) - kernel
-    pooled = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # A window that is not whole must start inside the image or its left padding.
-    if ceil_mode and (pooled - 1) * stride >= size + padding:
-        pooled = room // stride + 1
-    return pooled
-
-
-def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> None:
-    """Refuse windows that do not fit into a sequence, an image or a volume."""
-    extent = input.shape[-len(kernel) :]
-    for pixels, size, pad in zip(extent, kernel, padding, strict=True):
-        if pixels + 2 * pad < size:
-            image = "an image of " if len(kernel) == 2 else ""
-            raise ValueError(
-                f"{op}: kernel_size {tuple(kernel)} does not fit into {image}{tuple(extent)} with "
-                f"padding {tuple(padding)}"
-            )
-
-
-def output_size(
-    op: str,
-    input: Tensor,
-    norm_type: float,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil: bool,
-) -> list[Any]:
-    """Return [height, width] of the pooled map; refuse windows that no kernel takes."""
-    check_windows(op, norm_type, kernel, stride, padding, ceil, input.dtype)
-    check_fit(op, input, kernel, padding)
-    image = input.shape[-2:]
-    return [pooled_size(image[i], kernel[i], stride[i], padding[i], ceil) for i in range(2)]
 
 
 # ---------------------------------------------------------------------------- forward-mode kernel

@@ -9,28 +9,41 @@ from torch import Tensor
 
 from ._common import check_floating, compute_type, direct
 from ._public import public
-from .lp_pool import Places, check_fit, check_windows, has_gaps, has_sides, lay_out
+from .lp_pool_tensor import check_powers, pool_by_tensor
+from .windows import Places, check_fit, check_windows, has_gaps, has_sides, lay_out
 
 _lp_pool2d = direct("lp_pool2d")  # what its function would check is checked here
 
 
 def _checked(
     op: str, input: Tensor, shapes: str, dims: int, norm_type: Any, dilation: Any, places: Places
-) -> tuple[Tensor, tuple[float, list[int], list[int], list[int], bool]]:
+) -> tuple[Tensor, tuple[float | Tensor, list[int], list[int], list[int], bool]]:
     """Return the input, laid out where windows need it, and windows as check_windows does."""
     check_floating(op, "input", input)
     if not dims + 1 <= input.dim() <= dims + 2:
         raise ValueError(f"{op}: input must be {shapes}, got the shape {tuple(input.shape)}")
     if has_gaps(op, dilation, dims) or has_sides(places[2]):
         input, places = lay_out(op, input, dims, dilation, places)
-    windows = check_windows(op, norm_type, *places, dtype=input.dtype, dims=dims)
+    by_tensor = isinstance(norm_type, Tensor)
+    p = 1 if by_tensor else norm_type
+    windows = check_windows(op, p, *places, dtype=input.dtype, dims=dims)
     check_fit(op, input, windows[1], windows[3])
+    if by_tensor:
+        check_powers(op, norm_type, input.shape[-dims - 1])
+        windows = (norm_type, *windows[1:])
     return input, windows
+
+
+def _pooled(op: str, images: Tensor, p: float | Tensor, *windows: Any) -> Tensor:
+    if isinstance(p, Tensor):
+        return pool_by_tensor(op, images, p, *windows)
+    return _lp_pool2d(images, p, *windows)
 
 
 def _leading(dims: int) -> Any:
     def shardable(arguments: dict[str, Any]) -> Collection[int]:
-        return range(arguments["input"].dim() - dims)
+        by_tensor = isinstance(arguments["norm_type"], Tensor)
+        return range(arguments["input"].dim() - dims - by_tensor)  # p is that of all channels
 
     return shardable
 
@@ -38,7 +51,7 @@ def _leading(dims: int) -> Any:
 @public(_leading(1))
 def lp_pool1d(
     input: Tensor,
-    norm_type: float,
+    norm_type: float | Tensor,
     kernel_size: int | tuple[int],
     stride: int | tuple[int] | None = None,
     padding: int | tuple[int] | tuple[tuple[int, int]] = 0,
@@ -82,13 +95,13 @@ def lp_pool1d(
     input, windows = _checked("lp_pool1d", input, shapes, 1, norm_type, dilation, places)
     p, (kernel,), (step,), (pad,), ceil = windows
     rows = input.unsqueeze(-2)
-    return _lp_pool2d(rows, p, [1, kernel], [1, step], [0, pad], ceil).squeeze(-2)
+    return _pooled("lp_pool1d", rows, p, [1, kernel], [1, step], [0, pad], ceil).squeeze(-2)
 
 
 @public(_leading(3))
 def lp_pool3d(
     input: Tensor,
-    norm_type: float,
+    norm_type: float | Tensor,
     kernel_size: int | tuple[int, int, int],
     stride: int | tuple[int, int, int] | None = None,
     padding: int | tuple[int, int, int] | tuple[tuple[int, int], ...] = 0,
@@ -134,14 +147,17 @@ def lp_pool3d(
         tensor([[[[4.]]]])
     """
     places = kernel_size, stride, padding, ceil_mode
-    shapes = "(N, C, D, H, W) or (C, D, H, W)"
-    input, windows = _checked("lp_pool3d", input, shapes, 3, norm_type, dilation, places)
+    op, shapes = "lp_pool3d", "(N, C, D, H, W) or (C, D, H, W)"
+    input, windows = _checked(op, input, shapes, 3, norm_type, dilation, places)
     p, kernel, steps, pads, ceil = windows
     channels, slices = input.shape[-4:-2]
     maps = input.to(compute_type(input.dtype)).flatten(-4, -3)
     (_, *area), (_, *apart), (_, *margin) = kernel, steps, pads
-    maps = _lp_pool2d(maps, p, area, apart, margin, ceil)
+    of_slices = p
+    if isinstance(p, Tensor) and p.numel() > 1:  # each slice of a channel is one there
+        of_slices = p.repeat_interleave(slices)
+    maps = _pooled(op, maps, of_slices, area, apart, margin, ceil)
     height, width = maps.shape[-2:]
     columns = maps.reshape(*maps.shape[:-3], channels, slices, height * width)
-    y = _lp_pool2d(columns, p, [kernel[0], 1], [steps[0], 1], [pads[0], 0], ceil)
+    y = _pooled(op, columns, p, [kernel[0], 1], [steps[0], 1], [pads[0], 0], ceil)
     return y.unflatten(-1, (height, width)).to(input.dtype)

@@ -24,7 +24,7 @@ from .local_norm import (
     refuse_kernel_gradient,
     refuse_kernel_tangent,
 )
-from .lp_pool import check_fit, output_size, windows_for
+from .windows import check_fit, output_size, windows_for
 
 _ops = torch.ops.mnist_ops
 _stage2d = direct("stage2d")

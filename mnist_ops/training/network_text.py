@@ -13,8 +13,8 @@ from .. import _libraries, torch7
 from .. import _torch_private as private
 from .. import nn as ops_nn
 from ..ops._common import pair
-from ..ops.lp_pool import check_windows, has_sides
 from ..ops.softmax import check_beta
+from ..ops.windows import check_windows, has_sides
 
 
 class UnsupportedError(ValueError):

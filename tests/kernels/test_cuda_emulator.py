@@ -323,6 +323,29 @@ def test_lp_pool2d(emulator: Emulator, case: Cases):
     emulator.check("lp_pool2d_double_backward", direction, grad, x, y, *windows, loosen=10)
 
 
+@cases(12)
+def test_lp_pool2d_by_tensor(emulator: Emulator, case: Cases):
+    """Windows of one thread and, large ones in NCHW, of several; p for each channel."""
+    shape = case.image_shape()
+    draw = case.random.randint
+    whole = case.choice(False, False, True)
+    kernel = [size if whole else min(draw(1, 7), size) for size in shape[-2:]]
+    windows = (kernel, [draw(1, 4), draw(1, 4)], [draw(0, k // 2) for k in kernel])
+    dtype = torch.float64 if case.dtype is torch.float64 else torch.float32
+    p = torch.rand(shape[-3], generator=case.generator, dtype=dtype) * 4 + 0.5
+    rest = (*windows, case.choice(False, True), case.choice(False, True))
+    x = case.values(shape, kind=case.choice("normal", "ties", "zero windows", "special"))
+    y = emulator.check("lp_pool2d_tensor_p", x, p, *rest)
+    grad = case.normal(y.shape)
+    ours = emulator("lp_pool2d_tensor_p_backward", grad, x, p, *rest)
+    theirs = torch.ops.mnist_ops.lp_pool2d_tensor_p_backward(grad, x, p, *rest)
+    close(ours[0], theirs[0], grad, loosen=4)
+    assert ours[0].numel() == 0 or ours[0].stride() == theirs[0].stride()
+    # Of terms of either sign, one for each window, in the type that is computed in.
+    tolerance = (1e-12 if dtype is torch.float64 else 1e-4) * max(1, y.numel()) ** 0.5
+    torch.testing.assert_close(ours[1], theirs[1], rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 POOLED_SHAPES = (
     (2, 3, 8, 16),
     (1, 2, 9, 16),  # a row, or a column, that no window of two has

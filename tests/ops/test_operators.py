@@ -17,6 +17,7 @@ import mnist_ops
 from mnist_ops import _torch_private, gaussian1d, gaussian2d
 
 KERNEL = gaussian1d(3)
+POWERS = torch.tensor([0.7, 1.0, 2.0, 3.5], dtype=torch.float64)  # one p for each channel
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ OPERATORS = [
     Operator("lp_pool2d", {"norm_type": 1, "kernel_size": 3, "stride": 2, "padding": 1}),
     Operator("lp_pool2d", {"norm_type": 3.5, "kernel_size": (2, 3), "ceil_mode": True}),
     Operator("lp_pool2d", {"norm_type": float("inf"), "kernel_size": 2, "stride": 1}),
+    Operator("lp_pool2d", {"norm_type": POWERS, "kernel_size": 2}),
+    Operator(
+        "lp_pool2d",
+        {"norm_type": POWERS, "kernel_size": (5, 6), "padding": 1, "stride": 1, "average": True},
+    ),
     Operator("subtractive_norm2d", {"kernel": KERNEL}),
     Operator("divisive_norm2d", {"kernel": KERNEL, "threshold": 0.5}),
     Operator("divisive_norm2d", {"kernel": gaussian2d((3, 5))}),
@@ -102,6 +108,14 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
                 "lp_pool2d_double_backward",
                 (torch.randn_like(x), torch.randn_like(y), x, y, *windows),
             ),
+        ]
+    p = POWERS.to(device, torch.float64 if dtype is torch.float64 else torch.float32)
+    for average in (False, True):
+        rest = ([2, 2], [2, 1], [1, 0], True, average)
+        y = ops.lp_pool2d_tensor_p(x, p, *rest)
+        calls += [
+            ("lp_pool2d_tensor_p", (x, p, *rest)),
+            ("lp_pool2d_tensor_p_backward", (torch.randn_like(y), x, p, *rest)),
         ]
     g = torch.randn_like(x)
     calls += [("subtractive_norm2d", (x, kernel)), ("subtractive_norm2d_backward", (g, kernel))]

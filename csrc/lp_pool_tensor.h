@@ -1,0 +1,113 @@
+// LP pooling with a p for each channel, in a tensor that has a gradient of its own.
+//
+// With m the window's largest magnitude, s = |x| / m, S the sum of s^p over the window, and n = 1
+// or, for the mean, the number of its pixels that lie on the image,
+//   y = m (S / n)^(1/p)
+//   dy/dx = sign(x) s^(p-1) (S / n)^(1/p) / S
+//   dy/dp = y / p (L / S - ln(S / n) / p),  L the sum of s^p ln s.
+// s lies in [0, 1] and S is at least 1, whatever the magnitude of x: no power overflows, and what
+// underflows does not count. For n = 1 both terms of dy/dp have the same sign. p = inf needs no
+// case of its own: s^p is 1 for the largest elements, 0 for the others. Conventions as in
+// lp_pool.h.
+#pragma once
+
+#include "elementary.h"
+#include "lp_pool.h"
+
+namespace mnist_ops {
+
+// ----------------------------------------------------------------------------- arithmetic, shared
+
+// p in the range of usable_norm_type, where products with the logarithms are in range; NaN for what
+// is not above 0: who looks at values on a device has to wait for it.
+template <typename A>
+MNIST_OPS_HD A usable_power(A p) {
+  constexpr A kMost = std::is_same_v<A, float> ? A(0x1p28) : A(0x1p57);
+  constexpr A kLeast = std::is_same_v<A, float> ? A(1e-10) : A(1e-20);
+  const A above = p < kLeast ? kLeast : p;
+  const A inside = above > kMost ? kMost : above;
+  return p > A(0) ? inside : std::numeric_limits<A>::quiet_NaN();
+}
+
+// How many pixels of a window lie on the image.
+template <typename A, typename I>
+MNIST_OPS_HD A pixels_of_window(const PoolGeometryOf<I>& g, I oh, I ow) {
+  return static_cast<A>(g.last_row(oh) - g.first_row(oh)) *
+         static_cast<A>(g.last_column(ow) - g.first_column(ow));
+}
+
+// m, S and L of a window, its n and the channel's p.
+template <typename A>
+struct PowerWindow {
+  A largest, powers, logs, count, p;
+
+  // Others are 0, infinite or NaN, and so is the result.
+  MNIST_OPS_HD bool has_scale() const {
+    return largest > A(0) && largest <= std::numeric_limits<A>::max();
+  }
+  MNIST_OPS_HD A root() const { return elementary::power(powers / count, A(1) / p); }
+  MNIST_OPS_HD A value() const { return has_scale() ? largest * root() : largest * p; }
+  // dy/dx but for the factor that depends on x.
+  MNIST_OPS_HD A share() const { return has_scale() ? root() / powers : A(1); }
+  MNIST_OPS_HD A power_gradient() const {
+    const A gradient = largest * root() / p * (logs / powers - elementary::log(powers / count) / p);
+    const A other = largest == A(0) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    return has_scale() ? gradient : other;
+  }
+};
+
+// sign(x) s^(p-1).
+template <typename A>
+MNIST_OPS_HD A power_slope(A x, A largest, A p) {
+  const A s = magnitude(x) / largest;
+  const A size = elementary::power(s, p - A(1));
+  const A slope = s != s ? s : x < A(0) ? -size : size;
+  return x == A(0) ? A(0) : slope;
+}
+
+// ----------------------------------------------------------------------------- operators
+
+// The operators of one backend, given pooled(x, geometry, p, average) and
+// gradients(grad_output, x, geometry, p, average), which gives those of x and of p.
+template <auto pooled, auto gradients>
+struct TensorPoolOperators {
+  using Sizes = std::vector<int64_t>;
+
+  static Tensor powers_of(const char* op, const Tensor& norm_type, const Images& x) {
+    MNIST_OPS_CHECK(norm_type.dim() == 1 && norm_type.size(0) == x.C, op,
+                    ": norm_type must have one element for each of ", x.C,
+                    " channels, got the shape ", shape_string(norm_type));
+    const ScalarType dtype = type_to_compute_in(x.data);
+    MNIST_OPS_CHECK(norm_type.scalar_type() == dtype, op, ": norm_type must have the dtype ",
+                    torch::headeronly::toString(dtype), ", which input is computed in, got ",
+                    torch::headeronly::toString(norm_type.scalar_type()));
+    MNIST_OPS_CHECK(norm_type.device() == x.data.device(), op,
+                    ": norm_type and input are on different devices");
+    return contiguous_of(norm_type);
+  }
+
+  static Tensor forward(const Tensor& input, const Tensor& norm_type, Sizes kernel, Sizes stride,
+                        Sizes padding, bool ceil_mode, bool average) {
+    const char* op = "lp_pool2d_tensor_p";
+    const Images x = images_of(op, "input", input);
+    const PoolGeometry g = pool_geometry(op, x, {1, kernel, stride, padding, ceil_mode});
+    return pooled(x, g, powers_of(op, norm_type, x), average);
+  }
+
+  static std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                             const Tensor& norm_type, Sizes kernel, Sizes stride,
+                                             Sizes padding, bool ceil_mode, bool average) {
+    const char* op = "lp_pool2d_tensor_p_backward";
+    const Images x = images_of(op, "input", input);
+    const PoolGeometry g = pool_geometry(op, x, {1, kernel, stride, padding, ceil_mode});
+    const Tensor p = powers_of(op, norm_type, x);
+    return gradients(pooled_like(op, "grad_output", grad_output, x, g), x, g, p, average);
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& m) {
+    m.impl("lp_pool2d_tensor_p", TORCH_BOX(&TensorPoolOperators::forward));
+    m.impl("lp_pool2d_tensor_p_backward", TORCH_BOX(&TensorPoolOperators::backward));
+  }
+};
+
+}  // namespace mnist_ops

@@ -1,0 +1,247 @@
+"""LP pooling with a p for each channel, in a tensor that has a gradient of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _torch_private as private
+from ._common import (
+    _library,
+    batch_first,
+    check_same_device,
+    compute_type,
+    direct,
+    empty_images,
+    register_autograd,
+    register_fake,
+)
+from .windows import output_size
+
+_ops = torch.ops.mnist_ops
+_lp_pool2d_tensor_p = direct("lp_pool2d_tensor_p")
+
+
+def check_powers(op: str, norm_type: Tensor, channels: Any) -> None:
+    """Refuse a tensor that is no p, or no p for each channel."""
+    if not norm_type.is_floating_point():
+        raise TypeError(f"{op}: norm_type must be floating-point, got {norm_type.dtype}")
+    if norm_type.dim() > 1 or (norm_type.dim() == 1 and norm_type.shape[0] not in (1, channels)):
+        raise ValueError(
+            f"{op}: norm_type must be one number or one for each of {channels} channels, got the "
+            f"shape {tuple(norm_type.shape)}"
+        )
+
+
+def pool_by_tensor(
+    op: str,
+    input: Tensor,
+    norm_type: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    average: bool = False,
+) -> Tensor:
+    """``lp_pool2d`` of checked images and windows."""
+    channels = input.shape[-3]
+    check_powers(op, norm_type, channels)
+    check_same_device(op, "norm_type", norm_type, "input", input)
+    p = norm_type.to(compute_type(input.dtype)).expand(channels)
+    return _lp_pool2d_tensor_p(input, p, kernel, stride, padding, ceil_mode, average)
+
+
+# -------------------------------------------------------------------------- in PyTorch's operators
+#
+# What the kernels compute, differentiable any number of times and in either mode: derivatives of
+# derivatives are made of this, and devices without kernels run it.
+
+
+class _Windows:
+    """m, S, n and L of csrc/lp_pool_tensor.h, and the windows (N, C, pixels, windows) themselves.
+
+    Half types are computed in float32.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        p: Tensor,
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        ceil_mode: bool,
+        average: bool,
+    ) -> None:
+        sizes = output_size("lp_pool2d", input, 1, kernel, stride, padding, ceil_mode)
+        self.shape, self.dtype = (*input.shape[:-2], *sizes), input.dtype
+        self.kernel, self.stride = tuple(kernel), tuple(stride)
+        wide = compute_type(input.dtype)
+        # Zeros put on, or pixels that no window holds taken off: the windows fit exactly.
+        self.around: list[int] = []
+        for d in range(2):
+            after = (sizes[d] - 1) * stride[d] + kernel[d] - input.shape[d - 2] - padding[d]
+            self.around = [padding[d], after, *self.around]
+        self.x = self.unfolded(input)
+        most = 2.0**57 if wide is torch.float64 else 2.0**28
+        least = 1e-20 if wide is torch.float64 else 1e-10
+        self.p = torch.where(p > 0, p.clamp(least, most), torch.nan)[:, None]
+        largest = self.x.detach().abs().amax(-2)
+        self.scaled = (largest > 0) & largest.isfinite()
+        self.largest = largest
+        self.scale = torch.where(self.scaled, largest, 1.0)
+        s = self.x.abs() / self.scale.unsqueeze(-2)
+        # 0 to a power, its logarithm and the root of a sum of 0 have no derivative that is finite
+        # for every p: 0 is put there.
+        self.positive = s > 0
+        self.s = torch.where(self.positive, s, 1.0)
+        self.terms = torch.where(self.positive, self.s ** self.p[..., None], 0.0)
+        self.sum = torch.where(self.scaled, self.terms.sum(-2), 1.0)
+        self.count: Tensor | float = 1.0
+        if average:
+            ones = torch.ones_like(input[..., :1, :, :]).detach()
+            self.count = self.unfolded(ones[:1] if ones.dim() == 4 else ones).sum(-2)
+        self.root = (self.sum / self.count) ** (1 / self.p)
+        self.norm = torch.where(self.scaled, self.scale * self.root, largest * self.p)
+
+    def unfolded(self, images: Tensor) -> Tensor:
+        """The pixels of each window: (N, C, pixels, windows)."""
+        padded = F.pad(images.to(compute_type(images.dtype)), self.around)
+        self.padded = padded.shape[-2:]
+        planes = padded.reshape(-1, 1, *self.padded)
+        windows = F.unfold(planes, self.kernel, stride=self.stride)
+        return windows.reshape(-1, images.shape[-3], *windows.shape[1:])
+
+    def folded(self, windows: Tensor) -> Tensor:
+        """The sum, for each pixel of an image, over the windows that hold it."""
+        planes = windows.flatten(0, 1)
+        padded = F.fold(planes, self.padded, self.kernel, stride=self.stride)
+        image = F.pad(padded, [-size for size in self.around])
+        return image.reshape(*self.shape[:-2], *image.shape[-2:]).to(self.dtype)
+
+    def slopes(self) -> Tensor:
+        """dy/dx of each window."""
+        powers = torch.where(self.positive, self.s ** (self.p[..., None] - 1), 0.0)
+        return torch.sign(self.x) * powers * (self.root / self.sum).unsqueeze(-2)
+
+    def power_gradient(self) -> Tensor:
+        """dy/dp of each window."""
+        logs = (self.terms * self.s.log()).sum(-2) / self.sum
+        gradient = self.norm / self.p * (logs - (self.sum / self.count).log() / self.p)
+        return torch.where(self.scaled | (self.largest == 0), gradient, torch.nan)
+
+
+def definition(input: Tensor, p: Tensor, *windows: Any) -> Tensor:
+    """The p-norm or p-mean of each window."""
+    if input.numel() == 0:
+        size = output_size("lp_pool2d", input, 1, *windows[:-1])
+        return input.sum() * p.sum() + input.new_zeros((*input.shape[:-2], *size))
+    pooled = _Windows(input, p, *windows)
+    return pooled.norm.reshape(pooled.shape).to(input.dtype)
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, p: Tensor, *windows: Any
+) -> tuple[Tensor, Tensor]:
+    """What ``lp_pool2d_tensor_p_backward`` computes."""
+    if input.numel() == 0:
+        return input * grad_output.sum(), p * 0
+    pooled = _Windows(input, p, *windows)
+    grad = grad_output.to(p.dtype).reshape(pooled.norm.shape)
+    by_p = (grad * pooled.power_gradient()).sum((0, 2))
+    return pooled.folded(grad.unsqueeze(-2) * pooled.slopes()), by_p
+
+
+def _tangent(ctx: Any, tangent: Tensor | None, p_tangent: Tensor | None, *_: None) -> Tensor:
+    input, p = ctx.saved_tensors
+    if input.numel() == 0:
+        return definition(input, p, *ctx.options)
+    pooled = _Windows(input, p, *ctx.options)
+    result = torch.zeros_like(pooled.norm)
+    if tangent is not None:
+        result = result + (pooled.unfolded(tangent) * pooled.slopes()).sum(-2)
+    if p_tangent is not None:
+        result = result + p_tangent[:, None] * pooled.power_gradient()
+    return result.reshape(pooled.shape).to(input.dtype)
+
+
+# ------------------------------------------------------------------------------------------ fake
+
+
+@register_fake("lp_pool2d_tensor_p")
+def _(input, norm_type, kernel_size, stride, padding, ceil_mode, average):
+    size = output_size("lp_pool2d", input, 1, kernel_size, stride, padding, ceil_mode)
+    return empty_images(input, *size)
+
+
+@register_fake("lp_pool2d_tensor_p_backward")
+def _(grad_output, input, norm_type, kernel_size, stride, padding, ceil_mode, average):
+    return empty_images(input, *input.shape[-2:]), torch.empty_like(norm_type)
+
+
+# -------------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _ops.lp_pool2d_tensor_p_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None
+
+
+register_autograd("lp_pool2d_tensor_p", _backward, _tangent, setup_context=_save)
+
+
+def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+    """Whether derivatives of what is computed from these are asked for, in either mode."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return private.within_dual_level() and any(
+        forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors
+    )
+
+
+_dispatch_backward = private.entry(_ops.lp_pool2d_tensor_p_backward.default)
+
+
+def _autograd_backward(keyset: Any, *args: Any) -> Any:
+    if _is_recorded(args[:3]):
+        return _gradients(*args)
+    with private.below_autograd():
+        return _dispatch_backward(*args)
+
+
+_library.impl("lp_pool2d_tensor_p_backward", _autograd_backward, "Autograd", with_keyset=True)
+
+# ------------------------------------------------------------------------------------------ vmap
+
+
+def _register_vmap(name: str, images: int) -> None:
+    """Register a rule by which examples become further channels, each with its own p."""
+    op = getattr(_ops, name)
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        tensors = [batch_first(args[i], in_dims[i], size) for i in range(images + 1)]
+        merged = [t.movedim(0, -4).flatten(-4, -3) for t in tensors[:images]]
+        result = op(*merged, tensors[images].flatten(), *args[images + 1 :])
+        channels = tensors[images].shape[1]
+        maps = result[0] if isinstance(result, tuple) else result
+        split = maps.unflatten(-3, (size, channels)).movedim(-4, 0)
+        if not isinstance(result, tuple):
+            return split, 0
+        return (split, result[1].reshape(size, channels)), (0, 0)
+
+    torch.library.register_vmap(f"mnist_ops::{name}", rule)
+
+
+_register_vmap("lp_pool2d_tensor_p", images=1)
+_register_vmap("lp_pool2d_tensor_p_backward", images=2)
