@@ -3,18 +3,32 @@
 // Where the networks' windows, 2 x 2 with p = 2, tile the image, and the pooled map of an image
 // fits into the shared memory of a block, one kernel does it all. It is bound by memory: the
 // forward pass reads the input and writes the output, the backward pass reads input and gradient
-// and writes a gradient, each of them once. That leaves some 25 instructions for an element of a
-// half type; sigmoid in float16, which is computed as exactly as in float32, takes more.
+// and writes a gradient, each of them once.
 //
-// One block takes one image. The pooled map, in the type to compute in, waits in shared memory for
-// its mean: sums over channels, the blur of that one plane and the subtraction are between barriers
-// of the block, not between kernels; coef and the normalised weights are made on the way. All of a
-// window is in the registers of one thread: in NCHW two rows of neighbours, in NHWC a pack of
-// channels of four pixels. The activation is cheaper than that of ../activation.h: a few units in
-// the last place off, of the type of the tensor. As many threads make a block as fill a
-// multiprocessor together with the other blocks that it holds. On an H100, with more threads than
-// now, the forward pass ran at 68 to 71 % of a copy's bandwidth, the backward pass at 86 % in
-// float32 and 57 % in bfloat16.
+// As many blocks as fit share the images. A block takes one after the other; weights and coef it
+// makes once. The pooled map, in the type to compute in, waits in shared memory for its mean: sums
+// over channels, the blur of that one plane and the subtraction are between barriers of the block,
+// not between kernels. All of a window is in the registers of one thread: in NCHW two rows of
+// neighbours, in NHWC a pack of channels of four pixels. A thread reads its next 32 bytes (NHWC in
+// float32: 64) before it computes with those at hand, also across the end of an image, so that 20
+// KiB and more of a multiprocessor are on their way; 10 KiB are what 13 bytes a clock need at 800
+// clocks of latency. The activation is cheaper than that of ../activation.h: a few units in the
+// last place off, of the type of the tensor.
+//
+// Instructions a thread and element of the loop over tiles with tanh, in the code for sm_90 (those
+// of all branches, also of windows that are scaled, which are few); about 3 for the map come on
+// top. Budget: what a multiprocessor of an H100 issues, 128 a clock, while it moves an element at
+// 13 bytes a clock. NOTHING OF THIS WAS TIMED ON A GPU YET: kernels before these, a block for an
+// image and nothing read ahead, ran at 68 and 86 % of a copy's bandwidth in float32 and at 71 and
+// 57 % in bfloat16, forward and backward.
+//
+//                      float32   bfloat16   float16
+//   forward,  NCHW        30         14        26
+//             NHWC        28         14        25
+//             budget      49         25        25
+//   backward, NCHW        34         28        37
+//             NHWC        31         26        35
+//             budget      88         44        44
 //
 // Elsewhere the three operators do, one after the other, between which everything is in the type to
 // compute in: half types are rounded once here, too. They move three to four times as much, and
@@ -34,7 +48,7 @@ enum class Precision {
   kCoarse,  // 2^-11 of the value: a quarter of bfloat16's last place
 };
 
-// What the forward pass computes its activations to.
+// What activations are computed to.
 template <typename T>
 constexpr Precision kPrecision = std::is_same_v<T, double>     ? Precision::kFull
                                  : std::is_same_v<T, BFloat16> ? Precision::kCoarse
@@ -69,12 +83,14 @@ struct Activated {
   float value, slope;
 };
 
-template <ActivationKind kind>
+template <ActivationKind kind, Precision precision>
 __device__ __forceinline__ Activated activated(float x) {
   const float size = std::fabs(x);
   if constexpr (kind == ActivationKind::kTanh) {
     const float e = two_to_the(size * -2.88539008f), r = reciprocal(1.0f + e);
-    return {tanh_of_parts(x, elementary::fmadd(-2.0f * e, r, 1.0f)), 4.0f * e * r * r};
+    const float slope = 4.0f * e * r * r;
+    if constexpr (precision == Precision::kCoarse) return {approximate_tanh(x), slope};
+    return {tanh_of_parts(x, elementary::fmadd(-2.0f * e, r, 1.0f)), slope};
   } else {
     static_assert(kind == ActivationKind::kSigmoid);
     const float e = two_to_the(size * -1.44269504f), r = reciprocal(1.0f + e);
@@ -112,13 +128,13 @@ __device__ __forceinline__ A scaled_square_sum(const A (&a)[4], A& sum) {
   return scale;
 }
 
-template <Precision precision, typename A>
+template <typename T, typename A>
 __device__ __forceinline__ A tile_norm(const A (&a)[4]) {
   constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
   A sum;
   const A scale = scaled_square_sum(a, sum);
   A norm;
-  if constexpr (precision == Precision::kCoarse) {
+  if constexpr (sizeof(T) == 2) {
     norm = approximate_root(sum);
   } else {
     norm = std::sqrt(sum);
@@ -132,12 +148,22 @@ struct Tile {
   using A = opmath_t<T>;
   static constexpr int kPacks = channels_last ? 4 : 2;
   static constexpr int kWindows = channels_last ? n : n / 2;
-  // So many are read before the first of them is used: 32 bytes.
-  static constexpr int kAtOnce = 32 / (kPacks * n * static_cast<int>(sizeof(T))) > 1
-                                     ? 32 / (kPacks * n * static_cast<int>(sizeof(T)))
-                                     : 1;
+  // So many are read before the first of them is used: 32 bytes in half types, too.
+  static constexpr int kAtOnce = sizeof(T) == 2 && !channels_last ? 2 : 1;
+
+  // A pack as it was read. Of elements of 16 bits nvcc would unpack what it has read at once, and
+  // wait for it, where it is to be read ahead.
+  using Words = Pack<uint32_t, static_cast<int>(sizeof(Pack<T, n>) / 4)>;
+  struct Raw {
+    Words words[kPacks];
+  };
 
   Pack<T, n> packs[kPacks];
+
+  __device__ __forceinline__ explicit Tile(const Raw& raw) {
+    static_assert(sizeof(raw.words) == sizeof(packs));
+    std::memcpy(packs, raw.words, sizeof(packs));
+  }
 
   // Element k, 0 to 3, of window j.
   __device__ __forceinline__ T& at(int j, int k) {
@@ -150,9 +176,13 @@ struct Tile {
     return (pack / 2 * s.g.W + pack % 2) * s.g.C;
   }
 
-  __device__ __forceinline__ void load(const Fused<T>& s, const T* x) {
+  static __device__ __forceinline__ Raw read(const Fused<T>& s, const T* x) {
+    Raw raw;
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) packs[k] = load_pack<n>(x + offset(s, k));
+    for (int k = 0; k < kPacks; ++k) {
+      raw.words[k] = *reinterpret_cast<const Words*>(x + offset(s, k));
+    }
+    return raw;
   }
 
   __device__ __forceinline__ void store(const Fused<T>& s, T* x) const {
@@ -187,33 +217,54 @@ __device__ __forceinline__ TilePlace tile_place(const Fused<T>& s, uint32_t unit
   }
 }
 
-// Calls body(tile, place) for this thread's tiles, several of which are read at a time.
-template <bool channels_last, int n, typename T, typename F>
-__device__ __forceinline__ void each_tile(const Fused<T>& s, const T* __restrict__ x,
-                                          const F& body) {
-  using Tile = Tile<channels_last, n, T>;
-  for (uint32_t first = threadIdx.x; first < s.units; first += Tile::kAtOnce * blockDim.x) {
-    Tile tiles[Tile::kAtOnce];
-    TilePlace places[Tile::kAtOnce];
+// This thread's tiles of one image after the other. The next ones are read before those at hand are
+// worked on, also those of the next image: loads are in flight while the block computes, blurs and
+// waits at its barriers.
+template <bool channels_last, int n, typename T>
+struct Tiles {
+  using Tile = cuda::Tile<channels_last, n, T>;
+  static constexpr uint32_t kAtOnce = Tile::kAtOnce;
+
+  typename Tile::Raw tiles[kAtOnce];
+  TilePlace places[kAtOnce];
+
+  // From the unit first on; beyond the last one there is that one again.
+  __device__ __forceinline__ void read(const Fused<T>& s, const T* x, uint32_t first) {
 #pragma unroll
-    for (int k = 0; k < Tile::kAtOnce; ++k) {
-      const uint32_t unit = first + static_cast<uint32_t>(k) * blockDim.x;
-      places[k] = tile_place<channels_last, n>(s, unit < s.units ? unit : first);
-      tiles[k].load(s, x + places[k].in);
-    }
-#pragma unroll
-    for (int k = 0; k < Tile::kAtOnce; ++k) {
-      if (first + static_cast<uint32_t>(k) * blockDim.x < s.units) body(tiles[k], places[k]);
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+      const uint32_t unit = first + k * blockDim.x;
+      places[k] = tile_place<channels_last, n>(s, unit < s.units ? unit : s.units - 1);
+      tiles[k] = Tile::read(s, x + places[k].in);
     }
   }
-}
+
+  // Calls body(tile, place) for the tiles of x, whose first ones were read, and reads the first
+  // ones of following, which is nullptr behind the last image.
+  template <typename F>
+  __device__ __forceinline__ void each(const Fused<T>& s, const T* x, const T* following,
+                                       const F& body) {
+    for (uint32_t first = threadIdx.x, next; first < s.units; first = next) {
+      next = first + kAtOnce * blockDim.x;
+      const Tiles now = *this;
+      const bool last = next >= s.units;
+      if (!last || following != nullptr) read(s, last ? following : x, last ? threadIdx.x : next);
+#pragma unroll
+      for (uint32_t k = 0; k < kAtOnce; ++k) {
+        if (first + k * blockDim.x >= s.units) continue;
+        Tile tile(now.tiles[k]);
+        body(tile, now.places[k]);
+      }
+    }
+  }
+};
 
 template <bool channels_last, int n, typename T, typename A>
 __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
-                                           const T* __restrict__ x) {
+                                           Tiles<channels_last, n, T>& tiles, const T* x,
+                                           const T* following) {
   constexpr Precision precision = kPrecision<T>;
   dispatch_activation(s.activation, [&](auto tag) {
-    each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
+    tiles.each(s, x, following, [&](auto& tile, const TilePlace& place) {
       Pack<A, std::remove_reference_t<decltype(tile)>::kWindows> norms;
 #pragma unroll
       for (int j = 0; j < tile.kWindows; ++j) {
@@ -222,7 +273,7 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
         for (int k = 0; k < 4; ++k) {
           a[k] = fast_activation<decltype(tag)::value, precision>(static_cast<A>(tile.at(j, k)));
         }
-        norms.values[j] = tile_norm<precision>(a);
+        norms.values[j] = tile_norm<T>(a);
       }
       store_pack(m.map + place.map, norms);
     });
@@ -231,12 +282,13 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
 
 template <bool channels_last, int n, typename T, typename A>
 __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
-                                             const T* __restrict__ x, T* __restrict__ gx) {
+                                             Tiles<channels_last, n, T>& tiles, const T* x,
+                                             const T* following, T* gx) {
   dispatch_activation(s.activation, [&](auto tag) {
     constexpr ActivationKind kind = decltype(tag)::value;
     constexpr bool by_slope =
         sizeof(T) == 2 && (kind == ActivationKind::kTanh || kind == ActivationKind::kSigmoid);
-    each_tile<channels_last, n>(s, x, [&](auto& tile, const TilePlace& place) {
+    tiles.each(s, x, following, [&](auto& tile, const TilePlace& place) {
       constexpr int kWindows = std::remove_reference_t<decltype(tile)>::kWindows;
       const Pack<A, kWindows> grads = load_pack<kWindows>(m.map + place.map);
 #pragma unroll
@@ -247,7 +299,7 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
         for (int k = 0; k < 4; ++k) {
           const A value = static_cast<A>(tile.at(j, k));
           if constexpr (by_slope) {
-            const Activated both = activated<kind>(value);
+            const Activated both = activated<kind, kPrecision<T>>(value);
             a[k] = both.value, slopes[k] = both.slope;
           } else {
             a[k] = fast_activation<kind, kPrecision<T>>(value);
@@ -289,23 +341,30 @@ __device__ void unpool_edges(const Fused<T>& s, const T* x, T* gx) {
   }
 }
 
-// Threads of a block at most, and blocks of so many on a multiprocessor. 64 registers a thread, as
-// two blocks of 512 threads leave them, are too few where four packs of 16 bytes are in flight.
+// Threads of a block, and blocks of so many on a multiprocessor: 80 registers a thread, and 96
+// where the tile at hand and the one that is read ahead take 64 bytes each.
 constexpr int kLeastTileThreads = 128;
 template <bool channels_last, typename T>
-constexpr int kMostTileThreads = !channels_last || sizeof(T) == 2 ? 512
-                                 : sizeof(T) == 4                 ? 448
-                                                                  : 384;
+constexpr int kMostTileThreads = channels_last && sizeof(T) == 4 ? 320 : 384;
 template <typename T>
 constexpr int kTileBlocks = std::is_same_v<T, double> ? 1 : 2;
+
+// Where the image lies that a block takes after this one, at x; nullptr behind the last.
+template <typename T>
+__device__ __forceinline__ const T* following_image(const Fused<T>& s, const T* x, int64_t image) {
+  return image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
+}
 
 template <bool channels_last, int n, typename T>
 __global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlocks<T>)
     tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
   const auto m = shared_memory(s);
+  Tiles<channels_last, n, T> tiles;
+  tiles.read(s, input + blockIdx.x * int64_t{s.g.in_n}, threadIdx.x);
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
-    pool_tiles<channels_last, n>(s, m, input + image * s.g.in_n);
+    const T *x = input + image * s.g.in_n, *following = following_image(s, x, image);
+    pool_tiles(s, m, tiles, x, following);
     blur_map<false>(s, m, image == blockIdx.x);
     write_map(s, m, output + image * s.g.out_n);
     __syncthreads();  // before the next image takes the map's place
@@ -317,13 +376,15 @@ __global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlock
     tile_backward_kernel(Fused<T> s, const T* __restrict__ grad_output, const T* __restrict__ input,
                          T* __restrict__ grad_input) {
   const auto m = shared_memory(s);
+  Tiles<channels_last, n, T> tiles;
+  tiles.read(s, input + blockIdx.x * int64_t{s.g.in_n}, threadIdx.x);
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
     read_map(s, m, grad_output + image * s.g.out_n);
     blur_map<true>(s, m, image == blockIdx.x);
-    const T* x = input + image * s.g.in_n;
+    const T *x = input + image * s.g.in_n, *following = following_image(s, x, image);
     T* gx = grad_input + image * s.g.in_n;
-    unpool_tiles<channels_last, n>(s, m, x, gx);
+    unpool_tiles(s, m, tiles, x, following, gx);
     unpool_edges(s, x, gx);
     __syncthreads();
   }
@@ -436,8 +497,8 @@ bool forward_tiles(const Images& x, const Tensor& kernel, const StageArguments& 
   Fused<T> s = fused<T>(arguments, x.channels_last, kernel, out, pack);
   s.kernel = weights.const_data_ptr<double>();
   dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-    launcher.run_blocks_with_shared(
-        tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N,
+    launcher.run_clusters_with_shared(
+        tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
         tile_threads(s), s.shared_bytes(), s, in, out);
   });
   return true;
@@ -455,8 +516,8 @@ bool backward_tiles(const Tensor& grad_output, const Images& x, const Tensor& ke
   Fused<T> s = fused<T>(arguments, x.channels_last, kernel, grad, pack);
   s.kernel = weights.const_data_ptr<double>();
   dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-    launcher.run_blocks_with_shared(
-        tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N,
+    launcher.run_clusters_with_shared(
+        tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
         tile_threads(s), s.shared_bytes(), s, grad, in, to);
   });
   return true;

@@ -243,20 +243,17 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
   __syncthreads();
 }
 
-// Calls body(index in the tensor, index in the shared map, pixel) for this thread's elements of a
-// map, the first of n neighbours each.
-template <int n, typename T, typename F>
-__device__ __forceinline__ void each_map_element(const Fused<T>& s, const F& body) {
-  const int32_t inner = s.channels_last ? s.g.C : s.pixels();
-  for (int32_t i = this_thread() * n; i < s.map_size(); i += block_threads() * n) {
-    const auto outer = static_cast<int32_t>(s.by_inner.quotient(static_cast<uint32_t>(i)));
-    const int32_t rest = i - outer * inner;
-    if (s.channels_last) {
-      body(i, outer * s.step_pixel() + rest, outer);
-    } else {
-      body(i, i, rest);
-    }
-  }
+// Where an element of a map lies: in the map in shared memory, and its pixel.
+struct MapPlace {
+  int32_t at, pixel;
+};
+
+template <typename T>
+__device__ __forceinline__ MapPlace map_place(const Fused<T>& s, int32_t i) {
+  const auto outer = static_cast<int32_t>(s.by_inner.quotient(static_cast<uint32_t>(i)));
+  const int32_t rest = i - outer * (s.channels_last ? s.g.C : s.pixels());
+  if (s.channels_last) return {outer * s.step_pixel() + rest, outer};
+  return {i, rest};
 }
 
 // Calls body with how many neighbours of a tensor of the map's shape are read or written at once.
@@ -273,30 +270,43 @@ template <typename T, typename A>
 __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
   with_map_pack(s, [&](auto pack) {
     constexpr int n = decltype(pack)::value;
-    each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t pixel) {
-      const Pack<A, n> from = load_pack<n>(m.map + at);
+    for (int32_t i = this_thread() * n; i < s.map_size(); i += block_threads() * n) {
+      const MapPlace place = map_place(s, i);
+      const Pack<A, n> from = load_pack<n>(m.map + place.at);
       Pack<T, n> to;
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        to.values[j] = static_cast<T>(from.values[j] - m.mean[s.channels_last ? pixel : pixel + j]);
+        const A mean = m.mean[s.channels_last ? place.pixel : place.pixel + j];
+        to.values[j] = static_cast<T>(from.values[j] - mean);
       }
       store_pack(output + i, to);
-    });
+    }
   });
 }
 
+// Several packs are read before the first of them is written: all of a store waits for it.
 template <typename T, typename A>
 __device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A>& m,
                                          const T* input) {
   with_map_pack(s, [&](auto pack) {
-    constexpr int n = decltype(pack)::value;
-    each_map_element<n>(s, [&](int32_t i, int32_t at, int32_t) {
-      const Pack<T, n> from = load_pack<n>(input + i);
-      Pack<A, n> to;
+    constexpr int n = decltype(pack)::value, kAtOnce = 4;
+    const int32_t size = s.map_size(), step = block_threads() * n;
+    for (int32_t first = this_thread() * n; first < size; first += kAtOnce * step) {
+      Pack<T, n> from[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from.values[j]);
-      store_pack(m.map + at, to);
-    });
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int32_t i = first + k * step;
+        from[k] = load_pack<n>(input + (i < size ? i : first));
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (first + k * step >= size) continue;
+        Pack<A, n> to;
+#pragma unroll
+        for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from[k].values[j]);
+        store_pack(m.map + map_place(s, first + k * step).at, to);
+      }
+    }
   });
 }
 

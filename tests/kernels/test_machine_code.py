@@ -42,11 +42,13 @@ class Packed:
             the elements of a pack and ``(?P<type>)`` is their type; without n it has 16 bytes.
         out: a pack of the output is this part of one of the input: 2 where windows have 2 x 2.
         rest: elements behind the last pack are stored one by one.
+        ahead: so many loads of packs at least are under way while other packs are worked on.
     """
 
     name: str
     out: int = 1
     rest: bool = False
+    ahead: int = 0
 
 
 TYPE = "(?P<type>double|float|Half|BFloat16)"
@@ -72,9 +74,9 @@ PACKED = (
     Packed(f"backward_tile_kernel<{TYPE}>", rest=True),
     Packed(f"nll_tile_kernel<{TYPE}>", rest=True),
     Packed(f"nll_gradient_kernel<{N}, {TYPE}>", rest=True),
-    # stage.cu; a few narrow stores are those of the rest of a map
-    Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True),
-    Packed(r"tile_(forward|backward)_kernel<\w+, (?P<n>2), (?P<type>double)>", rest=True),
+    # stage.cu; a few narrow stores are those of the rest of a map; four activations of two packs
+    Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True, ahead=8),
+    Packed(r"tile_(forward|backward)_kernel<\w+, (?P<n>2), (?P<type>double)>", rest=True, ahead=8),
 )
 
 
@@ -109,12 +111,18 @@ def demangled(name: str) -> str:
 # An access: the instruction and its width in bytes. 4 where none is named.
 ACCESS = re.compile(r"\b(LDG|STG|LDGSTS|LDL|STL)\b([.\w]*)")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+REGISTER = re.compile(r"\bR(\d+)\b")
+# A load is one ahead where so many instructions follow it before one that names its register.
+AHEAD = 64
 
 Kernels = dict[str, Counter[tuple[str, int]]]
 
 
 def accesses(path: Path) -> Kernels:
-    """Return the accesses to global and local memory of each kernel in a library or a cubin."""
+    """Return the accesses to global and local memory of each kernel in a library or a cubin.
+
+    A load of global memory that is not used soon counts as "AHEAD", too.
+    """
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     assert cuobjdump and nvdisasm
     environment = {**os.environ, "PATH": f"{nvdisasm.parent}:{os.environ.get('PATH', '')}"}
@@ -126,11 +134,23 @@ def accesses(path: Path) -> Kernels:
         for line in process.stdout:
             if "Function : " in line:
                 current = kernels.setdefault(demangled(line.split()[-1]), Counter())
+                loaded: dict[str, tuple[int, int]] = {}  # register: instruction, width
+                number = 0
                 continue
-            instruction, _, _ = line.partition(";")
+            instruction, semicolon, _ = line.partition(";")
+            if not semicolon:
+                continue
+            number += 1
+            for register in REGISTER.findall(instruction):
+                since, width = loaded.pop(register, (number, 0))
+                if number - since >= AHEAD:
+                    current["AHEAD", width] += 1
             if found := ACCESS.search(instruction):
                 widths = [WIDTHS[word] for word in found[2].split(".") if word in WIDTHS]
-                current[found[1], widths[0] if widths else 4] += 1
+                width = widths[0] if widths else 4
+                current[found[1], width] += 1
+                if found[1] == "LDG":
+                    loaded[REGISTER.findall(instruction)[0]] = (number, width)
     assert process.returncode == 0
     return kernels
 
@@ -158,6 +178,8 @@ def faults(name: str, found: Counter[tuple[str, int]]) -> list[str]:
             wrong.append(f"no store of {store} bytes")
         if narrow and not packed.rest:
             wrong.append(f"{narrow} stores of less than {store} bytes")
+        if found["AHEAD", load] < packed.ahead:
+            wrong.append(f"{found['AHEAD', load]} loads ahead instead of {packed.ahead}")
         if local := in_local_memory(found):
             wrong.append(f"{local} accesses to local memory")
         return wrong
@@ -209,6 +231,10 @@ def test_faults_are_found():
     pairs = "forward_pairs_kernel<2, 8, Half>"
     assert faults(pairs, Counter({("LDG", 16): 2, ("STG", 8): 1})) == []
     assert faults("prepare_kernel<float>", Counter({("LDL", 4): 1})) == []
+    tile = Counter({("LDG", 8): 16, ("STG", 8): 16, ("AHEAD", 8): 8})
+    assert faults("tile_forward_kernel<true, 4, Half>", tile) == []
+    del tile["AHEAD", 8]
+    assert faults("tile_forward_kernel<true, 4, Half>", tile) == ["0 loads ahead instead of 8"]
     assert demangled("_ZN9mnist_ops4cuda12_GLOBAL__N_114prepare_kernelIfEEvlPT_") == (
         "prepare_kernel<float>"
     )
