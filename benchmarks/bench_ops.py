@@ -16,6 +16,9 @@ Contenders
                 stage2d also this library's own operators for its steps, one after the other
     compile     the same under torch.compile (fullgraph, static shapes), compiled before the timing;
                 for the normalizations also with the blur as a sum of shifts, which it can fuse
+    QuACK       with --peers, on CUDA, where it is installed: quack-kernels' softmax and its loss
+    Liger       liger-kernel's, likewise; of its loss, which writes the gradient into its input,
+                gradients start from a copy of the input
     copy        a copy that moves as many bytes as the operator has to: every input read once, every
                 output written once, at the same size
 
@@ -47,7 +50,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,7 @@ import op_timing
 import pytest
 import torch
 from op_cases import DIRECTIONS, Case, Function, Setting
+from op_record import CONTENDERS, RECORD, brief, ours_failed, table, verdict
 from op_timing import Call, Clock, Prepare
 from torch import Tensor
 
@@ -64,46 +68,6 @@ from mnist_ops.lab import command_line, records
 from mnist_ops.lab.runner import processor
 from mnist_ops.training import write_text
 
-CONTENDERS = ("mnist_ops", "eager", "compile", "copy")
-_BY_NAME = records.Kind(
-    "numbers by name",
-    lambda v: (
-        isinstance(v, dict) and all(x is None or records.NUMBER.accepts(x) for x in v.values())
-    ),
-)
-_TEXTS = records.Kind(
-    "texts by name",
-    lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
-)
-_NUMBER = records.optional(records.NUMBER)
-#: What :func:`run` leaves, as far as tables and figures need it.
-RECORD = {
-    "machine": {
-        "device": records.TEXT,
-        "name": records.TEXT,
-        "torch": records.TEXT,
-        "threads": records.COUNT,
-        "copy_gb_per_s": records.NUMBER,
-        "launch_us": records.NUMBER,
-        "?copy_gb_per_s_at_the_end": _NUMBER,
-        "?launch_us_at_the_end": _NUMBER,
-    },
-    "rows": [
-        {
-            **dict.fromkeys(["setting", "family", "case", "dtype", "direction"], records.TEXT),
-            "elements": records.COUNT,
-            "sweep": records.ANY,
-            "floor_us": records.NUMBER,
-            "gb_per_s": _NUMBER,
-            "percent_of_copy": _NUMBER,
-            **dict.fromkeys(["us", "over_ours", "errors", "?launches", "?kernel_us"], _BY_NAME),
-            "wrong": [records.TEXT],
-            "failures": _TEXTS,
-        }
-    ],
-    "left_out": [records.TEXT],
-    "?failed": _TEXTS,
-}
 #: ‖result - float64‖ / ‖float64‖ beyond which a result counts as wrong.
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -172,9 +136,11 @@ class Arguments:
         return lambda n: [one(i % len(self.inputs)) for i in range(n)]
 
 
-def candidates(case: Case, compile: bool) -> dict[str, Function]:
+def candidates(case: Case, compile: bool, peers: bool = False) -> dict[str, Function]:
     """Everything that is timed but the copy: ``"eager: way"``, ``"compile: way"``."""
     found = {"mnist_ops": case.ours} | {f"eager: {k}": f for k, f in case.eager.items()}
+    if peers:
+        found |= {k: f for k, f in op_cases.peers(case).items() if not isinstance(f, str)}
     if compile:
         torch.compiler.reset()
         for name, function in case.compiled.items():
@@ -229,6 +195,7 @@ class Options:
     compile: int | None = None  # for so many settings, None for all
     quick: bool = False
     launches: bool = False  # count them: it needs the profiler, and a device
+    peers: bool = False  # time other libraries, too
     clock: Clock = field(init=False)
     before: dict[str, float] = field(init=False)
 
@@ -259,7 +226,7 @@ def measure(setting: Setting, options: Options, compile: bool = True) -> Iterato
     torch.manual_seed(0)
     sets = sets_of(setting, clock)
     arguments = Arguments.of(setting, sets, options.device)
-    functions = candidates(case, compile)
+    functions = candidates(case, compile, options.peers)
     errors: dict[str, float | None] = {}
     broken: dict[str, str] = {}
     for name, function in functions.items():
@@ -437,94 +404,6 @@ def run(
     return record
 
 
-def brief(found: dict[str, Any]) -> str:
-    """A row as a few words of progress."""
-    parts = [f"{name} {us:.1f}" for name, us in found["us"].items()]
-    marks = [f"WRONG {name}" for name in found["wrong"]]
-    marks += [f"FAILED {name}" for name in found["failures"]]
-    return f"{found['direction']} [us] {', '.join(parts)} {' '.join(marks)}".strip()
-
-
-def table(record: dict[str, Any]) -> str:
-    """The rows in Markdown, the failures, and what was left out."""
-    machine = record["machine"]
-    end = [machine.get(f"{name}_at_the_end") for name in ("copy_gb_per_s", "launch_us")]
-    lines = [
-        f"{machine['name']}, torch {machine['torch']}, {machine['threads']} thread(s). A large "
-        f"copy: {machine['copy_gb_per_s']:.0f} GB/s read and written, a tiny call: "
-        f"{machine['launch_us']:.1f} µs"
-        + (f"; at the end {end[0]:.0f} GB/s, {end[1]:.1f} µs." if None not in end else "."),
-        "",
-        "eager, compile and copy: their time over ours, medians of the rounds' ratios. "
-        "launches and kernels µs, which leaves out the host: ours / eager / compile; kernels %: of "
-        "the copy's bandwidth, ours.",
-        "",
-        "| setting | direction | µs | GB/s | % of copy | eager | compile | copy | launches "
-        "| kernels µs | kernels % | error |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for found in record["rows"]:
-        cells = [found["setting"], found["direction"]]
-        cells += [_number(found["us"].get("mnist_ops"), 1), _number(found["gb_per_s"], 1)]
-        cells.append(_number(found["percent_of_copy"], 0))
-        for contender in CONTENDERS[1:]:
-            failed = any(name.startswith(contender) for name in found["failures"])
-            value = found["over_ours"].get(contender)
-            cells.append("failed" if value is None and failed else _number(value, 2))
-        launches = found.get("launches", {})
-        counts = [_number(launches.get(name), 0) for name in CONTENDERS[:3]]
-        cells.append(" / ".join(counts) if launches else "")
-        kernels = found.get("kernel_us", {})
-        times = [_number(kernels.get(name), 1) for name in CONTENDERS[:3]]
-        ours = kernels.get("mnist_ops")
-        cells.append(" / ".join(times) if kernels else "")
-        cells.append(_number(found["floor_us"] / ours * 100 if ours else None, 0))
-        error = found["errors"].get("mnist_ops")
-        wrong = " WRONG" if "mnist_ops" in found["wrong"] else ""
-        cells.append("failed" if error is None else f"{error:.0e}{wrong}")
-        lines.append(f"| {' | '.join(cells)} |")
-    failures = {
-        f"{found['setting']}, {name}: {reason}"
-        for found in record["rows"]
-        for name, reason in found["failures"].items()
-    } | {f"{name}: {reason}" for name, reason in record.get("failed", {}).items()}
-    if failures:
-        lines += ["", "Failed:", "", *(f"- {failure}" for failure in sorted(failures))]
-    theirs = {
-        f"{found['setting']}, {name}: {found['errors'][name]:.1e}"
-        for found in record["rows"]
-        for name in found["wrong"]
-        if name != "mnist_ops" and found["errors"].get(name) is not None
-    }
-    if theirs:
-        lines += ["", "Baselines beyond the tolerance:", "", *(f"- {t}" for t in sorted(theirs))]
-    if record["left_out"]:
-        lines += ["", f"Left out, {len(record['left_out'])} settings, for want of time:", ""]
-        lines += [f"- {name}" for name in record["left_out"]]
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def verdict(record: dict[str, Any]) -> str:
-    """One line about all of it."""
-    rows = record["rows"]
-    wrong = sum("mnist_ops" in [*row["wrong"], *row["failures"]] for row in rows)
-    theirs = len({f"{row['setting']} {name}" for row in rows for name in row["failures"]})
-    return (
-        f"{len(rows)} rows, of which ours are wrong or failed in {wrong}; {theirs} contenders "
-        f"and {len(record.get('failed', {}))} settings failed; {len(record['left_out'])} left out"
-    )
-
-
-def ours_failed(record: dict[str, Any]) -> bool:
-    """Whether this library was wrong or failed anywhere, or a setting could not be measured."""
-    wrong = any("mnist_ops" in [*row["wrong"], *row["failures"]] for row in record["rows"])
-    return wrong or bool(record.get("failed"))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the JSON; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -545,6 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="torch.compile for the first N settings only",
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="QuACK and Liger, and the settings they are known for"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything work?")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json-out")
     parser.add_argument("--list", action="store_true", help="print the settings in order and stop")
@@ -552,8 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
-    wanted = [s for s in op_cases.settings(args.device, args.quick) if args.match in str(s)]
-    wanted = wanted[: args.limit]
+    listed = op_cases.peer_settings if args.peers else op_cases.settings
+    wanted = [s for s in listed(args.device, args.quick) if args.match in str(s)][: args.limit]
     if not wanted:
         parser.error(f"--match {args.match}: --list shows the settings, none is like that")
     if args.list:
@@ -561,12 +443,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.device == "cuda" and default_device() != "cuda":
         parser.error(f"--device cuda: {mnist_ops.build_info()['cuda']}")
+    missing = {
+        f"{name}: {found}"
+        for setting in wanted
+        for name, found in (op_cases.peers(setting.case) if args.peers else {}).items()
+        if isinstance(found, str)
+    }
+    if args.peers and args.device != "cuda":
+        missing = {"QuACK and Liger: they run on CUDA only"}
+    for reason in sorted(missing):
+        print(f"left out, {reason}")
     done = None
     if args.resume and args.json_out and args.json_out.exists():
         done = records.read_json(args.json_out, RECORD)
     launches = args.device == "cuda" and not args.no_launches
     compiled = 0 if args.no_compile else args.compile_first
-    options = Options(args.device, args.rounds, args.row_s, compiled, args.quick, launches)
+    peers = args.peers and args.device == "cuda"
+    options = Options(args.device, args.rounds, args.row_s, compiled, args.quick, launches, peers)
     record = run(wanted, options, budget_s=args.budget_s, path=args.json_out, done=done)
     print(f"\n{table(record)}\n{verdict(record)}")
     return int(ours_failed(record))
@@ -597,6 +490,7 @@ class RecordedClock:
 CLOCK = RecordedClock()
 QUICK = os.environ.get("MNIST_OPS_BENCH_QUICK") == "1"
 COMPILE = os.environ.get("MNIST_OPS_BENCH_COMPILE") != "0"
+CONTESTING = [c for c in CONTENDERS if c not in op_cases.PEERS and (COMPILE or c != "compile")]
 GROUPS = [
     (device, setting, direction)
     for device in dict.fromkeys(["cpu", default_device()])
@@ -613,15 +507,13 @@ def measured(device: str, setting: Setting, direction: str) -> dict[str, Any]:
         MEASURED["options"] = Options(device, quick=QUICK, launches=device == "cuda")
     key = f"{device} {setting} {direction}"
     if MEASURED.get("key") != key:
-        one = Setting(
-            setting.case, setting.shape, setting.dtype, setting.channels_last, (direction,)
-        )
+        one = replace(setting, directions=(direction,))
         MEASURED["row"], MEASURED["key"] = next(measure(one, MEASURED["options"], COMPILE)), key
     return MEASURED["row"]
 
 
 # The first of these varies fastest: the contenders of a group follow each other.
-@pytest.mark.parametrize("contender", [c for c in CONTENDERS if COMPILE or c != "compile"])
+@pytest.mark.parametrize("contender", CONTESTING)
 @pytest.mark.parametrize(
     ("device", "setting", "direction"), GROUPS, ids=[f"{s} {d} {v}" for v, s, d in GROUPS]
 )

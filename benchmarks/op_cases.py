@@ -8,6 +8,7 @@ that a run that is cut off has measured what matters.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -288,6 +289,46 @@ CASES = [
 ]
 
 
+# ------------------------------------------------------------------------------------------ peers
+
+#: Other libraries for CUDA: for each of the families that they have, module and function.
+PEERS = {
+    "QuACK": {
+        "softmax": ("quack.softmax", "softmax"),
+        "softmax_nll": ("quack.cross_entropy", "cross_entropy"),
+    },
+    "Liger": {
+        "softmax": ("liger_kernel.transformers.functional", "liger_softmax"),
+        "softmax_nll": ("liger_kernel.transformers.functional", "liger_cross_entropy"),
+    },
+}
+
+
+def peers(case: Case) -> dict[str, Function | str]:
+    """The other libraries' functions for a case, or the reason why there is none."""
+    found: dict[str, Function | str] = {}
+    for name, families in PEERS.items():
+        if case.family not in families or case.options:
+            continue
+        module, attribute = families[case.family]
+        try:
+            function = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # not installed, or not for this torch
+            found[name] = f"{module}.{attribute}: {type(error).__name__}: {error}"
+            continue
+        found[name] = _copying(function) if function.__name__ == "liger_cross_entropy" else function
+    return found
+
+
+def _copying(function: Function) -> Function:
+    """A function that spoils its input where that needs a gradient: of a copy."""
+
+    def copying(x: Tensor, *rest: Tensor) -> Tensor:
+        return function(x.clone() if x.requires_grad else x, *rest)
+
+    return copying
+
+
 # --------------------------------------------------------------------------------------- settings
 
 
@@ -418,3 +459,15 @@ def settings(device: str, quick: bool = False) -> list[Setting]:
     for dtype in half[:1]:
         found += [Setting(c, shape, dtype, last) for c, shape, last in _variants(middle)]
     return list(dict.fromkeys(found))
+
+
+def peer_settings(device: str, quick: bool = False) -> list[Setting]:
+    """Rows of 1,024 to 262,144 columns of what the peers have, in float32 and bfloat16."""
+    large, *_ = SIZES["quick" if quick else device]
+    return [
+        Setting(SOFTMAXES[family], _batch(large, columns), dtype)
+        for columns in (1024, 4096, 16384, 65536, 262144)
+        if columns <= large
+        for family in ("softmax", "softmax_nll")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

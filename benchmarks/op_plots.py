@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_ops import RECORD, table
+from op_record import RECORD, table
 
 from mnist_ops.lab import command_line, records
 from mnist_ops.lab.figures import STYLE

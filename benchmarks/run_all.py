@@ -1,24 +1,27 @@
 """Everything one wants to know of a machine, above all one with a GPU, in one command.
 
     python benchmarks/run_all.py --out DIR [--steps tests,ops] [--budget-s 560] [--side-by-side]
-        [--quick]
+        [--quick] [--dry-run]
 
 Steps, each a process of its own with a time limit of its own
     environment   environment.json: device, driver, versions, compiler, commit
     tests         tests.txt, junit.xml: the whole test suite
-    sanitizer     sanitizer-<tool>.txt: every operator once under each tool of compute-sanitizer,
-                  sanitizer-memcheck-tests.txt: some of their tests
+    ops           ops.json, ops.md, ops-<operator>.png: benchmarks/bench_ops.py
+    peers         peers.json, peers.txt: softmax and its loss beside QuACK and Liger
     agreement     agreement.txt: every operator's results against the CPU's, float64 to 1e-12
     graphs        graphs.txt: capture in CUDA graphs, replay, compare bit for bit
     determinism   determinism.txt: 20 runs, bit for bit the same
     streams       streams.txt: other streams, other devices
     large         large.txt: more than 2^31 elements
-    ops           ops.json, ops.md, ops-<operator>.png: benchmarks/bench_ops.py
+    sanitizer     sanitizer-<tool>.txt: every operator once under each tool of compute-sanitizer,
+                  sanitizer-memcheck-tests.txt: some of their tests
     online        online_sgd.json: benchmarks/bench_online_sgd.py, and online_sgd_cuda.json where
                   there is a GPU
     reproduce     reproduce/: a short run of the reports' experiments on the device
 
-What cannot run here is skipped, and says why; what fails or takes too long stops no other step.
+The order is that in which results are worth having where time on a GPU is short; every step writes
+what it has as it goes. What cannot run here is skipped, and says why; what fails or takes too long
+stops no other step.
 summary.md has a line for each step with its outcome and seconds, rewritten after every step;
 summary.json is the same for programs. A second call with other --steps adds to both.
 
@@ -27,7 +30,7 @@ does not use goes to the later ones. --side-by-side runs what does not measure t
 machine with many cores and a large GPU, and what does afterwards, one after the other; pytest takes
 -n with --pytest-args where pytest-xdist is installed. --archive FILE.tar.gz packs DIR after every
 step, so that a machine that is taken away has left something. --quick is a try of everything, in
-minutes on a CPU.
+minutes on a CPU. --dry-run prints the steps with their seconds and commands and runs nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,6 +95,7 @@ class Step:
     limit_s: float
     commands: Callable[[Path, dict[str, Any], float], list[Command] | str]
     measures: bool = False  # time: nothing else may run meanwhile
+    outputs: tuple[str, ...] = ()  # where it is skipped they say so
 
 
 @dataclass
@@ -204,8 +209,6 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         tool = shutil.which("compute-sanitizer", path=places)
         missing = why_no_cuda(machine) or (None if tool else "no compute-sanitizer here")
         if missing or not tool:
-            for name in SANITIZERS:
-                (out / f"sanitizer-{name}.txt").write_text(f"skipped: {missing}\n")
             return str(missing)
         # Without torch's cache every tensor is an allocation of its own, whose end is guarded.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -226,7 +229,6 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
     def large(out: Path, machine: dict[str, Any], limit: float) -> list[Command] | str:
         missing = why_no_cuda(machine)
         if missing:
-            (out / "large.txt").write_text(f"skipped: {missing}\n")
             return missing
         command = pytest("-q", "tests/ops/test_operators.py", "-k", "two_to_the_31 and cuda")
         return [Command(command, "large.txt", {"MNIST_OPS_TEST_LARGE": "1"})]
@@ -240,6 +242,18 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         return [
             Command(python("benchmarks/bench_ops.py", *how), "ops.txt"),
             Command(python("benchmarks/op_plots.py", out / "ops.json", out), "ops-plots.txt"),
+        ]
+
+    def peers(out: Path, machine: dict[str, Any], limit: float) -> list[Command] | str:
+        missing = why_no_cuda(machine)
+        if missing:
+            return missing
+        how = ["--peers", "--json-out", out / "peers.json", "--resume", *small]
+        budget = max(0.85 * limit - 15, 1)
+        return [
+            Command(
+                python("benchmarks/bench_ops.py", *how, f"--budget-s={budget:.0f}"), "peers.txt"
+            )
         ]
 
     def online(out: Path, machine: dict[str, Any], limit: float) -> list[Command]:
@@ -266,13 +280,19 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
     found = [
         Step("environment", 60, environment_step),
         Step("tests", 420, tests),
-        Step("agreement", 60, check("agreement")),
-        Step("graphs", 60, check("graphs")),
-        Step("determinism", 60, check("determinism")),
-        Step("streams", 60, check("streams")),
-        Step("large", 90, large),
-        Step("sanitizer", 480, sanitizer),
         Step("ops", 540, ops, measures=True),
+        Step("peers", 120, peers, measures=True, outputs=("peers.txt",)),
+        Step("determinism", 60, check("determinism")),
+        Step("graphs", 60, check("graphs")),
+        Step("agreement", 60, check("agreement")),
+        Step("streams", 60, check("streams")),
+        Step(
+            "sanitizer",
+            480,
+            sanitizer,
+            outputs=tuple(f"sanitizer-{name}.txt" for name in SANITIZERS),
+        ),
+        Step("large", 90, large, outputs=("large.txt",)),
         Step("online", 120, online, measures=True),
         Step("reproduce", 120, reproduce, measures=True),
     ]
@@ -332,6 +352,8 @@ def run_step(step: Step, out: Path, machine: dict[str, Any], limit_s: float) -> 
 
     commands = step.commands(out, machine, limit_s)
     if isinstance(commands, str):
+        for name in step.outputs:
+            (out / name).write_text(f"skipped: {commands}\n")
         return outcome("skipped", commands)
     notes, statuses = [], set()
     for i, command in enumerate(commands):
@@ -458,6 +480,21 @@ def run_steps(
     return sorted(outcomes.values(), key=lambda o: order.get(o.step, -1))
 
 
+def plan(chosen: Sequence[Step], out: Path, budget_s: float | None) -> str:
+    """What run_steps would do one step after the other, on a machine with a GPU, as text."""
+    every = sum(step.limit_s for step in chosen)
+    lines = []
+    for step in chosen:
+        limit = step.limit_s if budget_s is None else budget_s * step.limit_s / every
+        commands = step.commands(out, {"cuda": "available"}, limit)
+        lines.append(f"{step.name} (at most {limit:.0f} s)")
+        if isinstance(commands, str):
+            lines.append(f"  skipped: {commands}")
+            continue
+        lines += [f"  {shlex.join(command.arguments)} > {command.output}" for command in commands]
+    return "\n".join(lines)
+
+
 def read_machine(out: Path) -> dict[str, Any]:
     """What the environment step found; nothing is known before."""
     try:
@@ -479,6 +516,7 @@ def main() -> int:
         "--side-by-side", action="store_true", help="what measures no time runs at once"
     )
     parser.add_argument("--quick", action="store_true", help="try everything, in minutes")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, run nothing")
     parser.add_argument("--write-environment", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     every = steps(args.quick, args.pytest_args.split())
@@ -490,6 +528,11 @@ def main() -> int:
     out = args.out.resolve()
     if out.exists() and not out.is_dir():
         parser.error(f"--out {args.out} is a file, not a folder")
+    # The others ask the environment whether there is a GPU; it takes seconds.
+    chosen = [step for step in every if step.name in {*wanted, "environment"}]
+    if args.dry_run:
+        print(plan(chosen, out, args.budget_s))
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     if args.write_environment:
         found = environment()
@@ -498,8 +541,6 @@ def main() -> int:
         devices = ", ".join(device["name"] for device in found["devices"])
         print(devices or f"no GPU ({found['cuda']})")
         return 0
-    # The others ask it whether there is a GPU; it takes seconds.
-    chosen = [step for step in every if step.name in {*wanted, "environment"}]
     outcomes = run_steps(chosen, out, args.budget_s, args.archive, args.side_by_side)
     print(f"\n{(out / 'summary.md').read_text(encoding='utf-8')}", end="")
     bad = [o.step for o in outcomes if o.step in wanted and o.status in ("failed", "timed out")]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mnist_ops import _torch_private
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 NAMES = (
-    *("op_timing", "op_cases", "bench_ops", "op_plots", "op_checks", "run_all"),
+    *("op_timing", "op_cases", "op_record", "bench_ops", "op_plots", "op_checks", "run_all"),
     "bench_online_sgd",
 )
 
@@ -530,7 +531,7 @@ def test_every_step_knows_what_to_run(run_all, bench_ops, tmp_path, monkeypatch,
     files = []
     for step in run_all.steps(small, ["-n", "4"]):
         commands = step.commands(tmp_path, {"cuda": cuda}, 100.0)
-        if step.name in ("sanitizer", "large") and cuda != "available":
+        if step.name in ("sanitizer", "large", "peers") and cuda != "available":
             assert commands == "no CUDA: not built"
             continue
         for command in commands:
@@ -543,6 +544,92 @@ def test_every_step_knows_what_to_run(run_all, bench_ops, tmp_path, monkeypatch,
     assert len(files) == len(set(files))
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"] if cuda == "available" else []
     assert {f"sanitizer-{tool}.txt" for tool in tools} <= set(files)
+
+
+@pytest.mark.parametrize("where", ["here", "no sanitizer"])
+def test_a_dry_run_prints_the_steps_and_runs_nothing(called, modules, tmp_path, monkeypatch, where):
+    run_all = modules["run_all"]
+    if where != "here":
+        monkeypatch.setattr(run_all.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(run_all, "run_command", lambda *_: pytest.fail("a process was started"))
+    out = tmp_path / "out"
+    code, printed, errors = called("run_all", "--out", out, "--dry-run", "--budget-s", "800")
+    assert (code, errors, out.exists()) == (0, "", False)
+    steps = re.findall(r"^(\w+) \(at most (\d+) s\)$", printed, re.MULTILINE)
+    assert [name for name, _ in steps] == [step.name for step in run_all.steps(quick=False)]
+    assert sum(int(seconds) for _, seconds in steps) == pytest.approx(800, abs=len(steps))
+    # Tests, times, peers, then what may be cut off, the reports last.
+    order = ["environment", "tests", "ops", "peers", "determinism", "graphs", "sanitizer", "large"]
+    found = [name for name, _ in steps]
+    assert [name for name in found if name in order] == order and found[-2:] == [
+        "online",
+        "reproduce",
+    ]
+    assert "bench_ops.py --peers --json-out" in printed and "> peers.txt" in printed
+    if where != "here":
+        assert "  skipped: no compute-sanitizer here" in printed
+
+
+def test_peers_are_measured_where_they_are_installed(
+    bench_ops, op_cases, called, monkeypatch, tmp_path
+):
+    """By stand-ins: which functions are taken, that an input survives, what is said of the rest."""
+    softmax, loss = op_cases.SOFTMAXES["softmax"], op_cases.SOFTMAXES["softmax_nll"]
+    assert op_cases.peers(op_cases.STAGE) == op_cases.peers(op_cases.GIBBS) == {}
+
+    class Spoiling(torch.autograd.Function):  # as Liger's: the gradient into the input
+        @staticmethod
+        def forward(ctx, x, target):
+            with torch.enable_grad():
+                leaf = x.detach().clone().requires_grad_()
+                y = torch.nn.functional.cross_entropy(leaf, target)
+                (grad,) = torch.autograd.grad(y, leaf)
+            if ctx.needs_input_grad[0]:
+                x.copy_(grad)
+            ctx.save_for_backward(grad)
+            return y.detach()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0], None
+
+    def liger_cross_entropy(x, target):
+        return Spoiling.apply(x, target)
+
+    def absent(name):
+        if name.startswith("quack"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return types.SimpleNamespace(
+            liger_softmax=lambda x: x.softmax(-1), liger_cross_entropy=liger_cross_entropy
+        )
+
+    monkeypatch.setattr(op_cases.importlib, "import_module", absent)
+    reason = "quack.softmax.softmax: ModuleNotFoundError: No module named 'quack.softmax'"
+    assert op_cases.peers(softmax)["QuACK"] == reason
+    x = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    before, constants = x.detach().clone(), loss.constants(x)
+    functions = bench_ops.candidates(loss, compile=False, peers=True)
+    assert list(functions) == ["mnist_ops", "eager: cross_entropy", "Liger"]
+    grads = [torch.autograd.grad(f(x, *constants), x)[0] for f in functions.values()]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+    assert torch.equal(x.detach(), before)
+
+    settings = op_cases.peer_settings("cuda")
+    assert {s.shape[1] for s in settings} == {1024, 4096, 16384, 65536, 262144}
+    assert {(s.case, s.dtype) for s in settings} == {
+        (case, dtype) for case in (softmax, loss) for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert {s.directions for s in settings} == {("forward", "backward")}
+    options = bench_ops.Options(quick=True, rounds=3, row_s=0.1, compile=0, peers=True)
+    record = bench_ops.run(op_cases.peer_settings("cpu", quick=True)[:1], options, say=len)
+    assert record["rows"][0]["us"]["Liger"] > 0 and "| Liger |" in bench_ops.table(record)
+    assert "QuACK" not in bench_ops.table(record)
+    code, out, _ = called(
+        *("bench_ops", "--peers", "--quick", "--device=cpu", "--limit=1", "--no-compile"),
+        *("--rounds=1", "--row-s=0.1", f"--json-out={tmp_path / 'peers.json'}"),
+    )
+    assert code == 0 and "left out, QuACK and Liger: they run on CUDA only" in out
 
 
 def test_the_command_as_a_user_gives_it(tmp_path):
@@ -597,7 +684,9 @@ def called(modules, monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("op_timing", "op_cases")])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in ("op_timing", "op_cases", "op_record")]
+)
 def test_help(called, name):
     code, out, errors = called(name, "--help")
     assert code == 0 and out.startswith(f"usage: {name}.py") and errors == ""
