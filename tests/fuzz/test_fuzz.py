@@ -25,7 +25,7 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     "planted, message",
     [
         ("crash", r"CRASH: exit code -11"),
-        ("hang", r"CRASH: no answer for 5.0 s"),
+        pytest.param("hang", r"CRASH: no answer for 5.0 s", marks=pytest.mark.slow),
         ("memory", r"RuntimeError for valid arguments: .*can't allocate memory"),
         ("wrong", r"result 0: element 0 of 12 is .*, must be"),
         ("input", r"an input was modified"),
