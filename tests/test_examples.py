@@ -45,6 +45,11 @@ def test_reports_table():
     assert run("reports_table").splitlines() == expected("reports_table")
 
 
+def test_local_contrast():
+    lines = run("local_contrast").splitlines()
+    assert [shape(line) for line in lines] == expected("local_contrast")
+
+
 @pytest.mark.slow
 def test_export_a_network():
     if shutil.which("g++") is None:
