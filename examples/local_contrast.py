@@ -4,8 +4,8 @@
 
 MSCN coefficients are what BRISQUE and NIQE judge the quality of a picture by; stereo networks match
 pictures by their local contrast; Jarrett et al. (ICCV 2009) divide by the deviation or its mean
-over the image, whichever is larger. The picture is a ramp with two bars and noise. SciPy, where it is
-installed, computes each once more. Expected, the deviations to a few hundredths:
+over the image, whichever is larger. The picture is a ramp with two bars and noise. SciPy, where it
+is installed, computes each once more. Expected, the deviations to a few hundredths:
 
     MSCN:    deviation 0.65, SciPy's to 1e-06: True
     stereo:  deviation 0.54, SciPy's to 1e-06: True

@@ -47,7 +47,7 @@ def test_reports_table():
 
 def test_local_contrast():
     lines = run("local_contrast").splitlines()
-    assert [shape(line) for line in lines] == expected("local_contrast")
+    assert list(map(shape, lines)) == list(map(shape, expected("local_contrast")))
 
 
 @pytest.mark.slow
