@@ -123,6 +123,22 @@ def _pooling(p: float, size: int, stride: int) -> Case:
     )
 
 
+def _generalized_mean(x: Tensor, p: Tensor) -> Tensor:
+    """GeM over whole maps, as everyone copies it; here p gets no gradient, which ours computes."""
+    return F.avg_pool2d(x.clamp(min=1e-6).pow(p), x.shape[-2:]).pow(1 / p)
+
+
+GEM = Case(
+    "lp_pool2d",
+    "GeM, p in a tensor",
+    lambda x, p: mnist_ops.lp_pool2d(x.clamp(min=1e-6), p, tuple(x.shape[-2:]), average=True),
+    {"avg_pool2d": _generalized_mean},
+    {"avg_pool2d": _generalized_mean},
+    output=lambda shape: (*shape[:2], 1, 1),
+    constants=lambda x: (torch.full((), 3.0, dtype=x.dtype, device=x.device),),
+)
+
+
 # ---------------------------------------------------------------------------- local normalization
 
 
@@ -280,6 +296,7 @@ ACROSS_CHANNELS = _softmax("softmax", dim=1)
 
 CASES = [
     *POOLINGS.values(),
+    GEM,
     *NORMALIZATIONS.values(),
     STAGE,
     *SOFTMAXES.values(),
@@ -422,6 +439,7 @@ def _variants(elements: int) -> list[tuple[Case, tuple[int, ...], bool]]:
         (NORMALIZATIONS["contrastive", 7], _batch(elements, 512, 32, 32), True),
         (GIBBS, _batch(elements, 1000), False),
         (ACROSS_CHANNELS, maps, False),
+        (GEM, _batch(elements, 512, 14, 14), False),
     ]
     found += [(case, maps, True) for case in POOLINGS.values() if case is not first]
     return list(dict.fromkeys(found))

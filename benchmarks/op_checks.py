@@ -96,6 +96,11 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor
         found[f"lp_pool2d p={p:g} 2x2/2"] = (partial(mnist_ops.lp_pool2d, **square), True)
         overlapping["ceil_mode"] = True
         found[f"lp_pool2d p={p:g} 3x3/2"] = (partial(mnist_ops.lp_pool2d, **overlapping), True)
+    power = torch.tensor(2.5, device=device)
+    for average in (False, True):
+        options = {"norm_type": power, "kernel_size": 3, "stride": 2, "average": average}
+        name = f"lp_pool2d_tensor_p {'mean' if average else 'norm'} 3x3/2"
+        found[name] = (partial(mnist_ops.lp_pool2d, **options), True)
     for kind in ("subtractive", "divisive", "contrastive"):
         function = getattr(mnist_ops, f"{kind}_norm2d")
         found[f"{kind}_norm2d 7"] = (partial(function, kernel=kernel), True)

@@ -103,7 +103,8 @@ def test_families_are_all_there(op_cases):
     assert max(elements) == 2**28
     assert any(s.shape == (1, 64, 28, 28) for s in settings)
     pools = {s.case.options for s in settings if s.case.family == "lp_pool2d"}
-    assert pools == {f"p={p} {k}/2" for p in ("1", "2", "3", "inf") for k in ("2x2", "3x3")}
+    plain = {f"p={p} {k}/2" for p in ("1", "2", "3", "inf") for k in ("2x2", "3x3")}
+    assert pools == {*plain, "GeM, p in a tensor"}
 
 
 @pytest.mark.parametrize(
