@@ -21,7 +21,7 @@ OUTSIDE = {
     "onnx": {"onnx_ir", "onnxscript"},
     "torch7": {"numpy"},
     "training": {"filelock", "tqdm"},
-    "lab": {"jinja2", "joblib", "matplotlib", "scipy"},
+    "lab": {"jinja2", "joblib", "matplotlib", "scipy", "torchvision"},
 }
 EXTRA = set().union(*OUTSIDE.values()) - {"torch", "numpy"}
 

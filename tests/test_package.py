@@ -168,7 +168,7 @@ def test_the_operators_need_torch_alone():
     code = """
         import importlib.util, sys
         find_spec = importlib.util.find_spec
-        extra = "filelock jinja2 joblib matplotlib numpy scipy tqdm".split()
+        extra = "filelock jinja2 joblib matplotlib numpy scipy torchvision tqdm".split()
         class Missing:
             def find_spec(self, name, path=None, target=None):
                 if name.split(".")[0] in extra:

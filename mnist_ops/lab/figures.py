@@ -267,6 +267,8 @@ def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
         ValueError: for other shapes.
     """
     import numpy as np
+    import torch
+    from torchvision.utils import make_grid
 
     kernels = np.asarray(weights, dtype=np.float64)
     if kernels.ndim == 4 and kernels.shape[1] == 1:
@@ -274,12 +276,12 @@ def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
     if kernels.ndim != 3 or 0 in kernels.shape:
         raise ValueError(f"filters: weights must be (filters, 1, H, W), got {kernels.shape}")
     count, height, width = kernels.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    mosaic = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
-    for i, kernel in enumerate(kernels):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        mosaic[top : top + height, left : left + width] = kernel
+    mosaic = make_grid(
+        torch.from_numpy(kernels).unsqueeze(1),
+        nrow=math.ceil(math.sqrt(count)),
+        padding=1,
+        pad_value=math.nan,
+    )[0]
     finite = np.abs(kernels[np.isfinite(kernels)])
     largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     with _canvas(path, 0.8 * _WIDTH * mosaic.shape[0] / mosaic.shape[1] + 0.35) as figure:

@@ -175,10 +175,10 @@ def test_filters(tmp_path, drawn):
     for figure in drawn:
         picture = figure.axes[0].images[0]
         mosaic = np.ma.filled(picture.get_array(), np.nan)
-        assert mosaic.shape == (7, 11)  # two rows of three, a line between
-        assert np.array_equal(mosaic[:3, 4:7], weights[1, 0].numpy())
-        assert np.array_equal(mosaic[4:, 4:7], weights[4, 0].numpy())
-        assert np.isnan(mosaic[3]).all() and np.isnan(mosaic[4:, 8:]).all()
+        assert mosaic.shape == (9, 13)  # two rows of three, lines around each
+        assert np.array_equal(mosaic[1:4, 5:8], weights[1, 0].numpy())
+        assert np.array_equal(mosaic[5:8, 5:8], weights[4, 0].numpy())
+        assert np.isnan(mosaic[[0, 4, 8]]).all() and np.isnan(mosaic[5:, 9:]).all()
         assert picture.get_clim() == (-24, 24)
         check_layout(figure)
     for wrong in (torch.zeros(4, 2, 3, 3), torch.zeros(0, 1, 3, 3), [1.0]):
