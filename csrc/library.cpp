@@ -66,11 +66,12 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
   m.def("log_softmax(Tensor input, int dim, float beta) -> Tensor");
   m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim, float beta) -> Tensor");
   m.def(
-      "softmax_nll(Tensor input, Tensor target, float beta, str reduction) "
-      "-> (Tensor loss, Tensor largest, Tensor log_sum)");
+      "softmax_nll(Tensor input, Tensor target, Tensor? weight, float beta, str reduction, "
+      "int ignore_index, float label_smoothing) -> (Tensor loss, Tensor total)");
   m.def(
-      "softmax_nll_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor largest, "
-      "Tensor log_sum, float beta, str reduction) -> Tensor");
+      "softmax_nll_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor total, "
+      "Tensor? weight, float beta, str reduction, int ignore_index, float label_smoothing) "
+      "-> Tensor");
 
   // online: a stretch of training with batch size 1, in place on the parameters
   m.def(

@@ -4,7 +4,7 @@
 //   d = beta x - max beta x      Z = sum exp(d)
 //   y = exp(d) / Z               gx = beta y (g - sum g y)
 //   l = d - log Z                gx = beta (g - exp(l) sum g)
-//   loss = log Z - d_t           gx = beta g (exp(d - log Z) - [i = t])
+//   loss = log Z - d_t           gx = beta g (y - [i = t]); see Targets for the general one
 // The difference comes first: with the logarithm of sum exp(beta x) instead, l would lose the
 // digits of what all x have in common. A row of -inf gives NaN, as in PyTorch.
 #pragma once
@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 
 namespace mnist_ops {
@@ -80,88 +81,132 @@ inline Reduction reduction_named(const char* op, const std::string& name) {
   return Reduction::kSum;
 }
 
-// The gradient of each target's loss, where the losses were added up: one number for all of them,
-// which the mean divides by their number.
+// The gradient of each line's loss, where the losses were added up: one number for all of them,
+// which the mean divides by what the sum was divided by.
 template <typename T>
 struct LossGradient {
   using A = opmath_t<T>;
   const T* values;
-  int64_t step;  // between the gradients of two targets: 1, or 0 where they share one
-  A count;       // what the sum of the losses was divided by, else 1
+  int64_t step;      // between the gradients of two lines: 1, or 0 where they share one
+  const A* divisor;  // of the mean, else null
 
   MNIST_OPS_HD A operator[](int64_t line) const {
     const A value = static_cast<A>(values[line * step]);
-    return count == A(1) ? value : value / count;
+    return divisor ? value / *divisor : value;
   }
 };
 
+// What lines are to be. Of one line, with w the weights of the classes and s label_smoothing,
+//   a_c = w_c ((1 - s) [c = t] + s / C)    for the class t
+//   a_c = w_c ((1 - s) p_c + s / C)        for probabilities p
+//   loss = sum_c a_c (log Z - d_c)         gx_c = beta g (y_c sum_k a_k - a_c)
+// and both are 0 where t is ignore_index. With a class and s = 0 there is one a_c that is not 0.
 template <typename T>
-LossGradient<T> loss_gradient(const Tensor& grad_loss, int64_t targets, Reduction reduction) {
+struct Targets {
   using A = opmath_t<T>;
-  return {grad_loss.const_data_ptr<T>(), reduction == Reduction::kNone ? 1 : 0,
-          reduction == Reduction::kMean ? static_cast<A>(targets) : A(1)};
-}
+  const int64_t* classes;  // of every line, or null:
+  const T* probabilities;  // in the memory order of the input
+  const A* weight;         // of every class; null: 1
+  int64_t ignored;
+  A share, rest;  // 1 - s, s / C
 
-// softmax_nll: classes are dimension 1, or 0 of a vector; targets have the other dimensions.
-inline int64_t check_softmax_nll(const char* op, const Tensor& input, const Tensor& target) {
-  MNIST_OPS_CHECK(input.dim() >= 1, op,
-                  ": input must be (C), (N, C) or (N, C, d1, ...), got a scalar");
-  const int64_t class_dim = input.dim() == 1 ? 0 : 1;
-  bool fits = target.dim() == input.dim() - 1;
-  for (int64_t d = 0, t = 0; fits && d < input.dim(); ++d) {
-    if (d != class_dim) fits = target.size(t++) == input.size(d);
-  }
-  MNIST_OPS_CHECK(fits, op,
-                  ": target must have the shape of input without its class dimension, got ",
-                  shape_string(target), " for an input of ", shape_string(input));
-  MNIST_OPS_CHECK(target.scalar_type() == ScalarType::Long, op,
-                  ": target must be int64 class indices, got ",
-                  torch::headeronly::toString(target.scalar_type()));
-  MNIST_OPS_CHECK(target.device() == input.device(), op,
-                  ": target and input are on different devices");
-  MNIST_OPS_CHECK(input.size(class_dim) > 0, op, ": input has no classes, its shape is ",
-                  shape_string(input));
-  return class_dim;
-}
+  MNIST_OPS_HD A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
+  MNIST_OPS_HD bool one_class() const { return classes && rest == A(0); }
+};
 
-// Returns how the losses were reduced.
-inline Reduction check_softmax_nll_gradient(const char* op, const Tensor& grad_loss,
-                                            const Tensor& input, const Tensor& target,
-                                            const Tensor& largest, const Tensor& log_sum,
-                                            const std::string& name) {
-  const Reduction reduction = reduction_named(op, name);
-  if (reduction == Reduction::kNone) {
-    MNIST_OPS_CHECK(same_shape(grad_loss, target), op,
-                    ": grad_loss must have the shape of target, ", shape_string(target), ", got ",
-                    shape_string(grad_loss));
-  } else {
-    MNIST_OPS_CHECK(grad_loss.dim() == 0, op, ": grad_loss must be a scalar, got the shape ",
-                    shape_string(grad_loss));
+template <typename T>
+struct LineTarget {
+  using A = opmath_t<T>;
+  Targets<T> all = {};
+  const T* probabilities = nullptr;  // of the first class; those of two are step apart
+  int64_t step = 0, chosen = -1;
+  A counts = A(1);  // 0 for a line that is ignored, NaN where the target is no class
+
+  LineTarget() = default;
+  // Of a line for class t, or for probabilities, whose first element is element `offset` of the
+  // input.
+  MNIST_OPS_HD LineTarget(const Targets<T>& targets, const SoftmaxGeometry& g, int64_t t,
+                          int64_t offset)
+      : all(targets), step(g.inner) {
+    if (!all.classes) {
+      probabilities = all.probabilities + offset;
+      return;
+    }
+    if (t >= 0 && t < g.size) chosen = t;
+    if (t == all.ignored) {
+      counts = A(0);
+    } else if (chosen < 0) {
+      counts = std::numeric_limits<A>::quiet_NaN();
+    }
   }
-  MNIST_OPS_CHECK(grad_loss.scalar_type() == input.scalar_type(), op,
-                  ": grad_loss must have the dtype of input, ",
-                  torch::headeronly::toString(input.scalar_type()), ", got ",
-                  torch::headeronly::toString(grad_loss.scalar_type()));
-  MNIST_OPS_CHECK(grad_loss.device() == input.device(), op,
-                  ": grad_loss and input are on different devices");
-  const auto check_saved = [&](const char* what, const Tensor& saved) {
-    MNIST_OPS_CHECK(same_shape(saved, target), op, ": ", what, " must have the shape of target, ",
-                    shape_string(target), ", got ", shape_string(saved));
-    const ScalarType wide = type_to_compute_in(input);
-    MNIST_OPS_CHECK(saved.scalar_type() == wide, op, ": ", what, " must be ",
-                    torch::headeronly::toString(wide), ", got ",
-                    torch::headeronly::toString(saved.scalar_type()));
-    MNIST_OPS_CHECK(saved.device() == input.device(), op, ": ", what,
-                    " and input are on different devices");
-  };
-  check_saved("largest", largest);
-  check_saved("log_sum", log_sum);
-  return reduction;
-}
+
+  // a_c of a line that counts.
+  MNIST_OPS_HD A operator[](int64_t c) const {
+    const A hit = probabilities ? all.share * static_cast<A>(probabilities[c * step])
+                  : c == chosen ? all.share
+                                : A(0);
+    return all.weight_of(c) * (hit + all.rest);
+  }
+
+  // This of a line that counts, and of others what they are.
+  template <typename F>
+  MNIST_OPS_HD A if_it_counts(const F& value) const {
+    return counts == A(1) ? value() : counts;
+  }
+
+  // What the line adds to the divisor of the mean.
+  MNIST_OPS_HD A divisor() const {
+    return if_it_counts([&] { return probabilities ? A(1) : all.weight_of(chosen); });
+  }
+
+  // sum(f) adds up f(c) over the classes, and is called for all lines or for none.
+  template <typename Sum>
+  MNIST_OPS_HD A loss(const Differences<A>& difference, const T* first, A largest, A log_sum,
+                      const Sum& sum) const {
+    const auto term = [&](int64_t c) {
+      return log_sum - difference(static_cast<A>(first[c * step]), largest);
+    };
+    if (all.one_class()) {
+      return if_it_counts([&] { return all.weight_of(chosen) * term(chosen); });
+    }
+    const A whole = sum([&](int64_t c) { return (*this)[c] * term(c); });
+    return if_it_counts([&] { return whole; });
+  }
+};
+
+// gx = scale y - factor a, of one line.
+template <typename T>
+struct LineGradient {
+  using A = opmath_t<T>;
+  LineTarget<T> target;
+  A scale = A(0), factor = A(0);
+
+  LineGradient() = default;
+
+  // beta_g: beta times the gradient of the line's loss; sum as above.
+  template <typename Sum>
+  MNIST_OPS_HD LineGradient(const LineTarget<T>& line, A beta_g, const Sum& sum) : target(line) {
+    const bool one = target.all.one_class();
+    const A whole = one ? A(0) : sum([&](int64_t c) { return target[c]; });
+    factor = target.if_it_counts([&] { return beta_g; });
+    scale = target.if_it_counts(
+        [&] { return beta_g * (one ? target.all.weight_of(target.chosen) : whole); });
+  }
+
+  MNIST_OPS_HD A operator()(A y, int64_t c) const {
+    const A value = scale * y;
+    if (target.all.one_class()) return c == target.chosen ? value - scale : value;
+    return value - factor * target[c];
+  }
+};
 
 // ------------------------------------------------------------------------- what kernels are given
 
-enum class SoftmaxKind { kSoftmax, kLogSoftmax, kNll };
+enum class SoftmaxKind { kSoftmax, kLogSoftmax, kNll, kNllGradient };
+
+struct LossSum {
+  double losses, divisor;
+};
 
 template <typename T>
 struct SoftmaxForward {
@@ -169,10 +214,23 @@ struct SoftmaxForward {
   SoftmaxGeometry g;
   Differences<A> differences;
   const T* in;
-  T* out;  // every element's (log-)probability, or every line's loss
-  // softmax_nll only
-  const int64_t* target = nullptr;
-  A *largest = nullptr, *log_sum = nullptr;  // of every line: max scale x, log Z
+  T* out;  // every element's result, or every line's loss
+  // softmax_nll and its gradient
+  Targets<T> targets = {};
+  LossGradient<T> grad = {};
+
+  LossSum* sums = nullptr;  // of each block, where a kernel adds up its losses itself
+
+  MNIST_OPS_HD int64_t class_of(int64_t line) const {
+    return targets.classes ? targets.classes[line] : 0;
+  }
+  MNIST_OPS_HD LineTarget<T> target_of(int64_t line, int64_t offset) const {
+    return {targets, g, class_of(line), offset};
+  }
+  template <typename Sum>
+  MNIST_OPS_HD LineGradient<T> gradient_of(int64_t line, int64_t offset, const Sum& sum) const {
+    return {target_of(line, offset), differences.beta * grad[line], sum};
+  }
 };
 
 template <typename T>
@@ -184,24 +242,91 @@ struct SoftmaxBackward {
   T* result;
 };
 
-template <typename T>
-struct NllBackward {
-  using A = opmath_t<T>;
+// The arguments that softmax_nll and its backward share, checked. Classes are dimension 1, or 0 of
+// a vector; the other dimensions are those of the lines.
+struct NllArguments {
+  Tensor x, target;  // dense, in one order
+  std::optional<Tensor> weight;
+  std::vector<int64_t> lines;
+  double beta;
+  int64_t ignored;
+  double smoothing;
+  Reduction reduction;
   SoftmaxGeometry g;
-  Differences<A> differences;
-  LossGradient<T> grad;
-  const T* in;
-  const int64_t* target;
-  const A *largest, *log_sum;
-  T* result;
+
+  NllArguments(const char* op, const Tensor& input, const Tensor& given_target,
+               const std::optional<Tensor>& given_weight, double given_beta,
+               const std::string& reduction_name, int64_t ignore_index, double label_smoothing)
+      : x(input),
+        target(given_target),
+        weight(given_weight),
+        beta(given_beta),
+        ignored(ignore_index),
+        smoothing(label_smoothing),
+        reduction(reduction_named(op, reduction_name)) {
+    using torch::headeronly::toString;
+    MNIST_OPS_CHECK(input.dim() >= 1, op,
+                    ": input must be (C), (N, C) or (N, C, d1, ...), got a scalar");
+    const int64_t class_dim = input.dim() == 1 ? 0 : 1, classes = input.size(class_dim);
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      if (d != class_dim) lines.push_back(input.size(d));
+    }
+    const ScalarType wide = type_to_compute_in(input);
+    if (are_classes()) {
+      MNIST_OPS_CHECK(target.sizes().equals(lines), op,
+                      ": target must have the shape of input without its class dimension, got ",
+                      shape_string(target), " for an input of ", shape_string(input));
+      MNIST_OPS_CHECK(target.device() == input.device(), op,
+                      ": target and input are on different devices");
+    } else {
+      MNIST_OPS_CHECK(target.scalar_type() == input.scalar_type(), op,
+                      ": target must be int64 class indices or have the dtype of input, ",
+                      toString(input.scalar_type()), ", got ", toString(target.scalar_type()));
+      check_like(op, "target", target, "input", input);
+      MNIST_OPS_CHECK(ignored < 0, op,
+                      ": ignore_index must be negative where target has probabilities, got ",
+                      ignored);
+    }
+    MNIST_OPS_CHECK(classes > 0, op, ": input has no classes, its shape is ", shape_string(input));
+    if (weight) {
+      MNIST_OPS_CHECK(weight->dim() == 1 && weight->size(0) == classes, op,
+                      ": weight must have the shape (", classes, "), got ", shape_string(*weight));
+      MNIST_OPS_CHECK(weight->scalar_type() == wide, op, ": weight must be ", toString(wide),
+                      ", got ", toString(weight->scalar_type()));
+      MNIST_OPS_CHECK(weight->device() == input.device(), op,
+                      ": weight and input are on different devices");
+      weight = contiguous_of(*weight);
+    }
+    MNIST_OPS_CHECK(smoothing >= 0 && smoothing <= 1, op,
+                    ": label_smoothing must be in [0, 1], got ", smoothing);
+    check_beta(op, input, beta);
+    x = dense(input, is_channels_last(input));
+    target = are_classes() ? contiguous_of(target) : in_memory_order_of(x, target);
+    g = softmax_geometry(x, class_dim);
+  }
+
+  bool are_classes() const { return target.scalar_type() == ScalarType::Long; }
+
+  template <typename T>
+  SoftmaxForward<T> kernel_arguments(Tensor& out) const {
+    using A = opmath_t<T>;
+    SoftmaxForward<T> f{g, Differences<A>(beta), x.const_data_ptr<T>(), out.mutable_data_ptr<T>()};
+    f.targets = {are_classes() ? target.const_data_ptr<int64_t>() : nullptr,
+                 are_classes() ? nullptr : target.const_data_ptr<T>(),
+                 weight ? weight->const_data_ptr<A>() : nullptr,
+                 ignored,
+                 static_cast<A>(1 - smoothing),
+                 static_cast<A>(smoothing / static_cast<double>(std::max<int64_t>(g.size, 1)))};
+    return f;
+  }
 };
 
 // The operators of one backend. Kernels has static functions, of which each is also told a tensor
 // on whose device it is to work:
 //   forward<kind, T>(tensor, SoftmaxForward<T>), backward<kind, T>(tensor, SoftmaxBackward<T>),
-//   nll_backward<T>(tensor, NllBackward<T>),
-//   check_targets(op, targets, classes), which may leave it to the kernels to make NaN of others,
-//   reduced(losses, reduction).
+//   check_targets(op, targets, classes, ignored), which may leave it to the kernels to make NaN,
+//   nll<T>(losses, SoftmaxForward<T>, loss, total): the losses of softmax_nll, or where loss is not
+//     null their sum, or where total is not null their mean and what that is divided by
 template <typename Kernels>
 struct SoftmaxOperators {
   template <SoftmaxKind kind>
@@ -254,53 +379,70 @@ struct SoftmaxOperators {
                                               beta);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
-                                                        double beta, std::string reduction) {
+  static void check_targets(const char* op, const NllArguments& a) {
+    if (a.are_classes()) Kernels::check_targets(op, a.target, a.x.size(a.x.dim() > 1), a.ignored);
+  }
+
+  static std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
+                                                std::optional<Tensor> weight, double beta,
+                                                std::string reduction, int64_t ignore_index,
+                                                double label_smoothing) {
     const char* op = "softmax_nll";
-    const Reduction kind = reduction_named(op, reduction);
-    const int64_t dim = check_softmax_nll(op, input, target);
-    check_beta(op, input, beta);
-    const Tensor x = dense(input, is_channels_last(input));
-    const Tensor targets = contiguous_of(target);
-    Kernels::check_targets(op, targets, x.size(dim));
-    Tensor loss = new_tensor(x, targets.sizes());
-    Tensor largest = new_tensor(x, targets.sizes(), type_to_compute_in(x));
-    Tensor log_sum = new_like(largest);
+    const NllArguments a(op, input, target, weight, beta, reduction, ignore_index, label_smoothing);
+    check_targets(op, a);
+    const bool mean = a.reduction == Reduction::kMean;
+    Tensor losses = new_tensor(a.x, a.lines), loss = losses;
+    // A scalar where it is needed, else without elements.
+    const auto shape = mean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
+    Tensor total = new_tensor(a.x, shape, type_to_compute_in(a.x));
+    if (a.reduction != Reduction::kNone) loss = new_tensor(a.x, std::vector<int64_t>{});
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      using A = opmath_t<T>;
-      Kernels::template forward<SoftmaxKind::kNll, T>(
-          loss, {softmax_geometry(x, dim), Differences<A>(beta), x.const_data_ptr<T>(),
-                 loss.mutable_data_ptr<T>(), targets.const_data_ptr<int64_t>(),
-                 largest.mutable_data_ptr<A>(), log_sum.mutable_data_ptr<A>()});
+      Kernels::template nll<T>(losses, a.kernel_arguments<T>(losses),
+                               a.reduction == Reduction::kNone ? nullptr : &loss,
+                               mean ? &total : nullptr);
     });
-    return {kind == Reduction::kNone ? loss : Kernels::reduced(loss, kind), largest, log_sum};
+    return {loss, total};
   }
 
   static Tensor softmax_nll_backward(const Tensor& grad_loss, const Tensor& input,
-                                     const Tensor& target, const Tensor& largest,
-                                     const Tensor& log_sum, double beta, std::string reduction) {
+                                     const Tensor& target, const Tensor& total,
+                                     std::optional<Tensor> weight, double beta,
+                                     std::string reduction, int64_t ignore_index,
+                                     double label_smoothing) {
     const char* op = "softmax_nll_backward";
-    const int64_t dim = check_softmax_nll(op, input, target);
-    const Reduction kind =
-        check_softmax_nll_gradient(op, grad_loss, input, target, largest, log_sum, reduction);
-    check_beta(op, input, beta);
-    const Tensor x = dense(input, is_channels_last(input));
-    const Tensor targets = contiguous_of(target);
-    Kernels::check_targets(op, targets, x.size(dim));
+    const NllArguments a(op, input, target, weight, beta, reduction, ignore_index, label_smoothing);
+    check_gradient(op, grad_loss, total, a);
+    check_targets(op, a);
     const Tensor grad = contiguous_of(grad_loss);
-    const Tensor maxima = contiguous_of(largest), log_sums = contiguous_of(log_sum);
-    Tensor grad_input = new_like(x);
+    Tensor grad_input = new_like(a.x);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      using A = opmath_t<T>;
-      Kernels::template nll_backward<T>(
-          grad_input, {softmax_geometry(x, dim), Differences<A>(beta),
-                       loss_gradient<T>(grad, targets.numel(), kind), x.const_data_ptr<T>(),
-                       targets.const_data_ptr<int64_t>(), maxima.const_data_ptr<A>(),
-                       log_sums.const_data_ptr<A>(), grad_input.mutable_data_ptr<T>()});
+      SoftmaxForward<T> f = a.kernel_arguments<T>(grad_input);
+      f.grad = {grad.const_data_ptr<T>(), a.reduction == Reduction::kNone ? 1 : 0,
+                a.reduction == Reduction::kMean ? total.const_data_ptr<opmath_t<T>>() : nullptr};
+      Kernels::template forward<SoftmaxKind::kNllGradient, T>(grad_input, f);
     });
     return grad_input;
+  }
+
+  static void check_gradient(const char* op, const Tensor& grad_loss, const Tensor& total,
+                             const NllArguments& a) {
+    using torch::headeronly::toString;
+    const auto shape = a.reduction == Reduction::kNone ? a.lines : std::vector<int64_t>{};
+    MNIST_OPS_CHECK(grad_loss.sizes().equals(shape), op,
+                    ": grad_loss must have the shape of the loss, got ", shape_string(grad_loss));
+    MNIST_OPS_CHECK(grad_loss.scalar_type() == a.x.scalar_type(), op,
+                    ": grad_loss must have the dtype of input, ", toString(a.x.scalar_type()),
+                    ", got ", toString(grad_loss.scalar_type()));
+    MNIST_OPS_CHECK(grad_loss.device() == a.x.device() && total.device() == a.x.device(), op,
+                    ": grad_loss, total and input are on different devices");
+    if (a.reduction != Reduction::kMean) return;
+    MNIST_OPS_CHECK(total.dim() == 0, op, ": total must be a scalar, got the shape ",
+                    shape_string(total));
+    const ScalarType wide = type_to_compute_in(a.x);
+    MNIST_OPS_CHECK(total.scalar_type() == wide, op, ": total must be ", toString(wide), ", got ",
+                    toString(total.scalar_type()));
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {

@@ -14,7 +14,7 @@ from . import ops
 from .ops._common import check_finite, check_int, check_number, compute_type
 from .ops.local_norm import check_kernel, check_thresholds
 from .ops.lp_pool_tensor import check_powers
-from .ops.softmax import check_beta, check_reduction
+from .ops.softmax import check_beta, check_reduction, check_smoothing
 from .ops.stage import check_activation
 from .ops.windows import check_layout, check_norm_type, check_windows
 
@@ -423,21 +423,48 @@ class LogSoftmax(Softmax):
 
 
 class SoftmaxNLLLoss(torch.nn.Module):
-    """Negative log-likelihood under softmax. See :func:`mnist_ops.softmax_nll`."""
+    """Cross entropy of a softmax and targets. See :func:`mnist_ops.softmax_nll`.
 
-    def __init__(self, beta: float = 1.0, reduction: str = "mean") -> None:
+    ``weight`` is a buffer, as in ``torch.nn.CrossEntropyLoss``.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.beta = check_beta("SoftmaxNLLLoss", beta)
-        check_reduction("SoftmaxNLLLoss", reduction)
+        op = "SoftmaxNLLLoss"
+        self.beta = check_beta(op, beta)
+        check_reduction(op, reduction)
         self.reduction = reduction
+        self.ignore_index, self.label_smoothing = check_smoothing(op, ignore_index, label_smoothing)
+        self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss of scores (N, C, ...) against classes (N, ...)."""
-        return ops.softmax_nll(input, target, self.beta, self.reduction)
+        """Compute the loss of scores (N, C, ...) against classes (N, ...) or probabilities."""
+        return ops.softmax_nll(
+            input,
+            target,
+            self.beta,
+            self.reduction,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
-        return f"beta={self.beta}, reduction={self.reduction!r}"
+        text = f"beta={self.beta}, reduction={self.reduction!r}"
+        if self.ignore_index != -100:
+            text += f", ignore_index={self.ignore_index}"
+        return text + (f", label_smoothing={self.label_smoothing}" if self.label_smoothing else "")
 
 
 _ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {

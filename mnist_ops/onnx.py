@@ -207,14 +207,40 @@ def log_softmax(input, dim: int, beta: float):
     return op.CastLike(op.LogSoftmax(_scaled(input, beta), axis=dim), input)
 
 
-def softmax_nll(input, target, beta: float, reduction: str):
-    """See :func:`mnist_ops.softmax_nll`; the second and third result serve its gradient."""
+def softmax_nll(
+    input,
+    target,
+    weight,
+    beta: float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+):
+    """See :func:`mnist_ops.softmax_nll`; the second result serves its gradient."""
     dim = min(1, len(input.shape) - 1)
-    x = _scaled(input, beta)
-    largest = op.Squeeze(op.ReduceMax(x, [dim]), [dim])
-    log_sum = op.Sub(op.Squeeze(op.ReduceLogSumExp(x, [dim]), [dim]), largest)
-    index = op.Unsqueeze(target, [dim])
-    loss = op.Neg(op.Squeeze(op.GatherElements(op.LogSoftmax(x, axis=dim), index, axis=dim), [dim]))
+    logs = op.LogSoftmax(_scaled(input, beta), axis=dim)
+    weighted = logs
+    if weight is not None:
+        sizes = [-1, *(1,) * (len(input.shape) - 1 - dim)]
+        weighted = op.Mul(logs, op.Reshape(weight, sizes))
+    loss = op.ReduceSum(weighted, [dim], keepdims=0)
+    ones = op.Expand(op.CastLike(1.0, logs), op.Shape(loss))
+    rest = op.Mul(loss, op.CastLike(label_smoothing / input.shape[dim], logs))
+    share = op.CastLike(1 - label_smoothing, logs)
+    if target.dtype is ir.DataType.INT64:
+        counts = op.Not(op.Equal(target, ignore_index))
+        index = op.Where(counts, target, 0)
+        chosen = op.GatherElements(weighted, op.Unsqueeze(index, [dim]), axis=dim)
+        loss = op.Add(op.Mul(op.Squeeze(chosen, [dim]), share), rest)
+        zeros = op.CastLike(0.0, logs)
+        loss = op.Where(counts, loss, zeros)
+        each = op.Where(counts, ones if weight is None else op.Gather(weight, index), zeros)
+    else:
+        hit = op.ReduceSum(op.Mul(weighted, _widen(target)), [dim], keepdims=0)
+        loss, each = op.Add(op.Mul(hit, share), rest), ones
+    loss = op.Neg(loss)
+    total = op.ReduceSum(each, keepdims=0)
     if reduction != "none":
-        loss = (op.ReduceMean if reduction == "mean" else op.ReduceSum)(loss, keepdims=0)
-    return op.CastLike(loss, input), largest, log_sum
+        loss = op.ReduceSum(loss, keepdims=0)
+        loss = op.Div(loss, total) if reduction == "mean" else loss
+    return op.CastLike(loss, input), total

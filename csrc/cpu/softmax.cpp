@@ -300,28 +300,75 @@ void sum_exponentials(const LineBlock<A>& block, const T* in, int64_t size,
 
 // ---------------------------------------------------------------------------------------- kernels
 
-template <bool log, typename T, typename A = opmath_t<T>>
-void probabilities(const SoftmaxForward<T>& f) {
+// The sum of value(c) over the classes of a line.
+template <typename A>
+auto over_classes(const SoftmaxGeometry& g) {
+  return [&g](const auto& value) { return sum_of<A>(g.size, value); };
+}
+
+template <typename T, typename A = opmath_t<T>>
+void write_loss(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A largest, A log_sum) {
+  f.out[line] = static_cast<T>(
+      f.target_of(line, offset)
+          .loss(f.differences, f.in + offset, largest, log_sum, over_classes<A>(f.g)));
+}
+
+// What a line's exponentials are multiplied by for the first term of the gradient: its scale over
+// their sum.
+template <typename T, typename A = opmath_t<T>>
+A scale_of_powers(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A sum) {
+  return f.gradient_of(line, offset, over_classes<A>(f.g)).scale / sum;
+}
+
+// The other term. The gradient is at y, its elements are `step` apart.
+template <typename T, typename A = opmath_t<T>>
+void subtract_target(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A* y, int64_t step) {
+  const LineTarget<T> target = f.target_of(line, offset);
+  const A factor = f.differences.beta * f.grad[line];
+  if (target.counts != A(1)) return;
+  if (f.targets.one_class()) {
+    y[target.chosen * step] -= factor * f.targets.weight_of(target.chosen);
+  } else {
+    for (int64_t c = 0; c < f.g.size; ++c) y[c * step] -= factor * target[c];
+  }
+}
+
+template <SoftmaxKind kind, typename T, typename A = opmath_t<T>>
+void forward(const SoftmaxForward<T>& f) {
   const SoftmaxGeometry& g = f.g;
   const T* const in = f.in;
   T* const out = f.out;
   const Differences<A> difference = f.differences;
+  // These keep the exponentials, and the others what they need of their sum: its logarithm.
+  constexpr bool divides = kind == SoftmaxKind::kSoftmax;
+  constexpr bool gradient = kind == SoftmaxKind::kNllGradient;
+  constexpr bool powers = divides || gradient;
+  constexpr bool loss = kind == SoftmaxKind::kNll;
   if (has_long_rows(g)) {
     const int64_t n = g.size;
     for_each_row<T>(g, [&](int64_t row, A* from, A* to, A*) {
       const A* const v = load(in + row * n, from, n);
-      A* const y = stage(out + row * n, to);
       const A m = largest_of(v, n, difference.scale);
-      if (log) {
-        const A sum = sum_of<A>(n, [=](int64_t i) { return exp_of_negative(difference(v[i], m)); });
-        const A log_sum = cpu::log(sum);
-        fill_with(y, n, [=](int64_t i) { return difference(v[i], m) - log_sum; });
+      const auto term = [=](int64_t i) { return exp_of_negative(difference(v[i], m)); };
+      if constexpr (loss) {
+        write_loss(f, row, row * n, m, cpu::log(sum_of<A>(n, term)));
       } else {
-        const A sum =
-            sum_of<A>(n, [=](int64_t i) { return y[i] = exp_of_negative(difference(v[i], m)); });
-        fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
+        A* const y = stage(out + row * n, to);
+        if constexpr (powers) {
+          const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = term(i); });
+          if constexpr (divides) {
+            fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
+          } else {
+            const A scale = scale_of_powers(f, row, row * n, sum);
+            fill_with(y, n, [=](int64_t i) { return y[i] * scale; });
+            subtract_target(f, row, row * n, y, 1);
+          }
+        } else {
+          const A log_sum = cpu::log(sum_of<A>(n, term));
+          fill_with(y, n, [=](int64_t i) { return difference(v[i], m) - log_sum; });
+        }
+        store(y, out + row * n, n);
       }
-      store(y, out + row * n, n);
     });
   } else if (has_rows(g)) {
     for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
@@ -329,15 +376,30 @@ void probabilities(const SoftmaxForward<T>& f) {
       A *const largests = block.scratch[0], *const terms = block.scratch[1];
       const A* const v = load(in + block.first, block.scratch[2], n);
       A* const sums = block.scratch[3];
-      A* const y = stage(out + block.first, terms);
+      A* const y = loss ? terms : stage(out + block.first, terms);
       A largest[kMostRows], sum[kMostRows];
-      sum_exponentials(block, v, g.size, difference, log ? terms : y, largest, sum);
-      if (log) fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
+      sum_exponentials(block, v, g.size, difference, powers ? y : terms, largest, sum);
+      if (!powers) fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
+      const auto offset = [&](int64_t j) { return block.first + j * g.size; };
+      if constexpr (loss) {
+        for (int64_t j = 0; j < block.rows; ++j) {
+          write_loss(f, block.row + j, offset(j), largest[j], sum[j]);
+        }
+        return;
+      }
+      for (int64_t j = 0; gradient && j < block.rows; ++j) {
+        sum[j] = scale_of_powers(f, block.row + j, offset(j), sum[j]);
+      }
       spread(sum, block.rows, g.size, sums);
-      if (log) {
-        fill_with(y, n, [=](int64_t i) { return difference(v[i], largests[i]) - sums[i]; });
-      } else {
+      if constexpr (divides) {
         fill_with(y, n, [=](int64_t i) { return y[i] / sums[i]; });
+      } else if constexpr (gradient) {
+        fill_with(y, n, [=](int64_t i) { return y[i] * sums[i]; });
+        for (int64_t j = 0; j < block.rows; ++j) {
+          subtract_target(f, block.row + j, offset(j), y + j * g.size, 1);
+        }
+      } else {
+        fill_with(y, n, [=](int64_t i) { return difference(v[i], largests[i]) - sums[i]; });
       }
       store(y, out + block.first, n);
     });
@@ -346,10 +408,7 @@ void probabilities(const SoftmaxForward<T>& f) {
       const int64_t n = block.lines;
       A *const largest = block.largest, *const sum = block.sum;
       find_largest(block, in, g.size, difference.scale);
-      if (log) {
-        sum_exponentials(block, in, g.size, difference);
-        fill_with(sum, n, [=](int64_t j) { return cpu::log(sum[j]); });
-      } else {
+      if constexpr (powers) {
         sum_lines(block, g.size, [=](int64_t i, A* part) {
           const A* const v = block.read_again(in, i);
           A* const y = block.place(out, i);
@@ -360,16 +419,37 @@ void probabilities(const SoftmaxForward<T>& f) {
             part[j] += e;
           }
         });
+      } else {
+        sum_exponentials(block, in, g.size, difference);
+        fill_with(sum, n, [=](int64_t j) { return cpu::log(sum[j]); });
+      }
+      if constexpr (loss) {
+        for (int64_t j = 0; j < n; ++j) {
+          write_loss(f, block.line + j, block.first + j, largest[j], sum[j]);
+        }
+        return;
+      }
+      for (int64_t j = 0; gradient && j < n; ++j) {
+        sum[j] = scale_of_powers(f, block.line + j, block.first + j, sum[j]);
       }
       for (int64_t i = 0; i < g.size; ++i) {
         A* const y = block.place(out, i);
-        if (log) {
+        if constexpr (divides) {
+          fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
+        } else if constexpr (gradient) {
+          fill_with(y, n, [=](int64_t j) { return y[j] * sum[j]; });
+        } else {
           const A* const v = block.read_again(in, i);
           fill_with(y, n, [=](int64_t j) { return difference(v[j], largest[j]) - sum[j]; });
-        } else {
-          fill_with(y, n, [=](int64_t j) { return y[j] / sum[j]; });
         }
-        block.finish(y, out, i);
+        if constexpr (!gradient) block.finish(y, out, i);
+      }
+      if constexpr (gradient) {
+        const int64_t step = block.place(out, 1) - block.place(out, 0);
+        for (int64_t j = 0; j < n; ++j) {
+          subtract_target(f, block.line + j, block.first + j, block.place(out, 0) + j, step);
+        }
+        for (int64_t i = 0; i < g.size; ++i) block.finish(block.place(out, i), out, i);
       }
     });
   }
@@ -437,121 +517,12 @@ void gradients(const SoftmaxBackward<T>& b) {
   }
 }
 
-template <typename T, typename A = opmath_t<T>>
-void losses(const SoftmaxForward<T>& f) {
-  const SoftmaxGeometry& g = f.g;
-  const T* const in = f.in;
-  const int64_t* const t = f.target;
-  const Differences<A> difference = f.differences;
-  const auto finish = [=](int64_t line, A largest, A log_sum, A chosen) {
-    f.largest[line] = largest;
-    f.log_sum[line] = log_sum;
-    f.out[line] = static_cast<T>(log_sum - difference(chosen, largest));
-  };
-  if (has_long_rows(g)) {
-    const int64_t n = g.size;
-    for_each_row<T>(g, [&](int64_t row, A* from, A*, A*) {
-      const A* const v = load(in + row * n, from, n);
-      const A m = largest_of(v, n, difference.scale);
-      const A sum = sum_of<A>(n, [=](int64_t i) { return exp_of_negative(difference(v[i], m)); });
-      finish(row, m, cpu::log(sum), v[t[row]]);
-    });
-  } else if (has_rows(g)) {
-    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-      const A* const v = load(in + block.first, block.scratch[2], block.count);
-      A largest[kMostRows], sum[kMostRows];
-      sum_exponentials(block, v, g.size, difference, block.scratch[1], largest, sum);
-      fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
-      for (int64_t j = 0; j < block.rows; ++j) {
-        finish(block.row + j, largest[j], sum[j], v[j * g.size + t[block.row + j]]);
-      }
-    });
-  } else {
-    for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-      find_largest(block, in, g.size, difference.scale);
-      sum_exponentials(block, in, g.size, difference);
-      A* const sum = block.sum;
-      fill_with(sum, block.lines, [=](int64_t j) { return cpu::log(sum[j]); });
-      for (int64_t j = 0; j < block.lines; ++j) {
-        const int64_t line = block.line + j;
-        const A chosen = static_cast<A>(in[block.at(t[line]) + j]);
-        finish(line, block.largest[j], sum[j], chosen);
-      }
-    });
-  }
-}
-
-template <typename T, typename A = opmath_t<T>>
-void loss_gradients(const NllBackward<T>& b) {
-  const SoftmaxGeometry& g = b.g;
-  const T* const in = b.in;
-  const int64_t* const t = b.target;
-  const LossGradient<T>& go = b.grad;
-  T* const gi = b.result;
-  const Differences<A> difference = b.differences;
-  // factor times the probability of x.
-  const auto product = [=](A factor, A x, A largest, A log_sum) {
-    return factor * cpu::exp(difference(x, largest) - log_sum);
-  };
-  if (has_long_rows(g)) {
-    const int64_t n = g.size;
-    for_each_row<T>(g, [&](int64_t row, A* from, A* to, A*) {
-      const A* const v = load(in + row * n, from, n);
-      A* const gx = stage(gi + row * n, to);
-      const A largest = b.largest[row], log_sum = b.log_sum[row],
-              factor = difference.beta * go[row];
-      fill_with(gx, n, [=](int64_t i) { return product(factor, v[i], largest, log_sum); });
-      gx[t[row]] -= factor;
-      store(gx, gi + row * n, n);
-    });
-  } else if (has_rows(g)) {
-    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-      const int64_t n = block.count;
-      A *const factors = block.scratch[0], *const largests = block.scratch[1];
-      const A* const v = load(in + block.first, block.scratch[2], n);
-      A* const log_sums = block.scratch[3];
-      A factor[kMostRows];
-      for (int64_t j = 0; j < block.rows; ++j) factor[j] = difference.beta * go[block.row + j];
-      spread(factor, block.rows, g.size, factors);
-      spread(b.largest + block.row, block.rows, g.size, largests);
-      spread(b.log_sum + block.row, block.rows, g.size, log_sums);
-      A* const gx = stage(gi + block.first, block.scratch[2]);  // in the place of v
-      fill_with(gx, n,
-                [=](int64_t i) { return product(factors[i], v[i], largests[i], log_sums[i]); });
-      for (int64_t j = 0; j < block.rows; ++j) gx[j * g.size + t[block.row + j]] -= factor[j];
-      store(gx, gi + block.first, n);
-    });
-  } else {
-    for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
-      const int64_t n = block.lines;
-      const A *const largest = b.largest + block.line, *const log_sum = b.log_sum + block.line;
-      const int64_t* const chosen = t + block.line;
-      A* const factor = block.sum;
-      for (int64_t j = 0; j < n; ++j) factor[j] = difference.beta * go[block.line + j];
-      for (int64_t i = 0; i < g.size; ++i) {
-        const A* const v = block.read(in, i);
-        A* const gx = block.place(gi, i);
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) {
-          const A value = product(factor[j], v[j], largest[j], log_sum[j]);
-          gx[j] = chosen[j] == i ? value - factor[j] : value;
-        }
-        block.finish(gx, gi, i);
-      }
-    });
-  }
-}
-
 // -------------------------------------------------------------------------------------- operators
 
 struct Kernels {
   template <SoftmaxKind kind, typename T>
   static void forward(const Tensor&, const SoftmaxForward<T>& f) {
-    if constexpr (kind == SoftmaxKind::kNll) {
-      losses(f);
-    } else {
-      probabilities<kind == SoftmaxKind::kLogSoftmax>(f);
-    }
+    cpu::forward<kind>(f);
   }
 
   template <SoftmaxKind kind, typename T>
@@ -559,38 +530,39 @@ struct Kernels {
     gradients<kind == SoftmaxKind::kLogSoftmax>(b);
   }
 
-  template <typename T>
-  static void nll_backward(const Tensor&, const NllBackward<T>& b) {
-    loss_gradients(b);
-  }
-
-  static void check_targets(const char* op, const Tensor& target, int64_t classes) {
+  static void check_targets(const char* op, const Tensor& target, int64_t classes,
+                            int64_t ignored) {
     const int64_t* t = target.const_data_ptr<int64_t>();
+    const auto is_one = [=](int64_t i) { return (t[i] >= 0 && t[i] < classes) || t[i] == ignored; };
     bool all = true;
-    for (int64_t i = 0; i < target.numel(); ++i) all &= t[i] >= 0 && t[i] < classes;
+    for (int64_t i = 0; i < target.numel(); ++i) all &= is_one(i);
     if (all) return;
     for (int64_t i = 0; i < target.numel(); ++i) {
-      MNIST_OPS_CHECK(t[i] >= 0 && t[i] < classes, op, ": target must be in [0, ", classes,
-                      "), got ", t[i], " at position ", i);
+      MNIST_OPS_CHECK(is_one(i), op, ": target must be in [0, ", classes, ") or ignore_index, ",
+                      ignored, ", got ", t[i], " at position ", i);
     }
   }
 
-  // The sum of the losses or their mean. It is added up in float64, one number after the other,
-  // which is little beside the exponentials that the losses took.
-  static Tensor reduced(const Tensor& losses, Reduction reduction) {
-    Tensor result = new_tensor(losses, std::vector<int64_t>{});
-    dispatch_floating("softmax_nll", losses.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const T* values = losses.const_data_ptr<T>();
-      const int64_t count = losses.numel();
-      double sum = 0;
+  // They are added up in float64, one number after the other, which is little beside the
+  // exponentials that the losses took.
+  template <typename T>
+  static void nll(const Tensor& losses, const SoftmaxForward<T>& f, Tensor* loss, Tensor* total) {
+    using A = opmath_t<T>;
+    cpu::forward<SoftmaxKind::kNll>(f);
+    if (loss == nullptr) return;
+    const T* values = losses.const_data_ptr<T>();
+    const int64_t count = losses.numel();
+    double sum = 0, divisor = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < count; ++i)
-        sum += static_cast<double>(static_cast<opmath_t<T>>(values[i]));
-      if (reduction == Reduction::kMean) sum /= static_cast<double>(count);
-      *result.mutable_data_ptr<T>() = static_cast<T>(static_cast<opmath_t<T>>(sum));
-    });
-    return result;
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(static_cast<A>(values[i]));
+    if (total != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        divisor += static_cast<double>(f.target_of(i, 0).divisor());
+      }
+      sum /= divisor;
+      *total->mutable_data_ptr<A>() = static_cast<A>(divisor);
+    }
+    *loss->mutable_data_ptr<T>() = static_cast<T>(static_cast<A>(sum));
   }
 };
 

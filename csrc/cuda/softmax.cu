@@ -2,81 +2,45 @@
 
 #include "softmax.cuh"
 
-#include <array>
-
 namespace mnist_ops::cuda {
 namespace {
 
-// ------------------------------------------------------------------------- gradient of the loss
+// ------------------------------------------------------------------------------ sum of the losses
 
-// In the order of memory: the forward left the largest and the log of the sum. n elements a thread,
-// n > 1 for rows (inner == 1), of which a pack may meet several; what remains after the packs is
-// left to the first threads.
-template <int n, typename T>
-__global__ void __launch_bounds__(kThreads) nll_gradient_kernel(int64_t count, NllBackward<T> b) {
-  using A = opmath_t<T>;
-  // What the elements of a line share, and the place of its target from some element on, -1 where
-  // that is not one of n.
-  struct Line {
-    A factor, largest, log_sum;
-    int place;
-  };
-  const auto line_at = [&](int64_t line, int64_t start) {
-    const int64_t target = b.target[line];
-    const uint64_t place = static_cast<uint64_t>(start) + static_cast<uint64_t>(target);
-    return Line{nll_factor(b, line, target), b.largest[line], b.log_sum[line],
-                place < n ? static_cast<int>(place) : -1};
-  };
-  const auto gradient = [&](const Line& line, int j, T x) {
-    A value = line.factor * nll_share(b, x, line.largest, line.log_sum);
-    if (j == line.place) value -= line.factor;
-    return static_cast<T>(value);
-  };
-  // Of the row that begins before or at that element: the first element that is beyond it.
-  const auto end_of = [&](int64_t start) {
-    const int64_t end = start + b.g.size;
-    return end < n ? static_cast<int>(end) : n;
-  };
-  const int64_t packs = n == 1 ? 0 : count / n;
-#pragma unroll 1
-  for (int64_t pack = first_item<int64_t>(); pack < packs; pack += item_stride<int64_t>()) {
-    const Pack<T, n> from = load_pack<n>(b.in + pack * n);
-    Pack<T, n> to;
-    int64_t row = quotient(pack * n, b.g.size);
-    int64_t start = row * b.g.size - pack * n;  // of the row, seen from the pack's first element
-    Line line = line_at(row, start);
-    int end = end_of(start);
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      if (j == end) {
-        line = line_at(++row, j);
-        end = end_of(j);
-      }
-      to.values[j] = gradient(line, j, from.values[j]);
-    }
-    store_pack(b.result + pack * n, to);
-  }
-  // One by one: element `index` of a line lies at (outer * size + index) * inner + column.
-#pragma unroll 1
-  for (int64_t i = packs * n + first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
-    const int64_t above = b.g.inner == 1 ? i : quotient(i, b.g.inner);
-    const int64_t outer = quotient(above, b.g.size);
-    const int64_t line = outer * b.g.inner + i - above * b.g.inner;
-    b.result[i] = gradient(line_at(line, outer * b.g.size - above), 0, b.in[i]);
-  }
-}
+constexpr int kSumBlock = 1024;  // threads
 
+// Adds up losses and divisors, or what `count` blocks have left in parts. Several blocks leave
+// their sums for another launch; one block writes the result. In float64 and in an order that
+// depends on the shape alone.
 template <typename T>
-void launch_nll_backward(const Launcher& launcher, const NllBackward<T>& b) {
-  if (b.g.inner == 1 && nll_gradient_of_short_rows(launcher, b)) return;
-  const int64_t count = b.g.outer * b.g.size * b.g.inner;
-  constexpr int n = kPackSize<T>;
-  const T* const result = b.result;
-  if (b.g.inner == 1 && are_aligned(b.in, result)) {
-    launcher.run_over(nll_gradient_kernel<n, T>, ceil_div(count, n), count, b);
-  } else {
-    launcher.run_over(nll_gradient_kernel<1, T>, count, count, b);
+__global__ void __launch_bounds__(kSumBlock)
+    sum_losses_kernel(int64_t count, Forward<T> f, const LossSum* parts, T* loss,
+                      opmath_t<T>* total) {
+  using A = opmath_t<T>;
+  __shared__ double shared[kSumBlock / kWarp];
+  LossSum sum{0, 0};
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kSumBlock + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kSumBlock) {
+    if (parts != nullptr) {
+      sum.losses += parts[i].losses;
+      sum.divisor += parts[i].divisor;
+    } else {
+      sum.losses += static_cast<double>(static_cast<A>(f.out[i]));
+      if (total != nullptr) sum.divisor += static_cast<double>(f.target_of(i, 0).divisor());
+    }
   }
+  sum.losses = block_sum<kSumBlock>(sum.losses, shared);
+  sum.divisor = block_sum<kSumBlock>(sum.divisor, shared);
+  if (threadIdx.x > 0) return;
+  if (gridDim.x > 1) {
+    f.sums[blockIdx.x] = sum;
+    return;
+  }
+  if (total != nullptr) {
+    sum.losses /= sum.divisor;
+    *total = static_cast<A>(sum.divisor);
+  }
+  *loss = static_cast<T>(static_cast<A>(sum.losses));
 }
 
 // ------------------------------------------------------------------------------------- operators
@@ -96,21 +60,32 @@ struct Kernels {
     if (!backward_short_rows(launcher, kind, b)) backward_rows(launcher, kind, b);
   }
 
-  template <typename T>
-  static void nll_backward(const Tensor& tensor, const NllBackward<T>& b) {
-    launch_nll_backward(Launcher(tensor), b);
-  }
-
   // To find out the host would have to wait for the device.
-  static void check_targets(const char*, const Tensor&, int64_t) {}
+  static void check_targets(const char*, const Tensor&, int64_t, int64_t) {}
 
-  // By PyTorch's own kernel: the same bits every time.
-  static Tensor reduced(const Tensor& losses, Reduction reduction) {
-    namespace detail = torch::stable::detail;
-    std::array<StableIValue, 2> stack{detail::from(losses), detail::from(std::nullopt)};
-    const char* const op = reduction == Reduction::kMean ? "aten::mean" : "aten::sum";
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    return detail::to<Tensor>(stack[0]);
+  template <typename T>
+  static void nll(const Tensor& losses, Forward<T> f, Tensor* loss, Tensor* total) {
+    if (loss == nullptr) return forward<Kind::kNll>(losses, f);
+    // Blocks that add up losses: of the kernel that computes them, else of the one above, which has
+    // several only where there are more losses than a few for each thread.
+    const int64_t count = losses.numel(), added = blocks_of_short_rows<T>(f.g);
+    const int64_t blocks =
+        added > 0 ? added : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
+    const Tensor sums = new_tensor(losses, {2 * blocks}, ScalarType::Double);
+    auto* const parts = reinterpret_cast<LossSum*>(sums.mutable_data_ptr<double>());
+    if (added > 0) f.sums = parts;
+    forward<Kind::kNll>(losses, f);
+    f.sums = parts;
+    const Launcher launcher(losses);
+    const auto run = [&](int64_t grid, int64_t items, const LossSum* from) {
+      T* const result = loss->mutable_data_ptr<T>();
+      opmath_t<T>* const divisor =
+          total == nullptr ? nullptr : total->mutable_data_ptr<opmath_t<T>>();
+      launcher.run_blocks(sum_losses_kernel<T>, grid, kSumBlock, items, f, from, result, divisor);
+    };
+    const LossSum* const none = nullptr;
+    if (added == 0) run(blocks, count, none);
+    if (added > 0 || blocks > 1) run(1, blocks, parts);
   }
 };
 

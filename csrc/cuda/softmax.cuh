@@ -6,7 +6,7 @@
 //   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
 //            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
 //            there; forward, and for the gradient of the loss, the next rows are on their way
-//            meanwhile
+//            meanwhile; blocks add up their losses themselves
 //   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
 //            it in registers
 //   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
@@ -49,8 +49,8 @@ using Backward = SoftmaxBackward<T>;
 
 // In the place of a kind that a kernel is compiled for: which one it is, is an argument. Kernels
 // that hold packs of rows in registers have one kind each; elsewhere a branch that all threads take
-// alike is cheaper than three kernels.
-constexpr int kAnyKind = 3;
+// alike is cheaper than four kernels.
+constexpr int kAnyKind = 4;
 
 template <int compiled>
 __device__ __forceinline__ Kind kind_of(Kind given) {
@@ -125,24 +125,29 @@ __device__ __forceinline__ A share_of(A power, A sum, A inverse) {
   return std::is_same_v<A, double> ? power / sum : power * inverse;
 }
 
-// Loss and log of the sum of one line; first is its first element.
-template <typename T, typename A>
-__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, int64_t target,
-                                           const T* first, A largest, A sum) {
-  const A log_sum = log_of(sum);
-  A loss = std::numeric_limits<A>::quiet_NaN();
-  if (target >= 0 && target < f.g.size) {
-    loss = log_sum - f.differences(static_cast<A>(first[target * f.g.inner]), largest);
-  }
-  f.out[line] = static_cast<T>(loss);
-  f.largest[line] = largest;
-  f.log_sum[line] = log_sum;
+// Whether a kind keeps the exponentials.
+__device__ __forceinline__ bool keeps_powers(Kind kind) {
+  return kind == Kind::kSoftmax || kind == Kind::kNllGradient;
 }
 
-template <typename T, typename A>
-__device__ __forceinline__ void write_loss(const Forward<T>& f, int64_t line, const T* first,
-                                           A largest, A sum) {
-  write_loss(f, line, f.target[line], first, largest, sum);
+// What adds up values over the classes of a line: a worker its share of them, combine() those of
+// all workers.
+template <typename A, typename Combine>
+struct ClassSum {
+  int64_t size, worker, workers;
+  Combine combine;
+
+  template <typename F>
+  __device__ __forceinline__ A operator()(const F& value) const {
+    A sum = A(0);
+    for (int64_t c = worker; c < size; c += workers) sum += value(c);
+    return combine(sum);
+  }
+};
+template <typename A, typename Combine>
+__device__ __forceinline__ ClassSum<A, Combine> over_classes(int64_t size, int64_t worker,
+                                                             int64_t workers, Combine combine) {
+  return {size, worker, workers, combine};
 }
 
 // What is added up along a line, and the gradient of one element.
@@ -154,19 +159,6 @@ __device__ __forceinline__ A gradient_term(Kind kind, A grad, A y) {
 template <typename T, typename A = opmath_t<T>>
 __device__ __forceinline__ A gradient_value(Kind kind, A grad, A y, A sum, A beta) {
   return kind == Kind::kSoftmax ? beta * y * (grad - sum) : beta * (grad - exp_for<T>(y) * sum);
-}
-
-// The gradient of the loss of one line is its factor times its softmax, minus the factor for the
-// target; NaN where the target is no class.
-template <typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ A nll_factor(const NllBackward<T>& b, int64_t line, int64_t target) {
-  if (target < 0 || target >= b.g.size) return std::numeric_limits<A>::quiet_NaN();
-  return b.differences.beta * b.grad[line];
-}
-
-template <typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ A nll_share(const NllBackward<T>& b, T x, A largest, A log_sum) {
-  return exp_for<T>(b.differences(static_cast<A>(x), largest) - log_sum);
 }
 
 // Shared memory for `bytes` bytes of T, which may have constructors, aligned to packs.
@@ -186,8 +178,9 @@ template <typename T>
 bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
 template <typename T>
 bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
+// The blocks of forward_short_rows, each of which can leave a LossSum; 0 where rows are not short.
 template <typename T>
-bool nll_gradient_of_short_rows(const Launcher& launcher, const NllBackward<T>& b);
+int64_t blocks_of_short_rows(const SoftmaxGeometry& g);
 
 // In softmax_rows.cu: rows, g.inner == 1.
 template <typename T>

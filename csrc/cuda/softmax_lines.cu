@@ -60,17 +60,26 @@ __global__ void __launch_bounds__(kThreads) forward_lines_kernel(Kind kind, Forw
                           [&](Part& a, const Part& b) { a.merge(b, difference); });
     whole.finish();
     const A largest = whole.largest, sum = static_cast<A>(whole.sum);
+    const bool is_gradient = kind == Kind::kNllGradient;
+    const int64_t known = line < lines ? line : 0;  // one that there is
+    const auto sum_classes = over_classes<A>(end, threadIdx.y, blockDim.y, [&](A v) {
+      return combine_lines(v, shared.template as<A>(), [](A& a, A other) { a += other; });
+    });
     if (kind == Kind::kNll) {
-      if (threadIdx.y == 0 && line < lines) write_loss(f, line, in, largest, sum);
+      const A loss =
+          f.target_of(known, offset).loss(difference, in, largest, log_of(sum), sum_classes);
+      if (threadIdx.y == 0 && line < lines) f.out[line] = static_cast<T>(loss);
     } else {
+      LineGradient<T> gradient;
+      if (is_gradient) gradient = f.gradient_of(known, offset, sum_classes);
       const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
       const A inverse = A(1) / sum;
       T* out = f.out + offset;
 #pragma unroll 4
       for (int64_t i = threadIdx.y; i < end; i += blockDim.y) {
         const A d = difference(static_cast<A>(in[i * step]), largest);
-        out[i * step] = static_cast<T>(
-            kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum);
+        const A y = keeps_powers(kind) ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum;
+        out[i * step] = static_cast<T>(is_gradient ? gradient(y, i) : y);
       }
     }
   }
@@ -153,9 +162,12 @@ __device__ __forceinline__ void combine_columns(A (&values)[n], A* shared, const
   }
 }
 
-template <int n, typename T>
-__global__ void __launch_bounds__(kThreads) forward_columns_kernel(Kind kind, Forward<T> f) {
+// The gradient of the loss has a kernel of its own: it takes more registers.
+template <int compiled, int n, typename T>
+__global__ void __launch_bounds__(kThreads) forward_columns_kernel(Kind given, Forward<T> f) {
   using A = opmath_t<T>;
+  constexpr bool is_gradient = compiled == static_cast<int>(Kind::kNllGradient);
+  const Kind kind = kind_of<compiled>(given);
   alignas(kVectorBytes) __shared__ A shared[kThreads * n];
   const Differences<A>& difference = f.differences;
   const int64_t packs = f.g.outer * f.g.inner / n, step = f.g.inner;
@@ -187,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Kind kind, Fo
     }
     combine_columns<n>(largest, shared, [](A a, A b) { return b > a ? b : a; });
     // The powers, unless they would have to be rounded to be held.
-    const bool powers = kind == Kind::kSoftmax && std::is_same_v<T, A>;
+    const bool powers = keeps_powers(kind) && std::is_same_v<T, A>;
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (first + k * workers >= end) continue;
@@ -199,35 +211,47 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(Kind kind, Fo
       }
     }
     combine_columns<n>(sums, shared, [](A a, A b) { return a + b; });
-    if (pack >= packs) continue;
+    const int64_t known = pack < packs ? pack * n : 0;  // lines that there are
+    const auto sum_classes = over_classes<A>(end, first, workers, [&](A v) {
+      A sum[1] = {v};
+      combine_columns<1>(sum, shared, [](A a, A b) { return a + b; });
+      return sum[0];
+    });
+    T* out = f.out + offset;
     if (kind == Kind::kNll) {
-      if (threadIdx.y > 0) continue;
-#pragma unroll
-      for (int j = 0; j < n; ++j) write_loss(f, pack * n + j, in + j, largest[j], sums[j]);
-    } else {
-      T* out = f.out + offset;
-      A terms[n];  // what every element of a line has to do with
 #pragma unroll
       for (int j = 0; j < n; ++j) {
-        terms[j] = kind == Kind::kSoftmax ? A(1) / sums[j] : log_of(sums[j]);
+        const A loss = f.target_of(known + j, offset + j)
+                           .loss(difference, in + j, largest[j], log_of(sums[j]), sum_classes);
+        if (pack < packs && threadIdx.y == 0) f.out[pack * n + j] = static_cast<T>(loss);
       }
+      continue;
+    }
+    A terms[n];  // what every element of a line has to do with
+    LineGradient<T> gradients[n];
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int i = first + k * workers;
-        if (i >= end) continue;
+    for (int j = 0; j < n; ++j) {
+      terms[j] = keeps_powers(kind) ? A(1) / sums[j] : log_of(sums[j]);
+      if (is_gradient) gradients[j] = f.gradient_of(known + j, offset + j, sum_classes);
+    }
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-          A v = static_cast<A>(held[k].values[j]);
-          if (!powers) v = difference(v, largest[j]);
-          if (kind == Kind::kSoftmax) {
-            if (!powers) v = exp_for<T>(v);
-            held[k].values[j] = static_cast<T>(share_of(v, sums[j], terms[j]));
-          } else {
-            held[k].values[j] = static_cast<T>(v - terms[j]);
-          }
+    for (int k = 0; k < kHeld; ++k) {
+      const int i = first + k * workers;
+      if (i >= end) continue;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        A v = static_cast<A>(held[k].values[j]);
+        if (!powers) v = difference(v, largest[j]);
+        if (keeps_powers(kind)) {
+          if (!powers) v = exp_for<T>(v);
+          v = share_of(v, sums[j], terms[j]);
+          if (is_gradient) v = gradients[j](v, i);
+        } else {
+          v -= terms[j];
         }
-        store_pack(out + i * step, held[k]);
+        held[k].values[j] = static_cast<T>(v);
       }
+      store_pack(out + i * step, held[k]);
     }
   }
 }
@@ -301,7 +325,10 @@ void forward_lines(const Launcher& launcher, Kind kind, const Forward<T>& f) {
   // A loss is written by itself.
   if (const int columns = columns_of_block<T>(f.g, f.in, kind == Kind::kNll ? f.in : f.out)) {
     constexpr int n = kLinesOfPack<T>;
-    return launcher.run(forward_columns_kernel<n, T>, lines / n, columns, columns, kind, f);
+    constexpr int kGradient = static_cast<int>(Kind::kNllGradient);
+    auto* const kernel = kind == Kind::kNllGradient ? forward_columns_kernel<kGradient, n, T>
+                                                    : forward_columns_kernel<kAnyKind, n, T>;
+    return launcher.run(kernel, lines / n, columns, columns, kind, f);
   }
   const int width = lines_of_block(f.g);
   launcher.run(forward_lines_kernel<T>, lines, width, width, kind, f);

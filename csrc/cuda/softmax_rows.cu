@@ -43,7 +43,17 @@ struct HeldRow {
     }
   }
 
-  // Calls body with every value, by reference.
+  // Calls body with every value, by reference, and its place in the row.
+  template <typename F>
+  __device__ __forceinline__ void each_at(int worker, int workers, const F& body) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) body(values[k][j], (worker + k * workers) * n + j);
+    }
+  }
+
+  // The same without the place.
   template <typename F>
   __device__ __forceinline__ void each(const F& body) {
 #pragma unroll
@@ -168,12 +178,12 @@ __device__ __forceinline__ void compute_row(Kind kind, const Forward<T>& f, int6
                                             bool inside, const Group& group) {
   using A = opmath_t<T>;
   const int size = static_cast<int>(f.g.size);
-  const T* first = f.in + row * size;
+  const int64_t first_at = row * size;
   constexpr A kMissing = -std::numeric_limits<A>::infinity();
   const Differences<A>& difference = f.differences;
   const int worker = group.worker(), workers = group.workers();
   HeldRow<kLoads, n, T> held;
-  held.load(first, inside ? size : 0, worker, workers, difference.scale, kMissing);
+  held.load(f.in + first_at, inside ? size : 0, worker, workers, difference.scale, kMissing);
   A largest = kMissing;
   held.each([&](A& v) { largest = v > largest ? v : largest; });
   largest = lane_max(largest, group.lanes);
@@ -182,13 +192,20 @@ __device__ __forceinline__ void compute_row(Kind kind, const Forward<T>& f, int6
   held.each([&](A& v) {
     const A power = exp_for<T>(difference.of_scaled(v, base));
     sum += power;
-    if (kind == Kind::kSoftmax) v = power;
+    if (keeps_powers(kind)) v = power;
   });
   Partial<A> whole = group.merge(Partial<A>{largest, lane_sum(sum, group.lanes)}, difference);
   whole.finish();
-  if (!inside) return;
+  const bool has_target = kind == Kind::kNll || kind == Kind::kNllGradient;
+  if (!inside && !has_target) return;  // the others meet where classes are added up
+  const int64_t line = inside ? row : 0, offset = inside ? first_at : 0;
+  const auto sum_classes =
+      over_classes<A>(inside ? size : 0, worker, workers, [&](A v) { return group.sum(v); });
   if (kind == Kind::kNll) {
-    if (worker == 0) write_loss(f, row, first, whole.largest, whole.sum);
+    const A loss =
+        f.target_of(line, offset)
+            .loss(difference, f.in + offset, whole.largest, log_of(whole.sum), sum_classes);
+    if (inside && worker == 0) f.out[row] = static_cast<T>(loss);
   } else {
     if (kind == Kind::kLogSoftmax) {
       const A log_sum = log_of(whole.sum);
@@ -202,8 +219,14 @@ __device__ __forceinline__ void compute_row(Kind kind, const Forward<T>& f, int6
       held.each([&](A& v) {
         v = share_of(v * (std::is_same_v<A, double> ? correction : A(1)), whole.sum, inverse);
       });
+      if (kind == Kind::kNllGradient) {
+        const LineGradient<T> gradient = f.gradient_of(line, offset, sum_classes);
+        held.each_at(worker, workers, [&](A& v, int i) {
+          if (i < size) v = gradient(v, i);
+        });
+      }
     }
-    held.store(f.out + row * size, size, worker, workers);
+    if (!has_target || inside) held.store(f.out + first_at, size, worker, workers);
   }
 }
 
@@ -245,10 +268,11 @@ constexpr int kMostResident = 5;
 #endif
 template <int kind, int kLoads, int n, typename Arguments>
 constexpr int kResident = 1;
-// A softmax of 32 elements a thread keeps its powers, too.
+// A softmax of 32 elements a thread keeps its powers, too; a gradient needs its target beside them.
 template <int kind, int kLoads, int n, typename T>
 constexpr int kResident<kind, kLoads, n, Forward<T>> =
-    sizeof(T) == 8                                                ? 2
+    kind == static_cast<int>(Kind::kNllGradient)                  ? sizeof(T) == 8 ? 1 : 3
+    : sizeof(T) == 8                                              ? 2
     : sizeof(T) == 4 || n == 1                                    ? 4
     : kind == static_cast<int>(Kind::kSoftmax) && kLoads * n > 16 ? 4
                                                                   : kMostResident;
@@ -336,9 +360,17 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Kind kind, F
         });
     whole.finish();
     const A largest = whole.largest, sum = static_cast<A>(whole.sum);
+    const auto sum_classes = over_classes<A>(size, threadIdx.x, kWideBlock, [&](A v) {
+      return block_sum<kWideBlock>(v, shared.template as<A>());
+    });
     if (kind == Kind::kNll) {
-      if (threadIdx.x == 0) write_loss(f, row, first, largest, sum);
+      const A loss =
+          f.target_of(row, row * size).loss(difference, first, largest, log_of(sum), sum_classes);
+      if (threadIdx.x == 0) f.out[row] = static_cast<T>(loss);
     } else {
+      const bool is_gradient = kind == Kind::kNllGradient;
+      LineGradient<T> gradient;
+      if (is_gradient) gradient = f.gradient_of(row, row * size, sum_classes);
       const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
       const A inverse = A(1) / sum;
       T* out = f.out + row * size;
@@ -352,8 +384,8 @@ __global__ void __launch_bounds__(kWideBlock) forward_stream_kernel(Kind kind, F
 #pragma unroll
           for (int j = 0; j < n; ++j) {
             const A d = difference.of_scaled(values[k * n + j], largest);
-            to.values[j] = static_cast<T>(
-                kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum);
+            const A y = keeps_powers(kind) ? share_of(exp_for<T>(d), sum, inverse) : d - log_sum;
+            to.values[j] = static_cast<T>(is_gradient && i < size ? gradient(y, i + j) : y);
           }
           if (i < size) store_pack(out + i, to);
         }
@@ -415,7 +447,7 @@ void dispatch_pack(int64_t size, F&& body, const Pointers*... pointers) {
 }
 
 // Calls body with the kind for rows in packs, of which each kind has kernels of its own; the loss
-// has some forward only.
+// and its gradient have some forward only.
 template <int n, bool forward, typename F>
 void dispatch_kind(Kind kind, const F& body) {
   if constexpr (n == 1) {
@@ -425,7 +457,8 @@ void dispatch_kind(Kind kind, const F& body) {
   } else if (kind == Kind::kLogSoftmax) {
     body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
   } else if constexpr (forward) {
-    body(Number<static_cast<int>(Kind::kNll)>{});
+    if (kind == Kind::kNll) return body(Number<static_cast<int>(Kind::kNll)>{});
+    body(Number<static_cast<int>(Kind::kNllGradient)>{});
   }
 }
 

@@ -76,14 +76,34 @@ template <int compiled, int kSize, typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_tile_kernel(Kind given, Forward<T> f, bool aligned) {
   using A = opmath_t<T>;
+  __shared__ double shared[kThreads / kWarp];
   const Kind kind = kind_of<compiled>(given);
+  const bool is_gradient = kind == Kind::kNllGradient;
   const Differences<A>& difference = f.differences;
   const int size = kSize > 0 ? kSize : static_cast<int>(f.g.size);
-  const auto target_of = [&](int64_t row) {
-    return kind == Kind::kNll && row >= 0 ? f.target[row] : int64_t{0};
+  struct Known {  // of a row, before its elements are there
+    int64_t target = 0;
+    A grad = A(0);
   };
-  const auto compute = [&](int64_t row, T* x, int64_t target) {
+  const auto early = [&](int64_t row) {
+    Known known;
+    if (row >= 0 && (kind == Kind::kNll || is_gradient)) known.target = f.class_of(row);
+    if (row >= 0 && is_gradient) known.grad = difference.beta * f.grad[row];
+    return known;
+  };
+  const auto sum_classes = over_classes<A>(size, 0, 1, [](A sum) { return sum; });
+  LossSum losses{0, 0};
+  const auto compute = [&](int64_t row, T* x, const Known& known) {
+    const LineTarget<T> target(f.targets, f.g, known.target, row * size);
+    LineGradient<T> gradient;
+    if (is_gradient) gradient = LineGradient<T>(target, known.grad, sum_classes);
     A largest = -std::numeric_limits<A>::infinity(), sum = A(0);
+    // The result for element i, given its power or, for log_softmax, its difference.
+    const auto result = [&](A v, A log_sum, A inverse, int i) {
+      if (kind == Kind::kLogSoftmax) return static_cast<T>(v - log_sum);
+      const A y = share_of(v, sum, inverse);
+      return static_cast<T>(is_gradient ? gradient(y, i) : y);
+    };
     if constexpr (kSize > 0) {
       static_assert(kSize % 2 == 0);
       A values[kSize];
@@ -100,21 +120,15 @@ __global__ void __launch_bounds__(kThreads)
         values[i] = difference.of_scaled(values[i], largest);
         const A power = exp_for<T>(values[i]);
         sum += power;
-        if (kind == Kind::kSoftmax) values[i] = power;
+        if (keeps_powers(kind)) values[i] = power;
       }
       if (kind != Kind::kNll) {
         const A log_sum = kind == Kind::kLogSoftmax ? log_of(sum) : A(0);
         const A inverse = A(1) / sum;
 #pragma unroll
         for (int i = 0; i < kSize; i += 2) {
-          Pack<T, 2> pair;
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const A v = values[i + j];
-            pair.values[j] =
-                static_cast<T>(kind == Kind::kSoftmax ? share_of(v, sum, inverse) : v - log_sum);
-          }
-          store_pack(x + i, pair);
+          store_pack(x + i, Pack<T, 2>{{result(values[i], log_sum, inverse, i),
+                                        result(values[i + 1], log_sum, inverse, i + 1)}});
         }
       }
     } else {
@@ -128,41 +142,24 @@ __global__ void __launch_bounds__(kThreads)
         const A inverse = A(1) / sum;
         for (int i = 0; i < size; ++i) {
           const A d = difference(static_cast<A>(x[i]), largest);
-          x[i] = static_cast<T>(kind == Kind::kSoftmax ? share_of(exp_for<T>(d), sum, inverse)
-                                                       : d - log_sum);
+          x[i] = result(keeps_powers(kind) ? exp_for<T>(d) : d, log_sum, inverse, i);
         }
       }
     }
-    if (kind == Kind::kNll) write_loss(f, row, target, x, largest, sum);
-  };
-  each_row(f.g.outer, size, f.in, kind == Kind::kNll ? nullptr : f.out, aligned, target_of,
-           compute);
-}
-
-// The gradient of the loss: the forward left the largest and the log of the sum. 18 instructions an
-// element in float32 and 13 in bfloat16 (sm_90), where packs that meet several rows take 45 to 72;
-// not timed yet.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) nll_tile_kernel(NllBackward<T> b, bool aligned) {
-  using A = opmath_t<T>;
-  struct Known {
-    A factor = A(0), largest = A(0), log_sum = A(0);
-    int target = 0;
-  };
-  const int size = static_cast<int>(b.g.size);
-  const auto early = [&](int64_t row) {
-    if (row < 0) return Known{};
-    const int64_t target = b.target[row];
-    return Known{nll_factor(b, row, target), b.largest[row], b.log_sum[row],
-                 static_cast<int>(target)};
-  };
-  each_row(b.g.outer, size, b.in, b.result, aligned, early, [&](int64_t, T* x, const Known& known) {
-    for (int i = 0; i < size; ++i) {
-      A value = known.factor * nll_share(b, x[i], known.largest, known.log_sum);
-      if (i == known.target) value -= known.factor;
-      x[i] = static_cast<T>(value);
+    if (kind != Kind::kNll) return;
+    const A loss = target.loss(difference, x, largest, log_of(sum), sum_classes);
+    if (f.sums == nullptr) {
+      f.out[row] = static_cast<T>(loss);
+    } else {
+      losses.losses += static_cast<double>(loss);
+      losses.divisor += static_cast<double>(target.divisor());
     }
-  });
+  };
+  each_row(f.g.outer, size, f.in, kind == Kind::kNll ? nullptr : f.out, aligned, early, compute);
+  if (f.sums == nullptr) return;
+  losses.losses = block_sum<kThreads>(losses.losses, shared);
+  losses.divisor = block_sum<kThreads>(losses.divisor, shared);
+  if (threadIdx.x == 0) f.sums[blockIdx.x] = losses;
 }
 
 template <typename T>
@@ -204,16 +201,11 @@ bool takes_tile(const SoftmaxGeometry& g, int64_t tensors) {
          g.size * kThreads * static_cast<int64_t>(sizeof(T)) * tensors <= kTileBytes;
 }
 
-// Many tiles for a block where there are many, so that it reads the next one meanwhile.
-template <typename Kernel, typename... Arguments>
-void launch_tiles(const Launcher& launcher, Kernel* kernel, const SoftmaxGeometry& g,
-                  size_t element_bytes, const Arguments&... arguments) {
-  constexpr int64_t kBlocks = 8192;
-  const int64_t tiles = ceil_div(g.outer, kThreads);
-  const int64_t blocks = tiles == 0 ? 0 : ceil_div(tiles, ceil_div(tiles, kBlocks));
-  launcher.run_blocks_with_shared(kernel, blocks, kThreads,
-                                  2 * kThreads * g.size * static_cast<int64_t>(element_bytes),
-                                  arguments...);
+// Many tiles for a block where there are many, so that it reads the next one meanwhile. Blocks
+// whose losses are to be added up are no more than two of the last kernel's threads can be.
+int64_t blocks_for_tiles(int64_t rows, bool sums) {
+  const int64_t tiles = ceil_div(rows, kThreads), blocks = sums ? 2048 : 8192;
+  return tiles == 0 ? 0 : ceil_div(tiles, ceil_div(tiles, blocks));
 }
 
 }  // namespace
@@ -223,18 +215,25 @@ bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f
   if (!takes_tile<T>(f.g, 1)) return false;
   const auto run = [&](auto* kernel) {
     // A loss is written by itself.
-    launch_tiles(launcher, kernel, f.g, sizeof(T), kind, f,
-                 are_aligned(f.in, kind == Kind::kNll ? f.in : f.out));
+    launcher.run_blocks_with_shared(kernel, blocks_for_tiles(f.g.outer, f.sums != nullptr),
+                                    kThreads,
+                                    2 * kThreads * f.g.size * static_cast<int64_t>(sizeof(T)), kind,
+                                    f, are_aligned(f.in, kind == Kind::kNll ? f.in : f.out));
     return true;
   };
   if constexpr (!std::is_same_v<T, double>) {
-    if (f.g.size == 10 && kind == Kind::kSoftmax) {
-      return run(forward_tile_kernel<static_cast<int>(Kind::kSoftmax), 10, T>);
+    if (f.g.size == 10) {
+      switch (kind) {
+        case Kind::kSoftmax:
+          return run(forward_tile_kernel<static_cast<int>(Kind::kSoftmax), 10, T>);
+        case Kind::kLogSoftmax:
+          return run(forward_tile_kernel<static_cast<int>(Kind::kLogSoftmax), 10, T>);
+        case Kind::kNll:
+          return run(forward_tile_kernel<static_cast<int>(Kind::kNll), 10, T>);
+        case Kind::kNllGradient:
+          return run(forward_tile_kernel<static_cast<int>(Kind::kNllGradient), 10, T>);
+      }
     }
-    if (f.g.size == 10 && kind == Kind::kLogSoftmax) {
-      return run(forward_tile_kernel<static_cast<int>(Kind::kLogSoftmax), 10, T>);
-    }
-    if (f.g.size == 10) return run(forward_tile_kernel<static_cast<int>(Kind::kNll), 10, T>);
   }
   return run(forward_tile_kernel<kAnyKind, 0, T>);
 }
@@ -249,17 +248,14 @@ bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>&
 }
 
 template <typename T>
-bool nll_gradient_of_short_rows(const Launcher& launcher, const NllBackward<T>& b) {
-  if (!takes_tile<T>(b.g, 1)) return false;
-  const T* const result = b.result;
-  launch_tiles(launcher, nll_tile_kernel<T>, b.g, sizeof(T), b, are_aligned(b.in, result));
-  return true;
+int64_t blocks_of_short_rows(const SoftmaxGeometry& g) {
+  return g.inner == 1 && takes_tile<T>(g, 1) ? blocks_for_tiles(g.outer, true) : 0;
 }
 
 #define MNIST_OPS_SOFTMAX(T)                                                       \
   template bool forward_short_rows<T>(const Launcher&, Kind, const Forward<T>&);   \
   template bool backward_short_rows<T>(const Launcher&, Kind, const Backward<T>&); \
-  template bool nll_gradient_of_short_rows<T>(const Launcher&, const NllBackward<T>&);
+  template int64_t blocks_of_short_rows<T>(const SoftmaxGeometry&);
 MNIST_OPS_EACH_FLOATING(MNIST_OPS_SOFTMAX)
 
 }  // namespace mnist_ops::cuda

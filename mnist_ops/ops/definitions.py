@@ -22,6 +22,7 @@ from torch import Tensor
 from .._libraries import CPU_CAPABILITY, CUDA_MISSING
 from . import lp_pool_tensor
 from ._common import compute_type, is_channels_last
+from .softmax import line_weights
 from .windows import is_infinite, output_size
 
 __all__ = ["DEFINITIONS"]
@@ -115,14 +116,27 @@ def log_softmax(input: Tensor, dim: int, beta: float) -> Tensor:
 
 
 def softmax_nll(
-    input: Tensor, target: Tensor, beta: float, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; the largest beta x of each row and the logarithm of the sum beside it."""
-    x = beta * input
-    largest = x.detach().amax(min(1, x.dim() - 1))
-    log_sum = x.detach().logsumexp(min(1, x.dim() - 1)) - largest
-    loss = F.cross_entropy(x, target, reduction=reduction, ignore_index=-(2**31))
-    return loss, largest, log_sum
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    beta: float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and what its mean divides by."""
+    loss = F.cross_entropy(
+        beta * input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if reduction != "mean":
+        return loss, input.new_empty(0)
+    lines = input.sum(min(1, input.dim() - 1)).shape
+    return loss, line_weights(lines, target, weight, ignore_index, input.dtype).sum()
 
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {

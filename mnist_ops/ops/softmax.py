@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from ._common import (
     compute_type,
     direct,
     is_channels_last,
-    refuse_lone_tangent,
     register_autograd,
     register_fake,
+    sum_of_tangents,
 )
 from ._public import public
 
@@ -118,37 +119,61 @@ def _rows(arguments: dict[str, Any]) -> list[int]:
 
 @public(_rows)
 def softmax_nll(
-    input: Tensor, target: Tensor, beta: float = 1.0, reduction: str = "mean"
+    input: Tensor,
+    target: Tensor,
+    beta: float = 1.0,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Negative log-likelihood of the target classes under :func:`softmax`, one pass each way.
+    r"""Cross entropy of :func:`softmax` and a target, one pass each way.
 
-    .. math:: \ell = \log \sum_k e^{\beta x_k} - \beta x_t, \qquad
+    .. math:: \ell = \sum_c a_c \Big(\log \sum_k e^{\beta x_k} - \beta x_c\Big), \qquad
               \frac{\partial \ell}{\partial x_i} =
-              \beta \Big(\frac{e^{\beta x_i}}{\sum_k e^{\beta x_k}} - \delta_{it}\Big)
+              \beta \Big(y_i \sum_c a_c - a_i\Big), \qquad
+              a_c = w_c \Big((1 - s)\, p_c + \frac{s}{C}\Big)
+
+    with y the softmax, w the weights, s ``label_smoothing``, and p the probabilities of the target:
+    1 for its class t. Without weights and smoothing that is the negative log-likelihood
+    :math:`\ell = \log \sum_k e^{\beta x_k} - \beta x_t`. With ``beta=1`` the function is
+    ``torch.nn.functional.cross_entropy``.
 
     Args:
         input: scores (C,), (N, C) or (N, C, d1, ...); float64, float32, float16 or bfloat16.
-        target: class indices in [0, C), of the shape of ``input`` without its class dimension; any
-            integer dtype.
+        target: class indices in [0, C) or ``ignore_index``, of the shape of ``input`` without its
+            class dimension, of any integer dtype; or probabilities p of the shape of ``input``,
+            floating-point, which are converted to the dtype of ``input``.
         beta: as in :func:`softmax`.
-        reduction: ``"mean"`` over all targets, ``"sum"``, or ``"none"``.
+        reduction: ``"mean"``, the sum over the sum of all :math:`w_t` (over the number of losses
+            where targets are probabilities), ``"sum"``, or ``"none"``.
+        weight: w, a weight for each class (C,); default 1.
+        ignore_index: a class index that stands for no target: loss and gradient are 0, and the mean
+            leaves it out. Negative where targets are probabilities.
+        label_smoothing: s, in [0, 1].
 
     Returns:
-        A scalar, or with ``"none"`` a loss for each target, in the dtype of ``input``.
+        A scalar, or with ``"none"`` a loss for each target, in the dtype of ``input``. A mean over
+        nothing is NaN.
 
     Raises:
-        TypeError: ``input`` is not floating-point, ``target`` not integer.
-        ValueError: the shapes do not fit, ``beta`` is not finite, no such reduction.
+        TypeError: ``input`` or ``weight`` is not floating-point, ``target`` neither that nor
+            integer.
+        ValueError: the shapes do not fit, ``beta`` is not finite, no such reduction,
+            ``label_smoothing`` or ``ignore_index`` is out of range.
         RuntimeError: a target is out of range (on the CPU; on CUDA, where checking would have to
-            wait for the device, loss and gradient of that row are NaN), or on another device.
+            wait for the device, loss and gradient of that row are NaN), or on another device; a
+            derivative with respect to ``weight`` is asked for.
 
     Source:
-        Torch7's ``nn.LogSoftMax`` followed by ``nn.ClassNLLCriterion``. Differentiable any number
-        of times. Under autocast it runs in float32.
+        Torch7's ``nn.LogSoftMax`` followed by ``nn.ClassNLLCriterion``; PyTorch's
+        ``cross_entropy``. Differentiable any number of times with respect to ``input`` and
+        probabilities. Under autocast it runs in float32.
 
     Example:
         >>> import torch, mnist_ops
-        >>> mnist_ops.softmax_nll(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
+        >>> mnist_ops.softmax_nll(torch.zeros(4, 10), torch.tensor([0, 1, 2, -100]))
         tensor(2.3026)
     """
     op = "softmax_nll"
@@ -158,28 +183,70 @@ def softmax_nll(
     _check_target(op, input, target)
     check_reduction(op, reduction)
     check_same_device(op, "target", target, "input", input)
-    if target.dtype is not torch.int64:
-        target = target.long()
-    return _softmax_nll(input, target, check_beta(op, beta, input.dtype), reduction)[0]
+    ignore_index, label_smoothing = check_smoothing(op, ignore_index, label_smoothing)
+    dtype = torch.int64
+    if target.is_floating_point():
+        dtype = input.dtype
+        if ignore_index >= 0:
+            raise ValueError(
+                f"{op}: ignore_index must be negative where target has probabilities, got "
+                f"{ignore_index}"
+            )
+    if target.dtype is not dtype:
+        target = target.to(dtype)
+    if weight is not None:
+        check_floating(op, "weight", weight)
+        check_same_device(op, "weight", weight, "input", input)
+        weight = weight.to(compute_type(input.dtype))
+        _check_weight(op, input, weight)
+    beta = check_beta(op, beta, input.dtype)
+    return _softmax_nll(input, target, weight, beta, reduction, ignore_index, label_smoothing)[0]
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+def _lines(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of ``input`` without its classes."""
+    return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
 
 
 def _check_target(op: str, input: Tensor, target: Tensor) -> None:
-    if target.dtype is not torch.int64 and (
-        target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
-    ):
-        raise TypeError(f"{op}: target must be integer class indices, got {target.dtype}")
+    probabilities = target.dtype is not torch.int64 and target.is_floating_point()
+    if target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"{op}: target must be integer class indices or probabilities, got {target.dtype}"
+        )
     shape = tuple(input.shape)  # a slice of a torch.Size takes five times as long
     if not shape:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    class_dim = min(1, len(shape) - 1)
-    expected = shape[:class_dim] + shape[class_dim + 1 :]
+    expected = shape if probabilities else _lines(shape)
     if target.shape != expected:
+        kind = "probabilities" if probabilities else "class indices"
         raise ValueError(
-            f"{op}: target must have the shape {expected} for an input of {shape}, "
+            f"{op}: target must have the shape {expected} for {kind} and an input of {shape}, "
             f"got {tuple(target.shape)}"
         )
-    if shape[class_dim] == 0:
+    if shape[len(shape) > 1] == 0:
         raise ValueError(f"{op}: input has no classes, its shape is {shape}")
+
+
+def _check_weight(op: str, input: Tensor, weight: Tensor) -> None:
+    classes = input.shape[_class_dim(input)]
+    if weight.shape != (classes,):
+        raise ValueError(
+            f"{op}: weight must have the shape ({classes},) for an input of {tuple(input.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+
+
+def check_smoothing(op: str, ignore_index: Any, label_smoothing: Any) -> tuple[int, float]:
+    """Return both of them as numbers."""
+    label_smoothing = check_number(op, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    return check_int(op, "ignore_index", ignore_index), label_smoothing
 
 
 def _dim(op: str, input: Tensor, dim: int) -> int:
@@ -230,16 +297,18 @@ for _name in ("softmax", "log_softmax"):
 
 
 @register_fake("softmax_nll")
-def _(input, target, beta, reduction):
-    wide = compute_type(input.dtype)
+def _(input, target, weight, beta, reduction, ignore_index, label_smoothing):
     _check_target("softmax_nll", input, target)
-    loss = input.new_empty(target.shape if reduction == "none" else ())
-    largest, log_sum = (input.new_empty(target.shape, dtype=wide) for _ in range(2))
-    return loss, largest, log_sum
+    if weight is not None:
+        check_same_device("softmax_nll", "weight", weight, "input", input)
+        _check_weight("softmax_nll", input, weight)
+    loss = input.new_empty(_lines(input.shape) if reduction == "none" else ())
+    shape = () if reduction == "mean" else (0,)
+    return loss, input.new_empty(shape, dtype=compute_type(input.dtype))
 
 
 @register_fake("softmax_nll_backward")
-def _(grad_loss, input, target, largest, log_sum, beta, reduction):
+def _(grad_loss, input, *_):
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
@@ -302,92 +371,159 @@ def _log_softmax_second_order(v: Tensor, g: Tensor, log_y: Tensor, dim: int, bet
     return -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
 
 
+# softmax_nll. What is saved is in the order of the arguments of softmax_nll_backward; the tensors
+# before the options, among which is None in the place of a weight that is not there.
+
+
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, *ctx.options = inputs
-    saved = output[1:]
-    ctx.mark_non_differentiable(*saved)
+    input, target, weight, *options = inputs
+    total = output[1]
+    ctx.mark_non_differentiable(total)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, target, *saved)
-
-
-def _nll_backward(
-    ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, None, None, None]:
-    grad = None
-    if grad_loss is not None:
-        grad = _softmax_nll_grad(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None
-
-
-def _nll_jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    input, target, *saved = ctx.saved_tensors
-    beta, reduction = ctx.options
-    dim = 0 if input.dim() == 1 else 1
-    y = _ops.softmax(input, dim, beta)
-    return _nll_directional(tangent, y, target, beta, reduction), *(None,) * len(saved)
-
-
-def _nll_directional(v: Tensor, y: Tensor, target: Tensor, beta: float, reduction: str) -> Tensor:
-    """What the derivative of the loss makes of v, with y the softmax."""
-    dim = 0 if y.dim() == 1 else 1
-    chosen = v.gather(dim, target.unsqueeze(dim)).squeeze(dim)
-    change = beta * ((v * y).sum(dim) - chosen)
-    if reduction == "none":
-        return change
-    return change.mean() if reduction == "mean" else change.sum()
+    weights = () if weight is None else (weight,)
+    ctx.save_for_backward(input, target, total, *weights)
+    ctx.options = options if weights else (None, *options)
 
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, beta, reduction = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = beta, reduction
+    *tensors, weight, beta, reduction, ignore_index, label_smoothing = inputs
+    weights = () if weight is None else (weight,)
+    ctx.save_for_backward(*tensors, *weights)
+    options = beta, reduction, ignore_index, label_smoothing
+    ctx.options = options if weights else (None, *options)
+
+
+class _Nll:
+    """The loss written with differentiable operators, for derivatives that no kernel computes."""
+
+    def __init__(self, input: Tensor, target: Tensor, total: Tensor, *options: Any) -> None:
+        weight, self.beta, self.reduction, ignore_index, smoothing = options
+        self.input, self.total, self.dim = input, total, _class_dim(input)
+        classes = input.shape[self.dim]
+        #: What a changes by with probabilities.
+        self.slope: Any = 1 - smoothing
+        if weight is not None:
+            sizes = (classes, *(1,) * (input.dim() - 1 - self.dim))
+            self.slope = weight.to(input.dtype).reshape(sizes) * (1 - smoothing)
+        if target.is_floating_point():
+            a = target * (1 - smoothing) + smoothing / classes
+        else:
+            index = target.unsqueeze(self.dim)
+            a = torch.zeros_like(input) + smoothing / classes
+            hit = torch.scatter(
+                torch.zeros_like(input), self.dim, index.clamp(0, classes - 1), 1 - smoothing
+            )
+            a = torch.where((index >= 0) & (index < classes), a + hit, math.nan)
+            a = torch.where(index == ignore_index, 0.0, a)
+        self.a = a if weight is None else a * weight.to(input.dtype).reshape(sizes)
+        self.whole = self.a.sum(self.dim, keepdim=True)
+        self.y = _ops.softmax(input, self.dim, self.beta)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return losses
+        total = losses.sum()
+        return (total / self.total).to(total.dtype) if self.reduction == "mean" else total
+
+    def factors(self, grad_loss: Tensor) -> Tensor:
+        """The gradient of each line's loss, to be multiplied by what has classes."""
+        lines = _lines(self.input.shape)
+        grad = _spread(grad_loss, self.total, lines, self.reduction).to(self.input.dtype)
+        return grad.unsqueeze(self.dim)
+
+    def directional(self, v: Tensor) -> Tensor:
+        """What the derivative of the loss makes of v."""
+        change = (v * self.y).sum(self.dim, keepdim=True) * self.whole
+        return self.reduce(self.beta * (change.squeeze(self.dim) - (v * self.a).sum(self.dim)))
+
+    def curvature(self, v: Tensor, g: Tensor) -> Tensor:
+        """Second derivative of the loss times g in the direction v, a symmetric matrix."""
+        y = _ops.softmax_backward(v, self.y, self.dim, self.beta)
+        return self.beta * self.factors(g) * self.whole * y
+
+    def by_probabilities(self) -> Tensor:
+        """What each loss changes by with the probabilities of the target."""
+        return -self.slope * _ops.log_softmax(self.input, self.dim, self.beta)
+
+
+def _refuse_derivative(name: str, **of: Any) -> None:
+    for argument, derivative in of.items():
+        if derivative is not None and derivative is not False:
+            raise RuntimeError(f"mnist_ops: {name} offers no derivative with respect to {argument}")
+
+
+def _nll_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_derivative("softmax_nll", weight=ctx.needs_input_grad[2])
+    by_input = by_target = None
+    if grad_loss is not None:
+        saved = *ctx.saved_tensors, *ctx.options
+        by_input = _softmax_nll_grad(grad_loss, *saved)
+        if ctx.needs_input_grad[1]:
+            nll = _Nll(*saved)
+            by_target = nll.factors(grad_loss) * nll.by_probabilities()
+    return by_input, by_target, *(None,) * 5
+
+
+def _nll_jvp(
+    ctx: Any, tangent: Tensor | None, of_target: Tensor | None, of_weight: Tensor | None, *_: None
+) -> tuple[Tensor | None, None]:
+    _refuse_derivative("softmax_nll", weight=of_weight)
+    nll = _Nll(*ctx.saved_tensors, *ctx.options)
+    by_input = by_target = None
+    if tangent is not None:
+        by_input = nll.directional(tangent)
+    if of_target is not None:
+        by_target = nll.reduce((of_target * nll.by_probabilities()).sum(nll.dim))
+    return sum_of_tangents(by_input, by_target), None
 
 
 def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    # What was saved beside input and target is a function of the input; what flows through it is in
-    # the input's gradient.
-    g, input, target, *saved = ctx.saved_tensors
-    beta, reduction = ctx.options
-    y = _ops.softmax(input, _class_dim(input), beta)
-    grad_g = _nll_directional(v, y, target, beta, reduction)
-    grad_input = _nll_curvature(v, g, y, target, beta, reduction)
-    return grad_g, grad_input, *(None,) * (3 + len(saved))
+    _refuse_derivative("softmax_nll_backward", total=ctx.needs_input_grad[3])
+    _refuse_derivative("softmax_nll_backward", weight=ctx.needs_input_grad[4])
+    g, *saved = ctx.saved_tensors
+    nll = _Nll(*saved, *ctx.options)
+    by_target = None
+    if ctx.needs_input_grad[2]:
+        change = (v * nll.y).sum(nll.dim, keepdim=True) - v
+        by_target = nll.beta * nll.factors(g) * nll.slope * change
+    return nll.directional(v), nll.curvature(v, g), by_target, *(None,) * 6
 
 
-def _nll_curvature(
-    v: Tensor, g: Tensor, y: Tensor, target: Tensor, beta: float, reduction: str
-) -> Tensor:
-    """Second derivative of the loss times g in the direction v, a symmetric matrix, given y."""
-    dim = _class_dim(y)
-    if reduction != "none":
-        g = _spread(g, target, reduction)
-    return beta * g.unsqueeze(dim) * _ops.softmax_backward(v, y, dim, beta)
+def _nll_backward_jvp(
+    ctx: Any,
+    of_grad: Tensor | None,
+    of_input: Tensor | None,
+    of_target: Tensor | None,
+    of_total: Tensor | None,
+    of_weight: Tensor | None,
+    *_: None,
+) -> Tensor | None:
+    _refuse_derivative("softmax_nll_backward", total=of_total, weight=of_weight)
+    g, *saved = ctx.saved_tensors
+    by_grad = by_input = by_target = None
+    if of_grad is not None:
+        by_grad = _ops.softmax_nll_backward(of_grad, *saved, *ctx.options)
+    nll = _Nll(*saved, *ctx.options)
+    if of_input is not None:
+        by_input = nll.curvature(of_input, g)
+    if of_target is not None:
+        a = nll.slope * of_target
+        change = nll.y * a.sum(nll.dim, keepdim=True) - a
+        by_target = nll.beta * nll.factors(g) * change
+    return sum_of_tangents(by_grad, by_input, by_target)
 
 
-def _nll_second_order(v: Tensor, g: Tensor, input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    *_, beta, reduction = rest
-    y = _ops.softmax(input, _class_dim(input), beta)
-    return _nll_curvature(v, g, y, target, beta, reduction)
+def _spread(grad_loss: Tensor, total: Tensor, lines: Sequence[int], reduction: str) -> Tensor:
+    """Return the gradient of each line's loss, given that of their sum or mean.
 
-
-def _refuse_saved(tangent: Tensor | None, *others: Tensor | None) -> None:
-    for other in others:
-        refuse_lone_tangent("softmax_nll_backward", "what softmax_nll saved", other, tangent)
-
-
-def _class_dim(input: Tensor) -> int:
-    return 0 if input.dim() == 1 else 1
-
-
-def _spread(grad_loss: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """Return the gradient of each target's loss, given that of their sum or mean.
-
-    ``grad_loss`` has the first dimensions of ``target``, those that were not reduced.
+    ``grad_loss`` has the first dimensions of ``lines``, those that were not reduced.
     """
-    reduced = target.shape[grad_loss.dim() :]
+    if reduction == "none":
+        return grad_loss
     if reduction == "mean":
-        grad_loss = grad_loss / reduced.numel()
-    return grad_loss.reshape((*grad_loss.shape, *(1,) * len(reduced))).expand_as(target)
+        grad_loss = (grad_loss / total).to(grad_loss.dtype)
+    reduced = len(lines) - grad_loss.dim()
+    return grad_loss.reshape((*grad_loss.shape, *(1,) * reduced)).expand(lines)
 
 
 for _name, _backward, _jvp, _setup in (
@@ -405,7 +541,7 @@ for _name, _double_backward, _second_order in (
 register_autograd(
     "softmax_nll_backward",
     _nll_double_backward,
-    backward_jvp("softmax_nll_backward", _nll_second_order, _refuse_saved),
+    _nll_backward_jvp,
     setup_context=_save_nll_backward,
 )
 
@@ -430,29 +566,79 @@ def _merge(tensor: Tensor, per_example: int) -> Tensor:
     return tensor.flatten(0, 1) if per_example > 1 else tensor
 
 
-def _softmax_nll_vmap(info, in_dims, input, target, beta, reduction):
+def line_weights(
+    lines: Sequence[int], target: Tensor, weight: Tensor | None, ignore_index: int, dtype: Any
+) -> Tensor:
+    """What each loss adds to the divisor of the mean, of targets that fit."""
+    if target.is_floating_point():
+        return target.new_ones(lines, dtype=dtype)
+    counts = target != ignore_index
+    if weight is None:
+        return counts.to(dtype)
+    return torch.where(counts, weight[target.clamp(0, len(weight) - 1)].to(dtype), 0.0)
+
+
+def _batched_weight(op: Any, info: Any, in_dims: Any, args: tuple[Any, ...], place: int) -> Any:
+    """One call for each weight of a batch of them: None where there is none."""
+    size = info.batch_size
+    if in_dims[place] is None or size == 0:
+        return None
+    batched = [batch_first(t, d, size) for t, d in zip(args, in_dims[: place + 1], strict=False)]
+    return [op(*(b[i] for b in batched), *args[place + 1 :]) for i in range(size)]
+
+
+def _softmax_nll_vmap(info, in_dims, *args):
+    results = _batched_weight(_ops.softmax_nll, info, in_dims, args, 2)
+    if results is not None:
+        return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0, 0)
+    input, target, weight, beta, reduction, *options = args
     input = batch_first(input, in_dims[0], info.batch_size)
     target = batch_first(target, in_dims[1], info.batch_size)
+    if weight is not None and in_dims[2] is not None:  # a batch of no weights
+        weight = weight.new_ones(input.shape[min(2, input.dim() - 1)])
     dims = input.dim() - 1
     merged = _merge(input, dims), _merge(target, dims)
-    loss, *saved = (r.reshape(target.shape) for r in _ops.softmax_nll(*merged, beta, "none"))
+    loss = _ops.softmax_nll(*merged, weight, beta, "none", *options)[0]
+    lines = (len(input), *_lines(input.shape[1:]))
+    loss = loss.reshape(lines)
+    total = loss.new_empty((len(input), 0), dtype=compute_type(input.dtype))
     if reduction != "none":
         # Of an example that is a vector there is one loss: nothing is left to add up.
-        rows = loss.flatten(1) if loss.dim() > 1 else loss.unsqueeze(1)
-        loss = rows.mean(1) if reduction == "mean" else rows.sum(1)
-    return (loss, *saved), (0, 0, 0)
+        rows = [loss]
+        if reduction == "mean":
+            rows.append(line_weights(lines, target, weight, options[0], total.dtype))
+        loss, *totals = (r.flatten(1).sum(1) if r.dim() > 1 else r for r in rows)
+        if totals:
+            total = totals[0]
+            loss = (loss / total).to(loss.dtype)
+    return (loss, total), (0, 0)
 
 
 def _softmax_nll_backward_vmap(info, in_dims, *args):
-    *tensors, beta, reduction = args
-    grad, *others = (
-        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:5], strict=True)
+    results = _batched_weight(_ops.softmax_nll_backward, info, in_dims, args, 4)
+    if results is not None:
+        return torch.stack(results), 0
+    *tensors, weight, beta, reduction, ignore_index, label_smoothing = args
+    grad, input, target, total = (
+        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:4], strict=True)
     )
-    input, target = others[:2]
-    if reduction != "none":
-        grad = _spread(grad, target, reduction)
+    if weight is not None and in_dims[4] is not None:
+        weight = weight.new_ones(input.shape[min(2, input.dim() - 1)])
+    lines = (len(input), *_lines(input.shape[1:]))
+    grad = _spread(grad, total, lines, reduction)
     dims = input.dim() - 1
-    result = _ops.softmax_nll_backward(*(_merge(t, dims) for t in (grad, *others)), beta, "none")
+    grad, merged, target = (_merge(t, dims) for t in (grad, input, target))
+    result = _ops.softmax_nll_backward(
+        grad,
+        merged,
+        target,
+        total.new_empty(0),
+        weight,
+        beta,
+        "none",
+        ignore_index,
+        label_smoothing,
+    )
     return result.reshape(input.shape), 0
 
 

@@ -265,7 +265,10 @@ def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
     target.copy_(chosen)
     draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
     reduction = draw.random.choice(("none", "mean", "sum"))
-    return {"input": x, "target": target, "beta": beta, "reduction": reduction}
+    options = {"beta": beta, "reduction": reduction}
+    if raw:
+        options = {"weight": None, **options, "ignore_index": -100, "label_smoothing": 0.0}
+    return {"input": x, "target": target, **options}
 
 
 # ------------------------------------------------------------------------------ absurd arguments

@@ -334,7 +334,8 @@ def backward_arguments(
         beta, reduction = args["beta"], args["reduction"]
         first = {"grad_loss": g, "input": x, "target": args["target"]}
         kept = (x, args["target"], beta, reduction, *others)
-        return {**first, **saved, "beta": beta, "reduction": reduction}, kept
+        options = {key: value for key, value in args.items() if key not in ("input", "target")}
+        return {**first, **saved, **options}, kept
     try:
         y = forward(*args.values())
     except RuntimeError:  # windows that do not fit

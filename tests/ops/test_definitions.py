@@ -38,7 +38,12 @@ CASES = [
     ),
     ("sigmoid", ()),
     *((name, (d, b)) for name in ("softmax", "log_softmax") for d in (1, 3) for b in (1.0, -2.5)),
-    *(("softmax_nll", (None, 1.5, reduction)) for reduction in ("mean", "sum", "none")),
+    *(
+        ("softmax_nll", (None, weight, 1.5, reduction, 1, smoothing))
+        for reduction in ("mean", "sum", "none")
+        for weight in (None, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+        for smoothing in (0.0, 0.2)
+    ),
 ]
 
 

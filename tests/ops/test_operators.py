@@ -137,13 +137,11 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         calls += [(name, (x, 1, -2.0)), (f"{name}_backward", (g, y, 1, -2.0))]
     target = torch.arange(60, device=device).reshape(2, 5, 6) % 4
     for reduction in ("none", "mean", "sum"):
-        loss, *saved = ops.softmax_nll(x, target, -1.5, reduction)
+        options = None, -1.5, reduction, -100, 0.0
+        loss, total = ops.softmax_nll(x, target, *options)
         calls += [
-            ("softmax_nll", (x, target, -1.5, reduction)),
-            (
-                "softmax_nll_backward",
-                (torch.randn_like(loss), x, target, *saved, -1.5, reduction),
-            ),
+            ("softmax_nll", (x, target, *options)),
+            ("softmax_nll_backward", (torch.randn_like(loss), x, target, total, *options)),
         ]
     return calls
 
@@ -166,8 +164,8 @@ def test_opcheck(device, layout, grad):
             a.to(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
             for a in arguments
         ]
-        # The kernel of a normalization and the sums of a loss are constants.
-        constants = {4} if name == "softmax_nll_backward" else set()
+        # The kernel of a normalization and the divisor of a mean are constants.
+        constants = {3} if name == "softmax_nll_backward" else set()
         constants |= {1, 2} if "norm2d" in name else set()
         constants |= {"stage2d": {1}, "stage2d_backward": {2}}.get(name, set())
         differentiable = [
