@@ -219,7 +219,8 @@ struct SoftmaxForward {
   Targets<T> targets = {};
   LossGradient<T> grad = {};
 
-  LossSum* sums = nullptr;  // of each block, where a kernel adds up its losses itself
+  LossSum* sums = nullptr;  // of each of so many blocks, where a kernel adds up its losses itself
+  int64_t blocks = 0;
 
   MNIST_OPS_HD int64_t class_of(int64_t line) const {
     return targets.classes ? targets.classes[line] : 0;

@@ -32,10 +32,7 @@ __global__ void __launch_bounds__(kSumBlock)
   sum.losses = block_sum<kSumBlock>(sum.losses, shared);
   sum.divisor = block_sum<kSumBlock>(sum.divisor, shared);
   if (threadIdx.x > 0) return;
-  if (gridDim.x > 1) {
-    f.sums[blockIdx.x] = sum;
-    return;
-  }
+  if (parts == nullptr && f.blocks > 1) return write_sum(f, sum);
   if (total != nullptr) {
     sum.losses /= sum.divisor;
     *total = static_cast<A>(sum.divisor);
@@ -73,9 +70,10 @@ struct Kernels {
         added > 0 ? added : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
     const Tensor sums = new_tensor(losses, {2 * blocks}, ScalarType::Double);
     auto* const parts = reinterpret_cast<LossSum*>(sums.mutable_data_ptr<double>());
-    if (added > 0) f.sums = parts;
+    if (added > 0) f.sums = parts, f.blocks = blocks;
     forward<Kind::kNll>(losses, f);
     f.sums = parts;
+    f.blocks = blocks;
     const Launcher launcher(losses);
     const auto run = [&](int64_t grid, int64_t items, const LossSum* from) {
       T* const result = loss->mutable_data_ptr<T>();

@@ -125,6 +125,13 @@ __device__ __forceinline__ A share_of(A power, A sum, A inverse) {
   return std::is_same_v<A, double> ? power / sum : power * inverse;
 }
 
+// What a block added up; zeros for those that were planned, where fewer were launched.
+template <typename T>
+__device__ __forceinline__ void write_sum(const Forward<T>& f, const LossSum& sum) {
+  f.sums[blockIdx.x] = sum;
+  for (int64_t i = blockIdx.x + gridDim.x; i < f.blocks; i += gridDim.x) f.sums[i] = LossSum{0, 0};
+}
+
 // Whether a kind keeps the exponentials.
 __device__ __forceinline__ bool keeps_powers(Kind kind) {
   return kind == Kind::kSoftmax || kind == Kind::kNllGradient;

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
   if (f.sums == nullptr) return;
   losses.losses = block_sum<kThreads>(losses.losses, shared);
   losses.divisor = block_sum<kThreads>(losses.divisor, shared);
-  if (threadIdx.x == 0) f.sums[blockIdx.x] = losses;
+  if (threadIdx.x == 0) write_sum(f, losses);
 }
 
 template <typename T>

@@ -85,6 +85,35 @@ def test_every_operator(shape, dtype):
         )
 
 
+class Losses(nn.Module):
+    """Of every kind: ignored targets, weights, smoothing, probabilities."""
+
+    def forward(self, x: Tensor, target: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        weight = torch.arange(1.0, 6.0, dtype=x.dtype)
+        results = []
+        for reduction in ("none", "sum", "mean"):
+            for kwargs in ({}, {"weight": weight}, {"weight": weight, "label_smoothing": 0.2}):
+                for t, options in ((target, {"ignore_index": 2}), (p, {})):
+                    y = mnist_ops.softmax_nll(x, t, 0.7, reduction, **kwargs, **options)
+                    results.append(y)
+        return tuple(results)
+
+
+def test_losses():
+    x, p = torch.randn(4, 5, 3), torch.rand(4, 5, 3)
+    target = torch.arange(12).reshape(4, 3) % 5
+    arguments = x, target, p
+    program = torch.onnx.export(
+        Losses().eval(),
+        arguments,
+        dynamo=True,
+        verbose=False,
+        custom_translation_table=mnist_ops.onnx.translations(),
+    )
+    for ours, expected in zip(program(*arguments), Losses()(*arguments), strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_dynamic_batch():
     operators = [o for o in OPERATORS if o.name != "softmax_nll"]
     module = Calls(operators)

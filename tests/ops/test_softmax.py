@@ -484,9 +484,9 @@ def test_errors_name_the_argument(name, arguments, error, message):
     ("arguments", "error", "message"),
     [
         (
-            {"target": torch.zeros(2)},
+            {"target": torch.zeros(2, dtype=torch.bool)},
             TypeError,
-            "target must be integer class indices, got torch.f",
+            "target must be integer class indices or probabilities, got torch.b",
         ),
         ({"target": [0, 1]}, TypeError, "target must be a Tensor, got list"),
         (
