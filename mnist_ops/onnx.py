@@ -49,6 +49,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.mnist_ops
     return {
         ops.lp_pool2d.default: lp_pool2d,
+        ops.lp_pool2d_tensor_p.default: lp_pool2d_tensor_p,
         ops.subtractive_norm2d.default: subtractive_norm2d,
         ops.divisive_norm2d.default: divisive_norm2d,
         ops.contrastive_norm2d.default: contrastive_norm2d,
@@ -88,6 +89,33 @@ def _lp_pool(
     padding: Sequence[int],
     ceil_mode: bool,
 ) -> Any:
+    windows = _windows(sizes, kernel, stride, padding, ceil_mode)
+    if is_infinite(p, torch.float32):
+        return op.MaxPool(op.Abs(x), **windows)[0]
+    if p == int(p):
+        return op.LpPool(x, p=int(p), **windows)
+    means = op.AveragePool(op.Pow(op.Abs(x), p), count_include_pad=1, **windows)
+    return op.Pow(op.Mul(means, float(math.prod(kernel))), 1 / p)
+
+
+def _pool_by_tensor(
+    x: Any, sizes: Sequence[Any], norm_type: Any, average: bool, kernel: Sequence[int], *places: Any
+) -> Any:
+    p = op.CastLike(op.Unsqueeze(norm_type, [1, 2]), x)
+    windows = _windows(sizes, kernel, *places)
+    means = op.AveragePool(op.Pow(op.Abs(x), p), count_include_pad=int(not average), **windows)
+    sums = means if average else op.Mul(means, float(math.prod(kernel)))
+    return op.Pow(sums, op.Reciprocal(p))
+
+
+def _windows(
+    sizes: Sequence[Any],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+) -> dict[str, Sequence[int]]:
+    """Of a pooling, as attributes."""
     ends = list(padding)
     if ceil_mode:
         if not all(isinstance(size, int) for size in sizes):
@@ -96,13 +124,7 @@ def _lp_pool(
         for d, size in enumerate(sizes):
             count = pooled_size(size, kernel[d], stride[d], padding[d], True)
             ends[d] = max(padding[d], (count - 1) * stride[d] + kernel[d] - size - padding[d])
-    windows = {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *ends]}
-    if is_infinite(p, torch.float32):
-        return op.MaxPool(op.Abs(x), **windows)[0]
-    if p == int(p):
-        return op.LpPool(x, p=int(p), **windows)
-    means = op.AveragePool(op.Pow(op.Abs(x), p), count_include_pad=1, **windows)
-    return op.Pow(op.Mul(means, float(math.prod(kernel))), 1 / p)
+    return {"kernel_shape": kernel, "strides": stride, "pads": [*padding, *ends]}
 
 
 def _unit(kernel: Any) -> Any:
@@ -156,6 +178,20 @@ def lp_pool2d(
 ):
     """See :func:`mnist_ops.lp_pool2d`."""
     return _batched(_lp_pool, input, norm_type, kernel_size, stride, padding, ceil_mode)
+
+
+def lp_pool2d_tensor_p(
+    input,
+    norm_type,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    average: bool,
+):
+    """See :func:`mnist_ops.lp_pool2d`, with p in a tensor."""
+    places = kernel_size, stride, padding, ceil_mode
+    return _batched(_pool_by_tensor, input, norm_type, average, *places)
 
 
 def subtractive_norm2d(input, kernel):
