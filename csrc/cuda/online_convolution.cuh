@@ -228,6 +228,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   constexpr int kAhead = 8;
   T ahead_dy[kAhead] = {}, ahead_pooled[kAhead] = {};
   const auto place = [&](const Task& k, int32_t unit, int32_t& behind, int32_t& at) {
+    unit = not_hoisted(unit);
     const int32_t i = by_chunk.quotient(unit), c = (unit - i * chunks) * kWarp + lane;
     const int32_t row = across.quotient(i), h = k.first + row, w = i - row * p.W;
     behind = p.local.pooling ? h / 2 * (p.W / 2) + w / 2 : h * p.W + w;

@@ -18,6 +18,8 @@
 #include "online_norm.cuh"
 #include "online_update.cuh"
 
+#include <new>
+
 namespace mnist_ops::cuda {
 
 // Runs this block's share of a phase. `shared` is the block's own memory, as the program wants,
@@ -99,8 +101,6 @@ __global__ void __launch_bounds__(512, 1)
   T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
   __shared__ double own_program[kMaxPhases * sizeof(Phase) / sizeof(double)];
   static_assert(sizeof(Phase) % sizeof(double) == 0);
-  const int64_t model = first_model + static_cast<int64_t>(blockIdx.x) / run.blocks;
-  const auto block = static_cast<int32_t>(static_cast<int64_t>(blockIdx.x) % run.blocks);
   const auto read = [&](const Phase* from, int32_t count) {
     const auto* words = reinterpret_cast<const double*>(from);
     const auto size = static_cast<unsigned>(count * sizeof(Phase) / sizeof(double));
@@ -110,16 +110,32 @@ __global__ void __launch_bounds__(512, 1)
   const auto* own = reinterpret_cast<const Phase*>(own_program);
   const bool fits = phases <= kMaxPhases;
   if (fits) read(program, phases);
-  unsigned round = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    const Step<T> step{run, run.workspace + model * run.model_stride, model, run.first + i, block};
+  // Phases are functions of their own, which take the step by its address: of local memory, were it
+  // not here. Each warp has one and writes it before every phase, from little that is kept.
+  using Step = cuda::Step<T>;
+  __shared__ double own_steps[512 / kWarp * sizeof(Step) / sizeof(double)];
+  static_assert(sizeof(Step) % sizeof(double) == 0);
+  const auto own_step = [&]() -> Step& {
+    return reinterpret_cast<Step*>(own_steps)[not_hoisted(threadIdx.x) / kWarp];
+  };
+  for (int32_t i = 0; i < static_cast<int32_t>(steps); ++i) {
     for (int32_t p = 0; p < phases; ++p) {
       if (!fits) read(program + p, 1);
       const Phase& phase = own[fits ? p : 0];
-      run_phase(phase, step, shared);
-      if (phase.ends_level) {
-        wait_for_blocks(barriers + kBarrierStride * model, static_cast<unsigned>(run.blocks),
-                        ++round);
+      if (threadIdx.x % kWarp == 0) {
+        const auto blocks = static_cast<unsigned>(run.blocks);
+        const unsigned mine = not_hoisted(blockIdx.x);
+        const int64_t model = first_model + mine / blocks;
+        new (&own_step()) Step{run, run.workspace + model * run.model_stride, model, run.first + i,
+                               static_cast<int32_t>(mine % blocks)};
+      }
+      __syncwarp();
+      run_phase(phase, own_step(), shared);
+      if (phase.ends_level != 0) {
+        const int32_t levels = program[phases - 1].ends_level;
+        const int32_t round = i * levels + phase.ends_level;
+        wait_for_blocks(barriers + kBarrierStride * own_step().model,
+                        static_cast<unsigned>(run.blocks), static_cast<unsigned>(round));
       } else {
         __syncthreads();
       }

@@ -296,10 +296,12 @@ class Engine {
   // The phases of all levels, one after the other.
   void upload_program() {
     std::vector<double> words;
+    int32_t levels = 0;
     for (const Level& level : program_.levels) {
+      ++levels;
       for (int32_t i = 0; i < level.count; ++i) {
         Phase phase = level.phases[i];
-        phase.ends_level = i + 1 == level.count;
+        phase.ends_level = i + 1 == level.count ? levels : 0;
         const std::size_t begin = words.size();
         words.resize(begin + sizeof(Phase) / sizeof(double));
         std::memcpy(words.data() + begin, &phase, sizeof(Phase));

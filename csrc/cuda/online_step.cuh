@@ -39,6 +39,16 @@ __device__ __forceinline__ T* in_device_memory(T* pointer) {
   return pointer;
 }
 
+// The same number, of which the compiler does not know that it is: what follows from it is computed
+// where it is needed, and not kept from before a loop in registers that are not there.
+template <typename I>
+__device__ __forceinline__ I not_hoisted(I number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
 
 // One step of one model, seen by one block.

@@ -110,7 +110,7 @@ struct Phase {
   Op op{};
   int32_t tasks = 0, first_task = 0;  // first_task: tasks of the phases before it in its level
   int32_t per_task = 0;               // tiles, rows or groups that a task has
-  int32_t ends_level = 0;             // set where phases of all levels follow each other
+  int32_t ends_level = 0;             // which, from 1 on; set where phases of all levels follow
   ActivationKind activation = ActivationKind::kIdentity;
   PoolKind pool = PoolKind::kLp;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
