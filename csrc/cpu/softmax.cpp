@@ -306,8 +306,25 @@ auto over_classes(const SoftmaxGeometry& g) {
   return [&g](const auto& value) { return sum_of<A>(g.size, value); };
 }
 
+// One class: the usual case, written out, since targets are known to be classes here.
+template <typename T, typename A = opmath_t<T>>
+A weight_of_class(const Targets<T>& targets, int64_t line) {
+  const int64_t t = targets.classes[line];
+  return t == targets.ignored ? A(0) : targets.weight_of(t);
+}
+
 template <typename T, typename A = opmath_t<T>>
 void write_loss(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A largest, A log_sum) {
+  if (f.targets.one_class()) {
+    const int64_t t = f.targets.classes[line];
+    A loss = A(0);
+    if (t != f.targets.ignored) {
+      const A x = static_cast<A>(f.in[offset + t * f.g.inner]);
+      loss = f.targets.weight_of(t) * (log_sum - f.differences(x, largest));
+    }
+    f.out[line] = static_cast<T>(loss);
+    return;
+  }
   f.out[line] = static_cast<T>(
       f.target_of(line, offset)
           .loss(f.differences, f.in + offset, largest, log_sum, over_classes<A>(f.g)));
@@ -317,20 +334,25 @@ void write_loss(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A larg
 // their sum.
 template <typename T, typename A = opmath_t<T>>
 A scale_of_powers(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A sum) {
+  if (f.targets.one_class()) {
+    const A weight = weight_of_class(f.targets, line);
+    return weight == A(0) ? A(0) : f.differences.beta * f.grad[line] * weight / sum;
+  }
   return f.gradient_of(line, offset, over_classes<A>(f.g)).scale / sum;
 }
 
 // The other term. The gradient is at y, its elements are `step` apart.
 template <typename T, typename A = opmath_t<T>>
 void subtract_target(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A* y, int64_t step) {
-  const LineTarget<T> target = f.target_of(line, offset);
   const A factor = f.differences.beta * f.grad[line];
-  if (target.counts != A(1)) return;
   if (f.targets.one_class()) {
-    y[target.chosen * step] -= factor * f.targets.weight_of(target.chosen);
-  } else {
-    for (int64_t c = 0; c < f.g.size; ++c) y[c * step] -= factor * target[c];
+    const A weight = weight_of_class(f.targets, line);
+    if (weight != A(0)) y[f.targets.classes[line] * step] -= factor * weight;
+    return;
   }
+  const LineTarget<T> target = f.target_of(line, offset);
+  if (target.counts != A(1)) return;
+  for (int64_t c = 0; c < f.g.size; ++c) y[c * step] -= factor * target[c];
 }
 
 template <SoftmaxKind kind, typename T, typename A = opmath_t<T>>
