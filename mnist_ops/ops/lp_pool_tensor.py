@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,9 +114,10 @@ class _Windows:
         """The pixels of each window: (N, C, pixels, windows)."""
         padded = F.pad(images.to(compute_type(images.dtype)), self.around)
         self.padded = padded.shape[-2:]
-        planes = padded.reshape(-1, 1, *self.padded)
+        N, C = math.prod(images.shape[:-3]), images.shape[-3]
+        planes = padded.reshape(N * C, 1, *self.padded)
         windows = F.unfold(planes, self.kernel, stride=self.stride)
-        return windows.reshape(-1, images.shape[-3], *windows.shape[1:])
+        return windows.reshape(N, C, *windows.shape[1:])
 
     def folded(self, windows: Tensor) -> Tensor:
         """The sum, for each pixel of an image, over the windows that hold it."""

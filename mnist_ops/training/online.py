@@ -240,7 +240,7 @@ class OnlineSGD:
         if self._device.type == "cuda":
             how = f"{self._device}, persistent kernel"
         elif self.threads == "auto":
-            how = f"cpu, 1 or {torch.get_num_threads()} threads"
+            how = "cpu, 1 thread or all"
         else:
             how = f"cpu, {self.threads} thread{'s' if self.threads != 1 else ''}"
         dtype = str(self.dtype).removeprefix("torch.")

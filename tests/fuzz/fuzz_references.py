@@ -367,7 +367,8 @@ def _softmax_arguments(
         return None
     defaults = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
     if target.is_floating_point() or any(
-        args.get(key, value) is not value and args[key] != value for key, value in defaults.items()
+        type(args.get(key, value)) is not type(value) or args.get(key, value) != value
+        for key, value in defaults.items()
     ):
         soft(lambda: _raise(Unclear("what tests/ops/test_cross_entropy.py looks at")))
         return None

@@ -31,26 +31,34 @@ def pair(value: Any) -> tuple[int, int]:
 
 def lp_pool2d(
     x: Tensor,
-    norm_type: float,
+    norm_type: float | Tensor,
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: bool = False,
+    average: bool = False,
 ) -> Tensor:
     size, pad = pair(kernel_size), pair(padding)
     step = size if stride is None else pair(stride)
     height, width = mnist_ops.lp_pool2d(x.detach(), 1, size, step, pad, ceil_mode).shape[-2:]
     below = max((height - 1) * step[0] + size[0] - x.shape[-2] - pad[0], 0)
     right = max((width - 1) * step[1] + size[1] - x.shape[-1] - pad[1], 0)
-    padded = F.pad(x, (pad[1], right, pad[0], below))
-    windows = padded.unfold(-2, size[0], step[0]).unfold(-2, size[1], step[1])
-    windows = windows[..., :height, :width, :, :].flatten(-2)
-    if math.isinf(norm_type):
+
+    def windows_of(image: Tensor) -> Tensor:
+        padded = F.pad(image, (pad[1], right, pad[0], below))
+        windows = padded.unfold(-2, size[0], step[0]).unfold(-2, size[1], step[1])
+        return windows[..., :height, :width, :, :].flatten(-2)
+
+    windows = windows_of(x)
+    if not isinstance(norm_type, Tensor) and math.isinf(norm_type):
         return windows.abs().amax(-1)
+    p = torch.as_tensor(norm_type, dtype=x.dtype, device=x.device)
+    p = p[:, None, None] if p.dim() == 1 else p  # of each channel
     # A power of 0 has no derivative, and padding no influence.
     outside = windows == 0
-    powers = torch.where(outside, 0.0, torch.where(outside, 1.0, windows).abs() ** norm_type)
-    return powers.sum(-1) ** (1 / norm_type)
+    magnitudes = torch.where(outside, 1.0, windows).abs()
+    sums = torch.where(outside, 0.0, magnitudes ** p[..., None]).sum(-1)
+    return (sums / windows_of(torch.ones_like(x)).sum(-1) if average else sums) ** (1 / p)
 
 
 def blur(plane: Tensor, kernel: Tensor) -> Tensor:
@@ -110,6 +118,8 @@ def both(operator: Operator, image: Tensor) -> tuple[Callable[..., Tensor], Call
     arguments = {
         k: v.to(image.device) if isinstance(v, Tensor) else v for k, v in operator.arguments.items()
     }
+    if isinstance(arguments.get("norm_type"), Tensor):
+        arguments["norm_type"] = arguments["norm_type"][: image.shape[-3]]  # one a channel
     if operator.name == "softmax_nll":
         classes = image.shape[:1] + image.shape[2:]
         count = math.prod(classes)

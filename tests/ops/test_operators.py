@@ -46,7 +46,7 @@ OPERATORS = [
     Operator("lp_pool2d", {"norm_type": POWERS, "kernel_size": 2}),
     Operator(
         "lp_pool2d",
-        {"norm_type": POWERS, "kernel_size": (5, 6), "padding": 1, "stride": 1, "average": True},
+        {"norm_type": POWERS, "kernel_size": (5, 4), "padding": 1, "stride": 1, "average": True},
     ),
     Operator("subtractive_norm2d", {"kernel": KERNEL}),
     Operator("divisive_norm2d", {"kernel": KERNEL, "threshold": 0.5}),

@@ -1194,7 +1194,7 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch, faster, several, che
         torch.set_num_threads(2)
         try:
             if threads == "auto":
-                assert "cpu, 1 or 2 threads, batch size 1" in engine.description
+                assert "cpu, 1 thread or all, batch size 1" in engine.description
                 if checked:
                     engine.check(images)
                     assert one.threads == faster and not model.training
