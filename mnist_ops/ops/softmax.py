@@ -228,7 +228,7 @@ def _check_target(op: str, input: Tensor, target: Tensor) -> None:
             f"{op}: target must have the shape {expected} for {kind} and an input of {shape}, "
             f"got {tuple(target.shape)}"
         )
-    if shape[len(shape) > 1] == 0:
+    if shape[0 if len(shape) == 1 else 1] == 0:
         raise ValueError(f"{op}: input has no classes, its shape is {shape}")
 
 
