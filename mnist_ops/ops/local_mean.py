@@ -85,13 +85,11 @@ def local_mean2d(
     wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     weights = (wide / wide.sum()).to(maps.dtype)
     around = (width, width, height, height)
-    if padding_mode in ("reflect", "replicate"):
-        means = _correlated(F.pad(maps, around, mode=padding_mode), weights)
-    else:
-        means = _correlated(F.pad(maps, around), weights)
-        if padding_mode == "renormalized":
-            ones = maps.new_ones(maps.shape[-2:])
-            means = means / _correlated(F.pad(ones, around), weights)
+    mode = padding_mode if padding_mode in ("reflect", "replicate") else "constant"
+    means = _correlated(F.pad(maps, around, mode=mode), weights)
+    if padding_mode == "renormalized":
+        ones = maps.new_ones(maps.shape[-2:])
+        means = means / _correlated(F.pad(ones, around), weights)
     return means.to(input.dtype).contiguous()
 
 

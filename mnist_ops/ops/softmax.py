@@ -228,7 +228,7 @@ def _check_target(op: str, input: Tensor, target: Tensor) -> None:
             f"{op}: target must have the shape {expected} for {kind} and an input of {shape}, "
             f"got {tuple(target.shape)}"
         )
-    if shape[0 if len(shape) == 1 else 1] == 0:
+    if shape[_class_dim(input)] == 0:
         raise ValueError(f"{op}: input has no classes, its shape is {shape}")
 
 
@@ -375,22 +375,23 @@ def _log_softmax_second_order(v: Tensor, g: Tensor, log_y: Tensor, dim: int, bet
 # before the options, among which is None in the place of a weight that is not there.
 
 
+def _keep(ctx: Any, tensors: Sequence[Tensor], weight: Tensor | None, options: Any) -> None:
+    weights = () if weight is None else (weight,)
+    ctx.save_for_backward(*tensors, *weights)
+    ctx.options = options if weights else (None, *options)
+
+
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, weight, *options = inputs
     total = output[1]
     ctx.mark_non_differentiable(total)
     ctx.set_materialize_grads(False)
-    weights = () if weight is None else (weight,)
-    ctx.save_for_backward(input, target, total, *weights)
-    ctx.options = options if weights else (None, *options)
+    _keep(ctx, (input, target, total), weight, options)
 
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, weight, beta, reduction, ignore_index, label_smoothing = inputs
-    weights = () if weight is None else (weight,)
-    ctx.save_for_backward(*tensors, *weights)
-    options = beta, reduction, ignore_index, label_smoothing
-    ctx.options = options if weights else (None, *options)
+    _keep(ctx, tensors, weight, (beta, reduction, ignore_index, label_smoothing))
 
 
 class _Nll:
