@@ -306,11 +306,13 @@ auto over_classes(const SoftmaxGeometry& g) {
   return [&g](const auto& value) { return sum_of<A>(g.size, value); };
 }
 
-// One class: the usual case, written out, since targets are known to be classes here.
+// One class: the usual case, written out, since targets are known to be classes here. The gradient
+// at this class is -scale, 0 for a line that is ignored whatever its gradient.
 template <typename T, typename A = opmath_t<T>>
-A weight_of_class(const Targets<T>& targets, int64_t line) {
-  const int64_t t = targets.classes[line];
-  return t == targets.ignored ? A(0) : targets.weight_of(t);
+A scale_of_class(const SoftmaxForward<T>& f, int64_t line) {
+  const int64_t t = f.targets.classes[line];
+  if (t == f.targets.ignored) return A(0);
+  return f.differences.beta * f.grad[line] * f.targets.weight_of(t);
 }
 
 template <typename T, typename A = opmath_t<T>>
@@ -334,24 +336,22 @@ void write_loss(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A larg
 // their sum.
 template <typename T, typename A = opmath_t<T>>
 A scale_of_powers(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A sum) {
-  if (f.targets.one_class()) {
-    const A weight = weight_of_class(f.targets, line);
-    return weight == A(0) ? A(0) : f.differences.beta * f.grad[line] * weight / sum;
-  }
+  // Not a number where the sum is none, for lines that are ignored, too, as in PyTorch.
+  if (f.targets.one_class()) return scale_of_class(f, line) / sum;
   return f.gradient_of(line, offset, over_classes<A>(f.g)).scale / sum;
 }
 
 // The other term. The gradient is at y, its elements are `step` apart.
 template <typename T, typename A = opmath_t<T>>
 void subtract_target(const SoftmaxForward<T>& f, int64_t line, int64_t offset, A* y, int64_t step) {
-  const A factor = f.differences.beta * f.grad[line];
   if (f.targets.one_class()) {
-    const A weight = weight_of_class(f.targets, line);
-    if (weight != A(0)) y[f.targets.classes[line] * step] -= factor * weight;
+    const int64_t t = f.targets.classes[line];
+    if (t != f.targets.ignored) y[t * step] -= scale_of_class(f, line);
     return;
   }
   const LineTarget<T> target = f.target_of(line, offset);
   if (target.counts != A(1)) return;
+  const A factor = f.differences.beta * f.grad[line];
   for (int64_t c = 0; c < f.g.size; ++c) y[c * step] -= factor * target[c];
 }
 

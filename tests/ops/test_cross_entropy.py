@@ -235,6 +235,26 @@ def test_an_ignored_row_may_hold_anything(device):
     torch.testing.assert_close(loss, F.cross_entropy(x[1:], target[1:]))
 
 
+@pytest.mark.parametrize("row", [(math.inf, 0.5), (math.nan, 0.5), (-math.inf, -math.inf)], ids=str)
+def test_rows_without_a_softmax_have_no_gradient_either(device, row):
+    """NaN in the whole row, ignored or of weight 0, as in PyTorch, and in no other row."""
+    for shape in SHAPES[:-2]:
+        class_dim = min(1, len(shape) - 1)
+        x, target, _ = prepared({}, shape, device)
+        rows = x.movedim(class_dim, -1)
+        broken = rows if len(shape) == 1 else rows[:2]
+        broken[..., 0], broken[..., 1:] = row
+        for options in ({}, {"label_smoothing": 0.3}, {"weight": torch.zeros(shape[class_dim])}):
+            if "weight" in options:
+                options["weight"] = options["weight"].to(x)
+            for grad in (1.0, math.inf):
+                leaf, reference = (x.clone().requires_grad_() for _ in range(2))
+                for function, at in ((mnist_ops.softmax_nll, leaf), (F.cross_entropy, reference)):
+                    loss = function(at, target, reduction="none", **options)
+                    loss.backward(torch.full_like(loss, grad))
+                torch.testing.assert_close(leaf.grad, reference.grad, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
