@@ -251,7 +251,7 @@ EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in _every()}
 
 #: What an experiment was chosen from: half as long, tested on the last 5,000 training digits.
 CHOICES: dict[str, list[Experiment]] = _variants(
-    "choices", epochs=20, validation=5000, note="a choice: its test digits are training digits"
+    "choices", epochs=8, validation=5000, note="a choice: its test digits are training digits"
 )
 
 #: For each experiment whose printed numbers are not met, the configurations that were tried:
