@@ -28,8 +28,8 @@ def public(
     Args:
         shardable: from the arguments by name, the dimensions of ``input`` that may be divided among
             devices: each part is computed without the others, and the result has these dimensions
-            in the same places. Over others the input is gathered first. ``target`` is divided as
-            ``input`` is, other tensors are gathered.
+            in the same places. Over others the input is gathered first. ``target``, and a
+            ``threshold`` for each image, are divided as ``input`` is, other tensors are gathered.
     """
 
     def decorate(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
@@ -66,7 +66,7 @@ def _by_shards(
     local = dict(arguments)
     for name, value in arguments.items():
         if isinstance(value, distributed.DTensor):
-            if name in ("input", "target"):
+            if name in ("input", "target") or (name == "threshold" and value.dim()):
                 local[name] = value.redistribute(mesh, places).to_local()
             else:  # each device has its images' part of the gradient
                 parts = [distributed.Partial() if p.is_shard() else whole for p in places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ._common import (
     check_images,
     check_number,
     check_same_device,
+    compute_type,
     direct,
     empty_images,
     register_autograd,
@@ -78,7 +80,10 @@ def subtractive_norm2d(input: Tensor, kernel: Tensor) -> Tensor:
 
 @public(batch)
 def divisive_norm2d(
-    input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+    input: Tensor,
+    kernel: Tensor,
+    threshold: float | Tensor = 1e-4,
+    threshold_value: float | None = None,
 ) -> Tensor:
     r"""Divide each pixel by the standard deviation of its neighbourhood, over all channels.
 
@@ -91,19 +96,28 @@ def divisive_norm2d(
     The border correction divides the root, not what is under it: so does Torch7. The gradient
     flows through s only where s is above the threshold.
 
+    A tensor is a threshold for each image, :math:`d = \max(s, \text{threshold})`, and has a
+    gradient of its own. The images are divided by it, in one more pass over them, and normalized
+    with the threshold 1, which is the same.
+
     Args:
         input: as in :func:`subtractive_norm2d`. The mean is taken as 0.
         kernel: as in :func:`subtractive_norm2d`.
-        threshold: deviations up to here are replaced; >= 0.
+        threshold: deviations up to here are replaced; >= 0. Or a floating-point tensor on the
+            device of ``input``, (N,), or one number for all, (); for one image () or (1,). Its
+            values are not looked at, which would have to wait for the device: what is below 1e-30
+            (1e-290 in float64) is taken as that, NaN makes an image of NaN, and
+            ``input / threshold`` must be in the range of the type that is computed in.
         threshold_value: by this, > 0 and finite in the type that is computed in; default
-            ``threshold``.
+            ``threshold``. Not with a tensor.
 
     Returns:
         A tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`subtractive_norm2d`; ValueError too for a
-            threshold that is negative or a value that is not positive.
+            threshold that is negative, a value that is not positive, a tensor that is no threshold
+            for each image, or one with a value; RuntimeError for a tensor on another device.
 
     Source:
         Torch7's ``nn.SpatialDivisiveNormalization``. Differentiable any number of times. Under
@@ -118,13 +132,19 @@ def divisive_norm2d(
     """
     op = "divisive_norm2d"
     kernel = _checked(op, input, kernel)
+    if isinstance(threshold, Tensor):
+        _check_image_thresholds(op, input, threshold, threshold_value)
+        return _by_image(_divisive_norm2d, input, kernel, threshold)
     thresholds = check_thresholds(op, threshold, threshold_value, input.dtype)
     return _divisive_norm2d(input, kernel, *thresholds)
 
 
 @public(batch)
 def contrastive_norm2d(
-    input: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
+    input: Tensor,
+    kernel: Tensor,
+    threshold: float | Tensor = 1e-4,
+    threshold_value: float | None = None,
 ) -> Tensor:
     r"""Normalize local contrast: :func:`divisive_norm2d` of :func:`subtractive_norm2d`, in one.
 
@@ -148,11 +168,22 @@ def contrastive_norm2d(
     Example:
         >>> import torch, mnist_ops
         >>> images = torch.rand(8, 1, 32, 32)
-        >>> mnist_ops.contrastive_norm2d(images, mnist_ops.gaussian1d(7), 1.0).shape
+        >>> kernel = mnist_ops.gaussian1d(7)
+        >>> mnist_ops.contrastive_norm2d(images, kernel, 1.0).shape
+        torch.Size([8, 1, 32, 32])
+
+        The threshold of Jarrett et al. is each image's mean deviation:
+
+        >>> centred = mnist_ops.subtractive_norm2d(images, kernel)
+        >>> deviation = mnist_ops.local_mean2d(centred.square(), kernel).sqrt()
+        >>> mnist_ops.contrastive_norm2d(images, kernel, deviation.mean((1, 2, 3))).shape
         torch.Size([8, 1, 32, 32])
     """
     op = "contrastive_norm2d"
     kernel = _checked(op, input, kernel)
+    if isinstance(threshold, Tensor):
+        _check_image_thresholds(op, input, threshold, threshold_value)
+        return _by_image(_contrastive_norm2d, input, kernel, threshold)
     thresholds = check_thresholds(op, threshold, threshold_value, input.dtype)
     return _contrastive_norm2d(input, kernel, *thresholds)
 
@@ -212,6 +243,30 @@ def check_thresholds(
                 f"computed in, got {value}"
             )
     return threshold, value
+
+
+def _check_image_thresholds(op: str, input: Tensor, threshold: Tensor, value: object) -> None:
+    check_floating(op, "threshold", threshold)
+    images = input.shape[0] if input.dim() == 4 else 1
+    if threshold.dim() > 1 or (threshold.dim() == 1 and threshold.shape[0] != images):
+        raise ValueError(
+            f"{op}: threshold must be one number or one for each of {images} images, got the shape "
+            f"{tuple(threshold.shape)}"
+        )
+    check_same_device(op, "threshold", threshold, "input", input)
+    if value is not None:
+        raise ValueError(f"{op}: threshold_value is not offered with a threshold in a tensor")
+
+
+def _by_image(
+    normalize: Callable[..., Tensor], input: Tensor, kernel: Tensor, threshold: Tensor
+) -> Tensor:
+    """Normalize images with a threshold for each: in units of it, it is 1."""
+    wide = compute_type(input.dtype)
+    least = 1e-290 if wide is torch.float64 else 1e-30
+    units = threshold.to(wide).clamp(min=least).reshape((-1, 1, 1, 1)[: input.dim()])
+    y = normalize(input.to(wide) / units, kernel, 1.0, 1.0)
+    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
 
 
 # ------------------------------------------------------------------------------------------ fake

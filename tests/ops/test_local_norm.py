@@ -152,6 +152,93 @@ def test_nan_is_not_hidden_by_the_threshold(device):
         assert y[0, 0, 1, 1].isnan() and not y[0, 0, 5, 5].isnan()
 
 
+# ---------------------------------------------------------------------------- thresholds of images
+
+
+def image_thresholds(dtype: torch.dtype = torch.float64, device: str = "cpu") -> torch.Tensor:
+    """Of four images: all of their pixels are above the first, none above the last."""
+    return torch.tensor([0.0, 0.6, 0.9, 50.0], dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+@pytest.mark.parametrize("kernel", ["gaussian1d(7)", "asymmetric 3x5"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_threshold_for_each_image(device, name, kernel, dtype):
+    x, kernel = torch.randn(4, 3, 6, 5).to(dtype), KERNELS[kernel]
+    thresholds = image_thresholds()
+    loop, function = getattr(loops, name), getattr(mnist_ops, name)
+    expected = torch.cat([loop(x[i : i + 1], kernel, thresholds[i].item()) for i in range(4)])
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        images = x.to(device).to(memory_format=layout)
+        y = function(images, kernel.to(device), thresholds.to(device))
+        assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(y.cpu().double(), expected, **close)
+    for i in range(4):
+        for threshold in (thresholds[i].to(device), thresholds[i : i + 1].to(device)):
+            y = function(x[i].to(device), kernel.to(device), threshold)
+            torch.testing.assert_close(y.cpu().double(), expected[i], **close)
+    one = function(x.to(device), kernel.to(device), thresholds[1].to(device))
+    torch.testing.assert_close(one.cpu().double(), loop(x, kernel, 0.6), **close)
+    assert function(x[:0].to(device), kernel, thresholds[:0].to(device)).shape == (0, 3, 6, 5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+def test_derivatives_by_thresholds_of_images(device, name):
+    x = torch.randn(4, 2, 4, 3, dtype=torch.float64, device=device)
+    x[:, :, :2] *= 0.1
+    x.requires_grad_()
+    kernel, function = gaussian1d(3).to(device), getattr(mnist_ops, name)
+    t = image_thresholds(device=device).clamp(min=1e-3).requires_grad_()
+
+    def normalize(x, t):
+        return function(x, kernel, t)
+
+    assert gradcheck(normalize, (x, t), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(normalize, (x, t), check_fwd_over_rev=True)
+    # By each threshold: the sum over the pixels that it divides, of -x / t^2.
+    y = normalize(x, t)
+    grad = torch.randn_like(y)
+    z = x if name == "divisive_norm2d" else mnist_ops.subtractive_norm2d(x, kernel)
+    divides = torch.isclose(y * t[:, None, None, None], z)
+    expected = -(grad * divides * z).sum((1, 2, 3)) / t**2
+    torch.testing.assert_close(torch.autograd.grad(y, t, grad)[0], expected)
+    assert 0 < divides[1:3].sum() < divides[1:3].numel()
+    assert not divides[0].any() and divides[3].all()
+
+
+def test_a_threshold_of_zero_makes_no_nan(device):
+    """The mean deviation of a black image."""
+    x = torch.randn(2, 1, 5, 5, device=device)
+    x[1] = 0
+    x.requires_grad_()
+    y = mnist_ops.contrastive_norm2d(x, gaussian1d(3), torch.zeros(2, device=device))
+    torch.testing.assert_close(y[:1], mnist_ops.contrastive_norm2d(x[:1], gaussian1d(3), 1e-30))
+    assert (y[1] == 0).all()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.isfinite().all()
+
+
+def test_thresholds_of_images_in_transforms(device):
+    x = torch.randn(4, 2, 6, 5, dtype=torch.float64, device=device)
+    kernel, thresholds = gaussian1d(3).to(device), image_thresholds(device=device)
+
+    def normalize(x, t):
+        return mnist_ops.contrastive_norm2d(x, kernel, t)
+
+    expected = normalize(x, thresholds)
+    torch.testing.assert_close(torch.func.vmap(normalize)(x, thresholds), expected)
+    torch.compiler.reset()
+    for dynamic in (False, True):
+        compiled = torch.compile(normalize, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(x, thresholds), expected)
+    with torch.autocast(device, torch.bfloat16):
+        number = mnist_ops.contrastive_norm2d(x.bfloat16(), kernel, 0.6)
+        tensor = normalize(x.bfloat16(), thresholds[1])
+    assert number.dtype == tensor.dtype == torch.float32
+    torch.testing.assert_close(tensor, number)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -198,6 +285,24 @@ def test_errors_name_the_argument(name, change, error, message):
 def test_errors_of_thresholds(name, thresholds, error, message):
     with pytest.raises(error, match=message):
         getattr(mnist_ops, name)(torch.ones(1, 4, 5), torch.ones(3), *thresholds)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[1:])
+@pytest.mark.parametrize(
+    ("threshold", "value", "error", "message"),
+    [
+        (torch.ones(3), None, ValueError, r"one for each of 2 images, got the shape \(3,\)"),
+        (torch.ones(1), None, ValueError, r"one for each of 2 images, got the shape \(1,\)"),
+        (torch.ones(2, 1), None, ValueError, r"one for each of 2 images, got the shape \(2, 1\)"),
+        (torch.ones(2).long(), None, TypeError, "threshold must be float64, .* got torch.int64"),
+        (torch.ones(2, device="meta"), None, RuntimeError, "threshold is on meta and input on cpu"),
+        (torch.ones(2), 1.0, ValueError, "threshold_value is not offered with a threshold in a"),
+    ],
+    ids=str,
+)
+def test_errors_of_thresholds_of_images(name, threshold, value, error, message):
+    with pytest.raises(error, match=f"{name}: .*{message}"):
+        getattr(mnist_ops, name)(torch.ones(2, 1, 4, 5), torch.ones(3), threshold, value)
 
 
 def test_errors_of_the_registered_operators():

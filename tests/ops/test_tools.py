@@ -211,6 +211,7 @@ def check_shards() -> None:
     kernel = gaussian1d(3)
     shared_kernel = distribute_tensor(kernel, mesh, [Replicate()])
     x = torch.randn(3, 4, 5, 6)
+    thresholds = torch.tensor([0.1, 0.9, 2.0])
     losses = {"target": target, "beta": -1.5, "reduction": "none"}
     cases = [
         ("lp_pool2d", {"norm_type": 2, "kernel_size": 2}, {0, 1}),
@@ -218,6 +219,7 @@ def check_shards() -> None:
         ("subtractive_norm2d", {"kernel": kernel}, {0}),
         ("divisive_norm2d", {"kernel": shared_kernel}, {0}),
         ("contrastive_norm2d", {"kernel": kernel}, {0}),
+        ("contrastive_norm2d", {"kernel": kernel, "threshold": thresholds}, {0}),
         ("stage2d", {"kernel": shared_kernel}, {0}),
         ("sigmoid", {}, {0, 1, 2, 3}),
         ("softmax", {"dim": 1}, {0, 2, 3}),
@@ -231,8 +233,8 @@ def check_shards() -> None:
         for place in (Replicate(), *map(Shard, range(4))):
             shared = distribute_tensor(x, mesh, [place])
             given = dict(arguments)
-            if "target" in given:
-                given["target"] = distribute_tensor(target, mesh, [Replicate()])
+            for key in {"target", "threshold"} & given.keys():
+                given[key] = distribute_tensor(given[key], mesh, [Replicate()])
 
             def ours(t: Tensor, shared=shared, given=given, function=function) -> Tensor:
                 return function(t, **given)
