@@ -80,9 +80,9 @@ def local_mean2d(
     maps = input.to(compute_type(input.dtype))
     maps = maps.mean(-3, keepdim=True) if channels == "all" else maps
     if input.numel() == 0:
-        return torch.zeros_like(maps, dtype=input.dtype)
+        return torch.zeros_like(maps, dtype=input.dtype) + input.sum()
     # Sums and products alone: a convolution of float32 may run in TF32, and in half under autocast.
-    wide = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    wide = kernel.to(torch.promote_types(kernel.dtype, maps.dtype))
     weights = (wide / wide.sum()).to(maps.dtype)
     around = (width, width, height, height)
     mode = padding_mode if padding_mode in ("reflect", "replicate") else "constant"

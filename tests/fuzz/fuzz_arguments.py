@@ -18,7 +18,10 @@ Args = dict[str, Any]
 ALIKE = ("sigmoid", "softmax", "log_softmax")  # of any shape, and each has a layout of its own
 IMAGES = ("lp_pool2d", "subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d", "stage2d")
 FORWARD = (*IMAGES, *ALIKE, "softmax_nll")
-RAW = (*FORWARD, *(f"{name}_backward" for name in FORWARD), "lp_pool2d_double_backward")
+PUBLIC = (*FORWARD, "local_mean2d")
+OPERATORS = (*FORWARD, "lp_pool2d_tensor_p")
+RAW = (*OPERATORS, *(f"{name}_backward" for name in OPERATORS), "lp_pool2d_double_backward")
+POWERS = (1, 1.0, 2, 2.0, 2.0, 3.0, 4, 2.5, 1.5, 0.5, 7, math.inf)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REFUSED_DTYPES = (
     *INTEGERS,
@@ -41,6 +44,7 @@ PAIRS = (
 )  # fmt: skip
 BOOLS = (True, False, None, 0, 1, 2, "", "x", [], 2**70, math.nan, torch.tensor(True))
 TEXTS = ("tanh", "relu", "mean", "none", "", "TANH", "tanh ", None, 3, b"tanh", "\0", "tanh\0")
+TEXTS += ("all", "zeros")
 TEXTS += ("ü" * 300, ["mean"], True, math.nan, "\ud800")  # type: ignore[assignment]
 
 
@@ -214,7 +218,7 @@ def draw_windows(draw: Draw, shape: tuple[int, ...], raw: bool) -> Args:
         if kernel[0] == kernel[1]:
             kernel = draw.random.choice((kernel[0], tuple(kernel)))  # type: ignore[assignment]
     return {
-        "norm_type": draw.random.choice((1, 1.0, 2, 2.0, 2.0, 3.0, 4, 2.5, 1.5, 0.5, 7, math.inf)),
+        "norm_type": draw.random.choice(POWERS),
         "kernel_size": kernel,
         "stride": stride,
         "padding": padding,
@@ -222,20 +226,63 @@ def draw_windows(draw: Draw, shape: tuple[int, ...], raw: bool) -> Args:
     }
 
 
+def draw_powers(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, tame: bool) -> Tensor:
+    """A tensor norm_type."""
+    p = draw.tensor(shape, dtype, layout=draw.random.choice(("contiguous", "sliced")))
+    known = POWERS if tame else (*POWERS, -1.0, math.nan, 0.0)
+    values = [float(draw.random.choice(known)) for _ in range(p.numel())]
+    p.copy_(torch.tensor(values, dtype=torch.float64).reshape(shape))
+    draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
+    return p
+
+
+def draw_loss_options(draw: Draw, x: Tensor, raw: bool) -> Args:
+    """What softmax_nll has beside scores, targets, beta and reduction, at times."""
+    classes = x.shape[min(1, x.dim() - 1)]
+    options: Args = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+    if draw.chance(0.3):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        layout = draw.random.choice(("contiguous", "sliced"))
+        weight = draw.tensor((classes,), wide if raw else draw.dtype(), layout=layout)
+        weight.copy_((weight.abs() + 0.3) * (weight > -1))
+        draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
+        options["weight"] = weight
+    if draw.chance(0.3):
+        options["ignore_index"] = draw.random.choice((0, 1, 2, -1, 255))
+    if draw.chance(0.3):
+        options["label_smoothing"] = draw.random.choice((0.1, 0.5, 1.0, 1e-3))
+    return options
+
+
 def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
     """Arguments of a forward operator; tame: none where derivatives are not numbers."""
     kinds = ("normal", "ties", "zeros", "scaled", "constant", "offset", "extreme", "special")
     kind = draw.random.choices(kinds, (8, 2, 2, 2, 1, 1, *((0, 0) if tame else (1, 2))))[0]
     dtype = draw.dtype()
-    if name in IMAGES:
+    if name not in (*ALIKE, "softmax_nll"):
         shape = draw.image_shape()
         args = {"input": draw.tensor(shape, dtype, kind)}
-        if name != "lp_pool2d":
+        if not name.startswith("lp_pool2d"):
             args["kernel"] = draw_kernel(draw)
-        if name in ("lp_pool2d", "stage2d"):
+        if name == "local_mean2d":
+            args["channels"] = draw.random.choice(("all", "each"))
+            modes = ("renormalized", "zeros", "reflect", "replicate")
+            return {**args, "padding_mode": draw.random.choice(modes)}
+        if name.startswith("lp_pool2d") or name == "stage2d":
             if name == "stage2d":
                 args["activation"] = draw.random.choice(tuple(references.ACTIVATIONS))
             args |= draw_windows(draw, shape, raw)
+            average = draw.chance(0.3)
+            if name == "lp_pool2d_tensor_p":
+                wide = torch.promote_types(dtype, torch.float32)
+                args["norm_type"] = draw_powers(draw, shape[-3:-2], wide, tame)
+                args["average"] = average
+            elif name == "lp_pool2d" and not raw:
+                if draw.chance(0.3):
+                    several = draw.random.choice(((), (1,), shape[-3:-2]))
+                    args["norm_type"] = draw_powers(draw, several, draw.dtype(), tame)
+                if average:
+                    args["average"] = True
         elif name != "subtractive_norm2d":
             args["threshold"] = draw.random.choice((1e-4, 0.5, 1.0, 0.0, 0.1))
             args["threshold_value"] = draw.random.choice((1e-4, 0.3, 1, 5.0))
@@ -254,20 +301,24 @@ def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
     x = draw.tensor(shape, dtype, kind)
     classes = shape[min(1, len(shape) - 1)]
     left = shape[:1] + shape[2:] if len(shape) > 1 else ()
-    target = draw.tensor(
-        left,
-        torch.int64 if raw else draw.random.choice(INTEGERS),
-        layout=draw.random.choice(("contiguous", "transposed", "sliced")),
-    )
-    chosen = torch.randint(0, max(1, classes), left, generator=draw.generator)
-    if draw.chance(0.05) and chosen.numel():
-        chosen.view(-1)[0] = draw.random.choice((-1, classes, 100, -100))
-    target.copy_(chosen)
-    draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
+    options = draw_loss_options(draw, x, raw)
+    layout = draw.random.choice(("contiguous", "transposed", "sliced"))
+    if draw.chance(0.25):
+        target = draw.tensor(shape, dtype if raw else draw.dtype(), layout=layout)
+        options["ignore_index"] = min(-1, options["ignore_index"])
+    else:
+        integers = torch.int64 if raw else draw.random.choice(INTEGERS)
+        target = draw.tensor(left, integers, layout=layout)
+        chosen = torch.randint(0, max(1, classes), left, generator=draw.generator)
+        if draw.chance(0.4) and chosen.numel():
+            chosen.view(-1)[:2] = options["ignore_index"]
+        if draw.chance(0.05) and chosen.numel():
+            chosen.view(-1)[0] = draw.random.choice((-1, classes, 100, -100))
+        target.copy_(chosen)
+        draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
     reduction = draw.random.choice(("none", "mean", "sum"))
-    options = {"beta": beta, "reduction": reduction}
-    if raw:
-        options = {"weight": None, **options, "ignore_index": -100, "label_smoothing": 0.0}
+    weight = options.pop("weight")
+    options = {"weight": weight, "beta": beta, "reduction": reduction, **options}
     return {"input": x, "target": target, **options}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import fuzz_references as references
 import torch
-from fuzz_arguments import ALIKE, FORWARD, PAIRS, RAW, Args, Draw, absurd, describe, draw_arguments
+from fuzz_arguments import ALIKE, PAIRS, PUBLIC, RAW, Args, Draw, absurd, describe, draw_arguments
 from fuzz_references import EPS, Refused, Unclear
 from torch import Tensor
 
@@ -54,6 +54,18 @@ def gradients(
         return zero
     found = torch.autograd.grad(gx, (g, x), v, allow_unused=True)
     return [z if f is None else f for z, f in zip(zero, found, strict=True)]
+
+
+def powers_gradient(
+    x: Tensor, rest: tuple[Any, ...], g: Tensor, given: Tensor, dtype: torch.dtype
+) -> Expected:
+    """What a tensor norm_type's gradient is."""
+    p = rest[0].clone().requires_grad_()
+    (by_channel,) = torch.autograd.grad(references.lp_pool2d(x, p, *rest[1:]), p, g)
+    scale = references.scale("lp_pool2d", "gp", x, rest, g, g)
+    # Computed in the type of the images, whatever p is.
+    scale *= max(1.0, EPS[torch.promote_types(dtype, torch.float32)] / EPS[given.dtype])
+    return Expected(by_channel.sum_to_size(given.shape), scale, given.dtype)
 
 
 def like(tensor: Any, other: Tensor | tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -112,12 +124,15 @@ def expected_of_raw(name: str, args: Args, saved: tuple[Any, ...]) -> list[Expec
     wide_g, wide_v = on_cpu(g), None if v is None else on_cpu(v)
     kinds = ("gx",) if v is None else ("gg", "gx2")
     other = wide_g if wide_v is None else wide_v
-    return [
+    expected = [
         Expected(value, references.scale(base, kind, wide, rest, wide_g, other), dtype)
         for kind, value in zip(
             kinds, gradients(promise.function, wide, wide_g, wide_v), strict=True
         )
     ]
+    if base == "lp_pool2d_tensor_p":
+        expected.append(powers_gradient(wide, rest, wide_g, args["norm_type"], dtype))
+    return expected
 
 
 def expected_of_alike(base: str, args: Args) -> list[Expected]:
@@ -331,9 +346,8 @@ def backward_arguments(
             loss, others = x.sum(), [x.clone()]
         g = draw.tensor(tuple(loss.shape), dtype, layout=None if loss.dim() else "contiguous")
         saved = {f"saved{i}": tensor for i, tensor in enumerate(others)}
-        beta, reduction = args["beta"], args["reduction"]
         first = {"grad_loss": g, "input": x, "target": args["target"]}
-        kept = (x, args["target"], beta, reduction, *others)
+        kept = (*args.values(), *others)
         options = {key: value for key, value in args.items() if key not in ("input", "target")}
         return {**first, **saved, **options}, kept
     try:
@@ -387,11 +401,14 @@ def public_case(draw: Draw, hostile: bool) -> Case:
     """A call of a function of ``mnist_ops``, perhaps through autograd or torch.func."""
     if draw.chance(0.03):
         return gaussian_case(draw, hostile)
-    name = draw.random.choice(FORWARD)
+    name = draw.random.choice(PUBLIC)
     how = "forward"
     if not hostile:
         how = draw.random.choice(("forward", "module", "grad", "double", "jvp", "vmap"))
     args = draw_arguments(draw, name, raw=False, tame=how not in ("forward", "module"))
+    no_module = name == "local_mean2d" or "average" in args
+    if how == "module" and (no_module or isinstance(args.get("norm_type"), Tensor)):
+        how = "forward"
     if hostile:
         for _ in range(draw.random.choice((1, 1, 1, 2))):
             key = draw.random.choice(list(args))
@@ -472,6 +489,8 @@ def derived(
         if how == "grad":
             values = gradients(promise.function, wide, wide_g, None)
             expected.append(Expected(values[0], scaled("gx"), x.dtype))
+            if isinstance(args.get("norm_type"), Tensor):
+                expected.append(powers_gradient(wide, rest, wide_g, args["norm_type"], x.dtype))
         elif how == "double":
             values = gradients(promise.function, wide, wide_g, wide_v)
             kinds = ("gg", "gx2")
@@ -498,6 +517,10 @@ def derived(
             # PyTorch lays the tangent out like x, which cannot be where elements share memory.
             return torch.func.jvp(on, (x.clone() if overlaps(x) else x,), (v,))
         leaf = x.detach().requires_grad_()
+        if how == "grad" and isinstance(args.get("norm_type"), Tensor):
+            p = args["norm_type"].detach().requires_grad_()
+            y = function(**{**args, "input": leaf, "norm_type": p})
+            return y, *torch.autograd.grad(y, (leaf, p), g)
         y = on(leaf)
         if how == "grad":
             return y, torch.autograd.grad(y, leaf, g)[0]

@@ -33,14 +33,21 @@ class Unclear(Exception):
 
 
 def lp_pool2d(
-    x: Tensor, p: float, kernel: Any, stride: Any, padding: Any, ceil_mode: bool
+    x: Tensor,
+    p: float | Tensor,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    average: bool = False,
 ) -> Tensor:
-    """Gather every window, then take norms."""
+    """Gather every window, then take norms; p of a number, or of each channel (C,)."""
     counts = [
         window_count(x.shape[d - 2], kernel[d], stride[d], padding[d], ceil_mode) for d in range(2)
     ]
     if x.numel() == 0 or 0 in counts:
-        return x.new_zeros((*x.shape[:-2], *counts)) + 0 * x.sum()
+        zero = 0 * (x.sum() + p.sum() if isinstance(p, Tensor) else x.sum())
+        return x.new_zeros((*x.shape[:-2], *counts)) + zero
     grids = []
     for d, count in enumerate(counts):
         size = x.shape[d - 2]
@@ -54,23 +61,32 @@ def lp_pool2d(
     fits = row_fits[:, None, :, None] & column_fits[None, :, None, :]
     windows = torch.where(fits, x[..., rows[:, None, :, None], columns[None, :, None, :]], 0.0)
     windows = windows.flatten(-2)
+    count = fits.flatten(-2).sum(-1) if average else torch.ones(())
     a = windows.abs()
-    if p == 1:
-        return a.sum(-1)
-    if math.isinf(p):
+    if isinstance(p, Tensor):
+        # Powers of numbers below 1 vanish before the largest p; with p = inf they have no gradient.
+        p = p.clamp(max=2.0**57)[:, None, None]
+    elif p == 1:
+        return a.sum(-1) / count
+    elif math.isinf(p):
         return a.amax(-1)
     largest = a.detach().amax(-1, keepdim=True)
     plain = (largest > 0) & largest.isfinite()
     r = windows / torch.where(plain, largest, 1.0)
-    if p == 2:
+    if isinstance(p, float) and p == 2:
         total = (r * r).sum(-1)
     else:
         # Where x is 0 the derivatives are 0 by convention.
-        total = (torch.where(r != 0, r.abs(), 1.0) ** p * (r != 0)).sum(-1)
+        each = p[..., None] if isinstance(p, Tensor) else p
+        total = (torch.where(r != 0, r.abs(), 1.0) ** each * (r != 0)).sum(-1)
     plain, largest = plain.squeeze(-1), largest.squeeze(-1)
-    total = torch.where(plain, total, 1.0)
-    norm = total.sqrt() if p == 2 else total ** (1 / p)
-    return torch.where(plain, torch.where(plain, largest, 1.0) * norm, largest)
+    mean = torch.where(plain, total, 1.0) / count
+    norm = mean.sqrt() if isinstance(p, float) and p == 2 else mean ** (1 / p)
+    result = torch.where(plain, torch.where(plain, largest, 1.0) * norm, largest)
+    return torch.where(p > 0, result, math.nan) if isinstance(p, Tensor) else result
+
+
+lp_pool2d_tensor_p = lp_pool2d
 
 
 def correlate(plane: Tensor, kernel: Tensor) -> Tensor:
@@ -136,11 +152,25 @@ def stage2d(x: Tensor, kernel: Tensor, activation: str, *windows: Any) -> Tensor
     return subtractive_norm2d(lp_pool2d(ACTIVATIONS[activation](x), *windows), kernel)
 
 
-def softmax_nll(x: Tensor, target: Tensor, beta: float, reduction: str) -> Tensor:
-    dim = 0 if x.dim() == 1 else 1
-    chosen = torch.log_softmax(beta * x, dim).gather(dim, target.long().unsqueeze(dim))
-    losses = -chosen.squeeze(dim)
-    return {"none": lambda t: t, "sum": torch.sum, "mean": torch.mean}[reduction](losses)
+def local_mean2d(x: Tensor, kernel: Tensor, channels: str, mode: str) -> Tensor:
+    if x.numel() == 0:
+        shape = x.shape if channels == "each" else (*x.shape[:-3], 1, *x.shape[-2:])
+        return x.new_zeros(shape) + 0 * x.sum()
+    maps = x if channels == "each" else x.mean(-3, keepdim=True)
+    planes = maps.reshape(-1, 1, *x.shape[-2:])
+    if mode in ("reflect", "replicate"):
+        h, w = kernel.shape[0] // 2, kernel.shape[-1] // 2
+        wide = correlate(F.pad(planes, (w, w, h, h), mode=mode), kernel)
+        means = wide[..., h : h + x.shape[-2], w : w + x.shape[-1]]
+    else:
+        means = correlate(planes, kernel) / (coefficients(x, kernel) if mode[0] == "r" else 1)
+    return means.reshape(maps.shape)
+
+
+def softmax_nll(x: Tensor, target: Tensor, beta: float, reduction: str, *others: Any) -> Tensor:
+    weight, ignored, smoothing = others
+    options = {"ignore_index": ignored, "label_smoothing": smoothing}
+    return F.cross_entropy(beta * x, target, weight, reduction=reduction, **options)
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -205,8 +235,9 @@ def pair(value: Any, raw: bool) -> list[int]:
 
 
 def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
-    p = number(args["norm_type"], raw)
-    if not p > 0:
+    by_channel = isinstance(args["norm_type"], Tensor) and "activation" not in args
+    p = powers(args, x, raw) if by_channel else number(args["norm_type"], raw)
+    if not by_channel and not p > 0:
         raise Refused("norm_type")
     kernel = pair(args["kernel_size"], raw)
     stride = kernel if args["stride"] is None and not raw else pair(args["stride"], raw)
@@ -223,9 +254,35 @@ def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
             raise Refused("does not fit")
     if max(*kernel, *stride) >= 2**31:
         raise Unclear("larger than what is documented")
+    places = kernel, stride, padding, args["ceil_mode"]
+    average = args.get("average", False)
+    if type(average) is not bool:
+        raise Unclear("average")
+    if isinstance(p, Tensor):
+        if (p.isfinite() & (p > 0) & ((p < 0.01) | (p > 1000))).any():
+            raise Unclear("p is out of range, or as good as infinite")
+        return p, *places, average
     if math.isfinite(p) and not 0.01 <= p <= 1000:
         raise Unclear("p is out of range, or as good as infinite")
-    return p, kernel, stride, padding, args["ceil_mode"]
+    if average and math.log2(kernel[0] * kernel[1]) / p > 900:
+        raise Unclear("a mean far below the norm")
+    return (p, *places, True) if average else (p, *places)
+
+
+def powers(args: dict[str, Any], x: Tensor, raw: bool) -> Tensor:
+    """p of each channel, in float64."""
+    p, wide = floating(args["norm_type"]), torch.promote_types(x.dtype, torch.float32)
+    if raw and "average" not in args:
+        raise Unclear("a tensor in the place of a number")
+    if p.device != x.device or p.dim() > 1 or (raw and p.dim() == 0):
+        raise Refused("norm_type")
+    if p.dim() and p.shape[0] != x.shape[-3] and (raw or p.shape[0] != 1):
+        raise Refused("another number of channels")
+    if raw and p.dtype != wide:
+        raise Refused("norm_type's dtype")
+    if p.is_meta:
+        p = torch.ones(p.shape)
+    return p.detach().to(wide).double().expand(x.shape[-3])
 
 
 def norm_kernel(value: Any) -> Tensor:
@@ -290,6 +347,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
 
     x = soft(lambda: floating(args["input"]))
     numbers = ("ceil_mode", "beta", "dim", "norm_type", "threshold", "threshold_value")
+    numbers += ("average", "ignore_index", "label_smoothing")
     tensors = [t for k, t in args.items() if isinstance(t, Tensor) and k not in numbers]
     kernel = args.get("kernel")
     own = [t for t in tensors if t is not kernel or raw or t.is_meta]
@@ -298,7 +356,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
     if x is not None and name not in ("softmax", "log_softmax", "sigmoid", "softmax_nll"):
         images(x)
     rest: tuple[Any, ...] | None = ()
-    if name == "lp_pool2d":
+    if name.startswith("lp_pool2d"):
         rest = None if x is None else soft(lambda: windows(args, x, raw))
     elif name == "stage2d":
         kernel = soft(lambda: norm_kernel(args["kernel"]))
@@ -309,6 +367,8 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
         kernel = soft(lambda: norm_kernel(args["kernel"]))
         limits = () if name[0] == "s" else soft(lambda: thresholds(args, raw))
         rest = None if limits is None or kernel is None else (kernel, *limits)
+    elif name == "local_mean2d":
+        rest = _mean_arguments(args, x, soft)
     elif name in ("softmax", "log_softmax", "softmax_nll"):
         rest = _softmax_arguments(name, args, x, raw, soft)
     if problem:
@@ -341,6 +401,21 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
     return Promise(lambda x: function(x, *rest), rest)
 
 
+def _mean_arguments(
+    args: dict[str, Any], x: Tensor | None, soft: Callable[..., Any]
+) -> tuple[Any, ...] | None:
+    kernel = soft(lambda: norm_kernel(args["kernel"]))
+    text(args["channels"], ("all", "each"), raw=False)
+    text(args["padding_mode"], ("renormalized", "zeros", "reflect", "replicate"), raw=False)
+    if x is None or kernel is None:
+        return None
+    if args["padding_mode"] == "reflect" and (
+        kernel.shape[0] // 2 >= x.shape[-2] or kernel.shape[-1] // 2 >= x.shape[-1]
+    ):
+        raise Refused("too small to be reflected")
+    return kernel, args["channels"], args["padding_mode"]
+
+
 def _softmax_arguments(
     name: str, args: dict[str, Any], x: Tensor | None, raw: bool, soft: Callable[..., Any]
 ) -> tuple[Any, ...] | None:
@@ -365,32 +440,58 @@ def _softmax_arguments(
     if target.layout is not torch.strided:
         soft(lambda: _raise(Unclear("sparse")))
         return None
-    defaults = {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}
-    if target.is_floating_point() or any(
-        type(args.get(key, value)) is not type(value) or args.get(key, value) != value
-        for key, value in defaults.items()
-    ):
-        soft(lambda: _raise(Unclear("what tests/ops/test_cross_entropy.py looks at")))
-        return None
-    if target.dtype is not torch.int64 and (
-        raw or target.is_complex() or target.dtype is torch.bool
-    ):
-        raise Refused("target's dtype")
+    weight = args["weight"]
+    ignored = soft(lambda: integer(args["ignore_index"]))
+    smoothing = soft(lambda: number(args["label_smoothing"], raw))
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        raise Refused("label_smoothing")
     soft(lambda: text(reduction, ("none", "mean", "sum"), raw))
-    if x is None:
+    if target.is_complex() or target.dtype is torch.bool:
+        raise Refused("target's dtype")
+    weight = weight if weight is None else soft(lambda: floating(weight))
+    if x is None or (weight is None and args["weight"] is not None):
         return None
-    expected = x.shape[:1] + x.shape[2:] if x.dim() > 1 else x.shape[1:]
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    if target.is_floating_point():
+        if target.dtype not in FLOATING:
+            soft(lambda: _raise(Unclear("converted")))
+            return None
+        if ignored is not None and ignored >= 0:
+            raise Refused("ignore_index with probabilities")
+        expected, dtypes = x.shape, (x.dtype,)
+    else:
+        expected = x.shape[:1] + x.shape[2:] if x.dim() > 1 else x.shape[1:]
+        dtypes = (torch.int64,)
+    if raw and (target.dtype not in dtypes or (weight is not None and weight.dtype != wide_dtype)):
+        raise Refused("dtypes")
     classes = 0 if x.dim() == 0 else x.shape[min(1, x.dim() - 1)]
     if x.dim() == 0 or target.shape != expected or classes == 0:
         raise Refused("target's shape")
-    if not target.is_meta and target.numel():
-        wide = target.long()
-        if (wide == -100).any():
-            soft(lambda: _raise(Unclear("ignored targets")))
-            return None
-        if wide.min() < 0 or wide.max() >= classes:
+    if weight is not None and weight.shape != (classes,):
+        raise Refused("weight's shape")
+    if None in (ignored, smoothing, beta) or max(map(too_large, (x, target))):
+        soft(lambda: _raise(Unclear("more than there is memory for")))
+        return None
+    if target.is_meta:
+        target = torch.zeros(target.shape, dtype=dtypes[0])
+    if weight is not None:
+        weight = torch.ones(classes) if weight.is_meta else weight.detach()
+        weight = weight.to(wide_dtype).double()
+        if not ((weight == 0) | ((weight >= 0.01) & (weight <= 100))).all():
+            soft(lambda: _raise(Unclear("weights that are negative, or overflow")))
+    if target.is_floating_point():
+        target = target.detach().to(x.dtype).double()
+        if target.numel() and not target.abs().amax() < 100:
+            soft(lambda: _raise(Unclear("probabilities that are none")))
+    else:
+        target = target.long()
+        wrong = (target < 0) | (target >= classes)
+        if (wrong & (target != ignored)).any():
             raise Refused("a target out of range")
-    return None if beta is None else (target, beta, reduction)
+    plain = weight is None and smoothing == 0 and not target.is_floating_point()
+    if not (plain or x.is_meta) and not magnitude_of_all(x.detach().double()) * abs(beta) < 1e30:
+        soft(lambda: _raise(Unclear("0 times infinity")))
+    return target, beta, reduction, weight, ignored, smoothing
 
 
 def _raise(error: Exception) -> None:
@@ -414,6 +515,11 @@ def magnitude(*tensors: Tensor) -> float:
     return found
 
 
+def magnitude_of_all(tensor: Tensor) -> float:
+    """The largest magnitude; infinite or NaN where an element is."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
 def scale(name: str, kind: str, x: Tensor, rest: tuple[Any, ...], g: Tensor, v: Tensor) -> Any:
     """How large the terms are whose rounding errors a result sums up, as a number or a tensor.
 
@@ -431,37 +537,59 @@ def scale(name: str, kind: str, x: Tensor, rest: tuple[Any, ...], g: Tensor, v: 
         offset = 0.0 if math.frexp(beta)[0] == 0.5 else beta * size
         spread = beta * size if name != "softmax" else 0.0
         length = max(1, x.numel()) ** 0.5
+        if name == "softmax_nll":
+            length *= _targets_scale(x, *rest)
         power = {"y": 0, "gx": 1, "gg": 1, "jvp": 1}.get(kind, 2)
         return weight * (1 + offset + spread) * (beta**power) * length
-    if name in ("lp_pool2d", "stage2d"):
+    if name in ("lp_pool2d", "lp_pool2d_tensor_p", "stage2d"):
         return _window_scale(name, kind, x, rest, weight)
     kernel = rest[0]
     corner = 1 / float(coefficients(x, kernel).min()) if x.numel() else 1.0
-    if name == "subtractive_norm2d":
+    if name in ("subtractive_norm2d", "local_mean2d"):
         return corner * (size if kind == "y" else weight)
     return _divisive_scale(name, kind, x, rest, weight, corner)
 
 
 def _window_scale(name: str, kind: str, x: Tensor, rest: tuple[Any, ...], weight: float) -> float:
-    p, kernel, stride = rest[-5:-2]
+    activation = rest[:2] if name == "stage2d" else ()
+    p, kernel, stride, *_ = places = rest[len(activation) :]
     area = min(kernel[0], x.shape[-2]) * min(kernel[1], x.shape[-1])
     overlap = math.prod(-(-kernel[d] // stride[d]) for d in range(2) if stride[d] < kernel[d])
     overlap = min(overlap, 100)
     a = ACTIVATIONS[rest[1]](x) if name == "stage2d" else x
     if name == "stage2d" and x.numel():
-        pooled = lp_pool2d(a, *rest[-5:])
+        pooled = lp_pool2d(a, *places)
         corner = 1 / float(coefficients(pooled, rest[0]).min()) if pooled.numel() else 1.0
         weight *= corner**2
-    exponent = 1.0 if math.isinf(p) else max(1.0, p, 1 / p)
+    if isinstance(p, Tensor):
+        p = p[(p > 0) & p.isfinite()]
+        exponent = max(1.0, magnitude(p), magnitude(1 / p))
+    else:
+        exponent = 1.0 if math.isinf(p) else max(1.0, p, 1 / p)
     if kind == "y":
         # pow(sum, 1/p) has an error of its own for small p.
-        return exponent * (magnitude(lp_pool2d(a, *rest[-5:])) if name == "stage2d" else 0.0)
+        return exponent * (magnitude(lp_pool2d(a, *places)) if name == "stage2d" else 0.0)
     if kind in ("gx", "gg", "jvp"):
         return weight * exponent * (overlap if kind == "gx" else area)
-    norms = lp_pool2d(a, *rest[-5:]).detach()
+    norms = lp_pool2d(a, *places).detach()
+    if kind == "gp":  # x ln x is at most 1 / e, the logarithm of all pixels below 10
+        return magnitude(norms) * weight * exponent**2 * 10 * max(1, norms.numel())
     norms = norms[norms > 0]
     smallest = float(norms.min()) if norms.numel() else 1.0
     return weight * exponent**2 * overlap * area / min(smallest, 1e30)
+
+
+def _targets_scale(x: Tensor, target: Tensor, _: float, reduction: str, *others: Any) -> float:
+    """How large a loss may be, in units of one without weights."""
+    weight, ignored, _ = others
+    most = 1.0 if weight is None else max(1.0, magnitude(weight))
+    if target.is_floating_point():
+        return most * max(1.0, magnitude(target) * x.shape[min(1, x.dim() - 1)])
+    if reduction == "mean" and target.numel():
+        counted = target[target != ignored]
+        total = counted.numel() if weight is None else float(weight[counted].sum())
+        return most * target.numel() / total if total else most
+    return most
 
 
 def _divisive_scale(

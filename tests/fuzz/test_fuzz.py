@@ -56,10 +56,8 @@ def test_every_operator_is_called():
     schemas = _torch_private.operators("mnist_ops")
     # The last is a part of the double backward; the public function's tangents call it.
     others = {"online_sgd", "online_sgd_models", "lp_pool2d_jvp"}
-    # Not fuzzed yet: their tests compare with loops and compositions.
-    others |= {"lp_pool2d_tensor_p", "lp_pool2d_tensor_p_backward"}
     assert schemas == {*fuzz_arguments.RAW, *others}
     public = {name for name in mnist_ops.__all__ if callable(getattr(mnist_ops, name))}
-    # Those of other dimensions are made of lp_pool2d, the mean of PyTorch's operations.
-    made = {"lp_pool1d", "lp_pool3d", "local_mean2d"}
-    assert public == {*fuzz_arguments.FORWARD, *made, "gaussian1d", "gaussian2d", "build_info"}
+    # Those of other dimensions are made of lp_pool2d.
+    made = {"lp_pool1d", "lp_pool3d"}
+    assert public == {*fuzz_arguments.PUBLIC, *made, "gaussian1d", "gaussian2d", "build_info"}

@@ -56,6 +56,11 @@ def test_it_is_what_is_subtracted(device, kernel):
     torch.testing.assert_close(local_mean2d(x[0], kernel.to(device)), mean[0])
 
 
+def test_weights_are_as_exact_as_the_images(device):
+    x, kernel = torch.rand(2, 5, 5, dtype=torch.float64, device=device), torch.rand(3).half()
+    torch.testing.assert_close(local_mean2d(x, kernel), local_mean2d(x, kernel.double()))
+
+
 @channels
 @pytest.mark.parametrize("mode", [*MODES, "renormalized"])
 def test_derivatives(device, channels, mode):
@@ -88,8 +93,9 @@ def test_half_types_round_once(device, channels, dtype):
 @channels
 @pytest.mark.parametrize("shape", [(0, 3, 6, 7), (2, 0, 6, 7), (2, 3, 0, 7)], ids=str)
 def test_images_of_nothing(device, channels, shape):
-    x = torch.ones(shape, device=device)
+    x = torch.ones(shape, device=device, requires_grad=True)
     y = local_mean2d(x, KERNELS[0], channels)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == shape
     assert y.shape == ((*shape[:1], 1, *shape[2:]) if channels == "all" else shape)
     assert (y == 0).all()
 
