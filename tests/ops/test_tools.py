@@ -210,12 +210,19 @@ def check_shards() -> None:
     target = torch.arange(90).reshape(3, 5, 6) % 4
     kernel = gaussian1d(3)
     shared_kernel = distribute_tensor(kernel, mesh, [Replicate()])
+    powers = torch.tensor([0.7, 1.0, 2.0, 3.5])
+    shared_powers = distribute_tensor(powers, mesh, [Replicate()])
     x = torch.randn(3, 4, 5, 6)
     thresholds = torch.tensor([0.1, 0.9, 2.0])
     losses = {"target": target, "beta": -1.5, "reduction": "none"}
     cases = [
         ("lp_pool2d", {"norm_type": 2, "kernel_size": 2}, {0, 1}),
         ("lp_pool2d", {"norm_type": 3, "kernel_size": 3, "stride": 1}, {0, 1}),
+        ("lp_pool2d", {"norm_type": powers, "kernel_size": 2}, {0}),
+        ("lp_pool2d", {"norm_type": shared_powers, "kernel_size": 3, "average": True}, {0}),
+        ("lp_pool2d", {"norm_type": torch.tensor(2.5), "kernel_size": 2}, {0}),
+        ("local_mean2d", {"kernel": kernel}, {0}),
+        ("local_mean2d", {"kernel": shared_kernel, "channels": "each"}, {0, 1}),
         ("subtractive_norm2d", {"kernel": kernel}, {0}),
         ("divisive_norm2d", {"kernel": shared_kernel}, {0}),
         ("contrastive_norm2d", {"kernel": kernel}, {0}),
@@ -247,6 +254,14 @@ def check_shards() -> None:
             assert y.stride() == expected[0].stride(), where
             for a, b in zip((y, gradient), expected, strict=True):
                 torch.testing.assert_close(a.full_tensor(), b, msg=lambda m, w=where: f"{w}: {m}")
+
+    # The gradient of p: each process has that of its images.
+    for place in (Replicate(), Shard(0), Shard(1)):
+        p = distribute_tensor(powers, mesh, [Replicate()]).requires_grad_()
+        leaf = powers.clone().requires_grad_()
+        mnist_ops.lp_pool2d(distribute_tensor(x, mesh, [place]), p, 2).pow(2).sum().backward()
+        mnist_ops.lp_pool2d(x, leaf, 2).pow(2).sum().backward()
+        torch.testing.assert_close(p.grad.full_tensor(), leaf.grad)
 
 
 def check_data_parallel(rank: int) -> None:
