@@ -34,15 +34,40 @@ __all__ = [
 ]
 
 
+def _keep_power(module: torch.nn.Module, name: str, p: float | Tensor, learned: bool) -> None:
+    """Refuse what is no p; keep a number, a parameter, or a tensor that is a buffer."""
+    op = type(module).__name__
+    values = [p]
+    if isinstance(p, Tensor):
+        check_powers(op, p, p.numel(), name)
+        values = [] if p.is_meta else p.flatten().tolist()
+    if not all(value > 0 and (value < math.inf or not learned) for value in values):
+        raise ValueError(f"{op}: {name} must be > 0, and finite to be learned, got {p}")
+    if learned and not isinstance(p, torch.nn.Parameter):
+        p = torch.nn.Parameter(torch.as_tensor(p))
+    if isinstance(p, Tensor) and not learned:
+        module.register_buffer(name, p)
+    else:
+        setattr(module, name, p)
+
+
+def _shown(p: float | Tensor) -> str:
+    """What extra_repr says of a number or tensor p."""
+    if not isinstance(p, Tensor):
+        return str(p)
+    return f"a tensor {tuple(p.shape)}" if p.dim() or p.is_meta else f"{p.item():g}"
+
+
 class _LPPool(torch.nn.Module):
     """What the poolings of sequences, images and volumes share."""
 
     _dims: int
     _function: Callable[..., Tensor]
+    norm_type: float | Tensor
 
     def __init__(
         self,
-        norm_type: float,
+        norm_type: float | Tensor,
         kernel_size: Any,
         stride: Any = None,
         padding: Any = 0,
@@ -51,9 +76,10 @@ class _LPPool(torch.nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_norm_type(name, norm_type, torch.float64)
+        if not isinstance(norm_type, Tensor):
+            check_norm_type(name, norm_type, torch.float64)
         check_layout(name, self._dims, kernel_size, stride, padding, dilation)
-        self.norm_type = norm_type
+        _keep_power(self, "norm_type", norm_type, isinstance(norm_type, torch.nn.Parameter))
         self.kernel_size = kernel_size
         self.stride = kernel_size if stride is None else stride
         self.padding = padding
@@ -80,27 +106,36 @@ class _LPPool(torch.nn.Module):
         """Return the arguments, as in the constructor."""
         dilation = "" if self.dilation == 1 else f", dilation={self.dilation}"
         return (
-            f"norm_type={self.norm_type}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, ceil_mode={self.ceil_mode}{dilation}"
+            f"norm_type={_shown(self.norm_type)}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}{dilation}"
         )
 
 
 class LPPool1d(_LPPool):
-    """LP pooling of sequences. See :func:`mnist_ops.lp_pool1d`."""
+    """LP pooling of sequences. See :func:`mnist_ops.lp_pool1d`.
+
+    A ``norm_type`` that is a parameter is learned; another tensor is a buffer.
+    """
 
     _dims = 1
     _function = staticmethod(ops.lp_pool1d)
 
 
 class LPPool2d(_LPPool):
-    """LP pooling of images. See :func:`mnist_ops.lp_pool2d`."""
+    """LP pooling of images. See :func:`mnist_ops.lp_pool2d`.
+
+    A ``norm_type`` that is a parameter is learned; another tensor is a buffer.
+    """
 
     _dims = 2
     _function = staticmethod(ops.lp_pool2d)
 
 
 class LPPool3d(_LPPool):
-    """LP pooling of volumes. See :func:`mnist_ops.lp_pool3d`."""
+    """LP pooling of volumes. See :func:`mnist_ops.lp_pool3d`.
+
+    A ``norm_type`` that is a parameter is learned; another tensor is a buffer.
+    """
 
     _dims = 3
     _function = staticmethod(ops.lp_pool3d)
@@ -130,27 +165,15 @@ class GeM2d(torch.nn.Module):
         tensor([[[2.9240]]])
     """
 
+    p: float | Tensor
+
     def __init__(self, p: float | Tensor = 3.0, learnable: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = check_finite("GeM2d", "eps", eps)
         if not self.eps > 0:
             raise ValueError(f"GeM2d: eps must be > 0, got {eps}")
-        if isinstance(p, Tensor):
-            check_powers("GeM2d", p, p.numel())
-            values = [] if p.is_meta else p.flatten().tolist()
-            p = p.detach().clone()
-        else:
-            p = check_number("GeM2d", "p", p)
-            values = [p]
-        if not all(value > 0 and (value < math.inf or not learnable) for value in values):
-            raise ValueError(f"GeM2d: p must be > 0, and finite to be learned, got {p}")
-        self.p: float | Tensor
-        if learnable:
-            self.p = torch.nn.Parameter(p if isinstance(p, Tensor) else torch.tensor(p))
-        elif isinstance(p, Tensor):
-            self.register_buffer("p", p)
-        else:
-            self.p = p
+        p = p.detach().clone() if isinstance(p, Tensor) else check_number("GeM2d", "p", p)
+        _keep_power(self, "p", p, learnable)
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool (N, C, H, W) to (N, C, 1, 1), or (C, H, W) to (C, 1, 1)."""
@@ -162,12 +185,8 @@ class GeM2d(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
-        p, learnable = self.p, isinstance(self.p, torch.nn.Parameter)
-        if isinstance(p, Tensor):
-            shown = f"{p.item():g}" if p.dim() == 0 else f"a tensor {tuple(p.shape)}"
-        else:
-            shown = f"{p:g}"
-        return f"p={shown}, learnable={learnable}, eps={self.eps:g}"
+        learnable = isinstance(self.p, torch.nn.Parameter)
+        return f"p={_shown(self.p)}, learnable={learnable}, eps={self.eps:g}"
 
 
 class SubtractiveNorm2d(torch.nn.Module):

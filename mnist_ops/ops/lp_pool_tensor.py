@@ -28,14 +28,14 @@ _ops = torch.ops.mnist_ops
 _lp_pool2d_tensor_p = direct("lp_pool2d_tensor_p")
 
 
-def check_powers(op: str, norm_type: Tensor, channels: Any) -> None:
+def check_powers(op: str, p: Tensor, channels: Any, name: str = "norm_type") -> None:
     """Refuse a tensor that is no p, or no p for each channel."""
-    if not norm_type.is_floating_point():
-        raise TypeError(f"{op}: norm_type must be floating-point, got {norm_type.dtype}")
-    if norm_type.dim() > 1 or (norm_type.dim() == 1 and norm_type.shape[0] not in (1, channels)):
+    if not p.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating-point, got {p.dtype}")
+    if p.dim() > 1 or (p.dim() == 1 and p.shape[0] not in (1, channels)):
         raise ValueError(
-            f"{op}: norm_type must be one number or one for each of {channels} channels, got the "
-            f"shape {tuple(norm_type.shape)}"
+            f"{op}: {name} must be one number or one for each of {channels} channels, got the "
+            f"shape {tuple(p.shape)}"
         )
 
 

@@ -261,6 +261,47 @@ def test_gem_with_a_p_for_each_channel(device):
     assert list(fixed.state_dict()) == ["p"] and not list(fixed.parameters())
     with pytest.raises(ValueError, match="GeM2d: p must be > 0"):
         nn.GeM2d(torch.tensor([1.0, -1.0]))
+    with pytest.raises(TypeError, match="GeM2d: p must be floating-point, got"):
+        nn.GeM2d(torch.tensor([1, 2]))
+    for p in (2.0, torch.tensor([2.0, 3.0])):
+        assert "p=a tensor (" in repr(nn.GeM2d(p).to("meta"))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_modules_hold_p(device, dims, learned, shape):
+    """A parameter is learned; another tensor is a buffer; both are in the state."""
+    make = (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)[dims - 1]
+    function = (lp_pool1d, lp_pool2d, lp_pool3d)[dims - 1]
+    p = 2 + torch.rand(shape)
+    module = make(torch.nn.Parameter(p) if learned else p, 2, dilation=2).to(device)
+    names = [name for name, _ in module.named_parameters()]
+    assert names == (["norm_type"] if learned else [])
+    other = make(torch.ones(shape), 2, dilation=2).to(device)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, 3, *[5] * dims, device=device)
+    y = module(x)
+    torch.testing.assert_close(y, function(x, p.to(device), 2, dilation=2), rtol=0, atol=0)
+    torch.testing.assert_close(y, other(x), rtol=0, atol=0)
+    graph = torch.fx.symbolic_trace(module)
+    torch.testing.assert_close(y, graph(x), rtol=0, atol=0)
+    if learned:
+        y.sum().backward()
+        assert module.norm_type.grad.shape == shape and module.norm_type.grad.abs().min() > 0
+    shown = "a tensor (3,)" if shape else f"{p.item():g}"
+    assert repr(module).startswith(f"LPPool{dims}d(norm_type={shown}, kernel_size=2, stride=2, ")
+
+
+def test_modules_refuse_what_is_no_p():
+    for make in (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d):
+        name = make.__name__
+        with pytest.raises(TypeError, match=f"{name}: norm_type must be floating-point"):
+            make(torch.tensor(2), 2)
+        with pytest.raises(ValueError, match=f"{name}: norm_type must be > 0"):
+            make(torch.tensor([2.0, -1.0]), 2)
+        with pytest.raises(ValueError, match=f"{name}: norm_type .* finite to be learned, got"):
+            make(torch.nn.Parameter(torch.tensor(math.inf)), 2)
 
 
 @pytest.mark.parametrize(
