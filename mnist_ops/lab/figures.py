@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..training import write_atomically
 
@@ -30,7 +30,8 @@ __all__ = [
     "filters",
     "mistakes",
     "normalization_gallery",
-    "png",
+    "render",
+    "save",
 ]
 
 #: Okabe and Ito's palette without its yellow, which is too light for lines.
@@ -54,36 +55,32 @@ STYLE: dict[str, Any] = {
 # From so many epochs on the first one is left out of the axes' range.
 _MANY = 8
 
-#: A file to write to: a path, whose ending chooses the format; a binary file, which gets a PNG; or
-#: None, where the figure that is returned is enough, in a notebook for instance.
-Target = str | os.PathLike[str] | BinaryIO | None
-
 
 @contextmanager
-def _canvas(path: Target, height: float, **pads: Any) -> Iterator[Figure]:
-    """A figure in the common style, written when the block ends: the old file or the whole new."""
+def _canvas(height: float, **pads: Any) -> Iterator[Figure]:
+    """A figure in the common style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(**pads)
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
-        figure = Figure(figsize=(_WIDTH, height), layout=layout)
-        yield figure
-        if isinstance(path, (str, os.PathLike)):
-            content = io.BytesIO()
-            ending = Path(path).suffix.removeprefix(".") or "png"
-            figure.savefig(content, dpi=_DPI, format=ending)
-            write_atomically(Path(path), lambda file: file.write(content.getbuffer()))
-        elif path is not None:
-            figure.savefig(path, dpi=_DPI, format="png")
+        yield Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(**pads))
 
 
-def png(draw: Callable[..., Figure], *args: Any, **options: Any) -> bytes:
-    """The PNG that ``draw(*args, path, **options)`` would write; ``path`` is passed by name."""
-    buffer = io.BytesIO()
-    draw(*args, path=buffer, **options)
-    return buffer.getvalue()
+def render(figure: Figure, format: str = "png") -> bytes:
+    """A figure as a file of this format."""
+    import matplotlib as mpl
+
+    content = io.BytesIO()
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
+        figure.savefig(content, dpi=_DPI, format=format)
+    return content.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure, whose path's ending chooses the format: the old file or the whole new one."""
+    content = render(figure, Path(path).suffix.removeprefix(".") or "png")
+    write_atomically(Path(path), lambda file: file.write(content))
 
 
 class Line(NamedTuple):
@@ -102,7 +99,6 @@ class Line(NamedTuple):
 
 def curves(
     lines: Sequence[Line],
-    path: Target = None,
     points: str = "printed",
     last: int | None = None,
     within: bool = False,
@@ -115,7 +111,6 @@ def curves(
 
     Args:
         lines: one or more experiments.
-        path: see :data:`Target`.
         points: what the circles are, for the legend.
         last: the last epoch to draw; otherwise that of the longest.
         within: show the training accuracy within the epochs as well, of consecutive pieces.
@@ -138,7 +133,7 @@ def curves(
     shown = [part for part, known in numbers.items() if known]
     bands = rings = False
     height = 1.8 * len(shown) + 0.17 * math.ceil((len(lines) + 2) / 2)
-    with _canvas(path, height) as figure:
+    with _canvas(height) as figure:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for axes, part in zip(panels, shown, strict=True):
             key = ("train_accuracy", "test_accuracy")[part]
@@ -214,9 +209,8 @@ def _bare(axes: Any) -> None:
 
 
 def normalization_gallery(
-    path: Target = None,
-    indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13),
     root: str | os.PathLike[str] | None = None,
+    indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13),
 ) -> Figure:
     """Draw digits as they are and after each normalization of report 1's Table 3.2.
 
@@ -224,9 +218,8 @@ def normalization_gallery(
     scale of its own, the same for its digits.
 
     Args:
-        path: see :data:`Target`.
-        indices: training digits, from 0.
         root: as for :func:`mnist_ops.mnist.data.load`.
+        indices: training digits, from 0.
     """
     import torch
 
@@ -235,16 +228,11 @@ def normalization_gallery(
     images, _ = data.load("train", root)
     pixels = data.pad32(images[torch.tensor(list(indices), device="cpu")])
     normal = data.global_norm(pixels, *data.global_statistics(images))
-    rows = {
-        "as it is": pixels.float(),
-        "global": normal,
-        "Gaussian1D(7)": data.local_norm(normal, 7),
-        "Gaussian1D(15)": data.local_norm(normal, 15),
-        "Gaussian1D(21)": data.local_norm(normal, 21),
-    }
+    rows = {"as it is": pixels.float(), "global": normal}
+    rows |= {f"Gaussian1D({taps})": data.local_norm(normal, taps) for taps in (7, 15, 21)}
     width = _WIDTH - 0.95
     height = len(rows) * width / len(indices) * 1.04 + 0.1
-    with _canvas(path, height, w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02) as figure:
+    with _canvas(height, w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02) as figure:
         grid = figure.subplots(len(rows), len(indices), squeeze=False)
         for axes_row, (name, row) in zip(grid, rows.items(), strict=True):
             low, high = float(row.min()), float(row.max())
@@ -256,12 +244,11 @@ def normalization_gallery(
     return figure
 
 
-def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
+def filters(weights: Tensor | Sequence[Any]) -> Figure:
     """Draw a convolution's kernels, zero in white, negative in blue, positive in red.
 
     Args:
         weights: ``(filters, 1, height, width)`` or ``(filters, height, width)``, a tensor or lists.
-        path: see :data:`Target`.
 
     Raises:
         ValueError: for other shapes.
@@ -284,7 +271,7 @@ def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
     )[0]
     finite = np.abs(kernels[np.isfinite(kernels)])
     largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    with _canvas(path, 0.8 * _WIDTH * mosaic.shape[0] / mosaic.shape[1] + 0.35) as figure:
+    with _canvas(0.8 * _WIDTH * mosaic.shape[0] / mosaic.shape[1] + 0.35) as figure:
         axes = figure.subplots()
         picture = axes.imshow(mosaic, cmap="RdBu_r", vmin=-largest, vmax=largest)
         _bare(axes)
@@ -294,12 +281,11 @@ def filters(weights: Tensor | Sequence[Any], path: Target = None) -> Figure:
     return figure
 
 
-def confusion(counts: Sequence[Sequence[int]], path: Target = None) -> Figure:
+def confusion(counts: Sequence[Sequence[int]]) -> Figure:
     """Draw a confusion matrix with its counts; colour is for the mistakes, off the diagonal.
 
     Args:
         counts: ``(classes, classes)``; row: true class, column: predicted class.
-        path: see :data:`Target`.
 
     Raises:
         ValueError: if ``counts`` is not square.
@@ -315,7 +301,7 @@ def confusion(counts: Sequence[Sequence[int]], path: Target = None) -> Figure:
     np.fill_diagonal(off, np.nan)
     wrong = int(matrix.sum() - matrix.trace())
     most = max(1.0, float(np.nan_to_num(off).max()))
-    with _canvas(path, _WIDTH * 1.02, w_pad=0.01, h_pad=0.02) as figure:
+    with _canvas(_WIDTH * 1.02, w_pad=0.01, h_pad=0.02) as figure:
         axes = figure.subplots()
         # Square roots: one mistake is seen beside fifty.
         axes.imshow(np.sqrt(off), cmap="Oranges", vmin=0, vmax=math.sqrt(most) * 1.25)
@@ -336,23 +322,19 @@ def confusion(counts: Sequence[Sequence[int]], path: Target = None) -> Figure:
     return figure
 
 
-def mistakes(
-    items: Sequence[Mapping[str, Any]], images: Tensor, path: Target = None, columns: int = 4
-) -> Figure:
+def mistakes(items: Sequence[Mapping[str, Any]], images: Tensor) -> Figure:
     """Draw misclassified digits, one or more, with true class, prediction and confidence.
 
     Args:
         items: each with ``index`` into ``images``, ``true``, ``predicted`` and, where known,
             ``confidence`` from 0 to 1.
         images: ``(N, 1, H, W)`` or ``(N, H, W)``.
-        path: see :data:`Target`.
-        columns: digits a row.
     """
     import numpy as np
 
-    rows = math.ceil(len(items) / columns)
-    with _canvas(path, rows * 1.12 + 0.1) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
+    rows = math.ceil(len(items) / 4)
+    with _canvas(rows * 1.12 + 0.1) as figure:
+        grid = figure.subplots(rows, 4, squeeze=False)
         for axes in grid.flat:
             _bare(axes)
         for axes, item in zip(grid.flat, items, strict=False):

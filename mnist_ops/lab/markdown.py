@@ -7,22 +7,7 @@ import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["html_page", "items", "table", "to_html"]
-
-_CSS = """
-:root { --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de; --link: #0550ae; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --paper: #0d1117;
-  --line: #30363d; --link: #79b8ff; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; overflow-wrap: break-word; }
-h1 { line-height: 1.25; margin-top: 3rem; } h2 { border-top: 1px solid var(--line);
-  padding-top: 1.2rem; margin-top: 2.5rem; } a { color: var(--link); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem;
-  font-variant-numeric: tabular-nums; } th, td { padding: .2rem .5rem; text-align: left;
-  vertical-align: top; border-bottom: 1px solid var(--line); }
-img { display: block; width: 100%; max-width: 30rem; background: #fff;
-  border: 1px solid var(--line); }
-"""
+__all__ = ["items", "table", "to_html"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], folded: str = "") -> str:
@@ -94,14 +79,3 @@ def to_html(markdown: str, images: Mapping[str, bytes]) -> str:
         elif block:
             made.append(f"<p>{_inline(block)}</p>")
     return "\n".join(made) + "\n"
-
-
-def html_page(title: str, bodies: Iterable[str]) -> str:
-    """A whole page of what :func:`to_html` made, for light and dark and any width."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{''.join(bodies)}</body>\n</html>\n"
-    )

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ _SHOWN_MISTAKES = 12
 _SHOWN_EPOCHS = 6
 #: Report 2's figures for its batch sizes, in %.
 _SIZES = {32: 78.0, 64: 60.0, 128: 45.0}
-_LOGS = {"original": "original", "three-layer": "three_layer"}
 _NAMES = {"original": "the original network", "three-layer": "three layers"}
 
 
@@ -79,12 +77,10 @@ class Report:
         """An experiment's runs that reach an epoch, one a seed."""
         return list(statistics.by_seed(self.runs, name, reach).values())
 
-    def figure(
-        self, name: str, words: str, draw: Callable[..., Any], *args: Any, **more: Any
-    ) -> str:
-        """Draw a figure into the folder; ``words`` say what it shows."""
+    def figure(self, name: str, words: str, figure: Any) -> str:
+        """Put a figure into the folder; ``words`` say what it shows."""
         path = f"{_FOLDER}/{name}.png"
-        content = self.images[path] = figures.png(draw, *args, **more)
+        content = self.images[path] = figures.render(figure)
         (self.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / path, lambda file: file.write(content))
         return f"![{words}]({path})\n\n*{words}*"
@@ -129,22 +125,20 @@ class Report:
 
     def derivations(self) -> str:
         """Each printed line of the derivations, and whether it is right."""
+        rows = [
+            [
+                r.line.source.split(", ", 1)[1],
+                f"`{r.line.printed}`",
+                r.outcome,
+                r.line.remark or "–",
+            ]
+            for r in derivations.check()
+            if r.line.source.startswith(f"report {self.number}")
+        ]
         return (
             "Each printed line was evaluated at random inputs and compared with autograd; b is the "
             "softmax's beta.\n\n"
-        ) + markdown.table(
-            ["line", "printed", "outcome", "remark"],
-            [
-                (
-                    r.line.source.split(", ", 1)[1],
-                    f"`{r.line.printed}`",
-                    r.outcome,
-                    r.line.remark or "–",
-                )
-                for r in derivations.check()
-                if r.line.source.startswith(f"report {self.number}")
-            ],
-        )
+        ) + markdown.table(["line", "printed", "outcome", "remark"], rows)
 
     def run_table(self) -> str:
         """Every run with its own commit, machine, torch and dtype."""
@@ -202,7 +196,7 @@ class Report:
             for label, known in lines.items()
             if known or self.of(label)
         ]
-        return self.figure(name, words, figures.curves, drawn, points=points) if drawn else ""
+        return self.figure(name, words, figures.curves(drawn, points)) if drawn else ""
 
     def brief(self) -> str:
         """The main numbers: printed and ours."""
@@ -211,23 +205,19 @@ class Report:
 
     # Report 1.
 
-    def _brief_1(self) -> list[tuple[str, str, str]]:
+    def _brief_1(self) -> list[list[str]]:
         rows = []
         for table in experiments.TABLES.values():
             for column, cells in tables.compare(table, self.runs).items():
                 # The baseline stands beside every table; twice is enough.
                 if cells[0].experiment != "original" or table.number in ("3.1", "3.5"):
-                    count = sum(cell.printed is not None for cell in cells)
-                    words = tables.column_verdict(cells)
-                    rows.append(
-                        (f"Table {table.number}, {column}", counted(count, "number"), words)
-                    )
+                    count = counted(sum(cell.printed is not None for cell in cells), "number")
+                    told = f"Table {table.number}, {column}"
+                    rows.append([told, count, tables.column_verdict(cells)])
         for name, words in _NAMES.items():
             if found := tables.authors_log(self.results, name):
-                epochs = len(reports.AUTHORS_LOGS[_LOGS[name]]["test"])
-                rows.append(
-                    (f"Authors' log, {words}", counted(epochs, "epoch"), self._log_words(found))
-                )
+                count = counted(len(reports.AUTHORS_LOGS[name.replace("-", "_")]["test"]), "epoch")
+                rows.append([f"Authors' log, {words}", count, self._log_words(found)])
         return rows
 
     def _log_words(self, found: tables.LogComparison) -> str:
@@ -280,27 +270,27 @@ class Report:
         ]
         words = f"Table {number}. Circles: printed; lines: seed 1; bands: lowest to highest seed."
         last = max(table.epochs)
-        return self.figure(f"table-{number}", words, figures.curves, lines, last=last)
+        return self.figure(f"table-{number}", words, figures.curves(lines, last=last))
 
     def log_figure(self, name: str, words: str, columns: Mapping[str, str]) -> str:
         """Curves with the authors' logs as points."""
         lines = []
         for column, experiment in columns.items():
-            log = reports.AUTHORS_LOGS[_LOGS[experiment]]
+            log = reports.AUTHORS_LOGS[experiment.replace("-", "_")]
             points = dict(enumerate(zip(log["training"], log["test"], strict=False), 1))
             lines.append(figures.Line(column, statistics.by_seed(self.runs, experiment), points))
         words += " Lines: seed 1; bands: lowest to highest seed; epoch 1 lies below the panels."
-        return self.figure(name, words, figures.curves, lines, points="authors' log")
+        return self.figure(name, words, figures.curves(lines, "authors' log"))
 
     def gallery(self, words: str) -> str:
         """What the normalizations make of the images."""
         from ..mnist import data
 
         try:
-            draw = figures.normalization_gallery
-            return self.figure("normalization", words, draw, root=self.root)
+            gallery = figures.normalization_gallery(self.root)
         except (data.DataError, IndexError, ValueError):
             return ""  # Other data than MNIST, or none: the numbers are still there.
+        return self.figure("normalization", words, gallery)
 
     def log(self, name: str) -> str:
         """A run beside the authors' log of it: images, confusion matrices, rounding's reach."""
@@ -329,14 +319,13 @@ class Report:
                 keys = tables.SPLITS.values()
                 same = sum(cut(a[key]) == cut(b[key]) for a, b in both for key in keys)
                 told.append(f"{_named(run)} prints the same {same} of {2 * len(both)} numbers.")
-        for split, cells in (
-            tables.confusion_cells(found.run) if name == "original" else {}
-        ).items():
-            equal, total, others = cells
+        matrices = tables.confusion_cells(found.run) if name == "original" else {}
+        for split, (equal, total, others) in matrices.items():
+            shown = "; ".join(["equal", *others[:_SHOWN_EPOCHS]])
             told.append(
                 f"Confusion matrices from epoch 20 on, {split}: {equal:,} of {total:,} cells "
-                + "; ".join(["equal", *others[:_SHOWN_EPOCHS]]) + "."
-            )  # fmt: skip
+                f"{shown}."
+            )
         return "\n".join([told[0], "", markdown.items(told[1:])])
 
     def candidates(self, name: str, words: str) -> str:
@@ -351,21 +340,16 @@ class Report:
             f"**{words}, printed {training:.2f} / {test:.2f}: {outcome}** "
             f"({len(done)} of {len(rows)} configurations run)."
         )
-        shown = [
-            (
-                cells[0].column,
-                *(f"{_cut(c.ours)} ({tables.signed(c.images)})" for c in cells),
-                _named(run),
-            )
-            for cells in done
-            if (run := cells[0].run) is not None
-        ]
+        shown = []
+        for cells in done:
+            numbers = [f"{_cut(c.ours)} ({tables.signed(c.images)})" for c in cells]
+            shown.append([cells[0].column, *numbers, _named(cells[0].run)])
         head = ["configuration", "training (images)", "test (images)", "run"]
-        missing = "; ".join(guess.title for guess, cells in rows if not cells)
         nearest, others = shown[:3], shown[3:]
         parts = [told, markdown.table(head, nearest)]
         parts.append(markdown.table(head, others, f"{len(others)} more"))
-        return "\n\n".join([*parts, f"Not run: {missing}." if missing else ""])
+        missing = "; ".join(guess.title for guess, cells in rows if not cells)
+        return "\n\n".join([*parts, f"Not run: {missing}." * bool(missing)])
 
     def inside(self) -> str:
         """Kernels, confusion matrix and worst mistakes of the original's seed 1."""
@@ -377,10 +361,10 @@ class Report:
         parts = [f"{_named(run)}, after {counted(len(run['epochs']), 'epoch')}."]
         if run.get("filters"):
             words = "The first convolution's kernels: blue negative, white zero, red positive."
-            parts.append(self.figure("filters", words, figures.filters, run["filters"]))
+            parts.append(self.figure("filters", words, figures.filters(run["filters"])))
         words = "Test images by true and predicted class; colour marks the mistakes."
         counts = run["epochs"][-1]["confusion"]
-        parts.append(self.figure("confusion", words, figures.confusion, counts))
+        parts.append(self.figure("confusion", words, figures.confusion(counts)))
         if run.get("mistakes") and (self.root is not None or records.of_mnist(run)):
             try:
                 images, _ = data.load("test", self.root)
@@ -388,53 +372,51 @@ class Report:
                 return "\n\n".join(parts)  # Without the images there is one picture less.
             items = [m for m in run["mistakes"] if m["index"] < len(images)][:_SHOWN_MISTAKES]
             words = "Wrong and surest of it: true class as predicted class, confidence, index."
-            parts.append(self.figure("mistakes", words, figures.mistakes, items, images))
+            parts.append(self.figure("mistakes", words, figures.mistakes(items, images)))
         return "\n\n".join(parts)
 
     # Report 2.
 
-    def _brief_2(self) -> list[tuple[str, str, str]]:
+    def _brief_2(self) -> list[list[str]]:
         rows = []
         for name, last, printed in (("rotation-0.2", 44, "99.57"), (_ALL, 108, "99.63")):
             best = [statistics.metric(run, "best test", 1, last) for run in self.of(name, last)]
             here = _mean(best) if best else f"not run for {last} epochs yet"
-            rows.append((f"`{name}`, best test of {last} epochs", f"{printed} %", here))
+            rows.append([f"`{name}`, best test of {last} epochs", f"{printed} %", here])
         if near := min(self._nearest(), key=lambda row: float(row[-1]), default=None):
             data, split, epoch, *means, _ = near
             here = f"nearest: {' / '.join(means)} ({data}, {split}, epoch {epoch})"
-            rows.append(("batch size 32 / 64 / 128", "78 / 60 / 45 %", here))
+            rows.append(["batch size 32 / 64 / 128", "78 / 60 / 45 %", here])
         if found := self._grid():
             name, nearest = min(found.items(), key=lambda one: abs(float(np.mean(one[1])) - 30))
             here = f"nearest: {np.mean(nearest):.1f} % (`{name}`)"
-            rows.append(("momentum and learning rate", "around 30 %", here))
+            rows.append(["momentum and learning rate", "around 30 %", here])
         return rows
 
-    def _size_means(self, pattern: str) -> dict[str, list[list[float]]]:
-        """Of a data set: mean accuracy by split, epoch and size, as far as all runs go."""
-        chosen = [self.of(pattern.format(size)) for size in _SIZES]
-        last = min(min((len(run["epochs"]) for run in runs), default=0) for runs in chosen)
-        return {
-            split: [
-                [float(np.mean([run["epochs"][e][key] for run in runs])) for runs in chosen]
-                for e in range(last)
-            ]
-            for split, key in tables.SPLITS.items()
-        }
+    @functools.cached_property
+    def _sizes(self) -> dict[tuple[str, str], list[list[float]]]:
+        """By data set and split: for each epoch that all runs reach the mean of each size."""
+        found = {}
+        for words, pattern in _SETS.items():
+            chosen = [self.of(pattern.format(size)) for size in _SIZES]
+            last = min(min((len(run["epochs"]) for run in runs), default=0) for runs in chosen)
+            for split, key in tables.SPLITS.items():
+                found[words, split] = [
+                    [float(np.mean([run["epochs"][e][key] for run in runs])) for runs in chosen]
+                    for e in range(last)
+                ]
+        return found
 
     def _nearest(self) -> list[list[str]]:
         """For each data set and split the epoch nearest to all printed figures."""
         rows = []
-        for words, pattern in _SETS.items():
-            for split, means in self._size_means(pattern).items():
-                far = [
-                    max(abs(m - x) for m, x in zip(row, _SIZES.values(), strict=True))
-                    for row in means
-                ]
-                if far:
-                    best = far.index(min(far))
-                    shown = [f"{m:.1f}" for m in means[best]]
-                    row = [words, split, f"{best + 1} of {len(far)}", *shown, f"{far[best]:.1f}"]
-                    rows.append(row)
+        for names, means in self._sizes.items():
+            printed = list(_SIZES.values())
+            far = [max(abs(m - x) for m, x in zip(r, printed, strict=True)) for r in means]
+            if far:
+                best = far.index(min(far))
+                shown = [f"{m:.1f}" for m in (*means[best], far[best])]
+                rows.append([*names, f"{best + 1} of {len(far)}", *shown])
         return rows
 
     def sizes(self) -> str:
@@ -444,16 +426,18 @@ class Report:
 
     def small_sizes(self) -> str:
         """The batch sizes on the small set, epoch by epoch."""
-        patterns = [pattern for pattern in _SETS.values() if pattern.startswith("small")]
+        small = {words: pattern for words, pattern in _SETS.items() if words.startswith("small")}
+        columns = [self._sizes[words, split] for words in small for split in tables.SPLITS]
         rows = []
-        for e, sets in enumerate(zip(*(self._by_epoch(p) for p in patterns), strict=False), 1):
-            pairs = [pair for means in sets for pair in zip(*means, strict=True)]
+        for e, means in enumerate(zip(*columns, strict=False), 1):
+            pairs = [
+                pair
+                for train, test in zip(means[::2], means[1::2], strict=True)
+                for pair in zip(train, test, strict=True)
+            ]
             rows.append([str(e), *(f"{train:.0f} / {test:.0f}" for train, test in pairs)])
-        head = ["epoch", *(f"`{p.format(size)}`" for p in patterns for size in _SIZES)]
+        head = ["epoch", *(f"`{p.format(size)}`" for p in small.values() for size in _SIZES)]
         return markdown.table(head, rows, "The small set epoch by epoch: training / test in %")
-
-    def _by_epoch(self, pattern: str) -> Iterable[tuple[list[float], ...]]:
-        return zip(*self._size_means(pattern).values(), strict=True)
 
     def _grid(self) -> dict[str, list[float]]:
         """Test accuracy of the momenta and learning rates on the small set."""
@@ -483,16 +467,15 @@ class Report:
         parts = []
         for name, experiment in experiments.EXPERIMENTS.items():
             if not experiment.section.startswith("report"):
-                told = f"`{name}`: {experiment.title}"
-                parts += [f"{told}; {experiment.note}." if experiment.note else f"{told}."]
-                parts += [self.reached([name])]
+                told = "; ".join(filter(None, [experiment.title, experiment.note]))
+                parts += [f"`{name}`: {told}.", self.reached([name])]
                 if choices := experiments.CHOICES.get(name):
-                    parts.append(
+                    parts += [
                         f"It was chosen among these, trained without the last "
-                        f"{choices[0].validation:,} training images and tested on them:"
-                    )
-                    parts.append(markdown.items(f"`{c.name}`: {c.title}" for c in choices))
-                    parts.append(self.reached(c.name for c in choices))
+                        f"{choices[0].validation:,} training images and tested on them:",
+                        markdown.items(f"`{c.name}`: {c.title}" for c in choices),
+                        self.reached(c.name for c in choices),
+                    ]
         return "\n\n".join(["## Beyond the reports", *parts]) if parts else ""
 
 
@@ -527,29 +510,21 @@ def write(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def source(name: str) -> str:
-        return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined, autoescape=False
+        loader=jinja2.PackageLoader(__package__, ""),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
-    paths, bodies = [], []
+    pages, bodies = {}, []
     for number in (1, 2):
         report = Report(number, results, folder, root)
-        context = {
-            "r": report,
-            "logs": reports.LOGS,
-            "figures": {
-                "best_theta02": reports.FIGURES["best_theta0.2"],
-                "top": reports.FIGURES["top_noise_dropout_conv_rot"],
-            },
-        }
-        page = environment.get_template(f"report-{number}.md.jinja").render(context)
+        template = environment.get_template(f"report-{number}.md.jinja")
+        page = template.render(r=report, logs=reports.LOGS, figures=reports.FIGURES)
         page = re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
-        paths.append(folder / f"report-{number}.md")
-        write_text(paths[-1], page)
         bodies.append(markdown.to_html(page, report.images))
-    paths.append(folder / "report.html")
-    write_text(paths[-1], markdown.html_page("Two reports on MNIST of 2016, run again", bodies))
-    return paths
+        pages[folder / f"report-{number}.md"] = page
+    page = environment.get_template("report.html.jinja").render(bodies=bodies)
+    pages[folder / "report.html"] = page
+    for path, page in pages.items():
+        write_text(path, page)
+    return list(pages)

@@ -158,13 +158,11 @@ def metric(run: Run, name: str, first: int, last: int) -> float:
 
 
 class Sample(NamedTuple):
-    """Mean, standard deviation (n - 1; NaN for one) and count of some values, with range."""
+    """Mean, standard deviation (n - 1; NaN for one) and count of some values."""
 
     mean: float
     sd: float
     n: int
-    low: float
-    high: float
 
 
 def mean_sd(values: Sequence[float]) -> Sample:
@@ -172,10 +170,10 @@ def mean_sd(values: Sequence[float]) -> Sample:
 
     Example:
         >>> mean_sd([1.0, 2.0, 3.0])
-        Sample(mean=2.0, sd=1.0, n=3, low=1.0, high=3.0)
+        Sample(mean=2.0, sd=1.0, n=3)
     """
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return Sample(float(np.mean(values)), sd, len(values), min(values), max(values))
+    return Sample(float(np.mean(values)), sd, len(values))
 
 
 # --- Tests -------------------------------------------------------------------------------------

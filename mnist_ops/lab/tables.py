@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..mnist import data
@@ -63,8 +62,7 @@ def signed(images: int | None) -> str:
     return "–" if images is None else f"{images:+d}".replace("-", "−") if images else "0"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One printed number and ours.
 
     Attributes:
@@ -81,7 +79,7 @@ class Cell:
 
     column: str
     experiment: str
-    run: Run | None
+    run: Any
     epoch: int
     split: str
     printed: float | None
@@ -97,24 +95,30 @@ def images_of(run: Run, split: str) -> int:
     return int(run["limit"] or data.COUNTS["train"])
 
 
+def _right(run: Run, split: str) -> dict[int, int]:
+    """How many images are right, by epoch."""
+    share = images_of(run, split) / 100
+    return {epoch["epoch"]: round(epoch[SPLITS[split]] * share) for epoch in run["epochs"]}
+
+
 def _cells(
     column: str,
     experiment: str,
     printed: Mapping[int, tuple[float | None, float | None]],
     runs: Sequence[Run],
 ) -> Iterable[Cell]:
+    reaching = {epoch: statistics.by_seed(runs, experiment, epoch) for epoch in sorted(printed)}
     # The run that has most of the column; of equals the one that statistics takes, too.
-    every = [statistics.by_seed(runs, experiment, epoch).get(1) for epoch in sorted(printed)]
-    run = next((run for run in reversed(every) if run is not None), None)
+    first = [by_seed[1] for by_seed in reaching.values() if 1 in by_seed]
+    run = first[-1] if first else None
     for epoch, pair in printed.items():
-        reaching = statistics.by_seed(runs, experiment, epoch).values()
-        entry = run["epochs"][epoch - 1] if run and epoch <= len(run["epochs"]) else None
         for (split, key), value in zip(SPLITS.items(), pair, strict=True):
-            known = [other["epochs"][epoch - 1][key] for other in reaching]
-            ours = entry[key] if entry else None
-            apart = None
-            if run is not None and ours is not None and value is not None:
-                apart = images_apart(ours, value, images_of(run, split))
+            known = [other["epochs"][epoch - 1][key] for other in reaching[epoch].values()]
+            ours = apart = None
+            if run is not None and epoch <= len(run["epochs"]):
+                ours = run["epochs"][epoch - 1][key]
+                if value is not None:
+                    apart = images_apart(ours, value, images_of(run, split))
             seeds = statistics.mean_sd(known) if known else None
             yield Cell(column, experiment, run, epoch, split, value, ours, apart, seeds)
 
@@ -153,7 +157,7 @@ def candidates(column: Experiment, runs: Sequence[Run]) -> list[tuple[Experiment
     for guess in CANDIDATES[column.name]:
         cells = list(_cells(guess.title, guess.name, {1: column.reported[1]}, runs))
         known = [c for c in cells if c.run and c.images is not None]
-        far = sum(100 * abs(c.images or 0) / images_of(c.run or {}, c.split) for c in known)
+        far = sum(100 * abs(c.images or 0) / images_of(c.run, c.split) for c in known)
         rows.append((far if known else math.inf, guess, cells if known else []))
     return [(guess, cells) for _, guess, cells in sorted(rows, key=lambda row: row[0])]
 
@@ -184,14 +188,17 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
     run = statistics.by_seed(full, name, reach).get(1) or statistics.by_seed(full, name).get(1)
     if run is None:
         return None
-    same = name, run["dtype"], 1
-    rows = [r for r in spread(results) if (r["experiment"], r["dtype"], r["seed"]) == same]
+    rows = [
+        row
+        for row in spread(results)
+        if (row["experiment"], row["dtype"], row["seed"]) == (name, run["dtype"], 1)
+    ]
     apart, inside = {}, {}
-    for split, key in SPLITS.items():
-        total = images_of(run, split)
+    for split in SPLITS:
         # Five digits name the count of images, of 60,000 as well.
-        counts = {i: round(x * total / 100) for i, x in enumerate(log[split], 1)}
-        ours = {e["epoch"]: round(e[key] * total / 100) for e in run["epochs"]}
+        share = images_of(run, split) / 100
+        counts = {epoch: round(x * share) for epoch, x in enumerate(log[split], 1)}
+        ours = _right(run, split)
         apart[split] = {i: ours[i] - n for i, n in counts.items() if ours.get(i, n) != n}
         outside = {}
         for row in rows:
@@ -239,17 +246,15 @@ def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             groups.setdefault((run["experiment"], run["dtype"], run["seed"]), []).append(run)
     rows = []
     for (name, dtype, seed), runs in groups.items():
-        if all(run["perturbed_weight"] is None for run in runs):
+        lengths = sorted(len(run["epochs"]) for run in runs)
+        if len(runs) < 2 or all(run["perturbed_weight"] is None for run in runs):
             continue
-        for epoch in range(1, max(len(run["epochs"]) for run in runs) + 1):
-            there = [run for run in runs if len(run["epochs"]) >= epoch]
-            if len(there) < 2:
-                break
+        right = {split: [_right(run, split) for run in runs] for split in SPLITS}
+        for epoch in range(1, lengths[-2] + 1):
             row: dict[str, Any] = {"experiment": name, "dtype": dtype, "seed": seed}
-            row |= {"epoch": epoch, "runs": len(there)}
-            for split, key in SPLITS.items():
-                total = images_of(there[0], split)
-                right = [round(run["epochs"][epoch - 1][key] * total / 100) for run in there]
-                row |= {f"{split}_lowest": min(right), f"{split}_highest": max(right)}
+            row |= {"epoch": epoch, "runs": sum(length >= epoch for length in lengths)}
+            for split, counts in right.items():
+                there = [count[epoch] for count in counts if epoch in count]
+                row |= {f"{split}_lowest": min(there), f"{split}_highest": max(there)}
             rows.append(row)
     return rows

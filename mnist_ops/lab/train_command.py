@@ -125,8 +125,8 @@ def write(
     confusion.save(args.out / "confusion.csv")
     run = {"epochs": [asdict(result) for result in history]}
     line = figures.Line("this run", {args.seed: run}, table)
-    path = args.out / "accuracy.png"
-    figures.curves([line], path, "Table 3.1", last=len(history), within=True)
+    figure = figures.curves([line], "Table 3.1", last=len(history), within=True)
+    figures.save(figure, args.out / "accuracy.png")
     print(f"{args.out} holds model.pt, checkpoint.pt, log.csv, confusion.csv and accuracy.png")
 
 

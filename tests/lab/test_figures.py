@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 
-import matplotlib.figure
 import matplotlib.text
 import numpy as np
 import pytest
@@ -21,20 +20,6 @@ def test_matplotlib_is_imported_when_needed():
     code = "import sys, mnist_ops.lab.figures; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Every figure that is saved."""
-    kept = []
-    save = matplotlib.figure.Figure.savefig
-
-    def keep(figure, *args, **options):
-        kept.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
-    return kept
 
 
 def check_layout(figure):
@@ -60,14 +45,14 @@ def line(label, rows, printed=None):
     return figures.Line(label, {run["seed"]: run for run in runs_of(label, rows)}, printed or {})
 
 
-def test_curves(tmp_path, drawn):
+def test_curves():
     other = [(95.0, 96.0), (95.5, 97.0)]
     lines = [
         line("a", THREE, {1: (96.71, 99.04), 2: (99.04, None)}),
         line("a-long-name-of-an-experiment", [other]),
     ]
-    figures.curves(lines, tmp_path / "curves.png", "the log")
-    training, test = drawn[0].axes
+    figure = figures.curves(lines, "the log")
+    training, test = figure.axes
     for axes, part in ((training, 0), (test, 1)):
         # Seed 1 of each, not the mean.
         shown = [one.get_xydata().tolist() for one in axes.lines]
@@ -86,31 +71,31 @@ def test_curves(tmp_path, drawn):
         low, high = axes.get_ylim()
         assert low < (95.0, 96.0)[part] and high > (99.04, 99.2)[part]
     assert training.get_ylabel() == "training (%)" and test.get_ylabel() == "test (%)"
-    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["a", "a-long-name-of-an-experiment", "all seeds", "the log"]
-    check_layout(drawn[0])
+    check_layout(figure)
 
 
-def test_curves_of_report_2(tmp_path, drawn):
+def test_curves_of_report_2():
     """Points that go on beyond the runs, and one that cannot be read."""
     curve = reports.FIGURES["best_theta0.2"]
-    figures.curves([line("a", THREE[:1], curve)], tmp_path / "curve.png")
-    training, test = drawn[0].axes
+    figure = figures.curves([line("a", THREE[:1], curve)])
+    training, test = figure.axes
     assert test.get_xlim()[1] > 44 and training.get_ylim()[1] > 99.9
     points = test.collections[0].get_offsets().tolist()
     assert len(points) == 43 and [30, 99.573] in points and 11 not in {x for x, _ in points}
     # Epoch 1 is far below what matters of 44.
     assert training.get_ylim()[0] > 97 and test.get_ylim()[0] < 97.563
-    check_layout(drawn[0])
+    check_layout(figure)
 
 
-def test_curves_until_an_epoch(tmp_path, drawn):
+def test_curves_until_an_epoch():
     rows = [[(90.0 + e, 91.0 + e) for e in range(9)]] * 2
-    figures.curves([line("a", rows, {1: (90.0, 91.0)})], tmp_path / "curve.png", last=3)
-    assert all(len(axes.lines[0].get_xdata()) == 3 for axes in drawn[0].axes)
-    assert drawn[0].axes[1].get_xlim()[1] < 3.5 and drawn[0].axes[0].get_ylim()[0] < 90
+    figure = figures.curves([line("a", rows, {1: (90.0, 91.0)})], last=3)
+    assert all(len(axes.lines[0].get_xdata()) == 3 for axes in figure.axes)
+    assert figure.axes[1].get_xlim()[1] < 3.5 and figure.axes[0].get_ylim()[0] < 90
     with pytest.raises(ValueError, match="neither a run nor a printed number"):
-        figures.curves([line("a", [])], tmp_path / "curve.png")
+        figures.curves([line("a", [])])
 
 
 def write_digits(root, count=12):
@@ -126,13 +111,12 @@ def write_digits(root, count=12):
         )
 
 
-def test_curves_within_the_epochs(drawn):
-    """The online accuracy of consecutive pieces; the figure is returned and nothing is written."""
+def test_curves_within_the_epochs():
+    """The online accuracy of consecutive pieces."""
     runs = runs_of("original", [[(91.0, 92.0), (93.0, 94.0)]])
     for epoch in runs[0]["epochs"]:
         epoch["curve"] = [80.0 + epoch["epoch"], 85.0]
     figure = figures.curves([figures.Line("a", {1: runs[0]}, {})], within=True)
-    assert drawn == []
     training, test = figure.axes
     assert [line.get_xydata().tolist() for line in training.lines] == [
         [[1, 91.0], [2, 93.0]],
@@ -141,19 +125,18 @@ def test_curves_within_the_epochs(drawn):
     assert len(test.lines) == 1
 
 
-def test_a_panel_without_a_number_is_left_out(tmp_path, drawn):
+def test_a_panel_without_a_number_is_left_out():
     """As of a log that has the test accuracies alone, before its run."""
-    figures.curves([figures.Line("a", {}, {1: (None, 99.0), 2: (None, 99.5)})], tmp_path / "a.png")
-    (panel,) = drawn[0].axes
+    figure = figures.curves([figures.Line("a", {}, {1: (None, 99.0), 2: (None, 99.5)})])
+    (panel,) = figure.axes
     assert panel.get_ylabel() == "test (%)" and panel.get_xlabel() == "epoch"
-    check_layout(drawn[0])
+    check_layout(figure)
 
 
-def test_normalization_gallery(tmp_path, drawn):
+def test_normalization_gallery(tmp_path):
     write_digits(tmp_path)
-    path = tmp_path / "gallery.png"
-    figures.normalization_gallery(path, [0, 7], tmp_path)
-    grid = [axes.images[0] for axes in drawn[0].axes]
+    figure = figures.normalization_gallery(tmp_path, [0, 7])
+    grid = [axes.images[0] for axes in figure.axes]
     assert len(grid) == 10
     shown = np.stack([np.asarray(picture.get_array()) for picture in grid])
     images, _ = data.load("train", tmp_path)
@@ -163,16 +146,14 @@ def test_normalization_gallery(tmp_path, drawn):
     for row, options in enumerate(kinds, 1):
         expected = data.prepare(*options, root=tmp_path).train_images[[0, 7], 0].numpy()
         assert np.array_equal(shown[2 * row : 2 * row + 2], expected)
-    names = [axes.get_ylabel() for axes in drawn[0].axes[::2]]
+    names = [axes.get_ylabel() for axes in figure.axes[::2]]
     assert names == ["as it is", "global", *(f"Gaussian1D({n})" for n in (7, 15, 21))]
-    check_layout(drawn[0])
+    check_layout(figure)
 
 
-def test_filters(tmp_path, drawn):
+def test_filters():
     weights = torch.arange(5 * 9.0).view(5, 1, 3, 3) - 20
-    figures.filters(weights, tmp_path / "filters.png")
-    figures.filters(weights.tolist(), tmp_path / "filters.png")
-    for figure in drawn:
+    for figure in (figures.filters(weights), figures.filters(weights.tolist())):
         picture = figure.axes[0].images[0]
         mosaic = np.ma.filled(picture.get_array(), np.nan)
         assert mosaic.shape == (9, 13)  # two rows of three, lines around each
@@ -183,58 +164,59 @@ def test_filters(tmp_path, drawn):
         check_layout(figure)
     for wrong in (torch.zeros(4, 2, 3, 3), torch.zeros(0, 1, 3, 3), [1.0]):
         with pytest.raises(ValueError, match="filters: weights must be"):
-            figures.filters(wrong, tmp_path / "filters.png")
+            figures.filters(wrong)
 
 
-def test_confusion(tmp_path, drawn):
+def test_confusion():
     counts = [
         [5 * (i == j) * 200 + (i + 2 * j) % 5 * (i != j) for j in range(10)] for i in range(10)
     ]
-    figures.confusion(counts, tmp_path / "confusion.png")
-    (axes,) = drawn[0].axes
+    figure = figures.confusion(counts)
+    (axes,) = figure.axes
     written = {text.get_position(): int(text.get_text()) for text in axes.texts}
     assert written == {(j, i): counts[i][j] for i in range(10) for j in range(10) if counts[i][j]}
     wrong = sum(map(sum, counts)) - 10_000
     assert axes.get_title() == f"{wrong} of {10_000 + wrong:,} images wrong"
-    check_layout(drawn[0])
+    check_layout(figure)
     # The counts fit their cells.
     cell = abs(axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0])
-    renderer = FigureCanvasAgg(drawn[0]).get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     assert max(text.get_window_extent(renderer).width for text in axes.texts) <= cell
     with pytest.raises(ValueError, match="confusion: counts must be square"):
-        figures.confusion([[1, 2]], tmp_path / "confusion.png")
+        figures.confusion([[1, 2]])
 
 
-def test_mistakes(tmp_path, drawn):
+def test_mistakes():
     images = torch.arange(6 * 4).view(6, 1, 2, 2)
     items = [{"index": i, "true": 3, "predicted": i, "confidence": 0.994} for i in (5, 1, 0, 2, 3)]
     del items[4]["confidence"]
-    figures.mistakes(items, images, tmp_path / "mistakes.png")
-    axes = drawn[0].axes
+    figure = figures.mistakes(items, images)
+    axes = figure.axes
     assert len(axes) == 8
     assert np.array_equal(axes[0].images[0].get_array(), images[5, 0])
     assert axes[0].get_title() == "3 as 5, 99 %" and axes[0].get_xlabel() == "no. 5"
     assert axes[4].get_title() == "3 as 3" and not axes[5].images
-    check_layout(drawn[0])
+    check_layout(figure)
 
 
 def test_the_same_bytes():
     lines = [line("a", THREE, {1: (96.71, 99.04)})]
-    first, second = (figures.png(figures.curves, lines) for _ in "ab")
+    first, second = (figures.render(figures.curves(lines)) for _ in "ab")
     assert first == second and first[:4] == b"\x89PNG"
 
 
 def test_a_full_disk_leaves_the_old_figure(tmp_path):
     """A limit on the size of files, as a disk that takes no more."""
     path = tmp_path / "confusion.png"
-    figures.confusion([[3, 1], [0, 4]], path)
+    figure = figures.confusion([[3, 1], [0, 4]])
+    figures.save(figure, path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         for name in ("confusion.png", "new.pdf"):
             with pytest.raises(OSError, match=name):
-                figures.confusion([[3, 1], [0, 4]], tmp_path / name)
+                figures.save(figure, tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
@@ -243,14 +225,14 @@ def test_a_full_disk_leaves_the_old_figure(tmp_path):
 
 def test_the_ending_chooses_the_format(tmp_path):
     for name, head in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
-        figures.confusion([[3, 1], [0, 4]], tmp_path / name)
+        figures.save(figures.confusion([[3, 1], [0, 4]]), tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(head)
 
 
 def test_the_gallery_does_not_depend_on_the_default_device(tmp_path, monkeypatch):
     write_digits(tmp_path)
     images, labels = data.load("train", tmp_path)
-    expected = figures.png(figures.normalization_gallery, indices=[0, 7], root=tmp_path)
+    expected = figures.render(figures.normalization_gallery(tmp_path, [0, 7]))
     monkeypatch.setattr(data, "load", lambda *_: (images, labels))
     real = data.local_norm
     monkeypatch.setattr(data, "local_norm", lambda x, n: outside(real, x, n))
@@ -260,4 +242,4 @@ def test_the_gallery_does_not_depend_on_the_default_device(tmp_path, monkeypatch
             return function(*arguments)
 
     with torch.device("meta"):
-        assert figures.png(figures.normalization_gallery, indices=[0, 7], root=tmp_path) == expected
+        assert figures.render(figures.normalization_gallery(tmp_path, [0, 7])) == expected

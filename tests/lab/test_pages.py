@@ -188,7 +188,7 @@ def test_everything_is_escaped():
 @pytest.fixture
 def no_figures(monkeypatch):
     """Where the words are looked at: a second a figure."""
-    monkeypatch.setattr(pages.figures, "png", lambda *_, **__: b"PNG")
+    monkeypatch.setattr(pages.figures, "render", lambda *_: b"PNG")
 
 
 @pytest.mark.parametrize("case", ["none", "empty", "unknown", "limit", "other data"])

@@ -91,7 +91,7 @@ def test_holm(seed):
 
 
 def test_mean_sd():
-    assert statistics.mean_sd(A) == pytest.approx((99.15, np.std(A, ddof=1), 4, 99.0, 99.3))
+    assert statistics.mean_sd(A) == pytest.approx((99.15, np.std(A, ddof=1), 4))
     assert math.isnan(statistics.mean_sd([99.0]).sd)
 
 
