@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def thinned(*axes: Iterable[Any], keep: int = 2) -> list[Any]:
+    """Cases for ``parametrize``: the product of the axes, of which one in ``keep`` is not slow.
+
+    The diagonals, so that each value of an axis is there with several values of the others.
+    """
+    cases = []
+    for places in itertools.product(*(list(enumerate(axis)) for axis in axes)):
+        values = [value for _, value in places]
+        marks = [pytest.mark.slow] if sum(i for i, _ in places) % keep else []
+        cases.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
+    return cases
+
+
+def first_of_each(cases: Iterable[Any]) -> list[Any]:
+    """Cases for ``parametrize``: the first with a name is not slow."""
+    known: set[str] = set()
+    result = []
+    for case in cases:
+        marks = [pytest.mark.slow] if case.name in known else []
+        result.append(pytest.param(case, marks=marks, id=str(case)))
+        known.add(case.name)
+    return result
 
 
 def torch7_tensor(entry: dict) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_operators import OPERATORS, Operator, every_operator, registered_calls
+from conftest import thinned
+from test_operators import OPERATORS, Operator, every_operator, one_of_each, registered_calls
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
@@ -139,6 +140,7 @@ def score(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 Function = Callable[[Tensor], Tensor]
+LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
 def compositions(x: Tensor) -> dict[str, Callable[[Function], Tensor]]:
@@ -193,8 +195,7 @@ def compositions(x: Tensor) -> dict[str, Callable[[Function], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@every_operator
+@pytest.mark.parametrize(("operator", "layout"), thinned(OPERATORS, LAYOUTS))
 def test_compositions(device, operator, layout):
     x = small(device).to(memory_format=layout)
     ours, theirs = both(operator, x)
@@ -212,7 +213,7 @@ def test_compositions(device, operator, layout):
         assert linear or actual.abs().max() > 0, name
 
 
-@every_operator
+@one_of_each
 def test_jacobians_and_hessians(device, operator):
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64, device=device)
     ours, theirs = both(operator, x)
@@ -270,26 +271,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("operator", CASES, ids=lambda o: f"{o}-{list(o.arguments)[:1]}")
-def test_finite_differences(device, operator):
+@pytest.mark.parametrize(("operator", "layout"), thinned(CASES, LAYOUTS))
+def test_finite_differences(device, operator, layout):
     """gradcheck in forward mode, batched and not, and of reverse mode's own tangents."""
-    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    shape = (2, 5, 1, 2) if operator.name == "softmax_nll" else (1, 2, 3, 4)
+    x = torch.randn(shape, dtype=torch.float64, device=device).to(memory_format=layout)
+    leaf = x.requires_grad_()
     f, _ = both(operator, x)
-    if operator.name == "softmax_nll":
-        x = torch.randn(2, 5, 2, dtype=torch.float64, device=device, requires_grad=True)
-        f, _ = both(operator, x)
-    for layout in (torch.contiguous_format, torch.channels_last)[: 1 + (x.dim() == 4)]:
-        leaf = x.detach().to(memory_format=layout).requires_grad_()
-        assert gradcheck(
-            f,
-            leaf,
-            check_forward_ad=True,
-            check_backward_ad=True,
-            check_batched_grad=True,
-            check_batched_forward_grad=True,
-        )
-        # Its batched check differentiates a third time.
-        assert gradgradcheck(f, leaf, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert gradcheck(
+        f,
+        leaf,
+        check_forward_ad=True,
+        check_backward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    # Its batched check differentiates a third time.
+    assert gradgradcheck(f, leaf, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 def test_finite_differences_of_single_images_and_vectors(device):
@@ -441,7 +439,7 @@ def test_integers_have_no_tangents(device):
 # --------------------------------------------------------------------- elsewhere than in eager mode
 
 
-@every_operator
+@one_of_each
 def test_compiled(device, operator):
     """In Dynamo's graphs no Python variable tells that there are tangents."""
     torch.compiler.reset()

@@ -6,7 +6,7 @@ import loops
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, torch7_cases, torch7_tensor
+from conftest import REFERENCE, thinned, torch7_cases, torch7_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
@@ -54,22 +54,25 @@ def test_equals_the_loops(device, name, kernel, dtype):
         )
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("threshold", [1e-4, 0.95])
-def test_gradients(device, name, kernel, threshold):
+@pytest.mark.parametrize(
+    ("name", "kernel", "threshold", "layout"),
+    thinned(
+        FUNCTIONS, KERNELS, (1e-4, 0.95), (torch.contiguous_format, torch.channels_last), keep=4
+    ),
+)
+def test_gradients(device, name, kernel, threshold, layout):
     function, thresholds = getattr(mnist_ops, name), options(name, threshold=threshold)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, device=device)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        leaf = x.contiguous(memory_format=layout).requires_grad_()
+    leaf = x.contiguous(memory_format=layout).requires_grad_()
+    weights = KERNELS[kernel].to(device)
 
-        def normalize(t):
-            return function(t, kernel.to(device), **thresholds)
+    def normalize(t):
+        return function(t, weights, **thresholds)
 
-        assert gradcheck(normalize, (leaf,))
-        assert gradgradcheck(normalize, (leaf,))
-        (grad,) = torch.autograd.grad(normalize(leaf).pow(3).sum(), leaf)
-        assert grad.is_contiguous(memory_format=layout)
+    assert gradcheck(normalize, (leaf,))
+    assert gradgradcheck(normalize, (leaf,))
+    (grad,) = torch.autograd.grad(normalize(leaf).pow(3).sum(), leaf)
+    assert grad.is_contiguous(memory_format=layout)
 
 
 def test_third_derivative(device):

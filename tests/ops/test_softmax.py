@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import loops
 import numpy as np
@@ -432,18 +429,6 @@ def check_long_rows(device: str = "cpu") -> None:
 
 def test_long_rows(device):
     check_long_rows(device)
-
-
-def test_long_rows_without_avx2():
-    """The kernels for any processor, which have fewer partial sums side by side."""
-    script = "import mnist_ops, test_softmax; test_softmax.check_long_rows()"
-    script += "; assert mnist_ops.build_info()['cpu_capability'] == 'baseline'"
-    environment = {
-        **os.environ,
-        "MNIST_OPS_CPU_CAPABILITY": "baseline",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -8,6 +8,7 @@ import loops
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import thinned
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import mnist_ops
@@ -63,8 +64,7 @@ def test_the_mean_equals_the_composition(device, options, layout):
     torch.testing.assert_close(ours, theirs)
 
 
-@windows
-@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(("options", "average"), thinned(WINDOWS, (False, True)))
 def test_derivatives_of_both_orders_in_both_modes(device, options, average):
     x = images(device)[:1, :2].requires_grad_()
     p = powers(device)[1:].requires_grad_()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import torch7_cases, torch7_tensor
+from conftest import thinned, torch7_cases, torch7_tensor
 
 from mnist_ops.torch7.optim import ASGD, CG, LBFGS, SGD
 
@@ -85,8 +85,9 @@ def test_every_trace_is_here():
     assert {kind_of(run) for run in RUNS.values()} == set(KINDS)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ROUNDING])
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "pieces"), thinned((name for name in RUNS if name not in ROUNDING), (1, 2))
+)
 def test_trace(name, pieces):
     run = RUNS[name]
     function = rosenbrock if name.endswith("rosen") else quadratic
