@@ -210,6 +210,7 @@ struct LossSum {
 
 template <typename T>
 struct SoftmaxForward {
+  using Element = T;
   using A = opmath_t<T>;
   SoftmaxGeometry g;
   Differences<A> differences;
@@ -236,6 +237,7 @@ struct SoftmaxForward {
 
 template <typename T>
 struct SoftmaxBackward {
+  using Element = T;
   using A = opmath_t<T>;
   SoftmaxGeometry g;
   A beta;

@@ -43,18 +43,24 @@ __global__ void __launch_bounds__(kSumBlock)
 // ------------------------------------------------------------------------------------- operators
 
 struct Kernels {
-  template <Kind kind, typename T>
-  static void forward(const Tensor& tensor, const Forward<T>& f) {
-    const Launcher launcher(tensor);
-    if (f.g.inner != 1) return forward_lines(launcher, kind, f);
-    if (!forward_short_rows(launcher, kind, f)) forward_rows(launcher, kind, f);
+  template <typename Arguments>
+  static bool are_short_rows(Kind kind, const Arguments& a) {
+    return a.g.inner == 1 && a.g.size <= kMostShortRow && !has_packs(kind, a);
   }
 
+  template <typename Arguments>
+  static void run(const Tensor& tensor, Kind kind, const Arguments& a) {
+    const Launcher launcher(tensor);
+    if (are_short_rows(kind, a)) return launch_tiles(launcher, kind, a);
+    return a.g.inner == 1 ? launch_rows(launcher, kind, a) : launch_lines(launcher, kind, a);
+  }
+  template <Kind kind, typename T>
+  static void forward(const Tensor& tensor, const Forward<T>& f) {
+    run(tensor, kind, f);
+  }
   template <Kind kind, typename T>
   static void backward(const Tensor& tensor, const Backward<T>& b) {
-    const Launcher launcher(tensor);
-    if (b.g.inner != 1) return backward_lines(launcher, kind, b);
-    if (!backward_short_rows(launcher, kind, b)) backward_rows(launcher, kind, b);
+    run(tensor, kind, b);
   }
 
   // To find out the host would have to wait for the device.
@@ -65,7 +71,8 @@ struct Kernels {
     if (loss == nullptr) return forward<Kind::kNll>(losses, f);
     // Blocks that add up losses: of the kernel that computes them, else of the one above, which has
     // several only where there are more losses than a few for each thread.
-    const int64_t count = losses.numel(), added = blocks_of_short_rows<T>(f.g);
+    const int64_t count = losses.numel();
+    const int64_t added = are_short_rows(Kind::kNll, f) ? blocks_of_tiles<Forward<T>>(f.g) : 0;
     const int64_t blocks =
         added > 0 ? added : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
     const Tensor sums = new_tensor(losses, {2 * blocks}, ScalarType::Double);

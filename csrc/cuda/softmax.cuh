@@ -1,29 +1,24 @@
 // Softmax, log-softmax and softmax + NLL on CUDA: what the kernels share.
 //
-// Bound by memory; every operator is one launch. Where the dimension is innermost in memory each
-// element is read once and written once (softmax_nll: read once), in packs of 16 bytes where rows
-// are aligned to that:
-//   tile     rows of a few elements that are no multiple of a pack (the reports' 10 classes): a
-//            block brings 256 rows to shared memory, as one piece, and a thread takes a row from
-//            there; forward, and for the gradient of the loss, the next rows are on their way
-//            meanwhile; blocks add up their losses themselves
-//   warp     rows of up to 1024 elements (256 without packs): up to 32 lanes share a row and hold
-//            it in registers
+// Bound by memory; every operator is one launch. Each element is read once and written once
+// (softmax_nll: read once) where threads can hold a line in registers (softmax_held.cuh), in packs
+// of 16 bytes where rows, lines whose elements are neighbours, are aligned to that:
+//   tile     rows of up to 256 elements that are no packs (the reports' 10 classes): a block brings
+//            as many as its threads hold to shared memory, as one piece, and up to 32 lanes share a
+//            row; the next rows are on their way meanwhile; blocks add up their losses themselves
+//   warp     rows of packs, of up to 1024 elements (512 in float64): up to 32 lanes share a row
 //   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
-//            numbers an element; float64; rows without packs): a block of as many threads as it
-//            takes holds a row in registers
+//            numbers an element; the gradient of the loss, which needs its target beside them;
+//            float64; rows without packs): a block of as many threads as it takes
 //   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
 //            8 times as many elements, and smaller blocks one of more than 16384
-//   stream   longer rows of packs: read twice, the second time from the end, whose elements are
-//            still in L2
-// Elsewhere:
-//   columns  lines of up to 256 elements, packs of them side by side: a block takes 4 to 32 packs
-//            of lines, threadIdx.x across them, so that reads are coalesced; threadIdx.y shares out
-//            each line, which is held in registers
-//   lines    other ones, and long rows without packs: a block takes 32 to 256 neighbouring lines in
-//            the same way, or one row, and reads them twice: the second reading finds most of its
-//            data in L2
-// One pass finds the largest value and the sum together wherever more than a warp has a line.
+//   columns  lines of up to 256 elements that are not rows, packs of them side by side: a block
+//            takes 4 to 32 packs of lines, threadIdx.x across them, so that reads are coalesced,
+//            threadIdx.y shares out each line
+// and read twice elsewhere:
+//   long     rows that are longer, a block each, and other lines, 32 to 256 neighbouring ones a
+//            block; the second time from the end, whose elements are still in L2
+// One pass finds the largest value and the sum together wherever more than a warp has a row.
 //
 // Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
 // thread adds up more than it can hold in registers, it does so in float64, a few numbers at a
@@ -124,12 +119,6 @@ struct Partial {
   __device__ void finish() { sum += static_cast<Sum>(largest - largest); }
 };
 
-// Division by the sum: by multiplication except in float64, where nobody waits for it.
-template <typename A>
-__device__ __forceinline__ A share_of(A power, A sum, A inverse) {
-  return std::is_same_v<A, double> ? power / sum : power * inverse;
-}
-
 // What a block added up; zeros for those that were planned, where fewer were launched.
 template <typename T>
 __device__ __forceinline__ void write_sum(const Forward<T>& f, const LossSum& sum) {
@@ -183,27 +172,58 @@ struct alignas(kVectorBytes) SharedBytes {
   }
 };
 
-constexpr int kFlight = 4;  // packs of a thread that are read together, and added up in float32
+template <typename Arguments>
+constexpr bool kIsForward = false;
+template <typename T>
+constexpr bool kIsForward<Forward<T>> = true;
 
-// In softmax_tiles.cu: false, and nothing done, where rows are not short ones.
+// Whether packs of 16 bytes begin where the tensors do. A loss is written by itself.
 template <typename T>
-bool forward_short_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
+bool has_aligned_packs(Kind kind, const Forward<T>& f) {
+  return are_aligned(f.in, kind == Kind::kNll ? f.in : f.out);
+}
 template <typename T>
-bool backward_short_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
-// The blocks of forward_short_rows, each of which can leave a LossSum; 0 where rows are not short.
-template <typename T>
-int64_t blocks_of_short_rows(const SoftmaxGeometry& g);
+bool has_aligned_packs(Kind, const Backward<T>& b) {
+  return are_aligned(b.grad, b.out, static_cast<const T*>(b.result));
+}
+// Whether rows are such packs.
+template <typename Arguments>
+bool has_packs(Kind kind, const Arguments& a) {
+  return a.g.size % kPackSize<typename Arguments::Element> == 0 && has_aligned_packs(kind, a);
+}
 
-// In softmax_rows.cu: rows, g.inner == 1.
-template <typename T>
-void forward_rows(const Launcher& launcher, Kind kind, const Forward<T>& f);
-template <typename T>
-void backward_rows(const Launcher& launcher, Kind kind, const Backward<T>& b);
+// Calls body with the kind as a number that is known at compile time, or with kAnyKind; the loss
+// and its gradient have a forward only.
+template <typename Arguments, bool any = false, typename F>
+void dispatch_kind(Kind kind, const F& body) {
+  if constexpr (any) {
+    body(Number<kAnyKind>{});
+  } else if (kind == Kind::kSoftmax) {
+    body(Number<static_cast<int>(Kind::kSoftmax)>{});
+  } else if (kind == Kind::kLogSoftmax) {
+    body(Number<static_cast<int>(Kind::kLogSoftmax)>{});
+  } else if constexpr (kIsForward<Arguments>) {
+    if (kind == Kind::kNll) return body(Number<static_cast<int>(Kind::kNll)>{});
+    body(Number<static_cast<int>(Kind::kNllGradient)>{});
+  }
+}
 
-// In softmax_lines.cu: lines of any kind.
-template <typename T>
-void forward_lines(const Launcher& launcher, Kind kind, const Forward<T>& f);
-template <typename T>
-void backward_lines(const Launcher& launcher, Kind kind, const Backward<T>& b);
+// In softmax_tiles.cu: rows that are no packs, of up to so many elements.
+constexpr int kMostShortRow = 256;
+template <typename Arguments>
+void launch_tiles(const Launcher& launcher, Kind kind, const Arguments& a);
+// Its blocks at most, each of which can leave a LossSum.
+template <typename Arguments>
+int64_t blocks_of_tiles(const SoftmaxGeometry& g);
+
+// In softmax_rows.cu: other rows.
+template <typename Arguments>
+void launch_rows(const Launcher& launcher, Kind kind, const Arguments& a);
+
+// In softmax_lines.cu: lines of any kind, and those that nobody holds, in packs of n elements.
+template <typename Arguments>
+void launch_lines(const Launcher& launcher, Kind kind, const Arguments& a);
+template <int n, typename Arguments>
+void launch_long(const Launcher& launcher, Kind kind, const Arguments& a);
 
 }  // namespace mnist_ops::cuda

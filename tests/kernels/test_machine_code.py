@@ -52,8 +52,6 @@ class Packed:
 
 
 TYPE = "(?P<type>double|float|Half|BFloat16)"
-HALF = "(?P<type>Half|BFloat16)"
-SINGLE = "(?P<type>float|Half|BFloat16)"
 N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
@@ -69,16 +67,13 @@ PACKED = (
     # sigmoid.cu
     Packed(rf"map_kernel<{N}, \w+, \w+, {TYPE}>", rest=True),
     # softmax_*.cu; 0 is softmax, 1 log_softmax, 2 the loss, which stores no packs, 3 its
-    # gradient, 4 any of them. Gradients of 32 float32 or 16 float64 numbers a thread keep 2 or 3 of
-    # them in local memory, and so do some kernels of any kind in float64.
-    Packed(rf"(warp|block)_kernel<[01], \w+, {N}, Softmax(Forward|Backward)<{TYPE}> ?>"),
-    Packed(rf"(warp|block)_kernel<3, \w+, {N}, SoftmaxForward<{HALF}> ?>"),
-    Packed(rf"forward_stream_kernel<{N}, {SINGLE}>", rest=True),
-    Packed(rf"forward_columns_kernel<3, {N}, {TYPE}>"),
-    Packed(rf"forward_columns_kernel<4, {N}, {SINGLE}>", rest=True),
-    Packed(f"backward_(stream|columns)_kernel<{N}, {TYPE}>"),
-    Packed(rf"forward_tile_kernel<[0134], \w+, {TYPE}>", rest=True),
-    Packed(f"backward_tile_kernel<{TYPE}>", rest=True),
+    # gradient, 4 any of them, which stores a loss by itself
+    Packed(rf"(warp|block)_kernel<[013], \w+, {N}, Softmax(Forward|Backward)<{TYPE}> ?>"),
+    Packed(rf"columns_kernel<[013], {N}, SoftmaxForward<{TYPE}> ?>"),
+    Packed(rf"columns_kernel<4, {N}, SoftmaxBackward<{TYPE}> ?>"),
+    Packed(rf"tile_kernel<[0134], \w+, \w+, Softmax(Forward|Backward)<{TYPE}> ?>", rest=True),
+    Packed(f"forward_long_kernel<{N}, {TYPE}>", rest=True),
+    Packed(f"backward_long_kernel<{N}, {TYPE}>"),
     # stage.cu; a few narrow stores are those of the rest of a map; four activations of two packs
     Packed(rf"tile_(forward|backward)_kernel<\w+, (?P<n>4), {TYPE}>", rest=True, ahead=8),
     Packed(r"tile_(forward|backward)_kernel<\w+, (?P<n>2), (?P<type>double)>", rest=True, ahead=8),
@@ -232,7 +227,7 @@ def test_faults_are_found():
         "no store of 16 bytes",
         "4 stores of less than 16 bytes",
     ]
-    eight = "backward_columns_kernel<4, Half>"
+    eight = "columns_kernel<4, 4, SoftmaxBackward<Half> >"
     assert faults(eight, Counter({("LDG", 8): 8, ("STG", 8): 4})) == []
     pairs = "forward_pairs_kernel<2, 8, Half>"
     assert faults(pairs, Counter({("LDG", 16): 2, ("STG", 8): 1})) == []
