@@ -182,12 +182,14 @@ struct LocalNormOperators {
   }
 };
 
+// For other operators (stage.cpp, stage.cu), which are named in messages.
+namespace cpu {
+Tensor subtractive_norm2d(const char* op, const Tensor& input, const Tensor& kernel);
+Tensor subtractive_norm2d_backward(const char* op, const Tensor& grad, const Tensor& kernel);
+}  // namespace cpu
 namespace cuda {
-
-// For other operators (cuda/stage.cu), whose arguments are checked.
-Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel);
-Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel);
-
+Tensor subtractive_norm2d(const char* op, const Tensor& input, const Tensor& kernel);
+Tensor subtractive_norm2d_backward(const char* op, const Tensor& grad, const Tensor& kernel);
 }  // namespace cuda
 
 }  // namespace mnist_ops

@@ -135,20 +135,6 @@ MNIST_OPS_HD T sign_of(T x) {
   return x > T(0) ? T(1) : negative;
 }
 
-// The functions below take a plane as a pointer to its first element, or as anything else that
-// gives its elements by plane[offset] and names the type to compute in (stage.h has planes that
-// apply an activation when they are read).
-template <typename Plane>
-struct PlaneMath {
-  using type = typename Plane::math_type;
-};
-template <typename T>
-struct PlaneMath<T*> {
-  using type = opmath_t<std::remove_const_t<T>>;
-};
-template <typename Plane>
-using plane_math_t = typename PlaneMath<Plane>::type;
-
 // r^p for r >= 0, by multiplication where p is 1 to 4 (as it is for p = 3, 4 and their gradients).
 template <typename T>
 MNIST_OPS_HD T raised(T r, T p) {
@@ -182,8 +168,8 @@ class BlockSum {
 };
 
 // Largest magnitude of a window; NaN if there is one in it.
-template <typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
+template <typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_max(const T* plane, const PoolGeometryOf<I>& g, I oh, I ow) {
   A largest = A(0);
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
@@ -195,8 +181,8 @@ MNIST_OPS_HD A window_max(Plane plane, const PoolGeometryOf<I>& g, I oh, I ow) {
 }
 
 // The sum over a window of (|x| / largest)^p.
-template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A scaled_power_sum(Plane plane, const PoolGeometryOf<I>& g, A p, A largest, I oh,
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A scaled_power_sum(const T* plane, const PoolGeometryOf<I>& g, A p, A largest, I oh,
                                 I ow) {
   BlockSum<A> sum;
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
@@ -209,8 +195,8 @@ MNIST_OPS_HD A scaled_power_sum(Plane plane, const PoolGeometryOf<I>& g, A p, A 
 }
 
 // The p-norm of a window, by way of its largest element.
-template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A scaled_window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   const A largest = window_max(plane, g, oh, ow);
   // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
   if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
@@ -221,8 +207,8 @@ MNIST_OPS_HD A scaled_window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, 
 }
 
 // y of one window: plane points at the channel's first element.
-template <Norm norm, typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_norm(const T* plane, const PoolGeometryOf<I>& g, A p, I oh, I ow) {
   if constexpr (norm == Norm::kInf || norm == Norm::kGeneral) {
     return scaled_window_norm<norm>(plane, g, p, oh, ow);
   } else {
@@ -240,8 +226,8 @@ MNIST_OPS_HD A window_norm(Plane plane, const PoolGeometryOf<I>& g, A p, I oh, I
 }
 
 // How many elements of a window have its largest magnitude.
-template <typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A window_ties(Plane plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
+template <typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A window_ties(const T* plane, const PoolGeometryOf<I>& g, A y, I oh, I ow) {
   I ties = 0;  // float32 would stop at 2^24
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
@@ -273,8 +259,8 @@ constexpr int kSharpPower = 1024;
 
 // dy/dx for such a p: with m the window's largest element, (|x| / m)^(p-1) S^(1/p-1) where S is the
 // sum of (|x| / m)^p. slope: what norm_gradient gives, which is 0 or NaN for the same elements.
-template <typename Plane, typename I, typename A = plane_math_t<Plane>>
-MNIST_OPS_HD A sharp_gradient(Plane plane, const PoolGeometryOf<I>& g, A x, A p, A slope, I oh,
+template <typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A sharp_gradient(const T* plane, const PoolGeometryOf<I>& g, A x, A p, A slope, I oh,
                               I ow) {
   const A largest = window_max(plane, g, oh, ow);
   if (!(largest <= std::numeric_limits<A>::max())) return slope;
@@ -283,9 +269,8 @@ MNIST_OPS_HD A sharp_gradient(Plane plane, const PoolGeometryOf<I>& g, A x, A p,
 }
 
 // The gradient of one input element: the sum over the windows that hold it, in a fixed order.
-template <Norm norm, typename GradPlane, typename InPlane, typename OutPlane, typename I,
-          typename A = plane_math_t<InPlane>>
-MNIST_OPS_HD A input_gradient(GradPlane grad_plane, InPlane in_plane, OutPlane out_plane,
+template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
+MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* out_plane,
                               const PoolGeometryOf<I>& g, A p, I ih, I iw) {
   const A x = static_cast<A>(in_plane[ih * g.in_h + iw * g.in_w]);
   BlockSum<A> sum;
@@ -522,5 +507,17 @@ struct PoolOperators {
     m.impl("lp_pool2d_double_backward", TORCH_BOX(&PoolOperators::double_backward));
   }
 };
+
+// For other operators (stage.cpp, stage.cu), as PoolOperators takes them.
+namespace cpu {
+Tensor lp_pool2d(const Images& x, const PoolGeometry& geometry, double p);
+Tensor lp_pool2d_backward(const Tensor& grad_output, const Images& x, const Tensor& output,
+                          const PoolGeometry& geometry, double p);
+}  // namespace cpu
+namespace cuda {
+Tensor lp_pool2d(const Images& x, const PoolGeometry& geometry, double p);
+Tensor lp_pool2d_backward(const Tensor& grad_output, const Images& x, const Tensor& output,
+                          const PoolGeometry& geometry, double p);
+}  // namespace cuda
 
 }  // namespace mnist_ops

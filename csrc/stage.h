@@ -17,6 +17,7 @@
 #include "local_norm.h"
 #include "lp_pool.h"
 
+#include <optional>
 #include <string>
 
 namespace mnist_ops {
@@ -56,18 +57,33 @@ inline StageArguments stage_arguments(const char* op, const Images& input, const
           pool_geometry(op, input, pool)};
 }
 
-// The operators of one backend, given its forward(op, images, kernel, arguments) and
-// backward(op, grad_output, images, kernel, arguments); grad_output has the layout of the input.
-template <auto forward, auto backward>
+// Whether 2 x 2 windows with p = 2 tile the image, as in the networks: what both backends have
+// kernels for. What is left over on the right and below is in no window.
+inline bool is_tiled_by_twos(const StageArguments& arguments) {
+  const PoolGeometry& g = arguments.geometry;
+  // With ceil_mode a last row of windows may hang over the image.
+  return arguments.p == 2.0 && g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 &&
+         g.stride_w == 2 && g.padding_h == 0 && g.padding_w == 0 && 2 * g.OH <= g.H &&
+         2 * g.OW <= g.W;
+}
+
+// The operators of one backend. fused() and fused_backward() do a whole stage, or nothing where the
+// backend has no kernels for it; there its operators for the three steps run one after the other,
+// between which everything is in the type to compute in: half types are rounded once here, too.
+template <typename Backend>
 struct StageOperators {
   static Tensor stage2d(const Tensor& input, const Tensor& kernel, std::string activation, double p,
                         std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                         std::vector<int64_t> padding, bool ceil_mode) {
     const char* op = "stage2d";
     const Images x = images_of(op, "input", input);
-    return forward(
-        op, x, kernel,
-        stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode}));
+    const StageArguments arguments =
+        stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
+    if (x.data.numel() == 0) return new_pooled(x, arguments.geometry);
+    if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
+    const Images a = activated(x, arguments);
+    const Tensor y = Backend::lp_pool2d(a, arguments.geometry, arguments.p);
+    return converted(Backend::subtractive_norm2d(op, y, kernel), x.data.scalar_type());
   }
 
   static Tensor stage2d_backward(const Tensor& grad_output, const Tensor& input,
@@ -78,8 +94,26 @@ struct StageOperators {
     const Images x = images_of(op, "input", input);
     const StageArguments arguments =
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
-    return backward(op, pooled_like(op, "grad_output", grad_output, x, arguments.geometry), x,
-                    kernel, arguments);
+    const PoolGeometry& g = arguments.geometry;
+    const Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, g);
+    if (x.data.numel() == 0) return empty_images(x, x.H, x.W);
+    if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
+    const Images a = activated(x, arguments);
+    const Tensor y = Backend::lp_pool2d(a, g, arguments.p);
+    const Tensor grad_y =
+        Backend::subtractive_norm2d_backward(op, converted(grad_z, a.data.scalar_type()), kernel);
+    Tensor grad_a = Backend::lp_pool2d_backward(grad_y, a, y, g, arguments.p);
+    Tensor grad_x = empty_images(x, x.H, x.W);
+    Backend::activate_backward(arguments.activation, a.data, grad_a, grad_x);
+    return grad_x;
+  }
+
+  // act(x) in the type to compute in.
+  static Images activated(const Images& x, const StageArguments& arguments) {
+    Images a = x;
+    a.data = empty_images(x, x.H, x.W, type_to_compute_in(x.data));
+    Backend::activate(arguments.activation, x.data, a.data);
+    return a;
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {

@@ -8,29 +8,29 @@ namespace mnist_ops::cpu {
 // even[j] = x[2 j], odd[j] = x[2 j + 1].
 template <typename A>
 inline void split_pairs(const A* x, A* even, A* odd, int64_t count) {
+  const auto plainly = [=] {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) even[j] = x[2 * j], odd[j] = x[2 * j + 1];
+  };
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<A, float>) {
     const auto eight = [&](int64_t j) {
       _mm256_storeu_ps(even + j, swap_middle(every_other(x + 2 * j, false)));
       _mm256_storeu_ps(odd + j, swap_middle(every_other(x + 2 * j, true)));
     };
-    if (count >= 8) {
-      for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
-      if (count % 8 != 0) eight(count - 8);  // some of it for a second time: rows are short
-      return;
-    }
+    return by_eights(count, eight, plainly);
   }
 #endif
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    even[j] = x[2 * j];
-    odd[j] = x[2 * j + 1];
-  }
+  plainly();
 }
 
 // The reverse.
 template <typename A>
 inline void join_pairs(const A* even, const A* odd, A* x, int64_t count) {
+  const auto plainly = [=] {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) x[2 * j] = even[j], x[2 * j + 1] = odd[j];
+  };
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<A, float>) {
     const auto eight = [&](int64_t j) {
@@ -39,18 +39,10 @@ inline void join_pairs(const A* even, const A* odd, A* x, int64_t count) {
       _mm256_storeu_ps(x + 2 * j, _mm256_permute2f128_ps(low, high, 0x20));
       _mm256_storeu_ps(x + 2 * j + 8, _mm256_permute2f128_ps(low, high, 0x31));
     };
-    if (count >= 8) {
-      for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
-      if (count % 8 != 0) eight(count - 8);
-      return;
-    }
+    return by_eights(count, eight, plainly);
   }
 #endif
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    x[2 * j] = even[j];
-    x[2 * j + 1] = odd[j];
-  }
+  plainly();
 }
 
 // How windows are grouped. `inner` numbers lie side by side at each pixel: 1, or all channels.

@@ -215,7 +215,9 @@ Tensor backward_each(const Images& x, const PoolGeometry& g, double p, const Ten
   return converted(grad_input, x.data.scalar_type());
 }
 
-Tensor pooled(const Images& x, const PoolGeometry& g, double p) {
+}  // namespace
+
+Tensor lp_pool2d(const Images& x, const PoolGeometry& g, double p) {
   if (x.data.numel() == 0) return new_pooled(x, g);
   const Grouping all(g, x.channels_last);
   if (!all.fits()) return forward_each(x, g, p);
@@ -227,8 +229,8 @@ Tensor pooled(const Images& x, const PoolGeometry& g, double p) {
   return output;
 }
 
-Tensor pool_gradient(const Tensor& grad, const Images& x, const Tensor& y, const PoolGeometry& g,
-                     double p) {
+Tensor lp_pool2d_backward(const Tensor& grad, const Images& x, const Tensor& y,
+                          const PoolGeometry& g, double p) {
   if (x.data.numel() == 0) return empty_images(x, g.H, g.W);
   const Grouping all(g, x.channels_last);
   if (!all.fits()) return backward_each(x, g, p, grad, y);
@@ -240,6 +242,8 @@ Tensor pool_gradient(const Tensor& grad, const Images& x, const Tensor& y, const
   });
   return grad_input;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> pool_second(const Tensor& stored_direction, const Tensor& stored_grad,
                                        const Images& x, const Tensor& stored_y,
@@ -278,7 +282,7 @@ std::tuple<Tensor, Tensor> pool_second(const Tensor& stored_direction, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CPU, m) {
-  PoolOperators<&pooled, &pool_gradient, &pool_second>::register_all(m);
+  PoolOperators<&lp_pool2d, &lp_pool2d_backward, &pool_second>::register_all(m);
 }
 
 }  // namespace mnist_ops::cpu

@@ -71,12 +71,12 @@ using Operators = LocalNormOperators<&forward, &backward>;
 
 }  // namespace
 
-Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
-  return Operators::subtractive_norm2d(input, kernel);
+Tensor subtractive_norm2d(const char* op, const Tensor& input, const Tensor& kernel) {
+  return forward(op, input, kernel, {LocalNorm::kSubtractive, 0, 0});
 }
 
-Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
-  return Operators::subtractive_norm2d_backward(grad_output, kernel);
+Tensor subtractive_norm2d_backward(const char* op, const Tensor& grad, const Tensor& kernel) {
+  return backward(op, grad, grad, kernel, {LocalNorm::kSubtractive, 0, 0});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {

@@ -29,22 +29,6 @@
 
 namespace mnist_ops::cuda {
 
-// |x|^p for p = 1, 2, and, kGeneral, 3 and 4. These kernels are not for other powers: pow would be
-// their bound, and too much code where loops over windows and elements are unrolled.
-template <Norm norm, typename A>
-__device__ __forceinline__ A power_of(A x, A p) {
-  if (norm == Norm::kTwo) return x * x;
-  const A size = magnitude(x);
-  return norm == Norm::kOne ? size : size * size * (p == A(3) ? size : size * size);
-}
-
-// And its inverse for p = 2, 3 and 4.
-template <Norm norm, typename A>
-__device__ __forceinline__ A root_of(A sum, A p) {
-  if (norm == Norm::kTwo) return std::sqrt(sum);
-  return p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum));
-}
-
 // dy/dx for the elements of a window with norm y: norm_gradient of lp_pool.h, kGeneral standing for
 // p = 3 and 4, with one division for a window instead of one for an element. In float64 every
 // element is divided, and below SafeNorm too.
@@ -67,33 +51,6 @@ struct Slopes {
     }
   }
 };
-
-// The p-norm of a window in registers.
-template <Norm norm, int kTaps, typename A>
-__device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
-  if constexpr (norm != Norm::kInf) {
-    A sum = A(0);
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k], p);
-    if (norm == Norm::kOne) return sum;
-    // Of squares, and as well of higher powers: what is lost to underflow does not count.
-    if (is_safe_square_sum(sum)) return root_of<norm>(sum, p);
-  }
-  A largest = A(0);
-#pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
-    const A size = magnitude(x[k]);
-    if (size > largest || size != size) largest = size;  // nothing is above NaN: it stays
-  }
-  // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
-  if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
-    return largest;
-  }
-  A sum = A(0);
-#pragma unroll
-  for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k] / largest, p);
-  return largest * root_of<norm>(sum, p);
-}
 
 // Sizes of the planes that `pairs` kernels work on.
 struct PairGeometry {
@@ -173,11 +130,5 @@ template <typename T>
 bool takes_channels(const PoolGeometry& g, bool aligned) {
   return aligned && g.C % kPackSize<T> == 0 && counts_in_32_bits(g) && fits_narrow(g, g.N);
 }
-
-// The operators once their arguments are checked; all tensors in the layout of x. For p as
-// usable_norm_type gives it.
-Tensor pooled(const Images& x, const PoolGeometry& geometry, double p);
-Tensor pool_gradient(const Tensor& grad_output, const Images& x, const Tensor& output,
-                     const PoolGeometry& geometry, double p);
 
 }  // namespace mnist_ops::cuda

@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 
 }  // namespace
 
-Tensor pool_gradient(const Tensor& grad_output, const Images& x, const Tensor& output,
-                     const PoolGeometry& geometry, double p) {
+Tensor lp_pool2d_backward(const Tensor& grad_output, const Images& x, const Tensor& output,
+                          const PoolGeometry& geometry, double p) {
   const Launcher launcher(x.data);
   Tensor grad_input = empty_images(x, x.H, x.W);
   if (x.data.numel() == 0) return grad_input;
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> pool_second(const Tensor& direction, const Tensor& gr
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  PoolOperators<&pooled, &pool_gradient, &pool_second>::register_all(m);
+  PoolOperators<&lp_pool2d, &lp_pool2d_backward, &pool_second>::register_all(m);
 }
 
 }  // namespace mnist_ops::cuda

@@ -100,7 +100,7 @@ bool forward_packs(const Launcher& launcher, const PoolGeometry& g, bool channel
 
 }  // namespace
 
-Tensor pooled(const Images& x, const PoolGeometry& geometry, double p) {
+Tensor lp_pool2d(const Images& x, const PoolGeometry& geometry, double p) {
   const Launcher launcher(x.data);
   Tensor output = new_pooled(x, geometry);
   if (x.data.numel() == 0) return output;

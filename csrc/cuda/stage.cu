@@ -30,12 +30,10 @@
 //             NHWC        31         26        35
 //             budget      88         44        44
 //
-// Elsewhere the three operators do, one after the other, between which everything is in the type to
-// compute in: half types are rounded once here, too. They move three to four times as much, and
-// nothing measured asks for more than the networks' windows. No atomics either way.
+// Elsewhere the three operators do (../stage.h). They move three to four times as much, and nothing
+// measured asks for more than the networks' windows. No atomics either way.
 
 #include "fast_math.cuh"
-#include "lp_pool.cuh"
 #include "stage.cuh"
 
 namespace mnist_ops::cuda {
@@ -390,21 +388,15 @@ __global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlock
   }
 }
 
-// How many elements, neighbours of a row or channels, a thread takes at once where 2 x 2 windows
-// with p = 2 tile the image; 0 where windows are taken one by one.
-template <typename T, typename... Pointers>
-int tile_pack(const StageArguments& arguments, bool channels_last, const Pointers*... images) {
+// How many elements, neighbours of a row or channels, a thread takes at once; 0 where the image is
+// not tiled, or not in packs.
+template <typename T>
+int tile_pack(const StageArguments& arguments, bool channels_last, const T* image) {
   const PoolGeometry& g = arguments.geometry;
-  const bool tiles = g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 && g.stride_w == 2 &&
-                     g.padding_h == 0 && g.padding_w == 0;
-  // With ceil_mode a last row of windows may hang over the image.
-  const bool inside = 2 * g.OH <= g.H && 2 * g.OW <= g.W;
-  if (arguments.p != 2.0 || !tiles || !inside) return 0;
+  if (!is_tiled_by_twos(arguments)) return 0;
   for (int n = kNeighbours<T>; n >= (channels_last ? kNeighbours<T> : 2); n /= 2) {
-    const auto aligned = [n](const void* pointer) {
-      return reinterpret_cast<uintptr_t>(pointer) % (static_cast<size_t>(n) * sizeof(T)) == 0;
-    };
-    if ((channels_last ? g.C : g.W) % n == 0 && (aligned(images) && ...)) return n;
+    const bool aligned = reinterpret_cast<uintptr_t>(image) % (n * sizeof(T)) == 0;
+    if (aligned && (channels_last ? g.C : g.W) % n == 0) return n;
   }
   return 0;
 }
@@ -412,8 +404,8 @@ int tile_pack(const StageArguments& arguments, bool channels_last, const Pointer
 // The stage for one kernel, a block for each image; where the weights are is left to be said. map:
 // a tensor of the output's shape; pack: what tile_pack said. The geometry must fit into 32 bits.
 template <typename T>
-Fused<T> fused(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
-               const T* map, int pack) {
+Fused<T> fused_of(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
+                  const T* map, int pack) {
   constexpr int n = kNeighbours<T>;
   const PoolGeometry& g = arguments.geometry;
   Fused<T> s{};
@@ -454,7 +446,8 @@ bool fits_block(const StageArguments& arguments, bool channels_last, const Tenso
       product(g.OH + kernel.size(0), g.OW + kernel.size(kernel.dim() - 1)) > kMost) {
     return false;
   }
-  const Fused<T> s = fused<T>(arguments, channels_last, kernel, static_cast<const T*>(nullptr), 0);
+  const Fused<T> s =
+      fused_of<T>(arguments, channels_last, kernel, static_cast<const T*>(nullptr), 0);
   return s.shared_bytes() <= shared_memory_limit();
 }
 
@@ -482,49 +475,6 @@ void dispatch_tiles(bool channels_last, int pack, const F& body) {
   body(Number<0>{}, Number<2>{});
 }
 
-// The stage in one kernel, where 2 x 2 windows with p = 2 tile the image and its pooled map fits
-// into the shared memory of a block. False, and nothing done, elsewhere.
-template <typename T>
-bool forward_tiles(const Images& x, const Tensor& kernel, const StageArguments& arguments,
-                   Tensor& output) {
-  const T* in = x.data.const_data_ptr<T>();
-  const int pack = tile_pack<T>(arguments, x.channels_last, in);
-  if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return false;
-  const Launcher launcher(x.data);
-  const Tensor weights = kernel_in_double(kernel);
-  output = new_pooled(x, arguments.geometry);
-  T* out = output.mutable_data_ptr<T>();
-  Fused<T> s = fused<T>(arguments, x.channels_last, kernel, out, pack);
-  s.kernel = weights.const_data_ptr<double>();
-  dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-    launcher.run_clusters_with_shared(
-        tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
-        tile_threads(s), s.shared_bytes(), s, in, out);
-  });
-  return true;
-}
-
-template <typename T>
-bool backward_tiles(const Tensor& grad_output, const Images& x, const Tensor& kernel,
-                    const StageArguments& arguments, Tensor& grad_input) {
-  const T *in = x.data.const_data_ptr<T>(), *grad = grad_output.const_data_ptr<T>();
-  T* to = grad_input.mutable_data_ptr<T>();
-  const int pack = tile_pack<T>(arguments, x.channels_last, in, to);
-  if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return false;
-  const Launcher launcher(x.data);
-  const Tensor weights = kernel_in_double(kernel);
-  Fused<T> s = fused<T>(arguments, x.channels_last, kernel, grad, pack);
-  s.kernel = weights.const_data_ptr<double>();
-  dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-    launcher.run_clusters_with_shared(
-        tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
-        tile_threads(s), s.shared_bytes(), s, grad, in, to);
-  });
-  return true;
-}
-
-// ----------------------------------------------------------------- the three operators, elsewhere
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(int64_t count, ActivationKind activation, const T* __restrict__ x,
@@ -545,58 +495,83 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// act(x) in the type to compute in.
-template <typename T>
-Images activated(const Images& x, ActivationKind activation) {
-  Images a = x;
-  a.data = empty_images(x, x.H, x.W, type_to_compute_in(x.data));
-  Launcher(x.data).run_over(activate_kernel<T>, x.data.numel(), x.data.numel(), activation,
-                            x.data.const_data_ptr<T>(), a.data.mutable_data_ptr<opmath_t<T>>());
-  return a;
-}
+struct Backend {
+  static std::optional<Tensor> fused(const char* op, const Images& x, const Tensor& kernel,
+                                     const StageArguments& arguments) {
+    std::optional<Tensor> output;
+    dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      const T* in = x.data.const_data_ptr<T>();
+      const int pack = tile_pack<T>(arguments, x.channels_last, in);
+      if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return;
+      const Launcher launcher(x.data);
+      const Tensor weights = kernel_in_double(kernel);
+      output = new_pooled(x, arguments.geometry);
+      T* out = output->mutable_data_ptr<T>();
+      Fused<T> s = fused_of<T>(arguments, x.channels_last, kernel, out, pack);
+      s.kernel = weights.const_data_ptr<double>();
+      dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
+        launcher.run_clusters_with_shared(
+            tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
+            tile_threads(s), s.shared_bytes(), s, in, out);
+      });
+    });
+    return output;
+  }
 
-Tensor forward(const char* op, const Images& x, const Tensor& kernel,
-               const StageArguments& arguments) {
-  const PoolGeometry& g = arguments.geometry;
-  if (x.data.numel() == 0) return new_pooled(x, g);
-  Tensor output;
-  dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    if (forward_tiles<T>(x, kernel, arguments, output)) return;
-    const Images a = activated<T>(x, arguments.activation);
-    output = converted(subtractive_norm2d(pooled(a, g, arguments.p), kernel), x.data.scalar_type());
-  });
-  return output;
-}
+  static std::optional<Tensor> fused_backward(const char* op, const Tensor& grad_output,
+                                              const Images& x, const Tensor& kernel,
+                                              const StageArguments& arguments) {
+    std::optional<Tensor> grad_input;
+    dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      const T *in = x.data.const_data_ptr<T>(), *grad = grad_output.const_data_ptr<T>();
+      const int pack = tile_pack<T>(arguments, x.channels_last, in);  // new tensors are aligned
+      if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return;
+      const Launcher launcher(x.data);
+      const Tensor weights = kernel_in_double(kernel);
+      grad_input = empty_images(x, x.H, x.W);
+      T* to = grad_input->mutable_data_ptr<T>();
+      Fused<T> s = fused_of<T>(arguments, x.channels_last, kernel, grad, pack);
+      s.kernel = weights.const_data_ptr<double>();
+      dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
+        launcher.run_clusters_with_shared(
+            tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
+            tile_threads(s), s.shared_bytes(), s, grad, in, to);
+      });
+    });
+    return grad_input;
+  }
 
-Tensor backward(const char* op, const Tensor& grad_output, const Images& x, const Tensor& kernel,
-                const StageArguments& arguments) {
-  const PoolGeometry& g = arguments.geometry;
-  Tensor grad_input = empty_images(x, x.H, x.W);
-  if (x.data.numel() == 0) return grad_input;
-  dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    if (backward_tiles<T>(grad_output, x, kernel, arguments, grad_input)) return;
-    const Images a = activated<T>(x, arguments.activation);
-    const Tensor y = pooled(a, g, arguments.p);
-    const Tensor grad_z = converted(grad_output, a.data.scalar_type());
-    const Tensor grad_y = subtractive_norm2d_backward(grad_z, kernel);
-    const Tensor grad_a = pool_gradient(grad_y, a, y, g, arguments.p);
-    const int64_t count = x.data.numel();
-    Launcher(x.data).run_over(activation_gradient_kernel<T>, count, count, arguments.activation,
-                              grad_a.const_data_ptr<A>(), a.data.const_data_ptr<A>(),
-                              grad_input.mutable_data_ptr<T>());
-  });
-  return grad_input;
-}
+  static void activate(ActivationKind activation, const Tensor& x, Tensor& a) {
+    dispatch_floating("stage2d", x.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      Launcher(x).run_over(activate_kernel<T>, x.numel(), x.numel(), activation,
+                           x.const_data_ptr<T>(), a.mutable_data_ptr<opmath_t<T>>());
+    });
+  }
 
-using Operators = StageOperators<&forward, &backward>;
+  static void activate_backward(ActivationKind activation, const Tensor& a, const Tensor& grad_a,
+                                Tensor& grad_x) {
+    dispatch_floating("stage2d", grad_x.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      using A = opmath_t<T>;
+      Launcher(a).run_over(activation_gradient_kernel<T>, a.numel(), a.numel(), activation,
+                           grad_a.const_data_ptr<A>(), a.const_data_ptr<A>(),
+                           grad_x.mutable_data_ptr<T>());
+    });
+  }
+
+  static constexpr auto lp_pool2d = &cuda::lp_pool2d;
+  static constexpr auto lp_pool2d_backward = &cuda::lp_pool2d_backward;
+  static constexpr auto subtractive_norm2d = &cuda::subtractive_norm2d;
+  static constexpr auto subtractive_norm2d_backward = &cuda::subtractive_norm2d_backward;
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  Operators::register_all(m);
+  StageOperators<Backend>::register_all(m);
 }
 
 }  // namespace mnist_ops::cuda

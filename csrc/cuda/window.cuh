@@ -1,4 +1,5 @@
-// Where windows of pooling lie: geometries in 32 bits, the place of a result, the norm of a kernel.
+// Windows of pooling: geometries in 32 bits, the place of a result, the norm of a kernel, a window
+// in registers.
 #pragma once
 
 #include "../lp_pool.h"
@@ -94,6 +95,49 @@ template <typename F>
 void dispatch_window(const PoolGeometry& g, double p, const F& body) {
   if (!fits_narrow(g, g.N)) return body(AnyNorm{}, g);
   dispatch_norm(p, [&](auto tag) { body(tag, narrow(g)); });
+}
+
+// |x|^p for p = 1, 2, and, kGeneral, 3 and 4. Not for other powers: pow would be the bound, and
+// too much code where loops over windows and elements are unrolled.
+template <Norm norm, typename A>
+__device__ __forceinline__ A power_of(A x, A p) {
+  if (norm == Norm::kTwo) return x * x;
+  const A size = magnitude(x);
+  return norm == Norm::kOne ? size : size * size * (p == A(3) ? size : size * size);
+}
+
+// And its inverse for p = 2, 3 and 4.
+template <Norm norm, typename A>
+__device__ __forceinline__ A root_of(A sum, A p) {
+  if (norm == Norm::kTwo) return std::sqrt(sum);
+  return p == A(3) ? std::cbrt(sum) : std::sqrt(std::sqrt(sum));
+}
+
+// The p-norm of a window in registers.
+template <Norm norm, int kTaps, typename A>
+__device__ __forceinline__ A norm_of_taps(const A (&x)[kTaps], A p) {
+  if constexpr (norm != Norm::kInf) {
+    A sum = A(0);
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k], p);
+    if (norm == Norm::kOne) return sum;
+    // Of squares, and as well of higher powers: what is lost to underflow does not count.
+    if (is_safe_square_sum(sum)) return root_of<norm>(sum, p);
+  }
+  A largest = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    const A size = magnitude(x[k]);
+    if (size > largest || size != size) largest = size;  // nothing is above NaN: it stays
+  }
+  // Zero, infinity, NaN: the norm is the same, and dividing by it would make NaN of it.
+  if (norm == Norm::kInf || !(largest > A(0)) || largest > std::numeric_limits<A>::max()) {
+    return largest;
+  }
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) sum += power_of<norm>(x[k] / largest, p);
+  return largest * root_of<norm>(sum, p);
 }
 
 }  // namespace mnist_ops::cuda

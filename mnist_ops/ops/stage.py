@@ -53,9 +53,9 @@ def stage2d(
     It is ``subtractive_norm2d(lp_pool2d(act(input), norm_type, kernel_size, ...), kernel)`` but for
     rounding: :func:`lp_pool2d` and :func:`subtractive_norm2d` have the formulas, conventions and
     :math:`u`. In one operator the input is read once, the output written once, and nothing between
-    them is stored; the backward pass reads the input again and computes the rest anew. On CUDA that
-    is so for windows of 2 x 2 with p = 2 on maps that fit into a block's shared memory, the
-    reports' networks; elsewhere the three operators run there, one after the other.
+    them is stored; the backward pass reads the input again and computes the rest anew. That is so
+    for 2 x 2 windows with p = 2 side by side, the reports' networks, on CUDA where a pooled map
+    fits into a block's shared memory; elsewhere the three operators run, one after the other.
 
     Half types are computed in float32 from the input to the output, where the three operators round
     after each step. Differentiable twice; the third derivative is an error.
