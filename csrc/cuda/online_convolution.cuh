@@ -20,57 +20,18 @@ struct ConvolutionInput {
 };
 
 // Adds one input channel's part to the 2 x 2 outputs whose first input is (h0, w0); weight(k) gives
-// the channel's weights. K is the size of a square kernel that was compiled for, or 0.
-template <int K, typename T, typename W>
+// the channel's weights.
+template <typename T, typename W>
 __device__ __forceinline__ void correlate(T (&sum)[4], const ConvolutionInput<T>& in, int32_t c,
                                           int32_t h0, int32_t w0, int32_t kernel_h,
                                           int32_t kernel_w, const W& weight) {
-  if constexpr (K == 0) {
-    for (int32_t kh = 0; kh < kernel_h; ++kh) {
-      for (int32_t kw = 0; kw < kernel_w; ++kw) {
-        const T a = weight(kh * kernel_w + kw);
-        sum[0] += a * in(h0 + kh, w0 + kw, c);
-        sum[1] += a * in(h0 + kh, w0 + kw + 1, c);
-        sum[2] += a * in(h0 + kh + 1, w0 + kw, c);
-        sum[3] += a * in(h0 + kh + 1, w0 + kw + 1, c);
-      }
-    }
-  } else {
-    // A row of the input serves two rows of weights: the one it came with, and the one before.
-    T before[K] = {};
+  for (int32_t kh = 0; kh < kernel_h; ++kh) {
+    for (int32_t kw = 0; kw < kernel_w; ++kw) {
+      const T a = weight(kh * kernel_w + kw);
 #pragma unroll
-    for (int r = 0; r <= K; ++r) {
-      T now[K];
-#pragma unroll
-      for (int k = 0; k < K; ++k) now[k] = r < K ? weight(r * K + k) : T(0);
-      if (h0 + r >= 0 && h0 + r < in.H) {  // the same for all lanes, and half of a gradient's rows
-        T x[K + 1];
-#pragma unroll
-        for (int q = 0; q <= K; ++q) x[q] = in(h0 + r, w0 + q, c);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          sum[0] += now[k] * x[k];
-          sum[1] += now[k] * x[k + 1];
-          sum[2] += before[k] * x[k];
-          sum[3] += before[k] * x[k + 1];
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < K; ++k) before[k] = now[k];
+      for (int i = 0; i < 4; ++i) sum[i] += a * in(h0 + kh + i / 2, w0 + kw + i % 2, c);
     }
   }
-}
-
-// The L2 norm of four numbers.
-template <typename T>
-__device__ __forceinline__ T norm_of_four(const T (&v)[4]) {
-  const T sum = v[0] * v[0] + v[1] * v[1] + (v[2] * v[2] + v[3] * v[3]);
-  if (is_safe_square_sum(sum)) return std::sqrt(sum);
-  PoolGeometryOf<int32_t> g{};
-  g.H = g.W = g.kernel_h = g.kernel_w = 2;
-  g.OH = g.OW = g.stride_h = g.stride_w = 1;
-  g.in_h = 2, g.in_w = 1;
-  return scaled_window_norm<Norm::kTwo>(v, g, T(2), 0, 0);
 }
 
 // Writes a tile's outputs of channel o, and the pooled one, which it returns.
@@ -86,15 +47,15 @@ __device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)
     if (row < p.OH && column < p.OW) y[(row * p.OW + column) * p.O + o] = v[i];
   }
   if (!p.fused_pool) return v[0];
-  const T norm = norm_of_four(v);
+  const T norm = norm_of_taps<Norm::kTwo>(v, T(2));
   s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm;
   return norm;
 }
 
-// Tasks of one output channel and some tiles, a warp for a tile, lanes for input channels. Bound by
-// reading: a lane reads (K + 1)^2 inputs and K^2 weights for 4 K^2 multiplications, the inputs in
-// whole lines from the caches, the weights from the block's own memory.
-template <int K, typename T>
+// Tasks of one output channel and some tiles, a warp for a tile, lanes for input channels: where
+// nothing is tiled. Bound by reading: a lane reads four inputs, in whole lines from the caches, for
+// each weight, which is in the block's own memory where it fits.
+template <typename T>
 __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t block,
                                      int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
   const int32_t taps = p.kernel_h * p.kernel_w, step = odd(taps);
@@ -105,7 +66,7 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
   each_task(p.tasks, block, blocks, [&](int32_t task) {
     const int32_t o = task / chunks, begin = task % chunks * p.per_task;
     const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
-    if (K > 0 || p.staged) {
+    if (p.staged) {
       __syncthreads();  // the task before may still be reading
       for (int32_t i = thread_index(); i < p.C * taps; i += thread_count()) {
         shared[i / taps * step + i % taps] = weights[weight_index(p, o, i / taps, i % taps)];
@@ -116,14 +77,10 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
       const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
       T sum[4] = {};
       for (int32_t c = lane; c < p.C; c += kWarp) {
-        if (K > 0 || p.staged) {
-          const T* row = shared + c * step;
-          correlate<K>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
-                       [&](int32_t k) { return row[k]; });
-        } else {
-          correlate<0>(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
-                       [&](int32_t k) { return weights[weight_index(p, o, c, k)]; });
-        }
+        correlate(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
+                  [&](int32_t k) {
+                    return p.staged ? shared[c * step + k] : weights[weight_index(p, o, c, k)];
+                  });
       }
       for (auto& part : sum) part = lane_sum(part, kWarp);
       if (lane == 0) store_tile(p, s, sum, h, w, o);
@@ -353,7 +310,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
         if (o >= p.O) continue;
         const T v[4] = {value_at(0, w, g), value_at(0, w + 1, g), value_at(1, w, g),
                         value_at(1, w + 1, g)};
-        s.at(p.pooled)[(k.pair * (p.OW / 2) + w / 2) * p.O + o] = norm_of_four(v);
+        s.at(p.pooled)[(k.pair * (p.OW / 2) + w / 2) * p.O + o] = norm_of_taps<Norm::kTwo>(v, T(2));
       }
     }
     if (t.group_sum != kNowhere) {
@@ -466,7 +423,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
       if (o < p.O) {
         const T* v = values + j * 4 * p.O + o;
         const T window[4] = {v[0], v[p.O], v[2 * p.O], v[3 * p.O]};
-        norm = norm_of_four(window);
+        norm = norm_of_taps<Norm::kTwo>(window, T(2));
         s.at(p.pooled)[(first + j) * p.O + o] = norm;
       }
       if (p.channel_sum == kNowhere) continue;
@@ -491,9 +448,8 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
       return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, block, blocks, shared)
                                                 : first_convolution<0>(p, s, block, blocks, shared);
     }
-    if (p.tile.group == 3) return tiled_convolution<5, 3, 3>(p, s, block, blocks, shared);
-    return p.tile.segment == 5 ? tiled_convolution<5, 4, 2>(p, s, block, blocks, shared)
-                               : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
+    return p.tile.group == 3 ? tiled_convolution<5, 3, 3>(p, s, block, blocks, shared)
+                             : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
   }
   const T* x = s.map(p.x);
   const T* mean = prepare_mean(p.blur, s, x, shared);
@@ -507,14 +463,7 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
       s.at(p.flat)[i] = x[i] - mean[i / p.C];
     }
   }
-  const bool square = p.kernel_h == p.kernel_w && p.staged;
-  if (square && p.kernel_h == 5) {
-    convolution_by_warps<5>(p, s, block, blocks, in, shared);
-  } else if (square && p.kernel_h == 3) {
-    convolution_by_warps<3>(p, s, block, blocks, in, shared);
-  } else {
-    convolution_by_warps<0>(p, s, block, blocks, in, shared);
-  }
+  convolution_by_warps(p, s, block, blocks, in, shared);
 }
 
 }  // namespace mnist_ops::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "online_step.cuh"
+#include "window.cuh"
 
 namespace mnist_ops::cuda {
 
@@ -37,29 +38,17 @@ template <typename T>
 __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef, T* shared) {
   const int32_t pixels = b.H * b.W;
   const Divider across(b.W);
-  const bool is_short = blurs_by_short_taps(b);
+  const bool is_short = blurs_by_short_taps(b), flip = b.adjoint && !is_short;
   const T channels = static_cast<T>(b.C);
   T* sum = shared;
   T* mean = shared + pixels;
-  const T* short_taps = shared + 2 * pixels;
+  const T* taps = is_short ? shared + 2 * pixels : s.at(b.taps);
   wait_for_copies();
   __syncthreads();
   if (b.separable) {
     for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
-      const int32_t h = across.quotient(i), w = i - h * b.W, first = w - b.taps_w / 2;
-      if (is_short) {
-        T total = T(0);
-#pragma unroll
-        for (int k = 0; k < kShortTaps; ++k) {
-          const int32_t column = first + k;
-          if (k < b.taps_w && column >= 0 && column < b.W) {
-            total += sum[h * b.W + column] * short_taps[k];
-          }
-        }
-        mean[i] = total;
-      } else {
-        mean[i] = blur_row_at(b, sum, s.at(b.taps), h, w);
-      }
+      const int32_t h = across.quotient(i), w = i - h * b.W;
+      mean[i] = blur_line_at(sum + h * b.W, 1, b.W, taps, b.taps_w, flip, w);
     }
     __syncthreads();
     T* rows = mean;
@@ -67,19 +56,9 @@ __device__ const T* finish_mean(const BlurPlan& b, const Step<T>& s, T own_coef,
     sum = rows;
   }
   for (int32_t i = thread_index(); i < pixels; i += thread_count()) {
-    const int32_t h = across.quotient(i), w = i - h * b.W, first = h - b.taps_h / 2;
-    T total = T(0);
-    if (is_short) {
-#pragma unroll
-      for (int k = 0; k < kShortTaps; ++k) {
-        const int32_t row = first + k;
-        if (k < b.taps_h && row >= 0 && row < b.H) total += sum[row * b.W + w] * short_taps[k];
-      }
-    } else if (b.separable) {
-      total = blur_column_at(b, sum, s.at(b.taps), h, w);
-    } else {
-      total = blur_at(b, sum, s.at(b.taps), h, w);
-    }
+    const int32_t h = across.quotient(i), w = i - h * b.W;
+    const T total = b.separable ? blur_line_at(sum + w, b.W, b.H, taps, b.taps_h, flip, h)
+                                : blur_at(b, sum, taps, h, w);
     const T blurred = total / channels;
     mean[i] = b.adjoint ? blurred : blurred / coef_at(b, s, own_coef, i);
   }

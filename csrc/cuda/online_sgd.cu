@@ -350,32 +350,16 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                                              std::vector<Tensor> kernels, Tensor images,
                                              Tensor labels, Tensor order, Tensor uniform,
                                              int64_t loss, Tensor settings, bool nesterov) {
-  MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
-  const ScalarType dtype = parameters[0].scalar_type();
-  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
-                  ": parameters must be float64 or float32, got ",
-                  torch::headeronly::toString(dtype));
+  check_online_arguments(kOp, parameters, images, labels, loss);
   MNIST_OPS_CHECK(order.dim() == 2 && order.scalar_type() == ScalarType::Long && order.size(0) > 0,
                   kOp, ": order must be int64 (models, M), got ",
                   torch::headeronly::toString(order.scalar_type()), " ", shape_string(order));
   const int64_t models = order.size(0);
-  MNIST_OPS_CHECK(images.dim() == 2 || images.dim() == 4, kOp,
-                  ": images must be (N, C, H, W) or (N, features), got the shape ",
-                  shape_string(images));
-  MNIST_OPS_CHECK(
-      images.scalar_type() == ScalarType::Double || images.scalar_type() == ScalarType::Float, kOp,
-      ": images must be float64 or float32, got ",
-      torch::headeronly::toString(images.scalar_type()));
-  MNIST_OPS_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
-                      labels.size(0) == images.size(0),
-                  kOp, ": labels must be int64 (", images.size(0), ",), got ",
-                  torch::headeronly::toString(labels.scalar_type()), " ", shape_string(labels));
   MNIST_OPS_CHECK(
       settings.dim() == 2 && settings.size(0) == models && settings.size(1) == kSettings &&
           settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
       kOp, ": settings must be float64 (", models, ", ", int{kSettings}, ") on the CPU, got ",
       torch::headeronly::toString(settings.scalar_type()), " ", shape_string(settings));
-  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
   const Tensor numbers_of_models = contiguous_of(settings);
   const double* setting = numbers_of_models.const_data_ptr<double>();
   bool momentum = false;
@@ -419,9 +403,9 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                   uniform.numel());
 
   // Dense copies of what is not dense; the parameters' go back at the end.
-  std::vector<Tensor> values, speeds, wide_kernels;
-  for (const Tensor& tensor : parameters) values.push_back(contiguous_to_write(tensor));
-  for (const Tensor& tensor : velocities) speeds.push_back(contiguous_to_write(tensor));
+  const std::vector<Tensor> values = dense_to_write(parameters);
+  const std::vector<Tensor> speeds = dense_to_write(velocities);
+  std::vector<Tensor> wide_kernels;
   std::vector<std::array<int64_t, 3>> taps;
   for (std::size_t i = 0; i < kernels.size(); ++i) {
     const Tensor& first = own_kernels[i % own_kernels.size()];
@@ -435,19 +419,10 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
   std::vector<int64_t> sizes;
   for (const Tensor& tensor : own) sizes.push_back(tensor.numel());
   const CurrentStream stream(parameters[0]);  // and device
-  const bool wide = dtype == ScalarType::Double;
-  const int64_t memory = wide ? free_shared_memory(run_phases_kernel<double>())
-                              : free_shared_memory(run_phases_kernel<float>());
-  const auto dtype_bytes = static_cast<int64_t>(wide ? sizeof(double) : sizeof(float));
-  const Program program =
-      Planner(kOp, spec, sizes, taps, block_threads(), memory / dtype_bytes).plan();
-
   Tensor losses = new_tensor(parameters[0], {models, order.size(1)});
   Tensor predictions = new_tensor(order, {models, order.size(1)});
-  const Tensor pictures = contiguous_of(images);
-  const Tensor classes = contiguous_of(labels);
-  const Tensor sequence = contiguous_of(order);
-  const Tensor numbers = contiguous_of(uniform);
+  const Tensor pictures = contiguous_of(images), classes = contiguous_of(labels);
+  const Tensor sequence = contiguous_of(order), numbers = contiguous_of(uniform);
   const Call call{values,
                   speeds,
                   wide_kernels,
@@ -460,21 +435,14 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                   static_cast<Loss>(loss),
                   nesterov,
                   models};
-  if (order.size(1) > 0) {
-    if (wide) {
-      Engine<double>(call, program, losses, predictions).run();
-    } else {
-      Engine<float>(call, program, losses, predictions).run();
-    }
-  }
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    if (values[i].data_ptr() != parameters[i].data_ptr()) {
-      torch::stable::copy_(parameters[i], values[i]);
-    }
-    if (!speeds.empty() && speeds[i].data_ptr() != velocities[i].data_ptr()) {
-      torch::stable::copy_(velocities[i], speeds[i]);
-    }
-  }
+  dispatch_computed(parameters[0], [&](auto element) {
+    using T = decltype(element);
+    const int64_t memory = free_shared_memory(run_phases_kernel<T>()) / int64_t{sizeof(T)};
+    const Program program = Planner(kOp, spec, sizes, taps, block_threads(), memory).plan();
+    if (order.size(1) > 0) Engine<T>(call, program, losses, predictions).run();
+  });
+  copy_back(parameters, values);
+  copy_back(velocities, speeds);
   return {losses, predictions};
 }
 

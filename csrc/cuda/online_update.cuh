@@ -266,62 +266,9 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
   });
 }
 
-// The gradients of K weights of one row of the kernel, for one input channel; inside: no column of
-// the input lies in the padding.
-template <int K, bool inside, typename T>
-__device__ __forceinline__ void row_gradient(T (&sum)[K], const Phase& p, const T* map, const T* d,
-                                             int32_t d_step, int32_t c, int32_t kh) {
-  for (int32_t oh = 0; oh < p.OH; ++oh) {
-    const int32_t h = oh + kh - p.padding_h;
-    if (h < 0 || h >= p.H) continue;
-    const T* row = map + h * p.W * p.C + c;
-    const auto at = [&](int32_t w) {
-      if constexpr (inside) {
-        return row[w * p.C];
-      } else {
-        const int32_t column = w - p.padding_w;
-        return column >= 0 && column < p.W ? row[column * p.C] : T(0);
-      }
-    };
-    T x[K];
-#pragma unroll
-    for (int k = 0; k < K - 1; ++k) x[k] = at(k);
-#pragma unroll K
-    for (int32_t ow = 0; ow < p.OW; ++ow) {
-      x[K - 1] = at(ow + K - 1);
-      const T g = d[(oh * p.OW + ow) * d_step];
-#pragma unroll
-      for (int k = 0; k < K; ++k) sum[k] += g * x[k];
-#pragma unroll
-      for (int k = 0; k < K - 1; ++k) x[k] = x[k + 1];
-    }
-  }
-}
-
-template <int K, typename T>
-__device__ __forceinline__ void update_rows(const Phase& p, const Step<T>& s,
-                                            const ConvolutionInput<T>& in, const T* d,
-                                            int32_t d_step, int32_t o, const Update<T>& update) {
-  for (int32_t i = thread_index(); i < p.C * K; i += thread_count()) {
-    const int32_t c = i % p.C, kh = i / p.C;
-    T sum[K] = {};
-    if (p.padding_w == 0) {
-      row_gradient<K, true>(sum, p, in.data, d, d_step, c, kh);
-    } else {
-      row_gradient<K, false>(sum, p, in.data, d, d_step, c, kh);
-    }
-    const int64_t first = p.weight + (o * p.C + c) * K * K + kh * K;
-    T* velocity = s.velocity(first);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      update.one(s.at(first)[k], velocity == nullptr ? nullptr : velocity + k, sum[k]);
-    }
-  }
-}
-
-// A task is an output channel: its gradient plane goes into the block's own memory, then a thread
-// makes the gradients of a row of weights for one input channel, neighbouring threads neighbouring
-// channels, and applies them. With few input channels threads share the pixels of one weight.
+// What is not tiled: a task is an output channel, whose gradient plane goes into the block's own
+// memory. A thread makes the gradient of one weight and applies it, neighbouring threads for
+// neighbouring channels; where there are few weights, threads share the pixels of one.
 template <typename T>
 __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                    T* shared) {
@@ -346,39 +293,27 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
       __syncthreads();
       d = plane, d_step = 1;
     }
-    const int32_t groups = p.staged ? thread_count() / weights : 0;
-    if (p.C >= 16 && p.kernel_h == 5 && p.kernel_w == 5) {
-      update_rows<5>(p, s, in, d, d_step, o, update);
-    } else if (p.C >= 16 && p.kernel_h == 3 && p.kernel_w == 3) {
-      update_rows<3>(p, s, in, d, d_step, o, update);
-    } else {
-      // Thread (group, weight); one group where there are more weights than threads.
-      const int32_t step = groups < 2 ? thread_count() : weights;
-      const int32_t group = groups < 2 ? 0 : thread_index() / weights;
-      const int32_t first = groups < 2 ? thread_index() : thread_index() % weights;
-      for (int32_t i = first; i < weights && (groups < 2 || group < groups); i += step) {
-        const int32_t c = i / taps, kh = i % taps / p.kernel_w, kw = i % p.kernel_w;
-        T sum = T(0);
-        for (int32_t pixel = group; pixel < pixels; pixel += groups < 2 ? 1 : groups) {
-          sum += d[pixel * d_step] *
-                 in(pixel / p.OW + kh - p.padding_h, pixel % p.OW + kw - p.padding_w, c);
-        }
-        if (groups < 2) {
-          const int64_t at = p.weight + o * weights + i;
-          update.one(*s.at(at), s.velocity(at), sum);
-        } else {
-          partial[group * weights + i] = sum;
-        }
+    // Weight i is that of input channel i % C and tap i / C.
+    const auto gradient = [&](int32_t i, int32_t first, int32_t step) {
+      const int32_t c = i % p.C, kh = i / p.C / p.kernel_w, kw = i / p.C % p.kernel_w;
+      T sum = T(0);
+      for (int32_t pixel = first; pixel < pixels; pixel += step) {
+        sum += d[pixel * d_step] *
+               in(pixel / p.OW + kh - p.padding_h, pixel % p.OW + kw - p.padding_w, c);
       }
-      if (groups >= 2) {
-        __syncthreads();
-        for (int32_t i = thread_index(); i < weights; i += thread_count()) {
-          T sum = T(0);
-          for (int32_t j = 0; j < groups; ++j) sum += partial[j * weights + i];
-          const int64_t at = p.weight + o * weights + i;
-          update.one(*s.at(at), s.velocity(at), sum);
-        }
-      }
+      return sum;
+    };
+    const int32_t sharing = p.staged ? thread_count() / weights : 0;
+    if (sharing > 1) {
+      const int32_t i = thread_index() % weights, part = thread_index() / weights;
+      if (part < sharing) partial[part * weights + i] = gradient(i, part, sharing);
+      __syncthreads();
+    }
+    for (int32_t i = thread_index(); i < weights; i += thread_count()) {
+      T sum = sharing > 1 ? partial[i] : gradient(i, 0, 1);
+      for (int32_t part = 1; part < sharing; ++part) sum += partial[part * weights + i];
+      const int64_t at = p.weight + o * weights + i % p.C * taps + i / p.C;
+      update.one(*s.at(at), s.velocity(at), sum);
     }
     const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
     update_bias(p, s, update, o, bias, d, pixels, d_step);

@@ -7,15 +7,6 @@
 
 namespace mnist_ops::online {
 
-template <typename T>
-int64_t block_count(const Shape& shape) {
-  return divide_up(shape.C, kLanes<T>);
-}
-template <typename T>
-int64_t block_size(const Shape& shape) {
-  return shape.pixels() * kLanes<T>;
-}
-
 // A map and the gradient with respect to it.
 template <typename T>
 struct Map {

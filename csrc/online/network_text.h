@@ -302,6 +302,42 @@ class NetworkReader {
   bool trained_ = false;  // a layer with parameters was added
 };
 
+// What both engines ask of their operators' arguments.
+inline void check_online_arguments(const char* op, const std::vector<Tensor>& parameters,
+                                   const Tensor& images, const Tensor& labels, int64_t loss) {
+  const auto is_float = [](const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Double || tensor.scalar_type() == ScalarType::Float;
+  };
+  const auto name_of = [](const Tensor& tensor) {
+    return torch::headeronly::toString(tensor.scalar_type());
+  };
+  MNIST_OPS_CHECK(!parameters.empty(), op, ": the network has no parameters");
+  MNIST_OPS_CHECK(is_float(parameters[0]), op, ": parameters must be float64 or float32, got ",
+                  name_of(parameters[0]));
+  MNIST_OPS_CHECK(images.dim() == 2 || images.dim() == 4, op,
+                  ": images must be (N, C, H, W) or (N, features), got the shape ",
+                  shape_string(images));
+  MNIST_OPS_CHECK(is_float(images), op, ": images must be float64 or float32, got ",
+                  name_of(images));
+  MNIST_OPS_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
+                      labels.size(0) == images.size(0),
+                  op, ": labels must be int64 (", images.size(0), ",), got ", name_of(labels), " ",
+                  shape_string(labels));
+  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, op, ": loss must be 0, 1 or 2, got ", loss);
+}
+
+// Dense tensors to train in, of which those that are copies go back at the end.
+inline std::vector<Tensor> dense_to_write(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& tensor : tensors) result.push_back(contiguous_to_write(tensor));
+  return result;
+}
+inline void copy_back(std::vector<Tensor>& tensors, const std::vector<Tensor>& dense) {
+  for (std::size_t i = 0; i < dense.size(); ++i) {
+    if (tensors[i].data_ptr() != dense[i].data_ptr()) torch::stable::copy_(tensors[i], dense[i]);
+  }
+}
+
 // The shape of one sample of images (N, C, H, W) or (N, features).
 inline Shape sample_shape(const Tensor& images) {
   if (images.dim() == 2) return {images.size(1), 1, 1, true};

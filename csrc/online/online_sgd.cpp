@@ -33,11 +33,10 @@ class Network {
   Network(const std::string& network, const std::vector<Tensor>& parameters,
           const std::vector<Tensor>& velocities, const std::vector<Tensor>& kernels,
           const Tensor& images, const Settings& settings)
-      : settings_(settings), workers_{settings.threads} {
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-      parameters_.push_back(contiguous_to_write(parameters[i]));
-      if (!velocities.empty()) velocities_.push_back(contiguous_to_write(velocities[i]));
-    }
+      : settings_(settings),
+        workers_{settings.threads},
+        parameters_(dense_to_write(parameters)),
+        velocities_(dense_to_write(velocities)) {
     const NetworkSpec spec =
         NetworkReader(kOp, parameters_, kernels).read(network, sample_shape(images));
     uniforms_ = spec.uniforms;
@@ -84,13 +83,8 @@ class Network {
 
   // Copies back what was not dense in the caller's tensors.
   void finish(std::vector<Tensor>& parameters, std::vector<Tensor>& velocities) {
-    const auto copy = [](Tensor& to, const Tensor& from) {
-      if (to.data_ptr() != from.data_ptr()) torch::stable::copy_(to, from);
-    };
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      copy(parameters[i], parameters_[i]);
-      if (!velocities_.empty()) copy(velocities[i], velocities_[i]);
-    }
+    copy_back(parameters, parameters_);
+    copy_back(velocities, velocities_);
   }
 
  private:
@@ -248,26 +242,6 @@ class Network {
   int64_t uniforms_ = 0;
 };
 
-ScalarType check_parameters(const std::vector<Tensor>& parameters,
-                            const std::vector<Tensor>& velocities) {
-  MNIST_OPS_CHECK(!parameters.empty(), kOp, ": the network has no parameters");
-  MNIST_OPS_CHECK(velocities.empty() || velocities.size() == parameters.size(), kOp,
-                  ": expected one velocity for each of ", parameters.size(), " parameters, got ",
-                  velocities.size());
-  const ScalarType dtype = parameters[0].scalar_type();
-  MNIST_OPS_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, kOp,
-                  ": parameters must be float64 or float32, got ",
-                  torch::headeronly::toString(dtype));
-  for (const auto* tensors : {&parameters, &velocities}) {
-    for (const Tensor& tensor : *tensors) {
-      MNIST_OPS_CHECK(tensor.scalar_type() == dtype && tensor.is_cpu(), kOp,
-                      ": parameters and velocities must all be ",
-                      torch::headeronly::toString(dtype), " tensors on the CPU");
-    }
-  }
-  return dtype;
-}
-
 std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                                       std::vector<Tensor> velocities, std::string network,
                                       std::vector<Tensor> kernels, Tensor images, Tensor labels,
@@ -275,24 +249,23 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                                       double lr, double lr_decay, double weight_decay,
                                       double momentum, double dampening, bool nesterov,
                                       bool started, int64_t threads) {
-  const ScalarType dtype = check_parameters(parameters, velocities);
-  MNIST_OPS_CHECK(images.dim() == 2 || images.dim() == 4, kOp,
-                  ": images must be (N, C, H, W) or (N, features), got the shape ",
-                  shape_string(images));
-  MNIST_OPS_CHECK(
-      images.scalar_type() == ScalarType::Double || images.scalar_type() == ScalarType::Float, kOp,
-      ": images must be float64 or float32, got ",
-      torch::headeronly::toString(images.scalar_type()));
-  MNIST_OPS_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
-                      labels.size(0) == images.size(0),
-                  kOp, ": labels must be int64 (", images.size(0), ",), got ",
-                  torch::headeronly::toString(labels.scalar_type()), " ", shape_string(labels));
+  check_online_arguments(kOp, parameters, images, labels, loss);
+  MNIST_OPS_CHECK(velocities.empty() || velocities.size() == parameters.size(), kOp,
+                  ": expected one velocity for each of ", parameters.size(), " parameters, got ",
+                  velocities.size());
+  const ScalarType dtype = parameters[0].scalar_type();
+  for (const auto* tensors : {&parameters, &velocities}) {
+    for (const Tensor& tensor : *tensors) {
+      MNIST_OPS_CHECK(tensor.scalar_type() == dtype && tensor.is_cpu(), kOp,
+                      ": parameters and velocities must all be ",
+                      torch::headeronly::toString(dtype), " tensors on the CPU");
+    }
+  }
   MNIST_OPS_CHECK(order.dim() == 1 && order.scalar_type() == ScalarType::Long, kOp,
                   ": order must be int64 (M,), got ",
                   torch::headeronly::toString(order.scalar_type()), " ", shape_string(order));
   MNIST_OPS_CHECK(images.is_cpu() && labels.is_cpu() && order.is_cpu() && uniform.is_cpu(), kOp,
                   ": images, labels, order and uniform must be on the CPU");
-  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, kOp, ": loss must be 0, 1 or 2, got ", loss);
   MNIST_OPS_CHECK((momentum != 0) == !velocities.empty(), kOp,
                   ": velocities go with a momentum, and only with one");
   MNIST_OPS_CHECK(threads >= 1 && threads <= (1 << 20), kOp, ": threads must be in [1, 2^20], got ",
@@ -341,11 +314,7 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
     }
     net.finish(parameters, velocities);
   };
-  if (dtype == ScalarType::Double) {
-    run(double{});
-  } else {
-    run(float{});
-  }
+  dispatch_computed(parameters[0], run);
   return {losses, predictions};
 }
 

@@ -90,35 +90,19 @@ class LpPooling final : public Pooling<T> {
       });
     }
     if constexpr (norm == Norm::kOne) return;
-    if constexpr (norm == Norm::kTwo) {
-      const bool safe = all_of(y, this->out.block(), [](Vector<T> sum) {
-        return (sum >= SafeSquares<T>::lower) & (sum <= SafeSquares<T>::upper);
-      });
-      if (safe) {
+    const bool safe = norm == Norm::kTwo && all_of(y, this->out.block(), [](Vector<T> sum) {
+                        return (sum >= SafeSquares<T>::lower) & (sum <= SafeSquares<T>::upper);
+                      });
+    if (safe) {
 #pragma omp simd
-        for (int64_t i = 0; i < this->out.block(); ++i) y[i] = std::sqrt(y[i]);
-        return;
-      }
+      for (int64_t i = 0; i < this->out.block(); ++i) y[i] = std::sqrt(y[i]);
+      return;
     }
     this->each_window([&](const auto& window, int64_t o) {
-      // Windows of zeros are common behind rectifiers, and need no second look.
-      T largest[kLanes<T>] = {};
-      this->each_element(window, [&](int64_t i) {
-        for (int v = 0; v < kV; ++v) {
-          const Vector<T> a = load(x + i + v * kWidth), old = load(largest + v * kWidth);
-          const Vector<T> size = a < T(0) ? -a : a;
-          // Nothing is above a NaN: it stays.
-          online::store(largest + v * kWidth, (size > old) | (size != size) ? size : old);
-        }
-      });
       for (int64_t l = 0; l < kLanes<T>; ++l) {
-        if (norm == Norm::kTwo && is_safe_square_sum(y[o + l])) {
-          y[o + l] = std::sqrt(y[o + l]);
-        } else if (norm == Norm::kInf || largest[l] == T(0)) {
-          y[o + l] = largest[l];
-        } else {
-          y[o + l] = scaled_window_norm<norm>(x + l, this->g_, p_, window.oh, window.ow);
-        }
+        const bool done = norm == Norm::kTwo && is_safe_square_sum(y[o + l]);
+        y[o + l] = done ? std::sqrt(y[o + l])
+                        : scaled_window_norm<norm>(x + l, this->g_, p_, window.oh, window.ow);
       }
     });
   }

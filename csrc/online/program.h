@@ -177,48 +177,32 @@ MNIST_OPS_HD int32_t map_index(int32_t i, int32_t C, int32_t pixels) {
   return i % pixels * C + i / pixels;
 }
 
-// One pixel of the correlation of a plane with taps, or with the flipped taps.
+// Number i of the correlation of a line of n numbers, `step` apart, with taps; flip: with the
+// flipped ones.
 template <typename T>
-MNIST_OPS_HD T blur_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h, int32_t w) {
-  const int32_t up = b.taps_h / 2, left = b.taps_w / 2;
-  T total = T(0);
-  for (int32_t kh = 0; kh < b.taps_h; ++kh) {
-    const int32_t row = h + kh - up;
-    if (row < 0 || row >= b.H) continue;
-    T sum = T(0);
-    for (int32_t kw = 0; kw < b.taps_w; ++kw) {
-      const int32_t column = w + kw - left;
-      if (column < 0 || column >= b.W) continue;
-      const int32_t k = b.separable ? kw : kh * b.taps_w + kw;
-      const int32_t last = (b.separable ? b.taps_w : b.taps_h * b.taps_w) - 1;
-      sum += plane[row * b.W + column] * taps[b.adjoint ? last - k : k];
-    }
-    total += b.separable ? sum * taps[b.adjoint ? b.taps_h - 1 - kh : kh] : sum;
+MNIST_OPS_HD T blur_line_at(const T* line, int32_t step, int32_t n, const T* taps, int32_t count,
+                            bool flip, int32_t i) {
+  T sum = T(0);
+  for (int32_t k = 0; k < count; ++k) {
+    const int32_t j = i + k - count / 2;
+    if (j >= 0 && j < n) sum += line[j * step] * taps[flip ? count - 1 - k : k];
   }
-  return total;
+  return sum;
 }
 
-// The same in two steps for a separable kernel: along the rows, then along the columns of that.
+// A pixel of the blur of a plane. Of a separable kernel blur_line_at() makes it in two steps, too,
+// along the rows, then along the columns of that.
 template <typename T>
-MNIST_OPS_HD T blur_row_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h, int32_t w) {
-  T sum = T(0);
-  for (int32_t k = 0; k < b.taps_w; ++k) {
-    const int32_t column = w + k - b.taps_w / 2;
-    if (column < 0 || column >= b.W) continue;
-    sum += plane[h * b.W + column] * taps[b.adjoint ? b.taps_w - 1 - k : k];
-  }
-  return sum;
-}
-template <typename T>
-MNIST_OPS_HD T blur_column_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h,
-                              int32_t w) {
-  T sum = T(0);
+MNIST_OPS_HD T blur_at(const BlurPlan& b, const T* plane, const T* taps, int32_t h, int32_t w) {
+  T total = T(0);
   for (int32_t k = 0; k < b.taps_h; ++k) {
-    const int32_t row = h + k - b.taps_h / 2;
+    const int32_t row = h + k - b.taps_h / 2, tap = b.adjoint ? b.taps_h - 1 - k : k;
     if (row < 0 || row >= b.H) continue;
-    sum += plane[row * b.W + w] * taps[b.adjoint ? b.taps_h - 1 - k : k];
+    const T* taps_of_row = b.separable ? taps : taps + tap * b.taps_w;
+    const T sum = blur_line_at(plane + row * b.W, 1, b.W, taps_of_row, b.taps_w, b.adjoint, w);
+    total += b.separable ? sum * taps[tap] : sum;
   }
-  return sum;
+  return total;
 }
 
 // The geometry of a pooling of one channel in an (H, W, C) map.

@@ -38,7 +38,8 @@ class Tiling {
     const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
     TilePlan best;
     int64_t best_work = 0;
-    for (const auto& [segment, group] : {std::array{5, 3}, std::array{5, 4}, std::array{7, 4}}) {
+    // Which of the two the kernel has.
+    for (const auto& [segment, group] : {std::array{5, 3}, std::array{7, 4}}) {
       TilePlan t;
       t.group = group, t.segment = segment;
       const int32_t segments = ceil_div(p.OW, segment);
