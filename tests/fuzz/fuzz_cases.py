@@ -406,8 +406,7 @@ def public_case(draw: Draw, hostile: bool) -> Case:
     if not hostile:
         how = draw.random.choice(("forward", "module", "grad", "double", "jvp", "vmap"))
     args = draw_arguments(draw, name, raw=False, tame=how not in ("forward", "module"))
-    no_module = name == "local_mean2d" or "average" in args
-    if how == "module" and (no_module or isinstance(args.get("norm_type"), Tensor)):
+    if how == "module" and (name == "local_mean2d" or "average" in args):
         how = "forward"
     if hostile:
         for _ in range(draw.random.choice((1, 1, 1, 2))):
