@@ -1,6 +1,9 @@
 """Files that can be relied on: checked before use, whole or old, one writer at a time."""
 
+import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -29,11 +32,14 @@ def same(a, b):
     )
 
 
-def in_a_process(code, *arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True, text=True, timeout=100, **options,
-    )  # fmt: skip
+def forked(function, *arguments):
+    """What it returns in a process of its own, which has imported torch; None where that dies."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*arguments)))
+    process.start()
+    process.join(60)
+    return receiver.recv() if receiver.poll() else None
 
 
 class TestReadTorch:
@@ -229,22 +235,15 @@ class TestWriting:
     def test_full_disk(self, tmp_path):
         """A limit on the size of files stands for it: both come as OSErrors of the system."""
         _files.write_torch(tmp_path / "a.pt", "old", keep=tmp_path / "b.pt")
-        result = in_a_process(
-            """
-            import resource, sys
-            import torch
-            from pathlib import Path
-            from mnist_ops.training import _files
+
+        def write(path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-            path = Path(sys.argv[1])
             try:
                 _files.write_torch(path / "a.pt", torch.zeros(100_000), keep=path / "b.pt")
             except OSError as error:
-                print(error)
-            """,
-            tmp_path,
-        )
-        assert result.stdout == f"[Errno 27] File too large: '{tmp_path / 'a.pt'}'\n", result.stderr
+                return str(error)
+
+        assert forked(write, tmp_path) == f"[Errno 27] File too large: '{tmp_path / 'a.pt'}'"
         assert _files.read_torch(tmp_path / "a.pt") == "old"
         assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -260,7 +259,8 @@ class TestWriting:
             from mnist_ops.training import _files
             _files.write_text(sys.argv[1], "Polack-Ribi\\xe8re \\udcff")
         """
-        result = in_a_process(code, tmp_path / "a.txt", env=environment)
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a.txt")]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert result.returncode == 0, result.stderr
         assert (tmp_path / "a.txt").read_bytes() == b"Polack-Ribi\xc3\xa8re \xff"
 
@@ -270,12 +270,21 @@ class TestLocked:
         code = """
             import sys
             from mnist_ops.training import _files
-            try:
-                with _files.locked(sys.argv[1]):
-                    print("locked")
-            except _files.FolderInUseError as error:
-                print(error)
+            for _ in sys.stdin:
+                try:
+                    with _files.locked(sys.argv[1]):
+                        print("locked", flush=True)
+                except _files.FolderInUseError as error:
+                    print(error, flush=True)
         """
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        other = subprocess.Popen(command, bufsize=1, **pipes)
+
+        def tried_there():
+            other.stdin.write("\n")
+            return other.stdout.readline()
+
         found = []
 
         def try_it():
@@ -288,14 +297,13 @@ class TestLocked:
         with _files.locked(tmp_path):
             with _files.locked(tmp_path / "." / "sub" / ".."):  # this thread may
                 pass
-            assert in_a_process(code, tmp_path).stdout == (
-                f"another process is at work in {tmp_path}\n"
-            )
+            assert tried_there() == f"another process is at work in {tmp_path}\n"
             thread = threading.Thread(target=try_it)
             thread.start()
             thread.join()
         assert found == [f"another process is at work in {tmp_path}"]
-        assert in_a_process(code, tmp_path).stdout == "locked\n"
+        assert tried_there() == "locked\n"
+        other.communicate()
 
     def test_an_error_releases_it(self, tmp_path):
         for _ in range(2):
@@ -303,18 +311,16 @@ class TestLocked:
                 raise KeyError
 
     def test_parts_of_killed_runs_are_swept(self, tmp_path):
-        code = """
-            import os, signal, sys
-            from pathlib import Path
-            from mnist_ops.training import _files
-            def write(file):
-                file.write(b"half of it")
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            with _files.locked(sys.argv[1]):
-                _files.write_atomically(Path(sys.argv[1], "checkpoint.pt"), write)
-        """
-        in_a_process(code, tmp_path)
+        def write(file):
+            file.write(b"half of it")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def write_locked():
+            with _files.locked(tmp_path):
+                _files.write_atomically(tmp_path / "checkpoint.pt", write)
+
+        forked(write_locked)
         (part,) = [name for name in os.listdir(tmp_path) if name.endswith(".part")]
         others = ["mine.part", ".hidden.part", "checkpoint.pt.1.part"]
         for name in others:

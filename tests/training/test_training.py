@@ -504,7 +504,15 @@ def straight():
 
 
 class TestSwitch:
-    @pytest.mark.parametrize("stops", [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (1, 2, 3, 4, 5, 6)])
+    @pytest.mark.parametrize(
+        "stops",
+        [
+            (0, 6),
+            (3, 6),
+            (1, 2, 3, 4, 5, 6),
+            *(pytest.param((i, 6), marks=pytest.mark.slow) for i in (1, 2, 4)),
+        ],
+    )
     def test_resumed_anywhere(self, tmp_path, straight, stops):
         for i, epochs in enumerate(stops):
             setup = Setup(seed=1 if i == 0 else 9)
