@@ -13,6 +13,7 @@ run with augmentation has its digits too. They go into ``transform=`` of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,20 @@ def _check_interpolation(name: str, interpolation: str) -> None:
         raise ValueError(
             f"{name}: interpolation must be 'nearest' or 'bilinear', got {interpolation!r}"
         )
+
+
+def _one_per_image(name: str, what: str, value: Tensor, images: Tensor, *shape: int) -> Tensor:
+    """An argument that has a ``shape`` for each image, on the images' device."""
+    _check_images(name, images)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value)
+        raise TypeError(f"{name}: {what} must be a floating point Tensor, got {kind}")
+    expected = (len(images), *shape)
+    if value.shape != expected:
+        raise ValueError(
+            f"{name}: {what} must be {expected}, one per image, got shape {tuple(value.shape)}"
+        )
+    return value.detach().to(images.device)
 
 
 def rotate(
@@ -88,23 +103,17 @@ def rotate(
                 [1., 4., 7.],
                 [0., 3., 6.]])
     """
-    _check_images("rotate", images)
-    if not isinstance(angles, Tensor) or not angles.is_floating_point():
-        kind = angles.dtype if isinstance(angles, Tensor) else type(angles)
-        raise TypeError(f"rotate: angles must be a floating point Tensor, got {kind}")
-    if angles.shape != images.shape[:1]:
-        raise ValueError(
-            f"rotate: angles must be ({len(images)},), one per image, "
-            f"got shape {tuple(angles.shape)}"
-        )
+    angles = _one_per_image("rotate", "angles", angles, images)
     _check_interpolation("rotate", interpolation)
     fill = check_finite("rotate", "fill", fill)
     if images.numel() == 0:
         return images.clone()
-    angles = angles.detach().to(images.device)
-    return (_rotate_nearest if interpolation == "nearest" else _rotate_bilinear)(
-        images, angles, fill
-    )
+    if interpolation == "nearest":
+        return _rotate_nearest(images, angles, fill)
+    theta = angles.double()
+    cos, sin, zero = theta.cos(), theta.sin(), torch.zeros_like(theta)
+    rows = [torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)]
+    return _warp(images, torch.stack(rows, 1), fill)
 
 
 def _rotate_nearest(images: Tensor, angles: Tensor, fill: float) -> Tensor:
@@ -130,26 +139,14 @@ def _round(x: Tensor) -> Tensor:
     return whole + x.sign() * ((x - whole).abs() >= 0.5)
 
 
-def _rotate_bilinear(images: Tensor, angles: Tensor, fill: float) -> Tensor:
-    theta = angles.double()
-    cos, sin, zero = theta.cos(), theta.sin(), torch.zeros_like(theta)
-    rows = [torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)]
-    return _warp(images, torch.stack(rows, 1), fill)
-
-
 def _warp(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
     """Bilinear; the float64 matrices map the output's pixels to the input's about the centre."""
     height, width = images.shape[-2:]
     dtype = images.dtype if images.dtype == torch.float64 else torch.float32
-    (a, b, c), (d, e, f) = matrices.unbind(1)[0].unbind(1), matrices.unbind(1)[1].unbind(1)
+    (a, b, c), (d, e, f) = (row.unbind(1) for row in matrices.unbind(1))
     # grid_sample wants coordinates in which the image reaches from -1 to 1.
-    matrix = torch.stack(
-        [
-            torch.stack([a, b * height / width, 2 * c / width], 1),
-            torch.stack([d * width / height, e, 2 * f / height], 1),
-        ],
-        1,
-    ).to(dtype)
+    rows = (a, b * height / width, 2 * c / width), (d * width / height, e, 2 * f / height)
+    matrix = torch.stack([torch.stack(row, 1) for row in rows], 1).to(dtype)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     # Outside, grid_sample has zeros.
     shifted = images.to(dtype) - fill
@@ -159,15 +156,11 @@ def _warp(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
 def affine(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
     r"""Take every image's pixels from where a matrix of its own says, bilinearly.
 
-    With the centre :math:`c_x = (W - 1)/2,\ c_y = (H - 1)/2`, the output's pixel in column i and
-    row j comes from column u and row v of the input,
+    As :func:`rotate`, whose matrix has the cosine on its diagonal, but with
 
     .. math::
         u = m_{00}(i - c_x) + m_{01}(j - c_y) + m_{02} + c_x, \qquad
-        v = m_{10}(i - c_x) + m_{11}(j - c_y) + m_{12} + c_y,
-
-    interpolated between four pixels, those outside being ``fill``. A rotation's matrix, see
-    :func:`rotate`, has the cosine on its diagonal.
+        v = m_{10}(i - c_x) + m_{11}(j - c_y) + m_{12} + c_y.
 
     Args:
         images: floating point, ``(N, C, H, W)``.
@@ -191,19 +184,9 @@ def affine(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
                 [4., 5., 0.],
                 [7., 8., 0.]])
     """
-    _check_images("affine", images)
-    if not isinstance(matrices, Tensor) or not matrices.is_floating_point():
-        kind = matrices.dtype if isinstance(matrices, Tensor) else type(matrices)
-        raise TypeError(f"affine: matrices must be a floating point Tensor, got {kind}")
-    if matrices.shape != (len(images), 2, 3):
-        raise ValueError(
-            f"affine: matrices must be ({len(images)}, 2, 3), one per image, "
-            f"got shape {tuple(matrices.shape)}"
-        )
+    matrices = _one_per_image("affine", "matrices", matrices, images, 2, 3)
     fill = check_finite("affine", "fill", fill)
-    if images.numel() == 0:
-        return images.clone()
-    return _warp(images, matrices.detach().to(images.device, torch.float64), fill)
+    return _warp(images, matrices.double(), fill) if images.numel() else images.clone()
 
 
 class _RandomTransform(nn.Module):
@@ -368,11 +351,11 @@ class Compose(nn.Module):
     neither the numbers nor the result.
 
     Args:
-        transforms: those of this module, or any function of ``(N, C, H, W)``; with one of the
-            latter the samples are transformed one at a time.
+        transforms: those of this module, or any function of ``(N, C, H, W)``.
 
     Attributes:
-        batched: whether a batch is transformed as a whole, to the same bits.
+        batched: whether a batch is transformed as a whole, to the same bits: by transforms of this
+            module that draw from one generator.
 
     Example::
 
@@ -381,13 +364,15 @@ class Compose(nn.Module):
 
     def __init__(self, *transforms: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.transforms: list[Callable[[Tensor], Tensor]] = []
+        self.transforms: list[Any] = []
         for i, transform in enumerate(transforms):
             if not callable(transform):
                 raise TypeError(f"Compose: transform {i} must be callable, got {transform!r}")
             parts = transform.transforms if isinstance(transform, Compose) else [transform]
             self.transforms.extend(parts)
-        self.batched = all(isinstance(part, _RandomTransform) for part in self.transforms)
+        generators = {id(getattr(part, "generator", None)) for part in self.transforms}
+        known = all(isinstance(part, _RandomTransform) for part in self.transforms)
+        self.batched = known and len(generators) < 2
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform ``(N, C, H, W)``."""
@@ -400,33 +385,19 @@ class Compose(nn.Module):
             return images
         return self.apply_numbers(images, self.draw(images))
 
-    def _parts(self) -> list[_RandomTransform]:
-        return [part for part in self.transforms if isinstance(part, _RandomTransform)]
-
     def draw(self, images: Tensor) -> Tensor:
         """The numbers of all transforms, side by side, if they are ``batched``."""
-        parts = self._parts()
-        # A row of numbers per sample from each generator; every transform has its columns.
-        generators = {id(part.generator): part.generator for part in parts}
-        columns = {
-            key: [part.count(images) if id(part.generator) == key else 0 for part in parts]
-            for key in generators
-        }
-        numbers = {
-            key: generator.normal(size=(len(images), sum(columns[key]))).split(columns[key], 1)
-            for key, generator in generators.items()
-        }
-        none = torch.empty(len(images), 0, dtype=torch.float64, device="cpu")
-        return torch.cat([none, *(numbers[id(p.generator)][i] for i, p in enumerate(parts))], 1)
+        if not self.transforms:
+            return torch.empty(len(images), 0, dtype=torch.float64, device="cpu")
+        count = sum(part.count(images) for part in self.transforms)
+        numbers: Tensor = self.transforms[0].generator.normal(size=(len(images), count))
+        return numbers
 
     def apply_numbers(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Transform with the numbers that :meth:`draw` returned."""
-        parts = self._parts()
-        begin = 0
-        for part in parts:
-            count = part.count(images)
-            images = part.apply_numbers(images, numbers[:, begin : begin + count])
-            begin += count
+        counts = [part.count(images) for part in self.transforms]
+        for part, own in zip(self.transforms, numbers.split(counts, 1), strict=True):
+            images = part.apply_numbers(images, own)
         return images
 
     def extra_repr(self) -> str:

@@ -337,11 +337,9 @@ class TestRandom:
         assert state(g) == state(generator)
 
     def test_whether_a_batch_can_be_given(self):
-        assert [transform.batched for transform, _ in pipelines()] == [True] * 5 + [
-            False,
-            True,
-            True,
-        ]
+        several, function = False, False
+        expected = [True] * 4 + [several, function, True, True]
+        assert [transform.batched for transform, _ in pipelines()] == expected
 
     def test_nothing_happens_without_strength(self):
         images = torch.randn(3, 1, 8, 8)
