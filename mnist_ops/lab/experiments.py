@@ -352,12 +352,8 @@ def build(
 ) -> Parts:
     """Network, optimizers, generator, loss and augmentation, as before the first epoch.
 
-    Args:
-        experiment: what to build.
-        seed: of the run's only stream of random numbers.
-        device: where the network lives.
-        perturbed_weight: add 1e-15 to the first convolution's weight with this index, to see how
-            far rounding alone carries.
+    ``seed`` is that of the run's only stream of random numbers. ``perturbed_weight``: add 1e-15 to
+    the first convolution's weight with this index, to see how far rounding alone carries.
     """
     kernel = experiment.stream_kernel
     if isinstance(kernel, str):
@@ -439,7 +435,7 @@ def _begin_with(
                 f"{path} was made with {name} = {found.get(name)}, this run begins with {value}"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    training.save_checkpoint(folder / training.CHECKPOINT, state | {"settings": dict(settings)})
+    training.write_torch(folder / training.CHECKPOINT, state | {"settings": dict(settings)})
 
 
 def training_loop(
@@ -457,19 +453,11 @@ def training_loop(
 ) -> training.Loop[tuple[list[training.EpochResult], nn.Sequential]]:
     """Run one experiment: ``train`` does so at once, ``training_loop`` makes a loop of it.
 
-    Args:
-        experiment: which one.
-        seed: as for :func:`build`, as are ``device`` and ``perturbed_weight``.
-        epochs: instead of the experiment's own number.
-        limit: use the first ``limit`` digits of each split.
-        device: cpu, cuda or cuda:N.
-        folder: for checkpoints, see :func:`mnist_ops.training.fit`.
-        resume: continue from the checkpoint in ``folder``.
-        perturbed_weight: see :func:`build`.
-        root: a folder with other data, see :func:`mnist_ops.mnist.data.load`.
-        start: unless ``resume``, begin with this checkpoint, of the same run of the experiment that
-            this one ``continues``. Needs ``folder``.
-        options: further arguments of :func:`mnist_ops.training.fit`.
+    ``seed``, ``device`` and ``perturbed_weight`` are as for :func:`build`, ``folder``, ``resume``
+    and ``options`` as for :func:`mnist_ops.training.fit`, ``root`` as for
+    :func:`mnist_ops.mnist.data.load`. ``epochs`` replaces the experiment's own number; ``limit``:
+    the first digits of each split. Unless ``resume``, a run in a folder may ``start`` with a
+    checkpoint: that of the same run of the experiment that this one ``continues``.
 
     Returns:
         The epochs' results and the trained network.

@@ -22,11 +22,11 @@ __all__ = [
     "data_identity",
     "difference",
     "folder",
+    "kind_of_device",
     "of_mnist",
     "read_json",
     "read_results",
     "read_run",
-    "same_device",
 ]
 
 #: What :func:`data_identity` says of the official digits.
@@ -146,16 +146,13 @@ def _show(value: Any) -> str:
 
 
 def check(value: Any, shape: Any, where: str) -> Any:
-    """The value, if it has this shape.
+    """The value that JSON gave, if it has this shape.
 
-    Args:
-        value: what JSON gave.
-        shape: a :class:`Kind`; a list of one shape, that of all items; or a dict of shapes, of
-            which those whose key begins with ``?`` may be missing.
-        where: begins the message.
+    A shape is a :class:`Kind`; a list of one shape, that of all items; or a dict of shapes, of
+    which those whose key begins with ``?`` may be missing.
 
     Raises:
-        RunError: if it has not; the message says where.
+        RunError: if it has not; the message begins with ``where`` and says in which place.
     """
     if wrong := _wrong(value, shape):
         raise RunError(f"{where}{wrong}")
@@ -226,11 +223,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def folder(out: Path, run: Mapping[str, Any]) -> Path:
-    """Where under ``out`` a run lives.
-
-    Args:
-        out: the folder of all results.
-        run: a record, or its ``experiment``, ``dtype``, ``seed`` and ``perturbed_weight``.
+    """Where under ``out`` a run lives, of which its record, or what identifies it, is given.
 
     Raises:
         RunError: if the experiment's name, which is a folder's, would lead elsewhere.
@@ -242,13 +235,7 @@ def folder(out: Path, run: Mapping[str, Any]) -> Path:
 
 
 def data_identity(root: str | None) -> str:
-    """What tells the data in a folder from any other: by their content, wherever they are.
-
-    Args:
-        root: as for :func:`mnist_ops.mnist.data.load`.
-
-    Returns:
-        :data:`MNIST` for the official digits, else a checksum.
+    """What tells the data in a folder from any other: :data:`MNIST`, else a checksum.
 
     Raises:
         DataError: as for :func:`mnist_ops.mnist.data.load`.
@@ -269,9 +256,9 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def same_device(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two runs are of one kind of device: those of another kind round differently."""
-    return bool(then["device"].partition(":")[0] == now["device"].partition(":")[0])
+def kind_of_device(run: Mapping[str, Any]) -> str:
+    """``"cpu"`` or ``"cuda"``: runs on devices of different kinds round differently."""
+    return str(run["device"]).partition(":")[0]
 
 
 def _defining(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +266,7 @@ def _defining(run: Mapping[str, Any]) -> dict[str, Any]:
         "seed": run["seed"],
         "limit": run["limit"],
         "perturbed weight": run["perturbed_weight"],
-        "device": run["device"].partition(":")[0],
+        "device": kind_of_device(run),
         "data": run.get("data", MNIST),
         **plain(run["settings"]),
     }
@@ -290,10 +277,7 @@ def difference(
 ) -> str | None:
     """The first of a run's defining values that differs: ``limit = 200, this run has None``.
 
-    Args:
-        then: the record of what is there.
-        now: that of what is asked for.
-        any_device: whether the kind of device may differ.
+    With ``any_device`` the kind of device may differ.
     """
     old, new = _defining(then), _defining(now)
     for name in {**old, **new}:

@@ -32,7 +32,6 @@ __all__ = [
     "LOGS",
     "SOURCES",
     "TABLES",
-    "TABLE_3_1",
     "Claim",
     "counted",
     "cut",
@@ -161,14 +160,6 @@ FIGURES: dict[str, dict[int, tuple[float | None, float | None]]] = {
 LOGS: dict[str, dict[int, tuple[None, float]]] = {
     log: {epoch: (None, value) for epoch, value in enumerate(test, 1)}
     for log, test in _CONTENT["logs"].items()
-}
-
-#: Report 1, Table 3.1, "The training and test accuracy of the original model": for each epoch
-#: training and test accuracy in %, as printed.
-TABLE_3_1: dict[int, tuple[float, float]] = {
-    epoch: (training, test)
-    for epoch, (training, test) in TABLES["3.1"]["original"].items()
-    if test is not None
 }
 
 #: Every claim by its name, in the order of the reports.

@@ -124,17 +124,9 @@ def tasks(
     perturbations: int = 0,
     root: str | None = None,
 ) -> list[Task]:
-    """Every run of these experiments.
+    """Every run of these experiments with seeds 1 to ``seeds``; ``perturbations`` more of each.
 
-    Args:
-        chosen: the experiments.
-        seeds: each runs with seeds 1 to ``seeds``.
-        epochs: instead of each experiment's own number.
-        limit: digits used of each split.
-        device: cpu, cuda or cuda:N.
-        dtype: instead of the experiments' own.
-        perturbations: so many runs more of each seed, each with another weight perturbed.
-        root: a folder with other data.
+    ``epochs`` and ``dtype`` replace the experiments' own; the others are those of :class:`Task`.
     """
     made = []
     for experiment in chosen:
@@ -329,9 +321,9 @@ def _run(job: _Job, work: _Work, failures: list[str]) -> training.Loop[None]:
                 return
             work.check_time(storage.seconds_per_epoch(folder) or task.seconds)
             resume = work.resume and _has_checkpoint(folder)
-            if known is not None and not records.same_device(known, {"device": task.device}):
-                resume = False
             record = _describe(task, identity, work.commit)
+            if known and records.kind_of_device(known) != records.kind_of_device(record):
+                resume = False
             # What is there stays until there is more: a run that begins anew may fail at once.
             written = known is None and not resume
             if written:
@@ -366,7 +358,7 @@ def _run(job: _Job, work: _Work, failures: list[str]) -> training.Loop[None]:
             record["epochs"] = storage.epoch_records(epochs, task.experiment.details)
             if task.experiment.details:
                 record |= _details(task, model)
-            training.save_checkpoint(folder / "model.pt", model.state_dict())
+            training.write_torch(folder / "model.pt", model.state_dict())
             storage.write_json(path, record)
     except _OutOfTimeError:
         pass
@@ -490,14 +482,13 @@ def run_all(
         progress: bars on standard error; ``None``: on a terminal or in a notebook.
         quiet: no line per epoch on standard output.
         repository: the git checkout whose commit is recorded.
-        together: so many runs of one network (seeds, say, or learning rates) at most are one of the
-            ``jobs`` and make their steps together on a GPU, which one network cannot fill, see
-            :func:`mnist_ops.training.side_by_side`. On the CPU it gains nothing.
+        together: up to so many runs of one network are one of the ``jobs`` and make their steps
+            together on a GPU, see :func:`mnist_ops.training.side_by_side`. On the CPU it gains
+            nothing.
         deadline: start no epoch that would end after this time, as :func:`time.time` tells it: a
             run's first is expected to take ``Task.seconds``, every other as long as the one before.
             Runs that do not get so far are no failures.
-        any_device: a run that is there, as far as is asked for, will do if another kind of device
-            made it; one that is not there so far is made anew.
+        any_device: a complete run will do if another kind of device made it; others are made anew.
 
     Returns:
         A line for each run that failed; the others are complete, as far as there was time.

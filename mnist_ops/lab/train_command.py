@@ -74,7 +74,7 @@ def run() -> int:
 
     with training.locked(args.out) if lock else contextlib.nullcontext():
         history = train(args, model, sgd, digits, generator)
-        write(args, model, history, reports.TABLE_3_1 if source == "MNIST" else {})
+        write(args, model, history, reports.TABLES["3.1"]["original"] if source == "MNIST" else {})
     return 0 if math.isfinite(history[-1].train_loss + history[-1].test_loss) else 1
 
 
@@ -107,7 +107,7 @@ def write(
     args: argparse.Namespace,
     model: torch.nn.Module,
     history: list[training.EpochResult],
-    table: Mapping[int, tuple[float, float]],
+    table: Mapping[int, tuple[float, float | None]],
 ) -> None:
     """Print the results, beside the table that is printed for such data, and write their files."""
     if table:
@@ -121,7 +121,7 @@ def write(
     confusion = training.ConfusionMatrix.from_counts(history[-1].confusion)
     print(f"\nTest set after epoch {len(history)}\n{confusion}\n")
 
-    training.save_checkpoint(args.out / "model.pt", model.state_dict())
+    training.write_torch(args.out / "model.pt", model.state_dict())
     confusion.save(args.out / "confusion.csv")
     run = {"epochs": [asdict(result) for result in history]}
     line = figures.Line("this run", {args.seed: run}, table)

@@ -43,7 +43,6 @@ from .checkpoint import (  # noqa: E402
     CheckpointError,
     load_checkpoint,
     load_latest,
-    save_checkpoint,
 )
 from .engine import AutogradEngine, Criterion, Engine, OptimizerEngine, choose_engine  # noqa: E402
 from .loop import Loop, alone, evaluate, fit, fitting, repeatable, side_by_side  # noqa: E402
@@ -76,7 +75,6 @@ __all__ = [
     "predicted_classes",
     "read_torch",
     "repeatable",
-    "save_checkpoint",
     "side_by_side",
     "write_atomically",
     "write_text",

@@ -35,7 +35,7 @@ class FolderInUseError(RuntimeError):
 
 
 def write_atomically(
-    path: Path, write: Callable[[BinaryIO], object], sync: bool = True, keep: Path | None = None
+    path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None
 ) -> None:
     """Write a file so that ``path`` is always the whole old or the whole new one.
 
@@ -43,7 +43,6 @@ def write_atomically(
         path: the file; its folder must exist. Where it is a symbolic link, what it leads to is
             replaced. A device or a pipe cannot be replaced: it is written to as it is.
         write: is given the opened file.
-        sync: wait for the disk, so that a power cut leaves a whole file, too.
         keep: what the old file is called afterwards; unless given it is lost. For a moment there
             may then be no ``path``, but always one of the two.
 
@@ -62,9 +61,8 @@ def write_atomically(
         part = target.with_name(name)
         with open(part, "wb") as file:
             write(file)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())  # a power cut leaves a whole file, too
         if keep is not None and target.exists():
             shutil.move(target, keep)
         os.replace(part, target)
@@ -88,10 +86,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_torch(path: str | os.PathLike[str], value: Any, keep: Path | None = None) -> None:
     """Write ``value`` with :func:`torch.save`, so that :func:`read_torch` can check it.
 
-    Args:
-        path: the file.
-        value: as for ``torch.save``.
-        keep: as for :func:`write_atomically`.
+    ``keep`` is that of :func:`write_atomically`.
     """
     serialization = torch.serialization
     checksums = serialization.get_crc32_options()

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import torch7
-from ._files import (
-    DamagedFileError,
-    read_torch,
-    write_text,
-    write_torch,
-)
+from ._files import DamagedFileError, read_torch, write_text, write_torch
 from .engine import Criterion
 from .metrics import EpochResult
 
@@ -50,19 +45,6 @@ _PARTS = {
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged or belongs to another run; the message says which."""
-
-
-def save_checkpoint(
-    path: str | os.PathLike[str], state: dict[str, Any], keep: Path | None = None
-) -> None:
-    """Save ``state`` as :func:`torch.save` does, atomically: never a truncated file at ``path``.
-
-    Args:
-        path: the file.
-        state: what to save.
-        keep: what the file that was there is called afterwards; unless given it is lost.
-    """
-    write_torch(path, state, keep)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -155,7 +137,7 @@ class TrainingState:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "history": [asdict(result) for result in self.history],
         }
-        save_checkpoint(folder / CHECKPOINT, state, folder / keep)
+        write_torch(folder / CHECKPOINT, state, folder / keep)
         _write_log(folder / LOG, self.history)
 
     def restore(self, folder: Path) -> None:

@@ -257,35 +257,6 @@ def _locked_for_one_loop(folder: Path) -> Iterator[None]:
             _folders_of_loops.remove(path)
 
 
-def _train_epoch(
-    engine: Engine,
-    images: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    chunk: int,
-    description: str,
-    progress: bool | None,
-    on_progress: Callable[[int], object] | None,
-) -> Loop[tuple[Tensor, Tensor, Tensor]]:
-    """One pass: for each prediction its loss, the class and the true class."""
-    all_losses, all_predictions, all_targets = [], [], []
-    right = predicted = 0
-    with progress_bar(description, len(order), " digits", progress) as bar:
-        for piece in order.split(chunk):
-            losses, predictions, *others = yield Steps(engine, images, labels, piece)
-            targets = labels.index_select(0, others[0] if others else piece)
-            all_losses.append(losses.double())
-            all_predictions.append(predictions)
-            all_targets.append(targets)
-            right += int((predictions == targets).sum())
-            predicted += len(predictions)
-            bar.set_postfix_str(f"training {100.0 * right / predicted:.2f} %", refresh=False)
-            bar.update(len(piece))
-            if on_progress is not None:
-                on_progress(len(piece))
-    return torch.cat(all_losses), torch.cat(all_predictions), torch.cat(all_targets)
-
-
 def fitting(
     model: nn.Module,
     train: tuple[Tensor, Tensor],
@@ -388,12 +359,10 @@ def fitting(
     if chunk is None:
         chunk = max(8 * batch_size, *(getattr(one, "chunk", 200) for one in engines.values()))
     chunk = batch_size * max(1, min(chunk, len(train[0]) + batch_size) // batch_size)
-    folder = None if folder is None else Path(folder)
-    definition = (
-        {}
-        if folder is None
-        else describe_run(model, train, test, optimizers, criterion, batch_size, transform)
-    )
+    definition = {}
+    if folder is not None:
+        folder = Path(folder)
+        definition = describe_run(model, train, test, optimizers, criterion, batch_size, transform)
     run = TrainingState(model, optimizers, generator, dict(settings or {}), definition, [])
     if not resume:
         for name, parameter in model.named_parameters():
@@ -503,11 +472,23 @@ def _one_epoch(
 ) -> Loop[EpochResult]:
     start = time.perf_counter()
     rate = _learning_rate(optimizer)
-    losses, predictions, targets = yield from _train_epoch(
-        engine, *train, order, chunk, description, progress, on_progress
-    )
-    right = (predictions == targets).double().mul(100.0)
-    curve = right.split(max(_CURVE_SAMPLES, -(-len(right) // _CURVE_POINTS)))
+    images, labels = train
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # losses, predictions and true classes
+    right = predicted = 0
+    with progress_bar(description, len(order), " digits", progress) as bar:
+        for piece in order.split(chunk):
+            losses, predictions, *others = yield Steps(engine, images, labels, piece)
+            targets = labels.index_select(0, others[0] if others else piece)
+            parts.append((losses.double(), predictions, targets))
+            right += int((predictions == targets).sum())
+            predicted += len(predictions)
+            bar.set_postfix_str(f"training {100.0 * right / predicted:.2f} %", refresh=False)
+            bar.update(len(piece))
+            if on_progress is not None:
+                on_progress(len(piece))
+    losses, predictions, targets = map(torch.cat, zip(*parts, strict=True))
+    percent = (predictions == targets).double().mul(100.0)
+    curve = percent.split(max(_CURVE_SAMPLES, -(-len(percent) // _CURVE_POINTS)))
     averaged = getattr(optimizer, "averaged", contextlib.nullcontext)
     with averaged():
         confusion, test_loss = evaluate(model, *test, criterion, progress=progress)

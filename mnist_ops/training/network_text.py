@@ -102,22 +102,22 @@ def _number(value: float) -> str:
     return "inf" if math.isinf(value) else repr(float(value))
 
 
-def line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
+def line(name: str, module: Any, dtype: torch.dtype) -> str:
     """One layer in the engine's words; csrc/online/network_text.h lists them."""
-    kind = type(module)
+    kind: type[nn.Module] = type(module)
     where = f"layer {name!r} ({kind.__name__})"
 
     def need(condition: bool, what: str) -> None:
         if not condition:
             raise UnsupportedError(f"{where} {what}")
 
-    def pool(module: Any) -> str:
+    def pool() -> str:
         stride = module.kernel_size if module.stride is None else module.stride
         values = (module.kernel_size, stride, module.padding)
         numbers = [n for value in values for n in pair(where, "kernel_size", value)]
         return " ".join(map(str, [*numbers, int(module.ceil_mode)]))
 
-    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+    if kind is nn.Conv2d:
         need(pair(where, "stride", module.stride) == [1, 1], f"has stride {module.stride}, not 1")
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
         need(module.groups == 1, f"has {module.groups} groups")
@@ -132,35 +132,32 @@ def line(name: str, module: nn.Module, dtype: torch.dtype) -> str:
             padding = pair(where, "padding", module.padding)
         numbers = [module.out_channels, *kernel, *padding, int(module.bias is not None)]
         return "conv2d " + " ".join(map(str, numbers))
-    if isinstance(module, nn.Linear) and kind is nn.Linear:
+    if kind is nn.Linear:
         return f"linear {module.out_features} {int(module.bias is not None)}"
     if kind in _PLAIN:
         return _PLAIN[kind]
-    if isinstance(module, ops_nn.LPPool2d) and kind is ops_nn.LPPool2d:
+    if kind is ops_nn.LPPool2d:
         need(not has_sides(module.padding), f"has padding {module.padding}")
         options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
         p, *_ = check_windows(where, module.norm_type, *options, dtype)
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
-        return f"lp_pool2d {_number(p)} {pool(module)}"
-    if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d:
+        return f"lp_pool2d {_number(p)} {pool()}"
+    if kind is nn.MaxPool2d:
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
         need(not module.return_indices, "has return_indices")
-        return f"max_pool2d {pool(module)}"
-    if isinstance(module, nn.AvgPool2d) and kind is nn.AvgPool2d:
+        return f"max_pool2d {pool()}"
+    if kind is nn.AvgPool2d:
         divisor = module.divisor_override or 0
-        return f"avg_pool2d {pool(module)} {int(module.count_include_pad)} {divisor}"
-    if isinstance(module, nn.Flatten) and kind is nn.Flatten:
+        return f"avg_pool2d {pool()} {int(module.count_include_pad)} {divisor}"
+    if kind is nn.Flatten:
         need(
             module.start_dim == 1 and module.end_dim == -1,
             f"flattens the dimensions {module.start_dim} to {module.end_dim}, not 1 to -1",
         )
         return "flatten"
-    if isinstance(module, torch7.Dropout) and kind is torch7.Dropout:
+    if kind is torch7.Dropout:
         return f"dropout {_number(module.p)}" if module.p > 0 else "identity"
-    if isinstance(module, (nn.LogSoftmax, ops_nn.LogSoftmax)) and kind in (
-        nn.LogSoftmax,
-        ops_nn.LogSoftmax,
-    ):
+    if kind in (nn.LogSoftmax, ops_nn.LogSoftmax):
         need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
         return f"log_softmax {_number(check_beta(where, getattr(module, 'beta', 1.0), dtype))}"
     raise UnsupportedError(f"{where} is not one of the engine's layers")

@@ -40,20 +40,12 @@ _TRIALS, _TRIAL_STEPS = 3, 16
 
 
 class OnlineSGD:
-    r"""Stochastic gradient descent with batch size 1, entirely in C++ or CUDA.
+    """Stochastic gradient descent with batch size 1, entirely in C++ or CUDA.
 
-    For each sample in turn: forward, loss, prediction, backward, update. With t counting samples
-    from 0, weight decay :math:`\lambda`, momentum m and dampening d:
-
-    .. math::
-        g &\leftarrow \nabla f(w) + \lambda w \\
-        v &\leftarrow m v + (1 - d)\, g \quad (v = g \text{ in the first step}) \\
-        w &\leftarrow w - \frac{lr}{1 + t \cdot lr\_decay}\, u, \qquad
-        u = g + m v \text{ (Nesterov)},\ v \text{ (momentum)},\ g \text{ (neither)}
-
-    This is :class:`mnist_ops.torch7.optim.SGD` behind autograd, but for rounding (1e-12 relative in
-    float64 after 100 steps) and for the time it takes. CPU and CUDA differ by rounding, too; on
-    either one a run can be repeated bit for bit.
+    For each sample in turn: forward, loss, prediction, backward, update. The steps are those of
+    :class:`mnist_ops.torch7.optim.SGD` behind autograd, but for rounding (1e-12 relative in float64
+    after 100 steps) and for the time it takes. CPU and CUDA differ by rounding, too; on either one
+    a run can be repeated bit for bit.
 
     On CUDA all of the device works on one sample: the step is a short list of phases, with every
     layer's work shared out among all multiprocessors, and nothing comes back to the host between
@@ -75,12 +67,9 @@ class OnlineSGD:
         loss: ``"nll"``, ``"multi_margin"`` or ``"mse"``: :func:`mnist_ops.torch7.nll_loss`,
             :func:`~mnist_ops.torch7.multi_margin_loss`, :func:`~mnist_ops.torch7.mse_loss`.
         lr: learning rate of the first step. With a list of models it may be a sequence with one
-            for each, as may ``lr_decay`` and ``weight_decay``.
-        lr_decay: see above; the reports use 1e-7.
-        weight_decay: 0 switches it off, as for ``momentum``.
-        momentum: m.
-        dampening: d, equal to ``momentum`` unless given, as in Torch7.
-        nesterov: needs ``momentum > 0`` and ``dampening=0``.
+            for each, as may ``lr_decay`` (the reports' is 1e-7) and ``weight_decay``.
+        lr_decay, weight_decay, momentum, dampening, nesterov: as for
+            :class:`mnist_ops.torch7.optim.SGD`.
         threads: how many threads of PyTorch's pool may share the work of a sample on the CPU;
             ``"auto"``: one or all of them, whichever is faster when the first images come (a second
             thread gains on an idle core and loses on a busy one). The results do not depend on it.

@@ -343,7 +343,7 @@ class TestLoadModel:
             ({"model": {}}, "is a checkpoint without settings or network"),
             ({"settings": None}, "is not a checkpoint: it holds no settings"),
         ]:
-            training.save_checkpoint(path, state | change)
+            training.write_torch(path, state | change)
             with pytest.raises(training.CheckpointError, match=message) as caught:
                 prediction.load_model(path)
             assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -363,7 +363,7 @@ class TestLoadModel:
             ({"settings": settings | {"normalization": "local"}}, "normalization must be 'none'"),
             ({"settings": settings | {"normalization": "contrastive", "data_kernel": 8}}, "N odd"),
         ]:
-            training.save_checkpoint(path, state | change)
+            training.write_torch(path, state | change)
             with pytest.raises(training.CheckpointError, match=message) as caught:
                 prediction.load_model(path)
             assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -398,7 +398,7 @@ class TestLoadModel:
         path, model = checkpoint(tmp_path, mnist, "contrastive", 15, **network)
         with torch.no_grad():
             next(model.parameters()).mul_(2)  # it is the file's own weights that count
-        training.save_checkpoint(tmp_path / "model.pt", model.state_dict())
+        training.write_torch(tmp_path / "model.pt", model.state_dict())
         saved = prediction.load_model(tmp_path / "model.pt")
         assert saved.normalization == "contrastive15"
         assert saved.statistics == prediction.load_model(path).statistics is not None
@@ -409,7 +409,7 @@ class TestLoadModel:
         with pytest.raises(training.CheckpointError, match="does not fit the network"):
             prediction.load_model(tmp_path / "model.pt")
         original = models.convnet(dtype=torch.float32)
-        training.save_checkpoint(tmp_path / "model.pt", original.state_dict())
+        training.write_torch(tmp_path / "model.pt", original.state_dict())
         saved = prediction.load_model(tmp_path / "model.pt")
         assert saved.normalization is saved.statistics is None
         with pytest.raises(
@@ -613,7 +613,7 @@ class TestBombs:
             ]
         ):
             path = tmp_path / f"settings{i}.pt"
-            training.save_checkpoint(path, state | {"settings": {"network": network}})
+            training.write_torch(path, state | {"settings": {"network": network}})
             files.append(("load_model", path, "does not fit the network"))
         self.refused(files)
 

@@ -364,4 +364,4 @@ def test_printed_numbers():
     path = REFERENCE / "reports" / "report1_tables.json"
     table = json.loads(path.read_text())["3.1"]["original"]
     rows = zip(table["epochs"], table["training"], table["test"], strict=True)
-    assert {epoch: (a, b) for epoch, a, b in rows} == reports.TABLE_3_1
+    assert {epoch: (a, b) for epoch, a, b in rows} == reports.TABLES["3.1"]["original"]

@@ -1058,7 +1058,7 @@ class TestResume:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
     def test_saving_is_atomic(self, tmp_path, monkeypatch, where, error):
         path = tmp_path / "checkpoint.pt"
-        training.save_checkpoint(path, torch.ones(100_000))
+        training.write_torch(path, torch.ones(100_000))
 
         def fail(*_):
             raise error("here")
@@ -1068,7 +1068,7 @@ class TestResume:
         else:
             monkeypatch.setattr(os, where, fail)
         with pytest.raises(error):
-            training.save_checkpoint(path, torch.zeros(100_000))
+            training.write_torch(path, torch.zeros(100_000))
         assert torch.equal(training.read_torch(path), torch.ones(100_000))
         assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
