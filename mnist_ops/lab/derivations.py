@@ -162,15 +162,7 @@ def _part(derivative: str, values: Tensor) -> Tensor:
 
 
 def check(beta: float = 0.7, seed: int = 0) -> list[Result]:
-    """Evaluate every line at random inputs.
-
-    Args:
-        beta: of the softmax; not 1, so that a missing beta shows.
-        seed: of the inputs.
-
-    Returns:
-        One :class:`Result` for each of :data:`LINES`.
-    """
+    """Evaluate every line at random inputs, beta not being 1, so that a missing one shows."""
     x = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     results = []
     for line in LINES:

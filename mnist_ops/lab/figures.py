@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,14 +106,9 @@ def curves(
     """Draw training and test accuracy of experiments over the epochs, a panel each.
 
     A line is the run of the lowest seed, a band reaches from the lowest to the highest seed, open
-    circles are the report's numbers. Of many epochs the first may lie below the panel. A panel
-    without a number is left out.
-
-    Args:
-        lines: one or more experiments.
-        points: what the circles are, for the legend.
-        last: the last epoch to draw; otherwise that of the longest.
-        within: show the training accuracy within the epochs as well, of consecutive pieces.
+    circles are the report's numbers: ``points`` in the legend. Of many epochs the first may lie
+    below the panel. A panel without a number is left out. ``last`` is the last epoch to draw.
+    ``within`` shows the training accuracy of consecutive pieces of the epochs as well.
 
     Raises:
         ValueError: if there is neither a run nor a printed number.
@@ -126,11 +121,11 @@ def curves(
     last = last or max([0, *ends, *(max(line.printed, default=0) for line in lines)])
     if not last:
         raise ValueError("curves: lines hold neither a run nor a printed number")
-    numbers = {
-        part: any(ends) or any(p[part] is not None for line in lines for p in line.printed.values())
+    shown = [
+        part
         for part in (0, 1)
-    }
-    shown = [part for part, known in numbers.items() if known]
+        if any(ends) or any(p[part] is not None for line in lines for p in line.printed.values())
+    ]
     bands = rings = False
     height = 1.8 * len(shown) + 0.17 * math.ceil((len(lines) + 2) / 2)
     with _canvas(height) as figure:
@@ -138,19 +133,15 @@ def curves(
         for axes, part in zip(panels, shown, strict=True):
             key = ("train_accuracy", "test_accuracy")[part]
             inside: list[float] = []
-
-            def show(epochs: Iterable[int], values: Iterable[float], inside=inside) -> None:
-                pairs = zip(epochs, values, strict=True)
-                inside += [y for x, y in pairs if x > 1 or last < _MANY]
-
             for color, line in zip(_COLORS * len(lines), lines, strict=False):
                 runs = [run["epochs"][:last] for _, run in sorted(line.runs.items())]
                 rows = [[epoch[key] for epoch in run] for run in runs]
+                several = sorted(map(len, rows))[-2] if len(rows) > 1 else 0
+                known = {e: y for e, p in line.printed.items() if (y := p[part]) is not None}
                 if rows:
                     x = range(1, len(rows[0]) + 1)
                     mark = "o" if len(rows[0]) == 1 else None
                     axes.plot(x, rows[0], color=color, linewidth=1.3, marker=mark, markersize=3)
-                    show(x, rows[0])
                 if rows and within and part == 0:
                     pieces = [
                         (e["epoch"] - 1 + (i + 1) / len(e["curve"]), y)
@@ -158,23 +149,19 @@ def curves(
                         for i, y in enumerate(e["curve"])
                     ]
                     axes.plot(*zip(*pieces, strict=True), color=color, alpha=0.35, linewidth=0.8)
-                several = sorted(map(len, rows))[-2] if len(rows) > 1 else 0
                 if several:
-                    bands = True
                     there = [[r[i] for r in rows if len(r) > i] for i in range(several)]
-                    low, high = [min(y) for y in there], [max(y) for y in there]
-                    x = range(1, several + 1)
-                    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-                    show(x, low)
-                    show(x, high)
-                known = {e: y for e, p in line.printed.items() if (y := p[part]) is not None}
+                    band = range(1, several + 1), list(map(min, there)), list(map(max, there))
+                    axes.fill_between(*band, color=color, alpha=0.18, linewidth=0)
                 if known:
-                    rings = True
                     axes.scatter(
                         list(known), list(known.values()), s=14 if len(known) > _MANY else 26,
                         edgecolors=color, facecolors="none", linewidths=0.8, zorder=4,
                     )  # fmt: skip
-                    show(known, known.values())
+                drawn = [*rows[:1], *(row[:several] for row in rows)]
+                values = [*known.items(), *(pair for row in drawn for pair in enumerate(row, 1))]
+                inside += [y for epoch, y in values if epoch > 1 or last < _MANY]
+                bands, rings = bands or several > 0, rings or len(known) > 0
             low_end, high_end = min(inside, default=0.0), max(inside, default=100.0)
             span = max(high_end - low_end, 0.05)
             axes.set_ylim(low_end - 0.07 * span, high_end + 0.07 * span)
@@ -212,14 +199,9 @@ def normalization_gallery(
     root: str | os.PathLike[str] | None = None,
     indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13),
 ) -> Figure:
-    """Draw digits as they are and after each normalization of report 1's Table 3.2.
+    """Draw training digits as they are and after each normalization of report 1's Table 3.2.
 
-    Rows: pixels; global normalization; with Gaussian1D(7), (15) and (21). Each row has a grey
-    scale of its own, the same for its digits.
-
-    Args:
-        root: as for :func:`mnist_ops.mnist.data.load`.
-        indices: training digits, from 0.
+    Each row has a grey scale of its own, the same for its digits.
     """
     import torch
 
@@ -247,11 +229,8 @@ def normalization_gallery(
 def filters(weights: Tensor | Sequence[Any]) -> Figure:
     """Draw a convolution's kernels, zero in white, negative in blue, positive in red.
 
-    Args:
-        weights: ``(filters, 1, height, width)`` or ``(filters, height, width)``, a tensor or lists.
-
     Raises:
-        ValueError: for other shapes.
+        ValueError: unless they are ``(filters, 1, height, width)`` or ``(filters, height, width)``.
     """
     import numpy as np
     import torch
@@ -282,10 +261,7 @@ def filters(weights: Tensor | Sequence[Any]) -> Figure:
 
 
 def confusion(counts: Sequence[Sequence[int]]) -> Figure:
-    """Draw a confusion matrix with its counts; colour is for the mistakes, off the diagonal.
-
-    Args:
-        counts: ``(classes, classes)``; row: true class, column: predicted class.
+    """Draw the counts of ``(true class, predicted class)``; colour is for the mistakes.
 
     Raises:
         ValueError: if ``counts`` is not square.
@@ -305,13 +281,11 @@ def confusion(counts: Sequence[Sequence[int]]) -> Figure:
         axes = figure.subplots()
         # Square roots: one mistake is seen beside fifty.
         axes.imshow(np.sqrt(off), cmap="Oranges", vmin=0, vmax=math.sqrt(most) * 1.25)
-        for i in range(classes):
-            for j in range(classes):
-                count = int(matrix[i, j])
-                if i == j:
-                    axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor="0.88", lw=0))
-                if count or i == j:
-                    axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color="black")
+        for (i, j), count in np.ndenumerate(matrix):
+            if i == j:
+                axes.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, facecolor="0.88", lw=0))
+            if count or i == j:
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=8, color="black")
         axes.set_xticks(range(classes))
         axes.set_yticks(range(classes))
         axes.grid(False)
@@ -323,13 +297,7 @@ def confusion(counts: Sequence[Sequence[int]]) -> Figure:
 
 
 def mistakes(items: Sequence[Mapping[str, Any]], images: Tensor) -> Figure:
-    """Draw misclassified digits, one or more, with true class, prediction and confidence.
-
-    Args:
-        items: each with ``index`` into ``images``, ``true``, ``predicted`` and, where known,
-            ``confidence`` from 0 to 1.
-        images: ``(N, 1, H, W)`` or ``(N, H, W)``.
-    """
+    """Draw misclassified digits, with true class, prediction and, where known, confidence."""
     import numpy as np
 
     rows = math.ceil(len(items) / 4)

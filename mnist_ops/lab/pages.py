@@ -87,16 +87,6 @@ class Report:
 
     # What both pages have.
 
-    def origin(self) -> str:
-        """The report, its authors, year and code."""
-        source, starter = self.source, reports.SOURCES["starter"]
-        return (
-            f"*{source['title']}*, {source['authors']}, {source['date']}. Their code: "
-            f"[{source['repository'].removeprefix('https://')}]({source['repository']}), folder "
-            f"{source['folder']}. Both reports began with the course's starter scripts, "
-            f"[{starter.removeprefix('https://')}]({starter})."
-        )
-
     def warning(self) -> str:
         """For runs that are no full runs."""
         if all(map(records.of_mnist, self.runs)):
@@ -189,14 +179,22 @@ class Report:
         parts = [markdown.table(head, rows), f"Not run: {', '.join(missing)}." * bool(missing)]
         return "\n\n".join(filter(None, parts))
 
-    def figure_of(self, name: str, words: str, lines: Mapping[str, Any], points: str) -> str:
-        """Curves of experiments, by name, with points."""
-        drawn = [
-            figures.Line(label, statistics.by_seed(self.runs, label), known)
-            for label, known in lines.items()
-            if known or self.of(label)
+    def figure_of(
+        self,
+        name: str,
+        words: str,
+        printed: Mapping[str, Any],
+        points: str = "printed",
+        columns: Mapping[str, str] | None = None,
+        last: int | None = None,
+    ) -> str:
+        """Curves with points, by labels; ``columns`` names their experiments where they differ."""
+        lines = [
+            figures.Line(label, statistics.by_seed(self.runs, experiment), printed[label])
+            for label, experiment in (columns or {label: label for label in printed}).items()
+            if printed[label] or self.of(experiment)
         ]
-        return self.figure(name, words, figures.curves(drawn, points)) if drawn else ""
+        return self.figure(name, words, figures.curves(lines, points, last)) if lines else ""
 
     def brief(self) -> str:
         """The main numbers: printed and ours."""
@@ -233,7 +231,7 @@ class Report:
         """The same of the numbers of a figure or a log, epoch by epoch behind their words."""
         longest = max(lines.values(), key=len)
         table = experiments.Table("", "", {line: line for line in lines}, list(longest), lines)
-        return self._beside_print(table, f"{words}, epoch by epoch") if lines else ""
+        return self._beside_print(table, f"{words}, epoch by epoch")
 
     def _beside_print(self, table: experiments.Table, folded: str = "") -> str:
         columns = tables.compare(table, self.runs)
@@ -264,23 +262,18 @@ class Report:
     def table_figure(self, number: str) -> str:
         """The curves of a table of report 1 with its numbers as points."""
         table = experiments.TABLES[number]
-        lines = [
-            figures.Line(column, statistics.by_seed(self.runs, name), table.printed[column])
-            for column, name in table.columns.items()
-        ]
         words = f"Table {number}. Circles: printed; lines: seed 1; bands: lowest to highest seed."
-        last = max(table.epochs)
-        return self.figure(f"table-{number}", words, figures.curves(lines, last=last))
+        name, last = f"table-{number}", max(table.epochs)
+        return self.figure_of(name, words, table.printed, "printed", table.columns, last)
 
     def log_figure(self, name: str, words: str, columns: Mapping[str, str]) -> str:
         """Curves with the authors' logs as points."""
-        lines = []
+        printed = {}
         for column, experiment in columns.items():
             log = reports.AUTHORS_LOGS[experiment.replace("-", "_")]
-            points = dict(enumerate(zip(log["training"], log["test"], strict=False), 1))
-            lines.append(figures.Line(column, statistics.by_seed(self.runs, experiment), points))
+            printed[column] = dict(enumerate(zip(log["training"], log["test"], strict=False), 1))
         words += " Lines: seed 1; bands: lowest to highest seed; epoch 1 lies below the panels."
-        return self.figure(name, words, figures.curves(lines, "authors' log"))
+        return self.figure_of(name, words, printed, "authors' log", columns)
 
     def gallery(self, words: str) -> str:
         """What the normalizations make of the images."""
@@ -518,8 +511,12 @@ def write(
     pages, bodies = {}, []
     for number in (1, 2):
         report = Report(number, results, folder, root)
-        template = environment.get_template(f"report-{number}.md.jinja")
-        page = template.render(r=report, logs=reports.LOGS, figures=reports.FIGURES)
+        page = environment.get_template(f"report-{number}.md.jinja").render(
+            r=report,
+            starter=reports.SOURCES["starter"],
+            logs=reports.LOGS,
+            figures=reports.FIGURES,
+        )
         page = re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
         bodies.append(markdown.to_html(page, report.images))
         pages[folder / f"report-{number}.md"] = page

@@ -1,11 +1,7 @@
 """Which runs the reports need, in the order of what they decide; and how long what is left takes.
 
 A plan is data, in ``plan.json``: steps of experiments, seeds and epochs. ``examples/reproduce.py
---plan full --minutes 150 --jobs 2`` works through it as far as there is time::
-
-    >>> from mnist_ops.lab import plan
-    >>> steps = plan.read("full")
-    >>> tasks = plan.tasks(steps)
+--plan full --minutes 150 --jobs 2`` works through it as far as there is time.
 
 Each run is in one step only. How far all of them are, on this machine, is in the folder of their
 results and in the committed ones, see :func:`mnist_ops.lab.storage.merge`.
@@ -87,10 +83,8 @@ def read(name: str) -> list[Step]:
 def tasks(steps: Sequence[Step], **options: Any) -> list[runner.Task]:
     """The runs of these steps, in their order, each once.
 
-    Args:
-        steps: of a plan.
-        options: ``device``, ``limit`` and ``root`` as for :class:`mnist_ops.lab.runner.Task`;
-            ``pace``: how much longer than in the plan an epoch takes here.
+    ``options``: ``device``, ``limit`` and ``root`` as for :class:`mnist_ops.lab.runner.Task`;
+    ``pace``: how much longer than in the plan an epoch takes here.
 
     Raises:
         ValueError: if a step wants more epochs of a run than an earlier one.
@@ -138,13 +132,7 @@ def pace(todo: Sequence[runner.Task], out: str | Path) -> float:
 
 
 def left(steps: Sequence[Step], out: str | Path, **options: Any) -> list[tuple[Step, int, float]]:
-    """Each step with the epochs it still needs, and the seconds that they take one after the other.
-
-    Args:
-        steps: of a plan.
-        out: the folder of all results.
-        options: for :func:`tasks`.
-    """
+    """Each step with the epochs that it still needs and the seconds that these take in turn."""
     runs = storage.collect(out)["runs"]
     known = {records.folder(Path(), run): len(run["epochs"]) for run in runs}
     epochs, seconds = dict.fromkeys(steps, 0), dict.fromkeys(steps, 0.0)

@@ -7,20 +7,11 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from .. import training
 from ..mnist import data
-from . import (
-    command_line,
-    derivations,
-    experiments,
-    pages,
-    plan,
-    records,
-    runner,
-    storage,
-    tables,
-)
+from . import command_line, derivations, experiments, pages, plan, records, runner, storage, tables
 from .reports import counted
 
 # What needs no training: every run of this script makes the two of them.
@@ -103,6 +94,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """Data and device, as :class:`runner.Task` has them."""
+    root = None if args.data is None else str(args.data)
+    return {"limit": args.limit, "device": args.device, "root": root}
+
+
 def choose(args: argparse.Namespace) -> list[runner.Task]:
     """The runs that the command line asks for, each once."""
     everything = experiments.EXPERIMENTS.values()
@@ -112,13 +109,10 @@ def choose(args: argparse.Namespace) -> list[runner.Task]:
         chosen += [e for e in everything if e.section.startswith(wanted)]
     for column in args.candidates:
         chosen += experiments.CANDIDATES[column]
-    options = {
+    options = given(args) | {
         "seeds": args.seeds,
-        "limit": args.limit,
-        "device": args.device,
         "dtype": args.dtype,
         "perturbations": args.perturb,
-        "root": None if args.data is None else str(args.data),
     }
     found = runner.tasks(chosen, epochs=args.epochs, **options)
     for number in args.table:
@@ -149,12 +143,17 @@ def show_list() -> None:
 
 
 def report(args: argparse.Namespace, results: dict) -> list[str]:
-    """The tables to print."""
+    """The check of the derivations and the tables to print."""
     page = pages.Report(1, results, args.out, args.data)
-    lines = [f"\nTable {number}\n\n{page.printed_table(number)}" for number in args.table]
-    lines += [f"\n{page.candidates(column, column)}" for column in args.candidates]
-    if lines and (warning := page.warning()):
-        lines.append(f"\n{warning}")
+    lines = []
+    if "derivations" in args.experiment or args.report:
+        lines = ["The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed"]
+        lines += [f"  {row}" for row in derivations.check()]
+    found = [f"\nTable {number}\n\n{page.printed_table(number)}" for number in args.table]
+    found += [f"\n{page.candidates(column, column)}" for column in args.candidates]
+    if found and (warning := page.warning()):
+        found.append(f"\n{warning}")
+    lines += found
     if args.perturb:
         lines.append(
             "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, images right"
@@ -169,44 +168,39 @@ def report(args: argparse.Namespace, results: dict) -> list[str]:
     return lines
 
 
-def extras(args: argparse.Namespace) -> list[str]:
-    """The check of the derivations to print."""
-    if "derivations" in args.experiment or args.report:
-        title = "The reports' derivations of sigmoid (dy/dx) and softmax, evaluated as printed"
-        return [title, *(f"  {row}" for row in derivations.check())]
-    return []
+def make(args: argparse.Namespace, todo: list[runner.Task], **options: Any) -> int:
+    """Make the runs, say which of them failed, and return the exit code."""
+    # Python says so of what workers had that were told to stop; it is cleared away all the same.
+    quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
+    failures = runner.run_all(
+        todo,
+        args.out,
+        args.jobs,
+        progress=False if args.no_progress else None,
+        repository=command_line.repository(),
+        together=args.together,
+        **options,
+    )
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def work_through(args: argparse.Namespace) -> int:
     """Make the runs of a plan that there is time for, and merge all that --out holds."""
-    steps = plan.read(args.plan)
-    options = {
-        "device": args.device,
-        "limit": args.limit,
-        "root": None if args.data is None else str(args.data),
-    }
+    steps, options = plan.read(args.plan), given(args)
     deadline = None if args.minutes is None else time.time() + 60.0 * args.minutes
     # What is committed need not be made again.
     changed = storage.merge(args.out, args.results)
     pace = plan.pace(plan.tasks(steps, **options), args.out)
-    failures = []
+    code = 0
     if not (args.dry_run or args.no_run):
+        todo = plan.tasks(steps, pace=pace, **options)
         try:
-            failures = runner.run_all(
-                plan.tasks(steps, pace=pace, **options),
-                args.out,
-                args.jobs,
-                resume=True,
-                progress=False if args.no_progress else None,
-                repository=command_line.repository(),
-                together=args.together,
-                deadline=deadline,
-                any_device=True,
-            )
+            code = make(args, todo, resume=True, deadline=deadline, any_device=True)
         finally:
             changed += storage.merge(args.out, args.results)
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
     if changed or args.no_run:
         pages.write(records.read_results(args.results), args.results.parent, args.data)
     for step, epochs, seconds in plan.left(steps, args.out, **options):
@@ -215,7 +209,7 @@ def work_through(args: argparse.Namespace) -> int:
         )
     print(f"an epoch takes {pace:.1f} times as long here as on an idle core of the plan's machine")
     print(f"{counted(changed, 'run')} new or longer in {args.results}")
-    return 1 if failures else 0
+    return code
 
 
 def run() -> int:
@@ -232,30 +226,17 @@ def run() -> int:
             print(f"{task.name}: {counted(task.epochs, 'epoch')} of {task.digits_per_epoch} digits")
         print(f"{counted(len(todo), 'run')}, {sum(task.digits for task in todo):,} digits")
         return 0
-    # Python says so of what workers had that were told to stop; it is cleared away all the same.
-    quiet = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, quiet))
     try:
-        failures = runner.run_all(
-            [] if args.no_run else todo,
-            args.out,
-            args.jobs,
-            args.resume,
-            progress=False if args.no_progress else None,
-            repository=command_line.repository(),
-            together=args.together,
-        )
+        code = make(args, [] if args.no_run else todo, resume=args.resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; --resume continues what is in {args.out}") from None
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
     results = records.read_results(args.out / "results.json")
     # Files before lines: there may be nobody who reads these.
     pages.write(results, args.out, args.data)
-    for line in extras(args) + report(args, results):
+    for line in report(args, results):
         print(line)
     print(f"{args.out} holds results.json, and made from it report-1.md, report-2.md, report.html")
-    return 1 if failures else 0
+    return code
 
 
 def main() -> int:

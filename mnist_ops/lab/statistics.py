@@ -223,12 +223,9 @@ class Estimate(NamedTuple):
 def estimate(
     a: Sequence[float], b: Sequence[float] | None = None, paired: bool = False
 ) -> Estimate:
-    """The mean of ``a``, or of ``a`` minus ``b``: Student's t in pairs, Welch's without.
+    """The mean of ``a``, or of ``a`` minus ``b``, of two values or more each.
 
-    Args:
-        a: two values or more.
-        b: likewise; as many as ``a`` for pairs.
-        paired: whether value i of both belongs to one seed.
+    Student's t; in pairs if value i of both belongs to one seed, otherwise Welch's.
     """
 
     # Sums of binary fractions: a smaller spread is rounding, far below one image of 60,000.
@@ -394,17 +391,19 @@ def _tested(claim: Claim, runs: Sequence[Run]) -> Verdict:
     pairs = [_pair(claim, runs, a, b) for a in _names(claim.a) for b in (claim.b or (None,))]
     done = [pair for pair in pairs if pair.numbers is not None]
     complete = bool(pairs) and len(done) == len(pairs)
-    inside, outside = [pair.inside for pair in done], [pair.outside for pair in done]
+
     # One that was not tested decides neither "all" nor "none of any".
-    p_in, p_out = 1.0, 1.0
-    if claim.quantifier == "all" and done:
-        p_in, p_out = max(inside), min(1.0, len(pairs) * min(outside))
-    elif done:
-        p_in, p_out = min(1.0, len(pairs) * min(inside)), max(outside)
-    if not complete and claim.quantifier == "all":
-        p_in = 1.0
-    elif not complete:
-        p_out = 1.0
+    def every(p_values: list[float]) -> float:
+        return max(p_values) if complete else 1.0
+
+    def one_of(p_values: list[float]) -> float:
+        return min(1.0, len(pairs) * min(p_values, default=1.0))
+
+    inside, outside = [pair.inside for pair in done], [pair.outside for pair in done]
+    if claim.quantifier == "all":
+        p_in, p_out = every(inside), one_of(outside)
+    else:
+        p_in, p_out = one_of(inside), every(outside)
     if not complete and min(p_in, p_out) >= ALPHA:
         missing = [pair.needs for pair in pairs if pair.numbers is None]
         more = f"; {len(missing) - 1} more likewise" if len(missing) > 1 else ""
@@ -476,12 +475,7 @@ def _exact(claim: Claim, runs: Sequence[Run]) -> Verdict:
 
 
 def verdicts(claims: Iterable[Claim], runs: Iterable[Run]) -> list[Verdict]:
-    """What the runs say about every claim, outcomes after Holm's correction within each report.
-
-    Args:
-        claims: of :data:`mnist_ops.lab.reports.CLAIMS`, or some of one's own.
-        runs: what :func:`usable` gives.
-    """
+    """What the runs say about every claim, outcomes after Holm's correction within each report."""
     runs = list(runs)
     results = []
     for claim in claims:

@@ -13,7 +13,6 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +128,7 @@ def check_inside(folder: Path, out: Path) -> None:
 
 def sweep(out: Path) -> None:
     """Remove what killed processes left; a run's half-written files are its training loop's."""
-    # Runs of earlier versions kept a progress.json while they were under way.
-    for path in chain(*map(out.glob, (".*.part", "figures/.*.part", "runs/*/*/progress.json"))):
+    for path in (*out.glob(".*.part"), *out.glob("figures/.*.part")):
         with contextlib.suppress(OSError):  # another process may finish it just now
             if path.stat().st_mtime < time.time() - _LEFT:
                 path.unlink()
@@ -146,14 +144,7 @@ def restore(known: Mapping[Path, dict[str, Any]]) -> None:
 
 
 def collect(out: str | os.PathLike[str]) -> dict[str, Any]:
-    """All runs in a folder, in a fixed order, those under way up to their last complete epoch.
-
-    Args:
-        out: a folder that :func:`mnist_ops.lab.runner.run_all` wrote.
-
-    Raises:
-        RunError: if a ``run.json`` is damaged.
-    """
+    """All runs in a folder, in a fixed order, those under way up to their last complete epoch."""
     runs = []
     for path in sorted(Path(out).glob("runs/*/*/run.json")):
         record = records.read_run(path)
@@ -182,10 +173,6 @@ def merge(out: str | os.PathLike[str], results: str | os.PathLike[str]) -> int:
 
     Of a run that both have the one with more epochs stays, whole: epochs are never mixed. No run is
     lost or there twice, however often, and by however many processes, this is done.
-
-    Args:
-        out: a folder that :func:`mnist_ops.lab.runner.run_all` wrote, or will.
-        results: a ``results.json``, perhaps under version control; made if it is missing.
 
     Returns:
         How many runs in the file are new or have more epochs than before.

@@ -37,17 +37,12 @@ SPLITS = {"training": "train_accuracy", "test": "test_accuracy"}
 def images_apart(accuracy: float, printed: float, total: int) -> int:
     """How many images more (or fewer: negative) are right than would print as ``printed``.
 
-    Args:
-        accuracy: in %, of ``total`` images.
-        printed: in %, cut off after two decimals.
-        total: images counted.
+    ``printed`` is cut off after two decimals; ``accuracy`` is in %, of ``total`` images.
 
     Example::
 
         >>> images_apart(99.48, 99.47, 10_000)
         1
-        >>> images_apart(96.718, 96.71, 60_000)
-        0
     """
     right = round(accuracy * total / 100)
     unit = round(printed * 100)

@@ -503,9 +503,7 @@ def test_what_killed_runs_leave_is_swept(straight, tmp_path):
     (tmp_path / "figures").mkdir()
     folder = some_tasks()[0].folder(tmp_path)
     left = [tmp_path / ".results.json.7-7.part", tmp_path / "figures" / ".filters.png.7-17.part"]
-    left.append(folder / "progress.json")  # of an earlier version
     fresh = [tmp_path / ".results.json.8-17.part", tmp_path / "my.part"]
-    fresh.append(some_tasks()[1].folder(tmp_path) / "progress.json")
     of_a_run = folder / ".checkpoint.pt.7-17.part"
     for path in (*left, *fresh, of_a_run):
         path.touch()
