@@ -37,17 +37,18 @@ def test_it_is_one_of_the_choices_of_the_plan():
 def test_the_mean_of_the_weights_is_tested():
     """The steps are those of SGD, by the compiled engine; the test is that of the mean."""
     plain = {epoch: {**options, "name": "sgd"} for epoch, options in QUICK.optimizers.items()}
-    ends = [vector(run(epochs, plain)[1]) for epochs in (3, 4, 5)]
+    runs = [run(epochs, plain) for epochs in (3, 4, 5)]
+    ends = [vector(model) for _, model in runs]
     history, model = run(5)
     assert torch.equal(vector(model), ends[-1])
-    assert [r.train_loss for r in history] == [r.train_loss for r in run(5, plain)[0]]
+    assert [r.train_loss for r in history] == [r.train_loss for r in runs[-1][0]]
     digits = experiments.digits(7, None, 40, validation=5000)
     for epoch in (3, 5):
         mean = torch.stack(ends[: epoch - 2]).mean(0)
         torch.nn.utils.vector_to_parameters(mean, model.parameters())
         _, loss = training.evaluate(model, digits.test_images, digits.test_labels)
         assert history[epoch - 1].test_loss == pytest.approx(loss, rel=1e-12)
-    assert history[4].test_loss != run(5, plain)[0][4].test_loss
+    assert history[4].test_loss != runs[-1][0][4].test_loss
 
 
 def test_resumed(tmp_path):

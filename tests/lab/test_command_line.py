@@ -2,8 +2,8 @@
 
 import io
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -154,10 +154,12 @@ def test_the_examples_as_commands(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["train_mnist", "reproduce", "predict"])
-def test_the_examples_say_how_they_are_used(name):
+def test_the_examples_say_how_they_are_used(name, monkeypatch, capsys):
     path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    result = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and f"usage: {name}.py [-h]" in result.stdout
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code == 0 and f"usage: {name}.py [-h]" in capsys.readouterr().out
 
 
 def test_checkout(monkeypatch, tmp_path):

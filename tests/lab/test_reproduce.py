@@ -33,6 +33,21 @@ def script(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def here(script, monkeypatch, capsys):
+    """As reproduce(), within this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
+        try:
+            code = script.main()
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def start(*arguments, environment=None, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -190,16 +205,12 @@ def test_a_reader_that_stops_reading():
     assert result.stderr == "reproduce.py: error: No space left on device\n"
 
 
-def test_list_and_dry_run(tmp_path, script, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, arguments)])
-        return script.main(), capsys.readouterr().out
-
-    code, text = run("--list")
+def test_list_and_dry_run(tmp_path, here):
+    code, text, _ = here("--list")
     assert code == 0
     for name in ("original", "lbfgs-after-30", "derivations", "relu--conv1-local", "predict"):
         assert name in text
-    code, text = run("--table", "3.2", "3.5", "--dry-run", "--out", tmp_path / "none")
+    code, text, _ = here("--table", "3.2", "3.5", "--dry-run", "--out", tmp_path / "none")
     # The original column is in both tables and runs once, as far as the longer one goes.
     assert code == 0 and "original, float64, seed 1: 30 epochs of 60000 digits" in text
     assert text.splitlines()[-1] == "4 runs, 3,960,000 digits"
@@ -231,14 +242,9 @@ def test_list_and_dry_run(tmp_path, script, monkeypatch, capsys):
         (["--experiment", "relu", "--out", "/proc/x"], "/proc/x: No such file or directory"),
     ],
 )
-def test_errors(tmp_path, arguments, error, monkeypatch, capsys, script):
+def test_errors(tmp_path, arguments, error, here):
     out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, [*arguments, *out])])
-    try:
-        code = script.main()
-    except SystemExit as stop:  # argparse's
-        code = stop.code
-    errors = capsys.readouterr().err
+    code, _, errors = here(*arguments, *out)
     assert code == (1 if "--data" in arguments else 2)
     # argparse shows the usage before its line.
     *usage, line = errors.splitlines()
@@ -246,17 +252,15 @@ def test_errors(tmp_path, arguments, error, monkeypatch, capsys, script):
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys, script):
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, here):
     """Root may write everywhere: the error itself stands for such a folder."""
 
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    arguments = ["--experiment", "relu", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
-    assert script.main() == 2
-    assert capsys.readouterr().err == f"reproduce.py: error: {tmp_path}/out: Permission denied\n"
+    code, _, errors = here("--experiment", "relu", "--out", tmp_path / "out")
+    assert (code, errors) == (2, f"reproduce.py: error: {tmp_path}/out: Permission denied\n")
 
 
 def test_results_are_not_lost_to_an_ascii_terminal(straight, tmp_path, monkeypatch, script):
@@ -282,20 +286,20 @@ def test_an_ascii_locale(tmp_path):
     assert "±" in (tmp_path / "é" / "report.html").read_text("utf-8")
 
 
-def test_tables_and_report_of_what_is_there(straight):
+def test_tables_and_report_of_what_is_there(straight, here):
     out, _ = straight
     before = (out / "results.json").read_bytes()
     (out / "report.html").unlink()
-    code, text, errors = reproduce("--table", "3.4", "--perturb", "3", "--no-run", "--out", out)
+    code, text, errors = here("--table", "3.4", "--perturb", "3", "--no-run", "--out", out)
     assert code == 0 and errors == "" and "epoch   1" not in text
     assert (out / "report.html").exists()
     # Byte for byte, whoever reports on the runs, and wherever.
     assert (out / "results.json").read_bytes() == before
 
 
-def test_a_run_that_is_there_is_not_overwritten(straight):
+def test_a_run_that_is_there_is_not_overwritten(straight, here):
     out, _ = straight
     before = (out / "results.json").read_bytes()
-    code, _, errors = reproduce(*QUICK, "--out", out)
+    code, _, errors = here(*QUICK, "--out", out)
     assert code == 2 and "holds 3 of these 3 runs already" in errors
     assert (out / "results.json").read_bytes() == before

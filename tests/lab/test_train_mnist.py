@@ -135,13 +135,13 @@ def test_results(finished):
     assert all(torch.equal(saved["model"][name], values[name]) for name in values)
 
 
-def test_resume(finished, mnist, tmp_path, monkeypatch):
+def test_resume(finished, mnist, tmp_path, monkeypatch, capfd):
     out, _ = finished
     flags = ("--data", mnist, "--lr", 0.005)
     assert run_here(monkeypatch, tmp_path, *flags, "--epochs", 1) == 0
-    resumed = run(tmp_path, *flags, "--epochs", 3, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert epochs_of(resumed.stdout) == ["2", "3"]
+    capfd.readouterr()
+    assert run_here(monkeypatch, tmp_path, *flags, "--epochs", 3, "--resume") == 0
+    assert epochs_of(capfd.readouterr().out) == ["2", "3"]
     assert rows(tmp_path) == rows(out)
     straight, twice = (torch.load(path / "model.pt", weights_only=True) for path in (out, tmp_path))
     assert all(torch.equal(straight[name], twice[name]) for name in straight)
@@ -160,7 +160,7 @@ def interrupt(process):
     return output + rest, errors
 
 
-def test_interrupt(mnist, tmp_path):
+def test_interrupt(mnist, tmp_path, monkeypatch):
     flags = ("--data", mnist, "--lr", 0.005, "--epochs", 500)
     process = subprocess.Popen(
         command(tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -173,8 +173,7 @@ def test_interrupt(mnist, tmp_path):
     saved = training.load_checkpoint(path)["epoch"]
     assert errors == f"interrupted; {path} holds the state after epoch {saved}: resume from it\n"
     assert sorted(os.listdir(tmp_path)) == (KEPT if saved else [KEPT[0], *KEPT[2:]])
-    resumed = run(tmp_path, *flags[:-1], saved + 1, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    assert run_here(monkeypatch, tmp_path, *flags[:-1], saved + 1, "--resume") == 0
     assert [row["epoch"] for row in rows(tmp_path)] == [str(i + 1) for i in range(saved + 1)]
 
 
