@@ -4,7 +4,7 @@
 // input and output read and one write backward. Other norms are bound by pow, but for p = 3 and 4,
 // which multiply. Three kinds of kernels, the first that fits:
 //   pairs     NCHW, windows with stride 2 and no padding, 2x2 (the reports' pooling) with p = 1, 2,
-//             3, 4 or inf, and backward 3x3 with p = 1 or 2: a thread takes a pack of neighbouring
+//             3, 4 or inf, and backward 3x3 with p = 2: a thread takes a pack of neighbouring
 //             elements of each of a window's rows. 2x2: everything is read and written once, in
 //             packs, backward too, where the windows tile the image. 3x3: what windows share comes
 //             from L1.

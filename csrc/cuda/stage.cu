@@ -1,9 +1,9 @@
 // A stage (activation, LP pooling, subtractive normalization) on CUDA.
 //
-// Where the networks' windows, 2 x 2 with p = 2, tile the image, and the pooled map of an image
-// fits into the shared memory of a block, one kernel does it all. It is bound by memory: the
-// forward pass reads the input and writes the output, the backward pass reads input and gradient
-// and writes a gradient, each of them once.
+// Where the networks' windows, 2 x 2 with p = 2, make up the image, its pooled map fits into the
+// shared memory of a block, and the kernel is separable, one kernel does it all. It is bound by
+// memory: the forward pass reads the input and writes the output, the backward pass reads input and
+// gradient and writes a gradient, each of them once.
 //
 // As many blocks as fit share the images. A block takes one after the other; weights and coef it
 // makes once. The pooled map, in the type to compute in, waits in shared memory for its mean: sums
@@ -199,16 +199,14 @@ __device__ __forceinline__ TilePlace tile_place(const Fused<T>& s, uint32_t unit
   const uint32_t row = s.by_unit_row.quotient(unit);
   if constexpr (channels_last) {
     const uint32_t pixel = row, c = (unit - pixel * s.unit_row) * n;
-    const uint32_t h = s.by_rows.quotient(pixel), w = pixel - h * static_cast<uint32_t>(s.g.OW);
-    const uint32_t first = 2 * (h * static_cast<uint32_t>(s.g.W) + w);
+    // Each row of windows before this one has a second row of the image, 2 OW pixels.
+    const uint32_t first = 2 * (pixel + s.by_width.quotient(pixel) * static_cast<uint32_t>(s.g.OW));
     return {static_cast<int32_t>(first * static_cast<uint32_t>(s.g.C) + c),
             static_cast<int32_t>(pixel * static_cast<uint32_t>(s.step_pixel()) + c),
             static_cast<int32_t>(pixel)};
   } else {
-    // The rows of windows before this one have two rows of the image each, and with an odd height
-    // the last row of each plane is in no window.
-    uint32_t in = row * static_cast<uint32_t>(s.g.W) + unit * n;
-    if (s.g.H % 2 != 0) in += s.by_rows.quotient(row) * static_cast<uint32_t>(s.g.W);
+    // The rows of windows before this one have two rows of the image each.
+    const uint32_t in = row * static_cast<uint32_t>(s.g.W) + unit * n;
     const uint32_t map = unit * (n / 2);
     const uint32_t pixel = map - s.by_inner.quotient(map) * static_cast<uint32_t>(s.pixels());
     return {static_cast<int32_t>(in), static_cast<int32_t>(map), static_cast<int32_t>(pixel)};
@@ -322,23 +320,6 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
   });
 }
 
-// The gradient of the last row and column of an image with odd sizes, which are in no window.
-template <typename T>
-__device__ void unpool_edges(const Fused<T>& s, const T* x, T* gx) {
-  using A = opmath_t<T>;
-  const int32_t H = s.g.H, W = s.g.W, C = s.g.C;
-  const int32_t below = (H - 2 * s.g.OH) * W;
-  const int32_t edge = below + (W - 2 * s.g.OW) * 2 * s.g.OH;
-  for (int32_t i = this_thread(); i < edge * C; i += block_threads()) {
-    const int32_t c = s.channels_last ? i % C : i / edge, at = s.channels_last ? i / C : i % edge;
-    const int32_t pixel = at < below ? 2 * s.g.OH * W + at : (at - below) * W + W - 1;
-    const int32_t to = s.channels_last ? pixel * C + c : c * H * W + pixel;
-    // Nothing but a NaN makes anything of it.
-    const A a = activation_value(s.activation, static_cast<A>(x[to]));
-    gx[to] = static_cast<T>(activation_gradient(s.activation, A(0), a));
-  }
-}
-
 // Threads of a block, and blocks of so many on a multiprocessor: 80 registers a thread, and 96
 // where the tile at hand and the one that is read ahead take 64 bytes each.
 constexpr int kLeastTileThreads = 128;
@@ -383,17 +364,16 @@ __global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlock
     const T *x = input + image * s.g.in_n, *following = following_image(s, x, image);
     T* gx = grad_input + image * s.g.in_n;
     unpool_tiles(s, m, tiles, x, following, gx);
-    unpool_edges(s, x, gx);
     __syncthreads();
   }
 }
 
-// How many elements, neighbours of a row or channels, a thread takes at once; 0 where the image is
-// not tiled, or not in packs.
+// How many elements, neighbours of a row or channels, a thread takes at once; 0 where the windows
+// do not make up the image, or packs its rows or pixels.
 template <typename T>
 int tile_pack(const StageArguments& arguments, bool channels_last, const T* image) {
   const PoolGeometry& g = arguments.geometry;
-  if (!is_tiled_by_twos(arguments)) return 0;
+  if (!is_tiled_by_twos(arguments) || g.H != 2 * g.OH || g.W != 2 * g.OW) return 0;
   for (int n = kNeighbours<T>; n >= (channels_last ? kNeighbours<T> : 2); n /= 2) {
     const bool aligned = reinterpret_cast<uintptr_t>(image) % (n * sizeof(T)) == 0;
     if (aligned && (channels_last ? g.C : g.W) % n == 0) return n;
@@ -413,9 +393,7 @@ Fused<T> fused_of(const StageArguments& arguments, bool channels_last, const Ten
   s.g = narrow(g);
   s.activation = arguments.activation;
   s.channels_last = channels_last;
-  s.taps_h = static_cast<int32_t>(kernel.size(0));
-  s.taps_w = static_cast<int32_t>(kernel.size(kernel.dim() - 1));
-  s.separable = kernel.dim() == 1;
+  s.taps = static_cast<int32_t>(kernel.numel());
   s.sum_pack = (channels_last ? s.g.C : s.pixels()) % n == 0;
   s.map_pack = (channels_last ? s.g.C : s.map_size()) % n == 0 &&
                reinterpret_cast<uintptr_t>(map) % (n * sizeof(T)) == 0;
@@ -425,7 +403,6 @@ Fused<T> fused_of(const StageArguments& arguments, bool channels_last, const Ten
     s.units = s.unit_row * static_cast<uint32_t>(channels_last ? s.pixels() : s.g.C * s.g.OH);
     s.by_unit_row = Divider(s.unit_row);
   }
-  s.by_rows = Divider(channels_last ? g.OW : g.OH);
   s.by_width = Divider(g.OW);
   s.by_inner = Divider(channels_last ? g.C : g.OH * g.OW);
   s.by_sums = Divider(s.sum_units());
@@ -442,8 +419,9 @@ bool fits_block(const StageArguments& arguments, bool channels_last, const Tenso
     return a > kMost || b > kMost ? kMost + 1 : a * b;
   };
   const int64_t pixels = product(g.OH, g.OW);
-  if (!fits_narrow(g, 1) || kernel.numel() > kMost || product(g.C + 1, pixels) > kMost ||
-      product(g.OH + kernel.size(0), g.OW + kernel.size(kernel.dim() - 1)) > kMost) {
+  if (kernel.dim() != 1 || !fits_narrow(g, 1) || kernel.numel() > kMost ||
+      product(g.C + 1, pixels) > kMost ||
+      product(g.OH + kernel.numel(), g.OW + kernel.numel()) > kMost) {
     return false;
   }
   const Fused<T> s =

@@ -23,21 +23,16 @@ struct Fused {
   ActivationKind activation;
   bool channels_last;
   const double* kernel;
-  int32_t taps_h, taps_w;  // of a separable kernel: equal
-  bool separable;
+  int32_t taps;       // of a separable kernel
   bool map_pack;      // whether tensors of the output's shape are read and written in packs
   bool sum_pack;      // whether the channels of the map in shared memory are
   int32_t groups;     // of channels that are added up at once
   uint32_t units;     // tiles of an image
   uint32_t unit_row;  // tiles of a row of windows, or, in NHWC, of a pixel
-  Divider by_unit_row, by_rows;         // by_rows: OH, or, in NHWC, OW
-  Divider by_width, by_inner, by_sums;  // OW; pixels, or, in NHWC, C; sum_units()
+  Divider by_unit_row, by_width, by_inner, by_sums;  // by_inner: pixels, or, in NHWC, C
 
   static constexpr int kNear = kNeighbours<T>;
 
-  static int64_t rounded(int64_t size) { return (size + 3) / 4 * 4; }
-
-  MNIST_OPS_HD int32_t taps() const { return separable ? taps_w : taps_h * taps_w; }
   MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
   MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
   // The map in shared memory. In NHWC an odd distance between pixels, in packs where channels come
@@ -61,17 +56,15 @@ struct Fused {
     const int32_t mean = pixels() + kNear - 1, sums = groups * pixels();
     return ((mean > sums ? mean : sums) + 3) / 4 * 4;
   }
-  // A plane with zeros around it: left and right alone where the kernel is separable, and then
-  // above and below alone, of what its rows gave.
-  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps_w - 1; }
-  MNIST_OPS_HD int32_t padded_size() const {
-    return (separable ? g.OH : g.OH + taps_h - 1) * padded_w();
-  }
-  MNIST_OPS_HD int32_t rows_size() const { return separable ? (g.OH + taps_h - 1) * g.OW : 0; }
-  MNIST_OPS_HD int32_t coef_size() const { return separable ? g.OH + g.OW : pixels(); }
+  // A plane with zeros left and right of it; with zeros above and below, of what its rows gave; the
+  // shares of its rows and columns in coef.
+  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps - 1; }
+  MNIST_OPS_HD int32_t padded_size() const { return g.OH * padded_w(); }
+  MNIST_OPS_HD int32_t rows_size() const { return (g.OH + taps - 1) * g.OW; }
+  MNIST_OPS_HD int32_t coef_size() const { return g.OH + g.OW; }
   int64_t shared_bytes() const {
     const int64_t size = int64_t{shared_map_size()} + mean_size() + padded_size() + rows_size() +
-                         coef_size() + 2 * taps();
+                         coef_size() + 2 * taps;
     return size * static_cast<int64_t>(sizeof(A));
   }
 };
@@ -80,9 +73,9 @@ template <typename A>
 struct SharedMemory {
   A* map;        // pooled, or the gradient with respect to that
   A* mean;       // what is subtracted; before it is known, sums over groups of channels
-  A* padded;     // the sum over channels, zeros around it
+  A* padded;     // the sum over channels, zeros left and right
   A* rows;       // blurred along the rows, zeros above and below
-  A* coef;       // of a separable kernel: its share of each row, then of each column
+  A* coef;       // the kernel's share of each row, then of each column
   A* weight[2];  // normalised, [adjoint]
 };
 
@@ -95,7 +88,7 @@ __device__ SharedMemory<A> shared_memory(const Fused<T>& s) {
   m.rows = m.padded + s.padded_size();
   m.coef = m.rows + s.rows_size();
   m.weight[0] = m.coef + s.coef_size();
-  m.weight[1] = m.weight[0] + s.taps();
+  m.weight[1] = m.weight[0] + s.taps;
   return m;
 }
 
@@ -116,12 +109,12 @@ __device__ void prepare(const Fused<T>& s, const SharedMemory<A>& m) {
   if (threadIdx.x >= kWarp) return;
   const int32_t lane = this_thread();
   double sum = 0;
-  for (int32_t i = lane; i < s.taps(); i += kWarp) sum += s.kernel[i];
+  for (int32_t i = lane; i < s.taps; i += kWarp) sum += s.kernel[i];
   const double total = lane_sum(sum, kWarp);
-  for (int32_t i = lane; i < s.taps(); i += kWarp) {
+  for (int32_t i = lane; i < s.taps; i += kWarp) {
     const A weight = static_cast<A>(s.kernel[i] / total);
     m.weight[0][i] = weight;
-    m.weight[1][s.taps() - 1 - i] = weight;
+    m.weight[1][s.taps - 1 - i] = weight;
   }
 }
 
@@ -140,11 +133,7 @@ template <typename T, typename A>
 __device__ void prepare_coefficients(const Fused<T>& s, const SharedMemory<A>& m) {
   const int32_t OH = s.g.OH, OW = s.g.OW;
   for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
-    if (s.separable) {
-      m.coef[i] = weight_inside(m.weight[0], s.taps_w, i < OH ? i : i - OH, i < OH ? OH : OW);
-    } else {
-      m.coef[i] = coefficient_at<A>(i / OW, i % OW, OH, OW, m.weight[0], s.taps_h, s.taps_w, false);
-    }
+    m.coef[i] = weight_inside(m.weight[0], s.taps, i < OH ? i : i - OH, i < OH ? OH : OW);
   }
 }
 
@@ -163,7 +152,7 @@ template <bool adjoint, typename T, typename A>
 __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first) {
   constexpr int n = kNeighbours<T>;
   const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
-  const int32_t radius_h = s.taps_h / 2, radius_w = s.taps_w / 2;
+  const int32_t radius = s.taps / 2;
   const A* weight = m.weight[adjoint];
   const auto each_pixel = [&](const auto& body) {
     for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
@@ -171,9 +160,7 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
       body(pixel, h, pixel - h * OW);
     }
   };
-  const auto coefficient = [&](int32_t pixel, int32_t h, int32_t w) {
-    return s.separable ? m.coef[h] * m.coef[OH + w] : m.coef[pixel];
-  };
+  const auto coefficient = [&](int32_t h, int32_t w) { return m.coef[h] * m.coef[OH + w]; };
   __syncthreads();
   if (first) prepare_coefficients(s, m);
   // Several threads share the channels of a pixel; their sums are added in a fixed order.
@@ -210,34 +197,20 @@ __device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first
     }
   }
   __syncthreads();
-  const int32_t above = s.separable ? 0 : radius_h;
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
     A sum = m.mean[pixel];
     for (int32_t k = 1; k < s.groups; ++k) sum += m.mean[k * pixels + pixel];
-    m.padded[(h + above) * s.padded_w() + w + radius_w] =
-        adjoint ? sum / coefficient(pixel, h, w) : sum;
+    m.padded[h * s.padded_w() + w + radius] = adjoint ? sum / coefficient(h, w) : sum;
   });
   __syncthreads();
-  if (s.separable) {
-    each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-      m.rows[pixel + radius_h * OW] =
-          correlate(m.padded + h * s.padded_w() + w, 1, weight, s.taps_w);
-    });
-    __syncthreads();
-  }
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    A blurred = A(0);
-    if (s.separable) {
-      blurred = correlate(m.rows + pixel, OW, weight, s.taps_h);
-    } else {
-      for (int32_t k = 0; k < s.taps_h; ++k) {
-        blurred +=
-            correlate(m.padded + (h + k) * s.padded_w() + w, 1, weight + k * s.taps_w, s.taps_w);
-      }
-    }
+    m.rows[pixel + radius * OW] = correlate(m.padded + h * s.padded_w() + w, 1, weight, s.taps);
+  });
+  __syncthreads();
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    const A blurred = correlate(m.rows + pixel, OW, weight, s.taps);
     const A channels = static_cast<A>(s.g.C);
-    const A mean =
-        adjoint ? blurred / channels : local_mean(blurred, channels, coefficient(pixel, h, w));
+    const A mean = adjoint ? blurred / channels : local_mean(blurred, channels, coefficient(h, w));
     for (int32_t i = pixel; i < pixels + n - 1; i += pixels) m.mean[i] = mean;
   });
   __syncthreads();

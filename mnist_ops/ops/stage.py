@@ -54,8 +54,9 @@ def stage2d(
     rounding: :func:`lp_pool2d` and :func:`subtractive_norm2d` have the formulas, conventions and
     :math:`u`. In one operator the input is read once, the output written once, and nothing between
     them is stored; the backward pass reads the input again and computes the rest anew. That is so
-    for 2 x 2 windows with p = 2 side by side, the reports' networks, on CUDA where a pooled map
-    fits into a block's shared memory; elsewhere the three operators run, one after the other.
+    for 2 x 2 windows with p = 2 side by side, as in the reports' networks; on CUDA if they leave
+    nothing over, the kernel is 1-D and a pooled map fits into a block's shared memory. Elsewhere
+    the three operators run, one after the other.
 
     Half types are computed in float32 from the input to the output, where the three operators round
     after each step. Differentiable twice; the third derivative is an error.

@@ -62,7 +62,8 @@ PACKED = (
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one
     Packed(f"forward_pairs_kernel<., {N}, {TYPE}>", out=2, rest=True),
-    Packed(f"backward_(tiles|threes)_kernel<., {N}, {TYPE}>"),
+    Packed(f"backward_tiles_kernel<., {N}, {TYPE}>"),
+    Packed(f"backward_threes_kernel<{N}, {TYPE}>"),
     Packed(f"(forward|backward)_blocks_kernel<{N}, {TYPE}>"),
     # sigmoid.cu
     Packed(rf"map_kernel<{N}, \w+, \w+, {TYPE}>", rest=True),
