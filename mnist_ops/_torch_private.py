@@ -65,6 +65,9 @@ autocast: Callable[[], bool] = getattr(
     lambda: any(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
 )
 
+# Whether torch.jit.trace records; what torch.jit.is_tracing() asks in three times the time.
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
 
 def within_dual_level() -> bool:
     """Whether tensors can have tangents now: within ``forward_ad.dual_level`` or ``func.jvp``.

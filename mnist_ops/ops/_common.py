@@ -209,9 +209,11 @@ def direct(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.mnist_ops, name).default
     dispatch, below_autograd = private.entry(op), private.below_autograd
     is_grad_enabled, is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
-    is_tracing = torch.jit.is_tracing
-    autocast, transforms = private.autocast, private.transforms
+    is_tracing, autocast, transforms = private.is_tracing, private.autocast, private.transforms
     parameter = torch.nn.Parameter
+    # The places in args of those that can require grad.
+    types = [str(a.type) for a in private.arguments(op)]
+    others = [i - 1 for i, kind in enumerate(types) if i > 0 and "Tensor" in kind]
 
     def call(input: Tensor, *args: Any) -> Any:
         kind = type(input)
@@ -224,12 +226,15 @@ def direct(name: str) -> Callable[..., Any]:
             or private.within_dual_level()
         ):
             return op(input, *args)
-        if is_grad_enabled() and (
-            input.requires_grad or any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        ):
-            # Asking for the name of the device would take a quarter of the call's time.
-            known = HAS_KERNELS["cpu"] if input.is_cpu else input.is_cuda and HAS_KERNELS["cuda"]
-            return (_eager_functions[name] if known else op)(input, *args)
+        if is_grad_enabled():
+            requires_grad = input.requires_grad
+            for i in others:
+                requires_grad = requires_grad or (args[i] is not None and args[i].requires_grad)
+            if requires_grad:
+                # Asking for the name of the device would take a quarter of the call's time.
+                on_cpu = input.is_cpu
+                known = HAS_KERNELS["cpu"] if on_cpu else input.is_cuda and HAS_KERNELS["cuda"]
+                return (_eager_functions[name] if known else op)(input, *args)
         with below_autograd():
             return dispatch(input, *args)
 

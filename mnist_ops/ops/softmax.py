@@ -28,9 +28,7 @@ from ._public import public
 
 _ops = torch.ops.mnist_ops
 _softmax = direct("softmax")
-_softmax_grad = direct("softmax_backward")
 _log_softmax = direct("log_softmax")
-_log_softmax_grad = direct("log_softmax_backward")
 _softmax_nll = direct("softmax_nll")
 _softmax_nll_grad = direct("softmax_nll_backward")
 
@@ -180,9 +178,13 @@ def softmax_nll(
     check_floating(op, "input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
-    _check_target(op, input, target)
     check_reduction(op, reduction)
     check_same_device(op, "target", target, "input", input)
+    if weight is not None:
+        check_floating(op, "weight", weight)
+        check_same_device(op, "weight", weight, "input", input)
+        weight = weight.to(compute_type(input.dtype))
+    _check_shapes(op, input, target, weight)
     ignore_index, label_smoothing = check_smoothing(op, ignore_index, label_smoothing)
     dtype = torch.int64
     if target.is_floating_point():
@@ -194,11 +196,6 @@ def softmax_nll(
             )
     if target.dtype is not dtype:
         target = target.to(dtype)
-    if weight is not None:
-        check_floating(op, "weight", weight)
-        check_same_device(op, "weight", weight, "input", input)
-        weight = weight.to(compute_type(input.dtype))
-        _check_weight(op, input, weight)
     beta = check_beta(op, beta, input.dtype)
     return _softmax_nll(input, target, weight, beta, reduction, ignore_index, label_smoothing)[0]
 
@@ -212,7 +209,7 @@ def _lines(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
 
 
-def _check_target(op: str, input: Tensor, target: Tensor) -> None:
+def _check_shapes(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     probabilities = target.dtype is not torch.int64 and target.is_floating_point()
     if target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
@@ -228,15 +225,12 @@ def _check_target(op: str, input: Tensor, target: Tensor) -> None:
             f"{op}: target must have the shape {expected} for {kind} and an input of {shape}, "
             f"got {tuple(target.shape)}"
         )
-    if shape[_class_dim(input)] == 0:
+    classes = shape[_class_dim(input)]
+    if classes == 0:
         raise ValueError(f"{op}: input has no classes, its shape is {shape}")
-
-
-def _check_weight(op: str, input: Tensor, weight: Tensor) -> None:
-    classes = input.shape[_class_dim(input)]
-    if weight.shape != (classes,):
+    if weight is not None and weight.shape != (classes,):
         raise ValueError(
-            f"{op}: weight must have the shape ({classes},) for an input of {tuple(input.shape)}, "
+            f"{op}: weight must have the shape ({classes},) for an input of {shape}, "
             f"got {tuple(weight.shape)}"
         )
 
@@ -252,7 +246,7 @@ def check_smoothing(op: str, ignore_index: Any, label_smoothing: Any) -> tuple[i
 def _dim(op: str, input: Tensor, dim: int) -> int:
     check_floating(op, "input", input)
     dim = check_int(op, "dim", dim)
-    dims = max(input.dim(), 1)
+    dims = input.dim() or 1
     if not -dims <= dim < dims:
         raise IndexError(f"{op}: dim must be in [{-dims}, {dims - 1}], got {dim}")
     return dim
@@ -262,13 +256,10 @@ def check_beta(op: str, beta: Any, dtype: torch.dtype = torch.float64) -> float:
     """Refuse a factor that is not finite where it is computed with."""
     beta = check_number(op, "beta", beta)
     if not -1e30 < beta < 1e30:
-        if not math.isfinite(beta):
-            raise ValueError(f"{op}: beta must be finite, got {beta}")
         wide = compute_type(dtype)
         if not abs(beta) <= torch.finfo(wide).max:
-            raise ValueError(
-                f"{op}: beta must be finite in the type that is computed in, {wide}, got {beta}"
-            )
+            kind = "" if not math.isfinite(beta) else f" in the type that is computed in, {wide}"
+            raise ValueError(f"{op}: beta must be finite{kind}, got {beta}")
     return beta
 
 
@@ -278,30 +269,97 @@ def check_reduction(op: str, reduction: object) -> None:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-# ------------------------------------------------------------------------------------------ fake
+# --------------------------------------------------------------------------- softmax, log_softmax
 
 
-def _fake_forward(input, dim, beta):
-    _dim("softmax", input, dim)
-    return torch.empty_like(input)
+def _register(name: str, directional: Any, by_output: Any, second_order: Any) -> None:
+    """Register all that Python knows of ``name`` and of its backward.
+
+    Args:
+        name: the operator, y = name(input, dim, beta).
+        directional: its derivative in the direction v, of (v, y, dim, beta).
+        by_output: of (v, g, y, dim, beta), the gradient of v times the backward of g by y.
+        second_order: of (t, g, y, dim, beta), what a tangent t of y adds to the backward of g.
+    """
+    backward_name = f"{name}_backward"
+    gradient = direct(backward_name)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.options = inputs[1:]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient(grad_output, *ctx.saved_tensors, *ctx.options), None, None
+
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return directional(tangent, *ctx.saved_tensors, *ctx.options)
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[2:]
+
+    def double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, y = ctx.saved_tensors
+        return directional(v, y, *ctx.options), by_output(v, g, y, *ctx.options), None, None
+
+    register_autograd(name, backward, jvp, save)
+    forward_mode = backward_jvp(backward_name, second_order)
+    register_autograd(backward_name, double_backward, forward_mode, save_backward)
+    for tensors, each in enumerate((name, backward_name), start=1):
+        _register_fake_and_vmap(each, tensors)
+    autocast_to_float32(name)
 
 
-def _fake_backward(grad_output, output, dim, beta):
-    _dim("softmax_backward", output, dim)
-    return torch.empty_like(output)
+def _register_fake_and_vmap(name: str, tensors: int) -> None:
+    op = getattr(_ops, name)
+
+    def fake(*args: Any) -> Tensor:
+        output, dim = args[tensors - 1 : tensors + 1]
+        _dim(name, output, dim)
+        return torch.empty_like(output)
+
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        dim, beta = args[tensors:]
+        batched = [batch_first(args[i], in_dims[i], info.batch_size) for i in range(tensors)]
+        if batched[0].dim() == 1:  # scalars, which are softmax vectors of length 1
+            return op(*(b.unsqueeze(1) for b in batched), 1, beta).squeeze(1), 0
+        return op(*batched, dim + 1 if dim >= 0 else dim, beta), 0
+
+    register_fake(name)(fake)
+    torch.library.register_vmap(f"mnist_ops::{name}", vmap)
 
 
-for _name in ("softmax", "log_softmax"):
-    register_fake(_name)(_fake_forward)
-    register_fake(f"{_name}_backward")(_fake_backward)
+def _softmax_by_output(v: Tensor, g: Tensor, y: Tensor, dim: int, beta: float) -> Tensor:
+    return beta * (v * (g - (g * y).sum(dim, keepdim=True)) - g * (v * y).sum(dim, keepdim=True))
+
+
+def _softmax_second_order(t: Tensor, g: Tensor, y: Tensor, dim: int, beta: float) -> Tensor:
+    return beta * (t * (g - (g * y).sum(dim, keepdim=True)) - y * (g * t).sum(dim, keepdim=True))
+
+
+def _log_softmax_directional(v: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
+    return beta * (v - (v * log_y.exp()).sum(dim, keepdim=True))
+
+
+def _log_softmax_second_order(v: Tensor, g: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
+    # The same in both modes: it is diagonal.
+    return -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
+
+
+# The derivative of softmax is symmetric.
+_register("softmax", _ops.softmax_backward, _softmax_by_output, _softmax_second_order)
+_register(
+    "log_softmax", _log_softmax_directional, _log_softmax_second_order, _log_softmax_second_order
+)
+
+# ------------------------------------------------------------------------------------ softmax_nll
 
 
 @register_fake("softmax_nll")
 def _(input, target, weight, beta, reduction, ignore_index, label_smoothing):
-    _check_target("softmax_nll", input, target)
+    _check_shapes("softmax_nll", input, target, weight)
     if weight is not None:
         check_same_device("softmax_nll", "weight", weight, "input", input)
-        _check_weight("softmax_nll", input, weight)
     loss = input.new_empty(_lines(input.shape) if reduction == "none" else ())
     shape = () if reduction == "mean" else (0,)
     return loss, input.new_empty(shape, dtype=compute_type(input.dtype))
@@ -313,66 +371,8 @@ def _(grad_loss, input, *_):
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
-# -------------------------------------------------------------------------------------- autograd
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-    ctx.options = inputs[1:]
-
-
-def _softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-    return _softmax_grad(grad_output, *ctx.saved_tensors, *ctx.options), None, None
-
-
-def _log_softmax_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-    return _log_softmax_grad(grad_output, *ctx.saved_tensors, *ctx.options), None, None
-
-
-def _softmax_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-    # The derivative is symmetric.
-    return _ops.softmax_backward(tangent, *ctx.saved_tensors, *ctx.options)
-
-
-def _log_softmax_jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-    (log_y,) = ctx.saved_tensors
-    dim, beta = ctx.options
-    return _log_softmax_directional(tangent, log_y, dim, beta)
-
-
-def _log_softmax_directional(v: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
-    return beta * (v - (v * log_y.exp()).sum(dim, keepdim=True))
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
-
-
-def _softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    g, y = ctx.saved_tensors
-    dim, beta = ctx.options
-    grad_y = beta * (v * (g - (g * y).sum(dim, keepdim=True)) - g * (v * y).sum(dim, keepdim=True))
-    return _ops.softmax_backward(v, y, dim, beta), grad_y, None, None
-
-
-def _log_softmax_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    log_y = ctx.saved_tensors[1]
-    grad_log_y = _log_softmax_second_order(v, *ctx.saved_tensors, *ctx.options)
-    return _log_softmax_directional(v, log_y, *ctx.options), grad_log_y, None, None
-
-
-def _softmax_second_order(t: Tensor, g: Tensor, y: Tensor, dim: int, beta: float) -> Tensor:
-    return beta * (t * (g - (g * y).sum(dim, keepdim=True)) - y * (g * t).sum(dim, keepdim=True))
-
-
-def _log_softmax_second_order(v: Tensor, g: Tensor, log_y: Tensor, dim: int, beta: float) -> Tensor:
-    # The same in both modes: it is diagonal.
-    return -beta * v * log_y.exp() * g.sum(dim, keepdim=True)
-
-
-# softmax_nll. What is saved is in the order of the arguments of softmax_nll_backward; the tensors
-# before the options, among which is None in the place of a weight that is not there.
+# What is saved is in the order of the arguments of softmax_nll_backward; the tensors before the
+# options, among which is None in the place of a weight that is not there.
 
 
 def _keep(ctx: Any, tensors: Sequence[Tensor], weight: Tensor | None, options: Any) -> None:
@@ -465,9 +465,8 @@ def _nll_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor |
     return by_input, by_target, *(None,) * 5
 
 
-def _nll_jvp(
-    ctx: Any, tangent: Tensor | None, of_target: Tensor | None, of_weight: Tensor | None, *_: None
-) -> tuple[Tensor | None, None]:
+def _nll_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+    tangent, of_target, of_weight, *_ = tangents
     _refuse_derivative("softmax_nll", weight=of_weight)
     nll = _Nll(*ctx.saved_tensors, *ctx.options)
     by_input = by_target = None
@@ -490,15 +489,8 @@ def _nll_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     return nll.directional(v), nll.curvature(v, g), by_target, *(None,) * 6
 
 
-def _nll_backward_jvp(
-    ctx: Any,
-    of_grad: Tensor | None,
-    of_input: Tensor | None,
-    of_target: Tensor | None,
-    of_total: Tensor | None,
-    of_weight: Tensor | None,
-    *_: None,
-) -> Tensor | None:
+def _nll_backward_jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+    of_grad, of_input, of_target, of_total, of_weight, *_ = tangents
     _refuse_derivative("softmax_nll_backward", total=of_total, weight=of_weight)
     g, *saved = ctx.saved_tensors
     by_grad = by_input = by_target = None
@@ -527,39 +519,10 @@ def _spread(grad_loss: Tensor, total: Tensor, lines: Sequence[int], reduction: s
     return grad_loss.reshape((*grad_loss.shape, *(1,) * reduced)).expand(lines)
 
 
-for _name, _backward, _jvp, _setup in (
-    ("softmax", _softmax_backward, _softmax_jvp, _save),
-    ("log_softmax", _log_softmax_backward, _log_softmax_jvp, _save),
-    ("softmax_nll", _nll_backward, _nll_jvp, _save_nll),
-):
-    register_autograd(_name, _backward, _jvp, setup_context=_setup)
-for _name, _double_backward, _second_order in (
-    ("softmax_backward", _softmax_double_backward, _softmax_second_order),
-    ("log_softmax_backward", _log_softmax_double_backward, _log_softmax_second_order),
-):
-    _forward_mode = backward_jvp(_name, _second_order)
-    register_autograd(_name, _double_backward, _forward_mode, setup_context=_save_backward)
+register_autograd("softmax_nll", _nll_backward, _nll_jvp, _save_nll)
 register_autograd(
-    "softmax_nll_backward",
-    _nll_double_backward,
-    _nll_backward_jvp,
-    setup_context=_save_nll_backward,
+    "softmax_nll_backward", _nll_double_backward, _nll_backward_jvp, _save_nll_backward
 )
-
-# -------------------------------------------------------------------------------- vmap, autocast
-
-
-def _register_softmax_vmap(name: str, tensors: int) -> None:
-    op = getattr(_ops, name)
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        dim, beta = args[tensors:]
-        batched = [batch_first(args[i], in_dims[i], info.batch_size) for i in range(tensors)]
-        if batched[0].dim() == 1:  # scalars, which are softmax vectors of length 1
-            return op(*(b.unsqueeze(1) for b in batched), 1, beta).squeeze(1), 0
-        return op(*batched, dim + 1 if dim >= 0 else dim, beta), 0
-
-    torch.library.register_vmap(f"mnist_ops::{name}", rule)
 
 
 def _merge(tensor: Tensor, per_example: int) -> Tensor:
@@ -579,24 +542,30 @@ def line_weights(
     return torch.where(counts, weight[target.clamp(0, len(weight) - 1)].to(dtype), 0.0)
 
 
-def _batched_weight(op: Any, info: Any, in_dims: Any, args: tuple[Any, ...], place: int) -> Any:
-    """One call for each weight of a batch of them: None where there is none."""
-    size = info.batch_size
-    if in_dims[place] is None or size == 0:
-        return None
-    batched = [batch_first(t, d, size) for t, d in zip(args, in_dims[: place + 1], strict=False)]
-    return [op(*(b[i] for b in batched), *args[place + 1 :]) for i in range(size)]
+def _register_nll_vmap(name: str, place: int, batched: Any) -> None:
+    """Register batched(tensors with their batch first, the weight, ...), one call for all.
 
+    ``place`` is that of the weight, behind the tensors. There is a call for each of several.
+    """
+    op = getattr(_ops, name)
 
-def _softmax_nll_vmap(info, in_dims, *args):
-    results = _batched_weight(_ops.softmax_nll, info, in_dims, args, 2)
-    if results is not None:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        tensors = [batch_first(args[i], in_dims[i], info.batch_size) for i in range(place)]
+        weight, *options = args[place:]
+        if weight is None or in_dims[place] is None:
+            return batched(*tensors, weight, *options)
+        weights = weight.movedim(in_dims[place], 0)
+        if len(weights) == 0:
+            return batched(*tensors, weight.new_ones(weights.shape[1:]), *options)
+        results = [op(*each, *options) for each in zip(*tensors, weights, strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0, 0)
-    input, target, weight, beta, reduction, *options = args
-    input = batch_first(input, in_dims[0], info.batch_size)
-    target = batch_first(target, in_dims[1], info.batch_size)
-    if weight is not None and in_dims[2] is not None:  # a batch of no weights
-        weight = weight.new_ones(input.shape[min(2, input.dim() - 1)])
+
+    torch.library.register_vmap(f"mnist_ops::{name}", vmap)
+
+
+def _batched_nll(input, target, weight, beta, reduction, *options):
     dims = input.dim() - 1
     merged = _merge(input, dims), _merge(target, dims)
     loss = _ops.softmax_nll(*merged, weight, beta, "none", *options)[0]
@@ -615,38 +584,15 @@ def _softmax_nll_vmap(info, in_dims, *args):
     return (loss, total), (0, 0)
 
 
-def _softmax_nll_backward_vmap(info, in_dims, *args):
-    results = _batched_weight(_ops.softmax_nll_backward, info, in_dims, args, 4)
-    if results is not None:
-        return torch.stack(results), 0
-    *tensors, weight, beta, reduction, ignore_index, label_smoothing = args
-    grad, input, target, total = (
-        batch_first(t, d, info.batch_size) for t, d in zip(tensors, in_dims[:4], strict=True)
-    )
-    if weight is not None and in_dims[4] is not None:
-        weight = weight.new_ones(input.shape[min(2, input.dim() - 1)])
+def _batched_nll_backward(grad, input, target, total, weight, beta, reduction, *options):
     lines = (len(input), *_lines(input.shape[1:]))
     grad = _spread(grad, total, lines, reduction)
-    dims = input.dim() - 1
-    grad, merged, target = (_merge(t, dims) for t in (grad, input, target))
-    result = _ops.softmax_nll_backward(
-        grad,
-        merged,
-        target,
-        total.new_empty(0),
-        weight,
-        beta,
-        "none",
-        ignore_index,
-        label_smoothing,
-    )
+    merged = [_merge(t, input.dim() - 1) for t in (grad, input, target)]
+    nothing = total.new_empty(0)
+    result = _ops.softmax_nll_backward(*merged, nothing, weight, beta, "none", *options)
     return result.reshape(input.shape), 0
 
 
-for _name in ("softmax", "log_softmax"):
-    _register_softmax_vmap(_name, tensors=1)
-    _register_softmax_vmap(f"{_name}_backward", tensors=2)
-    autocast_to_float32(_name)
+_register_nll_vmap("softmax_nll", 2, _batched_nll)
+_register_nll_vmap("softmax_nll_backward", 4, _batched_nll_backward)
 autocast_to_float32("softmax_nll")
-torch.library.register_vmap("mnist_ops::softmax_nll", _softmax_nll_vmap)
-torch.library.register_vmap("mnist_ops::softmax_nll_backward", _softmax_nll_backward_vmap)
