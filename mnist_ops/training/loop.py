@@ -32,7 +32,7 @@ from .checkpoint import (
     load_latest,
 )
 from .engine import Criterion, Engine, Steps, choose_engine, run_steps
-from .metrics import ConfusionMatrix, EpochResult, predicted_classes
+from .metrics import ConfusionMatrix, EpochResult, evaluating, predicted_classes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,18 +61,6 @@ def progress_bar(
         dynamic_ncols=True,
         file=sys.stderr,
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards, in any case, each module's own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def evaluate(
@@ -106,7 +94,7 @@ def evaluate(
     confusion: ConfusionMatrix | None = None
     total = 0.0
     bars = progress_bar("testing", len(images), " digits", progress)
-    with _evaluating(model), torch.no_grad(), bars as bar:
+    with evaluating(model), torch.no_grad(), bars as bar:
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             target = target.to(parameter.device)
             output = model(batch.to(parameter.device, parameter.dtype))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import _torch_private as private
 from ..ops._common import check_finite, check_integer
+from .metrics import evaluating
 from .network_text import UnsupportedError, read
 
 __all__ = ["OnlineSGD", "UnsupportedError"]
@@ -278,38 +279,36 @@ class OnlineSGD:
         engines = self.engines or [self]
         for engine in engines:
             engine.model.train()
-        if self.engines and order.dim() == 1:
-            order = order.expand(len(engines), -1)
-        elif self.engines and (order.dim() != 2 or len(order) != len(engines)):
-            raise RuntimeError(
-                f"online_sgd: order must be int64 (M,) or ({len(engines)}, M), "
-                f"got {order.dtype} {tuple(order.shape)}"
-            )
+        orders = order.expand(len(engines), -1) if order.dim() == 1 else order
         if engines[0]._operator is not None:
             images = engines[0]._place("images", images)
             labels = engines[0]._place("labels", labels)
         if images.dim() >= 2 and len(images) and order.numel():
             self._choose_threads(images)
         nothing = torch.empty(0, dtype=torch.float64, device="cpu")
-        if not engines[0]._dropouts or order.dim() not in (1, 2) or images.dim() < 2:
-            return self._run(images, labels, order, nothing)
+        if not engines[0]._dropouts or images.dim() < 2:
+            return self._results(_steps(engines, images, labels, orders, nothing))
         # One sample's numbers come together, layer after layer, as the original draws them.
         generators = [engine._dropouts[0].generator for engine in engines]
         per_sample = engines[0]._numbers_per_sample(images)
         results = []
         at_once = max(1, _NUMBERS_AT_ONCE // (per_sample * len(engines)))
-        for piece in order.split(at_once, dim=-1):
+        for piece in orders.split(at_once, dim=-1):
             before = [generator.get_state() for generator in generators]
             size = (piece.shape[-1], per_sample)
             uniform = torch.stack([engine._uniform(size) for engine in engines])
             try:
-                results.append(self._run(images, labels, piece, uniform))
+                results.append(_steps(engines, images, labels, piece, uniform))
             except Exception:
                 for generator, state in zip(generators, before, strict=True):
                     generator.set_state(state)
                 raise
         losses, predictions = zip(*results, strict=True)
-        return torch.cat(losses, dim=-1), torch.cat(predictions, dim=-1)
+        return self._results((torch.cat(losses, dim=-1), torch.cat(predictions, dim=-1)))
+
+    def _results(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Losses and predictions, a row for each model where there is a list of them."""
+        return found if self.engines else (found[0][0], found[1][0])
 
     def _uniform(self, size: tuple[int, int]) -> Tensor:
         """The next samples' numbers for dropout."""
@@ -333,6 +332,12 @@ class OnlineSGD:
                     f"online_sgd: {name} must be {known}, got {tensor.dtype} {tuple(tensor.shape)} "
                     f"({tensor.layout})"
                 )
+        several = f" or ({len(self.engines)}, M)" if self.engines else ""
+        if order.dim() != 1 and (not several or order.shape[:-1] != (len(self.engines),)):
+            raise RuntimeError(
+                f"online_sgd: order must be int64 (M,){several}, "
+                f"got {order.dtype} {tuple(order.shape)}"
+            )
 
     def check(self, images: Tensor) -> None:
         """See whether the network can run on such images, as :meth:`run` would find out.
@@ -346,13 +351,12 @@ class OnlineSGD:
         sample = images[:1].detach()
         count = len(sample)
         labels, order = (torch.zeros(size, dtype=torch.int64, device="cpu") for size in (count, 0))
+        engines = self.engines or [self]
         try:
             self._check_data(sample, labels, order)
-            device = (self.engines or [self])[0]._device
-            if self.engines:
-                order = order.expand(len(self.engines), -1)
+            sample, labels = sample.to(engines[0]._device), labels.to(engines[0]._device)
             uniform = torch.empty(0, dtype=torch.float64, device="cpu")
-            self._run(sample.to(device), labels.to(device), order, uniform)
+            _steps(engines, sample, labels, order.expand(len(engines), -1), uniform)
         except RuntimeError as error:
             raise UnsupportedError(str(error).splitlines()[0]) from None
         if count:
@@ -394,24 +398,6 @@ class OnlineSGD:
         moved = tensor.to(self._device)
         self._placed[name] = (weakref.ref(tensor), version, moved)
         return moved
-
-    def _run(
-        self, images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Make steps of which the random numbers are drawn."""
-        engines = self.engines or [self]
-        if engines[0]._operator is not None:
-            orders = order if self.engines else order.unsqueeze(0)
-            losses, predictions = _run_together(engines, images, labels, orders, uniform)
-            return (losses, predictions) if self.engines else (losses[0], predictions[0])
-        if self.engines:
-            return _run_in_turn(engines, images, labels, order, uniform)
-        velocities = self._next_velocities()
-        parameters = [parameter.detach() for parameter in self._parameters]
-        threads = 1 if isinstance(self.threads, str) else self.threads  # without steps: any number
-        result = self._call(parameters, velocities, images, labels, order, uniform, threads)
-        self._advance(velocities, len(order))
-        return result
 
     def _call(
         self,
@@ -458,15 +444,11 @@ class OnlineSGD:
             module.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
             for module in self._dropouts
         ]
-        modes = [(module, module.training) for module in self.model.modules()]
-        parameter = self._parameters[0]
-        sample = parameter.new_zeros((1, *images.shape[1:]), requires_grad=False)
+        sample = self._parameters[0].new_zeros((1, *images.shape[1:]), requires_grad=False)
         try:
-            with torch.no_grad():
-                self.model.eval()(sample)  # in evaluation mode nothing is drawn
+            with evaluating(self.model), torch.no_grad():  # nothing is drawn then
+                self.model(sample)
         finally:
-            for module, training in modes:
-                module.training = training
             for handle in handles:
                 handle.remove()
         return sum(counts)
@@ -521,6 +503,14 @@ class OnlineSGD:
             self._dropouts[0].generator.set_state(state["generator"])
 
 
+def _steps(
+    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, orders: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Make steps of which the random numbers are drawn, ``(models, M, numbers)`` or none."""
+    run = _run_in_turn if engines[0]._operator is None else _run_together
+    return run(engines, images, labels, orders, uniform)
+
+
 def _run_together(
     engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, orders: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -551,24 +541,27 @@ def _run_together(
 
 
 def _run_in_turn(
-    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, order: Tensor, uniform: Tensor
+    engines: Sequence[OnlineSGD], images: Tensor, labels: Tensor, orders: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the engines one after the other; all or none of them change."""
-    results, undo = [], []
+    results, changed, undo = [], [], []
     numbers = uniform if uniform.dim() == 3 else uniform.expand(len(engines), -1)
-    for engine, own_order, own_numbers in zip(engines, order, numbers, strict=True):
-        values = [parameter.detach().clone() for parameter in engine._parameters]
-        velocities = [velocity.clone() for velocity in engine.velocities]
-        undo.append((engine, values, velocities, engine.steps))
+    for engine, order, own_numbers in zip(engines, orders, numbers, strict=True):
+        parameters = [parameter.detach() for parameter in engine._parameters]
+        velocities = engine._next_velocities()
+        if len(engines) > 1:
+            undo.append([(now, now.clone()) for now in (*parameters, *velocities)])
+        threads = 1 if isinstance(engine.threads, str) else engine.threads  # without steps: any
+        data = images, labels, order, own_numbers, threads
         try:
-            results.append(engine._run(images, labels, own_order, own_numbers))
+            results.append(engine._call(parameters, velocities, *data))
         except Exception:
-            for changed, values, velocities, steps in undo[:-1]:
-                with torch.no_grad():
-                    for parameter, value in zip(changed._parameters, values, strict=True):
-                        parameter.copy_(value)
-                changed.velocities, changed.steps = velocities, steps
+            for now, before in (pair for pairs in undo[:-1] for pair in pairs):
+                now.copy_(before)
             raise
+        changed.append(velocities)
+    for engine, velocities in zip(engines, changed, strict=True):
+        engine._advance(velocities, orders.shape[1])
     losses, predictions = zip(*results, strict=True)
     return torch.stack(losses), torch.stack(predictions)
 
