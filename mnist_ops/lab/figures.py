@@ -98,10 +98,7 @@ class Line(NamedTuple):
 
 
 def curves(
-    lines: Sequence[Line],
-    points: str = "printed",
-    last: int | None = None,
-    within: bool = False,
+    lines: Sequence[Line], points: str = "printed", last: int | None = None, within: bool = False
 ) -> Figure:
     """Draw training and test accuracy of experiments over the epochs, a panel each.
 
@@ -196,8 +193,7 @@ def _bare(axes: Any) -> None:
 
 
 def normalization_gallery(
-    root: str | os.PathLike[str] | None = None,
-    indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13),
+    root: str | os.PathLike[str] | None = None, indices: Sequence[int] = (0, 1, 2, 3, 4, 5, 7, 13)
 ) -> Figure:
     """Draw training digits as they are and after each normalization of report 1's Table 3.2.
 

@@ -31,6 +31,13 @@ _SHOWN_MISTAKES = 12
 _SHOWN_EPOCHS = 6
 #: Report 2's figures for its batch sizes, in %.
 _SIZES = {32: 78.0, 64: 60.0, 128: 45.0}
+#: Its data sets, and the experiments by their sizes.
+_SETS = {
+    "all of MNIST": "batch-{}",
+    "small set": "small-batch-{}",
+    "small set, local normalization": "small-batch-{}-local",
+}
+_ALL = "rotation-noise-dropout-convolution"
 _NAMES = {"original": "the original network", "three-layer": "three layers"}
 
 
@@ -472,14 +479,6 @@ class Report:
         return "\n\n".join(["## Beyond the reports", *parts]) if parts else ""
 
 
-_ALL = "rotation-noise-dropout-convolution"
-_SETS = {
-    "all of MNIST": "batch-{}",
-    "small set": "small-batch-{}",
-    "small set, local normalization": "small-batch-{}-local",
-}
-
-
 def write(
     results: Mapping[str, Any],
     folder: str | os.PathLike[str],
@@ -512,10 +511,7 @@ def write(
     for number in (1, 2):
         report = Report(number, results, folder, root)
         page = environment.get_template(f"report-{number}.md.jinja").render(
-            r=report,
-            starter=reports.SOURCES["starter"],
-            logs=reports.LOGS,
-            figures=reports.FIGURES,
+            r=report, starter=reports.SOURCES["starter"], logs=reports.LOGS, figures=reports.FIGURES
         )
         page = re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
         bodies.append(markdown.to_html(page, report.images))

@@ -25,15 +25,9 @@ from torch import Tensor, nn
 from .. import torch7, training
 from ..mnist import data, models
 from ..torch7 import files as torch7_files
+from ..training.checkpoint import read_checked
 
-__all__ = [
-    "SavedModel",
-    "kernel_of",
-    "load_model",
-    "predict",
-    "read_images",
-    "write_predictions",
-]
+__all__ = ["SavedModel", "kernel_of", "load_model", "predict", "read_images", "write_predictions"]
 
 LABELS = ("classes", "digits")
 
@@ -144,12 +138,7 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
 def _settings_and_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     settings: Any
     weights: Any
-    try:
-        state = training.read_torch(path)
-    except training.DamagedFileError:
-        raise training.CheckpointError(f"{path} is damaged or not a checkpoint") from None
-    except OSError as error:
-        raise training.CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    state = read_checked(path)
     if isinstance(state, dict) and "format" not in state and _is_state_dict(state):
         try:
             settings = training.load_latest(path.parent)[1]["settings"]

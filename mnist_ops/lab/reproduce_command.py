@@ -48,9 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--seeds", type=many, default=1, help="run with seeds 1 to SEEDS")
     how.add_argument("--epochs", type=many, help="default: as many as the report shows")
     how.add_argument(
-        "--minutes",
-        type=command_line.COUNT,
-        help="of a plan: start no epoch that would end later",
+        "--minutes", type=command_line.COUNT, help="of a plan: start no epoch that would end later"
     )
     how.add_argument(
         "--results",

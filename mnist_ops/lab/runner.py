@@ -51,14 +51,7 @@ from . import command_line, experiments, records, storage
 from .experiments import Experiment
 from .records import RunError
 
-__all__ = [
-    "RunError",
-    "Task",
-    "commit_of",
-    "processor",
-    "run_all",
-    "tasks",
-]
+__all__ = ["RunError", "Task", "commit_of", "processor", "run_all", "tasks"]
 
 _WORST_MISTAKES = 24
 # How often the bars are drawn, and a worker looks whether it is still wanted.
@@ -223,10 +216,7 @@ def _details(task: Task, model: nn.Sequential) -> dict[str, Any]:
     ]
     weights = parameter.detach().double().cpu()
     rounded = [float(f"{weight:.4g}") for weight in weights.flatten().tolist()]
-    return {
-        "filters": np.reshape(rounded, weights.shape).tolist(),
-        "mistakes": mistakes,
-    }
+    return {"filters": np.reshape(rounded, weights.shape).tolist(), "mistakes": mistakes}
 
 
 def _is_complete(task: Task, record: Mapping[str, Any] | None) -> bool:

@@ -345,11 +345,7 @@ class LBFGS(_OneVector):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
     ) -> None:
-        numbers = {
-            "lr": lr,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-        }
+        numbers = {"lr": lr, "tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
         counts = {"max_iter": max_iter, "max_eval": max_eval, "history_size": history_size}
         super().__init__(params, numbers | counts)
 

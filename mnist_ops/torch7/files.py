@@ -27,14 +27,7 @@ from torch import Tensor
 
 from .. import _unpack
 
-__all__ = [
-    "MAX_BYTES",
-    "TableKey",
-    "Torch7FileError",
-    "Torch7Object",
-    "is_torch7",
-    "load",
-]
+__all__ = ["MAX_BYTES", "TableKey", "Torch7FileError", "Torch7Object", "is_torch7", "load"]
 
 #: No file is read that is larger than this when unpacked, unless the caller says so.
 MAX_BYTES = 2**30

@@ -511,9 +511,7 @@ def _statistics(module: nn.Module) -> list[Tensor]:
 
 
 def load_net(
-    file: str | os.PathLike[str] | BinaryIO,
-    max_bytes: int | None = None,
-    log_softmax: str = "auto",
+    file: str | os.PathLike[str] | BinaryIO, max_bytes: int | None = None, log_softmax: str = "auto"
 ) -> nn.Sequential:
     """The network in a file of Torch7, as a module in evaluation mode, for batches.
 

@@ -168,13 +168,7 @@ class ASGD(GradientStep):
         t0: float = 1e6,
         weight_decay: float = 0.0,
     ) -> None:
-        numbers = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-        }
+        numbers = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         super().__init__(params, numbers | {"steps": 0})
 
     def _check(self, group: dict[str, Any]) -> None:

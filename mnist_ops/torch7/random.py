@@ -141,10 +141,7 @@ class Generator:
             whole = False
         if not whole:
             raise ValueError("Generator.set_state: state must be one that get_state returned")
-        self._words.state = {
-            "bit_generator": "MT19937",
-            "state": {"key": key, "pos": position},
-        }
+        self._words.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
         self.seed = seed
         self._second_normal = second[0] if second else None
 

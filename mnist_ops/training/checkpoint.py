@@ -47,6 +47,20 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged or belongs to another run; the message says which."""
 
 
+def read_checked(path: str | os.PathLike[str]) -> Any:
+    """What :func:`read_torch` reads.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    try:
+        return read_torch(path)
+    except DamagedFileError:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load what :func:`fit` saved, onto the CPU. Nothing but data is ever unpickled.
 
@@ -55,15 +69,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing, damaged or something else.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
-    try:
-        state = read_torch(path)
-    except DamagedFileError:
-        raise CheckpointError(f"{path} is damaged or not a checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    state: dict[str, Any] = read_checked(path)
     if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of mnist_ops")
     for name, kind in _PARTS.items():
@@ -90,8 +98,7 @@ def load_latest(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         except CheckpointError:
             raise error from None
         warnings.warn(
-            f"{error}; going on from {backup}, the state after epoch {state['epoch']}",
-            stacklevel=2,
+            f"{error}; going on from {backup}, the state after epoch {state['epoch']}", stacklevel=2
         )
         return backup, state
 
