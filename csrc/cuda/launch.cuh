@@ -267,16 +267,10 @@ class CurrentStream {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  // With shared_bytes of dynamic shared memory, up to shared_memory_limit().
   template <typename Kernel, typename... Arguments>
-  void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  // The same with shared_bytes of dynamic shared memory, up to shared_memory_limit().
-  template <typename Kernel, typename... Arguments>
-  void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
-                          const Arguments&... arguments) const {
+  void launch(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
+              const Arguments&... arguments) const {
     if (shared_bytes > (int64_t{48} << 10)) {  // more than that only for those that ask
       allow_shared_memory(address_of(kernel));
     }
@@ -371,16 +365,14 @@ class Launcher {
     const int64_t blocks = std::min(ceil_div(items, items_per_block), kMaxBlocks);
     const dim3 threads(static_cast<unsigned>(threads_x),
                        static_cast<unsigned>(kThreads / threads_x));
-    stream_.launch(kernel, blocks, threads, arguments...);
+    stream_.launch(kernel, blocks, threads, 0, arguments...);
   }
 
   // The same with another number of threads, all in a row.
   template <typename Kernel, typename... Arguments>
   void run_blocks(Kernel* kernel, int64_t blocks, int threads,
                   const Arguments&... arguments) const {
-    if (blocks == 0) return;
-    stream_.launch(kernel, std::min(blocks, kMaxBlocks), dim3(static_cast<unsigned>(threads)),
-                   arguments...);
+    run_blocks_with_shared(kernel, blocks, threads, 0, arguments...);
   }
 
   // One block for each item, with so many threads and bytes of dynamic shared memory.
@@ -388,8 +380,8 @@ class Launcher {
   void run_blocks_with_shared(Kernel* kernel, int64_t items, int threads, int64_t shared_bytes,
                               const Arguments&... arguments) const {
     if (items == 0) return;
-    stream_.launch_with_shared(kernel, std::min(items, kMaxBlocks),
-                               dim3(static_cast<unsigned>(threads)), shared_bytes, arguments...);
+    stream_.launch(kernel, std::min(items, kMaxBlocks), dim3(static_cast<unsigned>(threads)),
+                   shared_bytes, arguments...);
   }
 
   // A cluster of so many blocks for each item; false, and nothing done, where there are none. One

@@ -126,7 +126,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   const T* x = local ? s.at(p.local.y) : s.map(p.x);
   const T* dy = local ? s.at(p.dy) : nullptr;
   const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  const Divider across(p.W), row_packs(p.W * p.C / kPack), row_numbers(p.W * p.C), by_chunk(chunks);
+  const Divider across(p.W), by_chunk(chunks);
 
   // Of a task: its first output row and channel, the input's rows [first, last) that are there, and
   // the row in the padding or not that is the first one in `map`.
@@ -143,6 +143,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   };
   const auto stage = [&](const Task& k) {
     const int32_t packs = p.W * p.C / kPack;
+    const Divider row_packs(packs);
     const T* from = x + k.first * p.W * p.C;
     T* to = map + ((k.first - k.top) * t.width + p.padding_w) * p.C;
     for (int32_t i = thread_index(); i < (k.last - k.first) * packs; i += thread_count()) {
@@ -181,8 +182,8 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   };
 
   // Where the operand is a gradient that goes back through what is local: kAhead loads on their way
-  // for 32 channels of a pixel each.
-  constexpr int kAhead = 8;
+  // for 32 channels of a pixel each. In float64 more would not stay in registers.
+  constexpr int kAhead = sizeof(T) == 8 ? 4 : 8;
   T ahead_dy[kAhead] = {}, ahead_pooled[kAhead] = {};
   const auto place = [&](const Task& k, int32_t unit, int32_t& behind, int32_t& at) {
     unit = not_hoisted(unit);
@@ -247,6 +248,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
       const int32_t begin = k.pair == 0 ? 0 : k.first;
       const int32_t next = k.top + 2 > 0 ? k.top + 2 : 0;
       const int32_t end = 2 * k.pair + 2 >= p.OH || next > p.H ? p.H : next;
+      const Divider row_numbers(p.W * p.C);
       T* flat = s.at(p.flat) + begin * p.W * p.C;
       for (int32_t i = k.group * thread_count() + thread_index(); i < (end - begin) * p.W * p.C;
            i += groups * thread_count()) {

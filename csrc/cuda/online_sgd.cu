@@ -220,7 +220,7 @@ class Engine {
 
   template <typename Kernel, typename... Arguments>
   void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
-    stream_.launch(kernel, blocks, dim3(static_cast<unsigned>(block_threads())), arguments...);
+    stream_.launch(kernel, blocks, dim3(static_cast<unsigned>(block_threads())), 0, arguments...);
   }
 
   int64_t shared_bytes() const { return program_.memory * static_cast<int64_t>(sizeof(T)); }
@@ -293,20 +293,10 @@ class Engine {
     }
   }
 
-  // The phases of all levels, one after the other.
   void upload_program() {
-    std::vector<double> words;
-    int32_t levels = 0;
-    for (const Level& level : program_.levels) {
-      ++levels;
-      for (int32_t i = 0; i < level.count; ++i) {
-        Phase phase = level.phases[i];
-        phase.ends_level = i + 1 == level.count ? levels : 0;
-        const std::size_t begin = words.size();
-        words.resize(begin + sizeof(Phase) / sizeof(double));
-        std::memcpy(words.data() + begin, &phase, sizeof(Phase));
-      }
-    }
+    const std::vector<Phase>& phases = program_.phases;
+    std::vector<double> words(phases.size() * sizeof(Phase) / sizeof(double));
+    std::memcpy(words.data(), phases.data(), phases.size() * sizeof(Phase));
     phases_ = to_device(words, ScalarType::Double, losses_);
   }
   const Phase* program_on_device() const { return static_cast<const Phase*>(phases_.data_ptr()); }
@@ -325,8 +315,9 @@ class Engine {
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
       stream_.launch_together(run_phases_kernel<T>(), models * run_.blocks, block_threads(),
-                              shared_bytes(), program_on_device(), program_.phases, run_, first,
-                              run_.piece, static_cast<unsigned*>(barriers.data_ptr()));
+                              shared_bytes(), program_on_device(),
+                              static_cast<int32_t>(program_.phases.size()), run_, first, run_.piece,
+                              static_cast<unsigned*>(barriers.data_ptr()));
     }
   }
 

@@ -98,7 +98,8 @@ __device__ __forceinline__ void update_bias(const Phase& p, const Step<T>& s,
 template <typename T>
 __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                              T* shared) {
-  constexpr int K = kTile, kTaps = K * K, kPack = kPackSize<T>, kColumn = 4, kOld = 4;
+  constexpr int K = kTile, kTaps = K * K, kPack = kPackSize<T>, kColumn = 4;
+  constexpr int kOld = sizeof(T) == 8 ? 2 : 4;  // as many as stay in registers
   const TilePlan& t = p.tile;
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int32_t warps = thread_count() / kWarp;

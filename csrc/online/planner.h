@@ -20,12 +20,11 @@
 namespace mnist_ops::online {
 
 struct Program {
-  std::vector<Level> levels;
+  std::vector<Phase> phases;        // of all levels, one after the other
   std::vector<int64_t> parameters;  // where each parameter lies; its velocity is behind all of them
   int64_t parameter_elements = 0;   // of all parameters, aligned
   int64_t workspace = 0;            // elements for one model, velocities not counted
-  int32_t phases = 0;
-  int64_t memory = 0;  // that a block needs, in numbers
+  int64_t memory = 0;               // that a block needs, in numbers
 
   struct Kernel {  // of a normalization, to be prepared before the first step
     int64_t index;
@@ -75,7 +74,7 @@ class Planner {
     const LayerSpec* norm = nullptr;
     const LayerSpec* flatten = nullptr;
     int64_t y = kNowhere, pooled = kNowhere, flat = kNowhere;
-    BlurPlan forward_blur{}, backward_blur{};
+    BlurPlan backward_blur{};
   };
 
   int64_t allocate(int64_t size) {
@@ -116,22 +115,17 @@ class Planner {
   // ------------------------------------------------------------------------------ emitting phases
 
   void emit(Phase phase) {
-    Level& level = current_;
-    phase.first_task = 0;
-    for (int32_t i = 0; i < level.count; ++i) phase.first_task += level.phases[i].tasks;
-    level.phases[level.count++] = phase;
-    ++program_.phases;
+    phase.first_task = level_tasks_;
+    level_tasks_ += phase.tasks;
+    program_.phases.push_back(phase);
   }
 
-  // Ends the level, with updates that the levels before it made possible.
+  // Ends the level, with the updates that the levels before it made possible.
   void end_level() {
-    while (current_.count < kMaxLevelPhases && !ready_.empty()) {
-      emit(ready_.front());
-      ready_.erase(ready_.begin());
-    }
-    if (current_.count > 0) program_.levels.push_back(current_);
-    current_ = {};
-    ready_.insert(ready_.end(), pending_.begin(), pending_.end());
+    for (const Phase& update : ready_) emit(update);
+    if (level_tasks_ > 0) program_.phases.back().ends_level = ++levels_;
+    level_tasks_ = 0;
+    ready_ = pending_;
     pending_.clear();
   }
 
@@ -585,7 +579,7 @@ class Planner {
   Value value_{};
   std::vector<Step> steps_;
   std::size_t next_ = 0;
-  Level current_{};
+  int32_t levels_ = 0, level_tasks_ = 0;  // ended; tasks of the one that is being made
   std::vector<Phase> ready_, pending_;
   HeadPlan head_{};
 };

@@ -98,7 +98,6 @@ struct LocalPlan {
 // input channels. Where the input has few channels, forward `group` tiles of 2 x 2 outputs.
 struct TilePlan {
   int32_t group = 0;             // 0: not tiled
-  int32_t segment = 0;           // forward: columns of the output that a warp takes
   int32_t parts = 0;             // forward: of the kernel's rows; update: of the output's
   int32_t width = 0;             // of the operand's rows in the block's memory, with padding
   int32_t memory = 0;            // of the block's memory, in numbers, without planes of a mean
@@ -110,7 +109,7 @@ struct Phase {
   Op op{};
   int32_t tasks = 0, first_task = 0;  // first_task: tasks of the phases before it in its level
   int32_t per_task = 0;               // tiles, rows or groups that a task has
-  int32_t ends_level = 0;             // which, from 1 on; set where phases of all levels follow
+  int32_t ends_level = 0;             // which, from 1 on, where it is the last one of it
   ActivationKind activation = ActivationKind::kIdentity;
   PoolKind pool = PoolKind::kLp;
   LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
@@ -132,13 +131,6 @@ struct Phase {
   LocalPlan local{};  // kLocalBackward; the gradients of a convolution that do without it
   TilePlan tile{};
   HeadPlan head{};
-};
-
-constexpr int kMaxLevelPhases = 3;
-
-struct Level {
-  int32_t count = 0;
-  Phase phases[kMaxLevelPhases];
 };
 
 // A block's own memory, in numbers: so much of it there always is.

@@ -41,7 +41,7 @@ class Tiling {
     // Which of the two the kernel has.
     for (const auto& [segment, group] : {std::array{5, 3}, std::array{7, 4}}) {
       TilePlan t;
-      t.group = group, t.segment = segment;
+      t.group = group;
       const int32_t segments = ceil_div(p.OW, segment);
       t.width = segments * segment + kTile - 1;
       // Two output channels of four, or all of three, are a warp's.

@@ -147,14 +147,8 @@ class CurrentStream {
   explicit CurrentStream(const torch::stable::Tensor&) {}
 
   template <typename Kernel, typename... Arguments>
-  void launch(Kernel* kernel, int64_t blocks, dim3 threads, const Arguments&... arguments) const {
-    const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
-    run_grid(dim3(grid), threads, [&] { kernel(arguments...); });
-  }
-
-  template <typename Kernel, typename... Arguments>
-  void launch_with_shared(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
-                          const Arguments&... arguments) const {
+  void launch(Kernel* kernel, int64_t blocks, dim3 threads, int64_t shared_bytes,
+              const Arguments&... arguments) const {
     const auto grid = static_cast<unsigned>(std::min(blocks, settings.max_blocks));
     run_grid(dim3(grid), threads, [&] { kernel(arguments...); }, static_cast<size_t>(shared_bytes));
   }
