@@ -65,7 +65,7 @@ class Result(NamedTuple):
         return text + (f"\n{'':30s} {self.line.remark}" if self.line.remark else "")
 
 
-def _logistic(x: Tensor, b: float = 1.0) -> Tensor:
+def _logistic(x: Tensor) -> Tensor:
     return 1 / (1 + exp(-x))
 
 

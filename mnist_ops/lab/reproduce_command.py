@@ -107,11 +107,8 @@ def choose(args: argparse.Namespace) -> list[runner.Task]:
         chosen += [e for e in everything if e.section.startswith(wanted)]
     for column in args.candidates:
         chosen += experiments.CANDIDATES[column]
-    options = given(args) | {
-        "seeds": args.seeds,
-        "dtype": args.dtype,
-        "perturbations": args.perturb,
-    }
+    options = given(args) | {"seeds": args.seeds, "dtype": args.dtype}
+    options["perturbations"] = args.perturb
     found = runner.tasks(chosen, epochs=args.epochs, **options)
     for number in args.table:
         table = experiments.TABLES[number]

@@ -199,8 +199,8 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
         for row in rows:
             low, high = row[f"{split}_lowest"], row[f"{split}_highest"]
             count = counts.get(row["epoch"], low)
-            if not low <= count <= high:
-                outside[row["epoch"]] = count - min(max(count, low), high)
+            if far := count - min(max(count, low), high):
+                outside[row["epoch"]] = far
         inside[split] = len(rows), outside
     return LogComparison(run, min(len(run["epochs"]), len(log["test"])), apart, inside)
 

@@ -188,12 +188,9 @@ def convnet(
             )
         layers[f"conv{stage}"] = nn.Conv2d(channels, width, taps, padding=pad)
         name, module = _activation(activations[stage - 1])
+        parts = {f"{name}{stage}": module}
         # LP pooling of one element is (|x|^p)^(1/p) = |x|.
-        pools = kind is not None and (pool > 1 or kind == "lp")
-        fuses = fused and pools and kind == "lp" and norm is not None and type(module) in _FUSABLE
-        if not fuses:
-            layers[f"{name}{stage}"] = module
-        if pools:
+        if kind is not None and (pool > 1 or kind == "lp"):
             before, size = size, size // pool
             if size < 1:
                 raise ValueError(
@@ -201,15 +198,14 @@ def convnet(
                     f"too small for pool_size {pool}: use a smaller kernel, more padding, or a "
                     "smaller pool_size in this stage"
                 )
-            if not fuses:
-                layers[f"pool{stage}"] = _pool(kind, pool, norm_type)
+            parts[f"pool{stage}"] = _pool(kind, pool, norm_type)
         if norm is not None:
             kernel = norm if isinstance(norm, Tensor) else gaussian1d(norm)
-            layers[f"stage{stage}" if fuses else f"norm{stage}"] = (
-                ops_nn.Stage2d(kernel, _FUSABLE[type(module)], norm_type, pool)
-                if fuses
-                else ops_nn.SubtractiveNorm2d(kernel)
-            )
+            parts[f"norm{stage}"] = ops_nn.SubtractiveNorm2d(kernel)
+            if fused and kind == "lp" and type(module) in _FUSABLE:
+                fusion = ops_nn.Stage2d(kernel, _FUSABLE[type(module)], norm_type, pool)
+                parts = {f"stage{stage}": fusion}
+        layers.update(parts)
         channels = width
 
     layers["flatten"] = nn.Flatten()

@@ -166,10 +166,9 @@ class TrainingState:
                     f"this run has them from {listed(known)}"
                 )
             then = state.get("definition", {})  # missing where an earlier version saved
-            parts = [(self.definition, then)]
-            known_options, options = (each.get("optimizers", {}) for each in parts[0])
-            parts += [(known_options[first], options.get(first, {})) for first in used]
-            for ours, theirs in parts:
+            options, before = (each.get("optimizers", {}) for each in (self.definition, then))
+            pairs = [(options[first], before.get(first, {})) for first in used]
+            for ours, theirs in [(self.definition, then), *pairs]:
                 for name, now in ours.items():
                     if name != "optimizers":
                         _compare(path, name, theirs.get(name, now), now)
