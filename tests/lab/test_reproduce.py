@@ -83,7 +83,7 @@ def test_what_it_leaves(straight):
     assert "original" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed(straight, tmp_path, jobs):
     process = start(*QUICK, "--jobs", jobs, "--out", tmp_path, start_new_session=True)
     # Without any mercy, workers included, once there is something to lose.
