@@ -267,31 +267,31 @@ class Table:
 
     Attributes:
         number: in report 1.
-        title: as printed.
         columns: the report's headings and the experiments behind them.
-        epochs: those that are printed.
         printed: for each column the accuracies as printed.
         shift: how much too high the table numbers its epochs; here they are counted right.
     """
 
     number: str
-    title: str
     columns: Mapping[str, str]
-    epochs: Sequence[int]
     printed: Mapping[str, Mapping[int, tuple[float | None, float | None]]]
     shift: int = 0
 
+    @property
+    def epochs(self) -> list[int]:
+        """Those that are printed, the same in every column."""
+        return sorted(next(iter(self.printed.values())))
 
-def _make_table(number: str, title: str, columns: Mapping[str, Sequence[str]]) -> Table:
+
+def _make_table(number: str, columns: Mapping[str, Sequence[str]]) -> Table:
     printed = {heading: _table(number, key) for heading, (key, _) in columns.items()}
-    epochs = sorted(next(iter(printed.values())))
     names = {heading: name for heading, (_, name) in columns.items()}
-    return Table(number, title, names, epochs, printed, reports.EPOCH_SHIFT.get(number, 0))
+    return Table(number, names, printed, reports.EPOCH_SHIFT.get(number, 0))
 
 
 #: Report 1's tables by number.
 TABLES: dict[str, Table] = {
-    number: _make_table(number, **entry) for number, entry in _CONTENT["tables"].items()
+    number: _make_table(number, entry["columns"]) for number, entry in _CONTENT["tables"].items()
 }
 
 

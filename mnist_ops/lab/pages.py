@@ -236,8 +236,7 @@ class Report:
 
     def figure_table(self, words: str, lines: Mapping[str, Any]) -> str:
         """The same of the numbers of a figure or a log, epoch by epoch behind their words."""
-        longest = max(lines.values(), key=len)
-        table = experiments.Table("", "", {line: line for line in lines}, list(longest), lines)
+        table = experiments.Table("", {line: line for line in lines}, lines)
         return self._beside_print(table, f"{words}, epoch by epoch")
 
     def _beside_print(self, table: experiments.Table, folded: str = "") -> str:
