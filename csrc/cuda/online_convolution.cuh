@@ -183,7 +183,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
 
   // Where the operand is a gradient that goes back through what is local: kAhead loads on their way
   // for 32 channels of a pixel each. In float64 more would not stay in registers.
-  constexpr int kAhead = sizeof(T) == 8 ? 4 : 8;
+  constexpr int kAhead = sizeof(T) == 8 ? 3 : 8;
   T ahead_dy[kAhead] = {}, ahead_pooled[kAhead] = {};
   const auto place = [&](const Task& k, int32_t unit, int32_t& behind, int32_t& at) {
     unit = not_hoisted(unit);

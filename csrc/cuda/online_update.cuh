@@ -267,9 +267,9 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
   });
 }
 
-// What is not tiled: a task is an output channel, whose gradient plane goes into the block's own
-// memory. A thread makes the gradient of one weight and applies it, neighbouring threads for
-// neighbouring channels; where there are few weights, threads share the pixels of one.
+// What is not tiled: a task is an output channel. A thread makes the gradient of one weight and
+// applies it, neighbouring threads for neighbouring channels; where there are few weights, threads
+// share the pixels of one.
 template <typename T>
 __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                    T* shared) {
@@ -279,45 +279,35 @@ __device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t blo
                                               : tiled_update(p, s, block, blocks, shared);
   }
   const int32_t pixels = p.OH * p.OW, taps = p.kernel_h * p.kernel_w, weights = p.C * taps;
+  const int32_t sharing = thread_count() / weights;
   const T* dy = s.at(p.dy);
-  const T* mean = prepare_mean(p.local.blur, s, dy, shared);
   const ConvolutionInput<T> in{s.map(p.x), nullptr, p.C, p.H, p.W};
-  T* plane = shared + (mean != nullptr ? mean_numbers(p.local.blur) : 0);
-  T* partial = plane + (p.staged ? pixels : 0);
   const Update<T> update = s.update(s.steps_before());
   each_task(p.tasks, block, blocks, [&](int32_t o) {
-    const T* d = dy + o;
-    int32_t d_step = p.O;
-    if (p.staged) {
-      __syncthreads();  // the task before may still be reading
-      make_plane(p, s, o, p.OW, plane, [&] { return mean; });
-      __syncthreads();
-      d = plane, d_step = 1;
-    }
     // Weight i is that of input channel i % C and tap i / C.
     const auto gradient = [&](int32_t i, int32_t first, int32_t step) {
       const int32_t c = i % p.C, kh = i / p.C / p.kernel_w, kw = i / p.C % p.kernel_w;
       T sum = T(0);
       for (int32_t pixel = first; pixel < pixels; pixel += step) {
-        sum += d[pixel * d_step] *
+        sum += dy[pixel * p.O + o] *
                in(pixel / p.OW + kh - p.padding_h, pixel % p.OW + kw - p.padding_w, c);
       }
       return sum;
     };
-    const int32_t sharing = p.staged ? thread_count() / weights : 0;
     if (sharing > 1) {
+      __syncthreads();  // the task before may still be reading
       const int32_t i = thread_index() % weights, part = thread_index() / weights;
-      if (part < sharing) partial[part * weights + i] = gradient(i, part, sharing);
+      if (part < sharing) shared[part * weights + i] = gradient(i, part, sharing);
       __syncthreads();
     }
     for (int32_t i = thread_index(); i < weights; i += thread_count()) {
-      T sum = sharing > 1 ? partial[i] : gradient(i, 0, 1);
-      for (int32_t part = 1; part < sharing; ++part) sum += partial[part * weights + i];
+      T sum = sharing > 1 ? shared[i] : gradient(i, 0, 1);
+      for (int32_t part = 1; part < sharing; ++part) sum += shared[part * weights + i];
       const int64_t at = p.weight + o * weights + i % p.C * taps + i / p.C;
       update.one(*s.at(at), s.velocity(at), sum);
     }
     const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
-    update_bias(p, s, update, o, bias, d, pixels, d_step);
+    update_bias(p, s, update, o, bias, dy + o, pixels, p.O);
   });
 }
 

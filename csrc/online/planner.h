@@ -289,12 +289,10 @@ class Planner {
   void backward_convolution(std::size_t index) {
     const Step& s = steps_[index];
     const LayerSpec& layer = *s.layer;
-    const int64_t pixels = layer.out.pixels();
     Phase update = convolution_phase(Op::kConvolutionUpdate, layer);
     update.x = s.in.value;
     update.tasks = update.O;
     update.dy = s.out.grad;
-    update.staged = pixels + threads_ <= kScratch;
     LocalPlan local;
     local.present = s.activation != nullptr || s.pool != nullptr || s.norm != nullptr;
     local.activation = activation_of(s.activation);
@@ -315,8 +313,7 @@ class Planner {
     if (layer.gradient) {
       alone = tiling_.tile_update(update) && tiling_.tile_convolution(gradient);
     } else {
-      alone = tiling_.tile_update(update) || tiling_.tile_first_update(update) ||
-              pixels + threads_ + mean_numbers(local.blur) <= kScratch;
+      alone = tiling_.tile_update(update) || tiling_.tile_first_update(update);
     }
     if (local.present && !alone) {
       Phase back;

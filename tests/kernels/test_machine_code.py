@@ -27,8 +27,7 @@ import pytest
 import mnist_ops
 
 ARCHITECTURE = "sm_90"
-# Kernels with local memory, of all of the library, none of those below. With CUDA 13.0 they are
-# those of online SGD and of one more in float64.
+# Kernels with local memory, of all of the library, none of those below.
 MOST_WITH_LOCAL_MEMORY = 12
 BYTES = {"double": 8, "float": 4, "Half": 2, "BFloat16": 2}
 
@@ -213,7 +212,8 @@ def test_packs_stay_whole_and_in_registers(kernels, packed):
 def test_few_kernels_have_local_memory(kernels):
     local = {name: count for name, found in kernels.items() if (count := in_local_memory(found))}
     assert len(local) <= MOST_WITH_LOCAL_MEMORY, sorted(local)
-    assert "run_phases<float>" in kernels and "run_phases<float>" not in local
+    for name in ("run_phases<float>", "run_phases<double>"):
+        assert name in kernels and name not in local
 
 
 def test_faults_are_found():
