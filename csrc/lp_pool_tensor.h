@@ -4,15 +4,19 @@
 // or, for the mean, the number of its pixels that lie on the image,
 //   y = m (S / n)^(1/p)
 //   dy/dx = sign(x) s^(p-1) (S / n)^(1/p) / S
-//   dy/dp = y / p (L / S - ln(S / n) / p),  L the sum of s^p ln s.
+//   dy/dp = y / (p^2 n) times the sum of e^z z,  z = ln(n s^p / S) = p ln s - ln(S / n).
 // s lies in [0, 1] and S is at least 1, whatever the magnitude of x: no power overflows, and what
-// underflows does not count. For n = 1 both terms of dy/dp have the same sign. p = inf needs no
+// underflows does not count. For the mean e^z sums to n, and q(z) = e^z z - (e^z - 1) is added in
+// place of e^z z: z has both signs there, and for small p the sum is p times smaller than its
+// terms, while q is never negative. An error of S then counts in its square alone. p = inf needs no
 // case of its own: s^p is 1 for the largest elements, 0 for the others. Conventions as in
 // lp_pool.h.
 #pragma once
 
 #include "elementary.h"
 #include "lp_pool.h"
+
+#include <utility>
 
 namespace mnist_ops {
 
@@ -36,10 +40,21 @@ MNIST_OPS_HD A pixels_of_window(const PoolGeometryOf<I>& g, I oh, I ow) {
          static_cast<A>(g.last_column(ow) - g.first_column(ow));
 }
 
-// m, S and L of a window, its n and the channel's p.
+// q(z) for |z| <= 1/2, where 1 + (z - 1) e^z cancels: the sum of z^k / (k (k-2)!) from k = 2.
+template <typename A, int... terms>
+MNIST_OPS_HD A divergence_near_zero(A z, std::integer_sequence<int, terms...>) {
+  constexpr int kLast = sizeof...(terms) + 1;
+  A sum = A(1);
+  ((sum = elementary::fmadd(sum * z, A(kLast - terms) / A((kLast - terms) * (kLast - terms) - 1),
+                            A(1))),
+   ...);
+  return z * z / 2 * sum;
+}
+
+// m, S, n and p of a window, and the sum that is in its dy/dp.
 template <typename A>
 struct PowerWindow {
-  A largest, powers, logs, count, p;
+  A largest, powers, count, p, divergences = A(0);
 
   // Others are 0, infinite or NaN, and so is the result.
   MNIST_OPS_HD bool has_scale() const {
@@ -49,12 +64,26 @@ struct PowerWindow {
   MNIST_OPS_HD A value() const { return has_scale() ? largest * root() : largest * p; }
   // dy/dx but for the factor that depends on x.
   MNIST_OPS_HD A share() const { return has_scale() ? root() / powers : A(1); }
+  // ln(S / n) and n / S, for divergence().
+  MNIST_OPS_HD A shift() const { return elementary::log(powers / count); }
+  MNIST_OPS_HD A scale() const { return count / powers; }
   MNIST_OPS_HD A power_gradient() const {
-    const A gradient = largest * root() / p * (logs / powers - elementary::log(powers / count) / p);
+    const A gradient = largest * root() * (divergences / p / p / count);
     const A other = largest == A(0) ? A(0) : std::numeric_limits<A>::quiet_NaN();
     return has_scale() ? gradient : other;
   }
 };
+
+// An element's part of `divergences`, from s and s^p; without the mean n is 1, and so it is for one
+// pixel, where both are 0.
+template <typename A>
+MNIST_OPS_HD A divergence(A s, A power, A p, A count, A shift, A scale) {
+  using Terms = std::make_integer_sequence<int, std::is_same_v<A, float> ? 8 : 15>;
+  const A z = elementary::fmadd(p, elementary::log(s), -shift), e = power * scale;
+  const A far = A(1) + (z - A(1)) * e, near = divergence_near_zero(z, Terms{});
+  const A q = std::abs(z) < (e > A(0) ? A(0.5) : A(0)) ? near : far;
+  return count > A(1) ? q : z * e;
+}
 
 // sign(x) s^(p-1).
 template <typename A>

@@ -21,22 +21,46 @@ bool in_batches(const Grouping& all) {
   return all.fits() && all.rows * all.columns * all.inner >= kStep;
 }
 
+// Both s^p and s^(p-1) come from one of them, the one that is in range for every s in [0, 1].
+
+template <typename A>
+MNIST_OPS_HD A kept_power(A s, A p) {
+  return cpu::power(s, p < A(1) ? p : p - A(1));
+}
+
+template <typename A>
+MNIST_OPS_HD A power_of(A kept, A s, A p) {
+  return p < A(1) ? kept : kept * s;
+}
+
+// sign(x) s^(p-1), with the conventions of power_slope.
+template <typename A>
+MNIST_OPS_HD A kept_slope(A kept, A x, A s, A p) {
+  const A size = p < A(1) ? kept / (s > A(0) ? s : A(1)) : kept;
+  const A slope = s != s ? s : x < A(0) ? -size : size;
+  return x == A(0) ? A(0) : slope;
+}
+
 // ----------------------------------------------------------------------------------------- batches
 
-// A number for each window of a batch, each in a row of its own.
+// Numbers of each window of a batch, each kind in a row of its own.
 template <typename A>
 struct PowerBatch {
   const Grouping& all;
   std::vector<A> scratch;
-  A *taps, *row, *largest, *powers, *logs, *counts, *p, *y, *grad;
+  A *taps, *kept, *row;
+  A *largest, *powers, *counts, *p, *y, *grad;
+  A *nonzero, *shift, *scale, *share, *divergences;
 
   // Channels lie side by side in NHWC; in NCHW `begin` gives the p of a plane.
   PowerBatch(const Grouping& grouping, const A* p_of_channels)
       : all(grouping),
-        scratch((all.taps + 7) * all.capacity + 2 * all.g.W * all.inner, A(1)),
-        taps(scratch.data()) {
-    A* next = taps + all.taps * all.capacity;
-    for (A** const numbers : {&largest, &powers, &logs, &counts, &p, &y, &grad}) {
+        scratch((2 * all.taps + 11) * all.capacity + 2 * all.g.W * all.inner, A(1)),
+        taps(scratch.data()),
+        kept(taps + all.taps * all.capacity) {
+    A* next = kept + all.taps * all.capacity;
+    for (A** const numbers : {&largest, &powers, &counts, &p, &y, &grad, &nonzero, &shift, &scale,
+                              &share, &divergences}) {
       *numbers = next;
       next += all.capacity;
     }
@@ -47,12 +71,28 @@ struct PowerBatch {
   void begin(A p_of_plane) { std::fill(p, p + all.capacity, usable_power(p_of_plane)); }
 
   PowerWindow<A> window(int64_t j) const {
-    return {largest[j], powers[j], logs[j], counts[j], p[j]};
+    return {largest[j], powers[j], counts[j], p[j], divergences[j]};
   }
 
-  // Gathers a batch, and finds m, S, n and, with_logs, L of each window; returns how many numbers
-  // there are, rounded up.
-  template <bool with_logs, typename T>
+  // sum[j] = the sum over the window of term(i, j), i the element's place, as BlockSum adds it.
+  template <typename F>
+  void sum_taps(A* sum, int64_t n, const F& term) const {
+    std::vector<double> totals(all.taps > kBlockTerms ? n : 0);
+    for (int64_t first = 0; first < all.taps; first += kBlockTerms) {
+      std::fill(sum, sum + n, A(0));
+      for (int64_t k = first; k < std::min(first + kBlockTerms, all.taps); ++k) {
+        const int64_t begin = k * all.capacity;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) sum[j] += term(begin + j, j);
+      }
+      for (size_t j = 0; j < totals.size(); ++j) totals[j] += static_cast<double>(sum[j]);
+    }
+    for (size_t j = 0; j < totals.size(); ++j) sum[j] = static_cast<A>(totals[j]);
+  }
+
+  // Gathers a batch, and finds m, S and n of each window; returns how many numbers there are,
+  // rounded up.
+  template <typename T>
   int64_t measure(const T* image, int64_t oh, int64_t rows, int64_t ow, int64_t columns,
                   bool average) {
     all.gather(image, oh, rows, ow, columns, taps, row);
@@ -63,31 +103,44 @@ struct PowerBatch {
         std::fill(to, to + all.inner, pixels_of_window<A>(all.g, oh + r, ow + w));
       }
     }
-    const Batch<A> batch{taps, all.capacity, n, all.taps};
-    batch_largest<0>(batch, largest);
-    std::vector<double> totals;  // as in BlockSum
-    if (all.taps > kBlockTerms) totals.assign(2 * n, 0.0);
-    std::fill(powers, powers + n, A(0));
-    if (with_logs) std::fill(logs, logs + n, A(0));
-    for (int64_t k = 0; k < all.taps; ++k) {
-      const A* const x = taps + k * all.capacity;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A s = magnitude(x[j]) / largest[j];
-        const A term = cpu::power(s, p[j]);
-        powers[j] += term;
-        if constexpr (with_logs) logs[j] += term * cpu::log(s);
-      }
-      if (totals.empty() || ((k + 1) % kBlockTerms != 0 && k + 1 < all.taps)) continue;
-      for (int64_t j = 0; j < n; ++j) {
-        totals[j] += static_cast<double>(powers[j]);
-        totals[n + j] += static_cast<double>(logs[j]);
-        const bool last = k + 1 == all.taps;
-        powers[j] = last ? static_cast<A>(totals[j]) : A(0);
-        logs[j] = last ? static_cast<A>(totals[n + j]) : A(0);
-      }
-    }
+    batch_largest<0>(Batch<A>{taps, all.capacity, n, all.taps}, largest);
+    const A *const x = taps, *const m = largest, *const of_window = p;
+    A* const keep = kept;
+    sum_taps(powers, n, [=](int64_t i, int64_t j) {
+      const A s = magnitude(x[i]) / m[j];
+      keep[i] = kept_power(s, of_window[j]);
+      return power_of(keep[i], s, of_window[j]);
+    });
     return n;
+  }
+
+  // In place of each element the gradient of it, and in y that of p; `grad` is that of the output.
+  void differentiate(int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const PowerWindow<A> measured = window(j);
+      shift[j] = measured.shift();
+      scale[j] = measured.scale();
+      share[j] = grad[j] * measured.share();
+    }
+    A* const x = taps;
+    const A *const keep = kept, *const m = largest, *const of_window = p, *const count = counts;
+    const A *const shifts = shift, *const scales = scale, *const shares = share;
+    const A* const not_zero = nonzero;
+    // Zeros of the image count in the mean; those around it, which look the same, do not.
+    sum_taps(nonzero, n, [=](int64_t i, int64_t) { return x[i] == A(0) ? A(0) : A(1); });
+    sum_taps(divergences, n, [=](int64_t i, int64_t j) {
+      const A value = x[i], s = magnitude(value) / m[j], power = power_of(keep[i], s, of_window[j]);
+      const A part = divergence(s, power, of_window[j], count[j], shifts[j], scales[j]);
+      x[i] = shares[j] * kept_slope(keep[i], value, s, of_window[j]);
+      return value == A(0) ? A(0) : part;
+    });
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A zeros = count[j] - not_zero[j];
+      divergences[j] += count[j] > A(1) ? zeros : A(0);
+      y[j] = grad[j] * window(j).power_gradient();
+    }
   }
 };
 
@@ -105,14 +158,14 @@ void forward_batches(const Grouping& all, const opmath_t<T>* p, bool average, co
       if (all.inner == 1) batch.begin(p[image % g.C]);
       const T* const in = input + image * g.H * g.in_h;
       T* const out = output + image * g.OH * g.out_h;
-      all.each_batch(
-          first, std::min(first + all.rows, g.OH),
-          [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-            const int64_t n = batch.template measure<false>(in, oh, rows, ow, columns, average);
+      all.each_batch(first, std::min(first + all.rows, g.OH),
+                     [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+                       const int64_t n = batch.measure(in, oh, rows, ow, columns, average);
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) batch.y[j] = batch.window(j).value();
-            convert(batch.y, out + oh * g.out_h + ow * all.inner, rows * columns * all.inner);
-          });
+                       for (int64_t j = 0; j < n; ++j) batch.y[j] = batch.window(j).value();
+                       convert(batch.y, out + oh * g.out_h + ow * all.inner,
+                               rows * columns * all.inner);
+                     });
     }
   });
 }
@@ -144,31 +197,23 @@ void backward_batches(const Grouping& all, const opmath_t<T>* p, bool average, c
       A* const gx = stage(to, staged.data());
       double* const sum = sums.data() + item * all.inner;
       if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
-      all.each_batch(
-          g.first_window(top), g.last_window(bottom - 1),
-          [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-            const int64_t n = batch.template measure<true>(in, oh, rows, ow, columns, average);
-            const int64_t of_row = columns * all.inner;
-            convert(go + oh * g.out_h + ow * all.inner, batch.grad, rows * of_row);
-#pragma omp simd
-            for (int64_t j = 0; j < n; ++j) {
-              batch.y[j] = batch.grad[j] * batch.window(j).power_gradient();
-              batch.grad[j] *= batch.window(j).share();
-            }
-            for (int64_t r = 0; r < rows; ++r) {
-              // A window counts for the band in which it begins.
-              const int64_t start = g.first_row(oh + r);
-              if (start < top || start >= bottom) continue;
-              const A* const terms = batch.y + r * of_row;
-              for (int64_t j = 0; j < of_row; ++j)
-                sum[j % all.inner] += static_cast<double>(terms[j]);
-            }
-            const Batch<A> elements{batch.taps, all.capacity, n, all.taps};
-            elements.template map<0>([&](A x, int64_t j) {
-              return batch.grad[j] * power_slope(x, batch.largest[j], batch.p[j]);
-            });
-            all.scatter(batch.taps, oh, rows, ow, columns, top, bottom, add, gx, batch.row);
-          });
+      all.each_batch(g.first_window(top), g.last_window(bottom - 1),
+                     [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
+                       const int64_t n = batch.measure(in, oh, rows, ow, columns, average);
+                       const int64_t of_row = columns * all.inner;
+                       convert(go + oh * g.out_h + ow * all.inner, batch.grad, rows * of_row);
+                       batch.differentiate(n);
+                       for (int64_t r = 0; r < rows; ++r) {
+                         // A window counts for the band in which it begins.
+                         const int64_t start = g.first_row(oh + r);
+                         if (start < top || start >= bottom) continue;
+                         const A* const terms = batch.y + r * of_row;
+                         for (int64_t j = 0; j < of_row; ++j)
+                           sum[j % all.inner] += static_cast<double>(terms[j]);
+                       }
+                       all.scatter(batch.taps, oh, rows, ow, columns, top, bottom, add, gx,
+                                   batch.row);
+                     });
       store(gx, to, (bottom - top) * width);
     }
   });
@@ -188,11 +233,13 @@ void backward_batches(const Grouping& all, const opmath_t<T>* p, bool average, c
 template <typename A>
 struct PowerLine {
   const PoolGeometry& g;
-  std::vector<A> elements;
+  std::vector<A> elements, kept;
   int64_t n = 0;
 
   explicit PowerLine(const PoolGeometry& geometry)
-      : g(geometry), elements(std::min(g.kernel_h, g.H) * std::min(g.kernel_w, g.W)) {}
+      : g(geometry),
+        elements(std::min(g.kernel_h, g.H) * std::min(g.kernel_w, g.W)),
+        kept(elements.size()) {}
 
   // body(row of the plane's memory, columns, where they are among the elements) for its rows.
   template <typename F>
@@ -205,7 +252,21 @@ struct PowerLine {
     n = to - elements.data();
   }
 
-  template <bool with_logs, typename T>
+  // The sum of term(i) over the elements.
+  template <typename F>
+  A sum(const F& term) const {
+    double total = 0;
+    constexpr int64_t kBlock = 8 * kBlockTerms;  // so many terms for each number of a vector
+    for (int64_t first = 0; first < n; first += kBlock) {
+      A sum = A(0);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = first; i < std::min(first + kBlock, n); ++i) sum += term(i);
+      total += static_cast<double>(sum);
+    }
+    return static_cast<A>(total);
+  }
+
+  template <typename T>
   PowerWindow<A> measure(const T* plane, int64_t oh, int64_t ow, A p, bool average) {
     each_row(oh, ow, [&](int64_t from, int64_t columns, A* to) {
       if (g.in_w == 1) return convert(plane + from, to, columns);
@@ -220,22 +281,28 @@ struct PowerLine {
       unordered += x[i] == x[i] ? A(0) : A(1);
     }
     if (unordered > A(0)) largest = std::numeric_limits<A>::quiet_NaN();
-    double powers = 0, logs = 0;
-    constexpr int64_t kBlock = 8 * kBlockTerms;  // so many terms for each number of a vector
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t last = std::min(first + kBlock, n);
-      A sum = A(0), log_sum = A(0);
-#pragma omp simd reduction(+ : sum, log_sum)
-      for (int64_t i = first; i < last; ++i) {
-        const A s = magnitude(x[i]) / largest;
-        const A term = cpu::power(s, p);
-        sum += term;
-        if constexpr (with_logs) log_sum += term * cpu::log(s);
-      }
-      powers += static_cast<double>(sum), logs += static_cast<double>(log_sum);
-    }
-    const A count = average ? pixels_of_window<A>(g, oh, ow) : A(1);
-    return {largest, static_cast<A>(powers), static_cast<A>(logs), count, p};
+    A* const keep = kept.data();
+    const A powers = sum([=](int64_t i) {
+      const A s = magnitude(x[i]) / largest;
+      keep[i] = kept_power(s, p);
+      return power_of(keep[i], s, p);
+    });
+    return {largest, powers, average ? pixels_of_window<A>(g, oh, ow) : A(1), p};
+  }
+
+  // In place of each element the gradient of it; returns that of p.
+  A differentiate(PowerWindow<A> window, A grad) {
+    A* const x = elements.data();
+    const A* const keep = kept.data();
+    const A p = window.p, largest = window.largest, count = window.count;
+    const A shift = window.shift(), scale = window.scale();
+    const A share = grad * window.share();
+    window.divergences = sum([=](int64_t i) {
+      const A value = x[i], s = magnitude(value) / largest;
+      x[i] = share * kept_slope(keep[i], value, s, p);
+      return divergence(s, power_of(keep[i], s, p), p, count, shift, scale);
+    });
+    return grad * window.power_gradient();
   }
 };
 
@@ -251,8 +318,7 @@ void forward_lines(const PoolGeometry& g, const opmath_t<T>* p, bool average, co
       const A power = usable_power(p[c]);
       for (int64_t oh = 0; oh < g.OH; ++oh) {
         for (int64_t ow = 0; ow < g.OW; ++ow) {
-          const auto window =
-              line.template measure<false>(input + g.input_offset(n, c), oh, ow, power, average);
+          const auto window = line.measure(input + g.input_offset(n, c), oh, ow, power, average);
           output[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w] =
               static_cast<T>(window.value());
         }
@@ -276,17 +342,10 @@ void backward_lines(const PoolGeometry& g, const opmath_t<T>* p, bool average, c
       std::fill(gradients.begin(), gradients.end(), A(0));
       for (int64_t oh = 0; oh < g.OH; ++oh) {
         for (int64_t ow = 0; ow < g.OW; ++ow) {
-          const auto window =
-              line.template measure<true>(input + g.input_offset(n, c), oh, ow, power, average);
+          const auto window = line.measure(input + g.input_offset(n, c), oh, ow, power, average);
           const A grad =
               static_cast<A>(grad_output[g.output_offset(n, c) + oh * g.out_h + ow * g.out_w]);
-          sums[plane] += static_cast<double>(grad * window.power_gradient());
-          const A share = grad * window.share();
-          A* const x = line.elements.data();
-#pragma omp simd
-          for (int64_t i = 0; i < line.n; ++i) {
-            x[i] = share * power_slope(x[i], window.largest, power);
-          }
+          sums[plane] += static_cast<double>(line.differentiate(window, grad));
           line.each_row(oh, ow, [&](int64_t from, int64_t columns, const A* slopes) {
             A* const to = gradients.data() + from / g.in_w;
             for (int64_t i = 0; i < columns; ++i) to[i] += slopes[i];

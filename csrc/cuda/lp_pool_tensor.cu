@@ -25,7 +25,7 @@ __device__ __forceinline__ A lane_largest(A value, int lanes) {
 }
 
 // What a window is made of, found by `lanes` threads together.
-template <bool with_logs, typename T, typename I, typename A = opmath_t<T>>
+template <bool for_gradient, typename T, typename I, typename A = opmath_t<T>>
 __device__ __forceinline__ PowerWindow<A> measured(const T* plane, const PoolGeometryOf<I>& g, I oh,
                                                    I ow, A p, bool average, int lane, int lanes) {
   const I top = g.first_row(oh), left = g.first_column(ow);
@@ -41,16 +41,22 @@ __device__ __forceinline__ PowerWindow<A> measured(const T* plane, const PoolGeo
     if (size > largest || size != size) largest = size;  // nothing is above NaN: it stays
   }
   largest = lane_largest(largest, lanes);
-  BlockSum<A> powers, logs;
+  BlockSum<A> powers;
   for (I tap = lane; tap < taps; tap += lanes) {
-    const A s = size_of(tap) / largest;
-    const A term = elementary::power(s, p);
-    powers.add(term);
-    if (with_logs) logs.add(term * elementary::log(s));
+    powers.add(elementary::power(size_of(tap) / largest, p));
   }
-  const A log_sum = with_logs ? lane_sum(logs.value(), lanes) : A(0);
-  return {largest, lane_sum(powers.value(), lanes), log_sum, average ? static_cast<A>(taps) : A(1),
-          p};
+  PowerWindow<A> window{largest, lane_sum(powers.value(), lanes),
+                        average ? static_cast<A>(taps) : A(1), p};
+  if (for_gradient) {
+    const A shift = window.shift(), scale = window.scale();
+    BlockSum<A> divergences;
+    for (I tap = lane; tap < taps; tap += lanes) {
+      const A s = size_of(tap) / largest;
+      divergences.add(divergence(s, elementary::power(s, p), p, window.count, shift, scale));
+    }
+    window.divergences = lane_sum(divergences.value(), lanes);
+  }
+  return window;
 }
 
 // The channel of a place whose plane begins at in_plane.
@@ -62,7 +68,7 @@ __device__ __forceinline__ I channel_of(I in_plane, const PoolGeometryOf<I>& g,
 
 // Calls body(index, window, whether this thread is to write) for each window. All threads of a warp
 // take part in every sum: those beyond the last window look at it again.
-template <bool with_logs, typename T, typename I, typename F>
+template <bool for_gradient, typename T, typename I, typename F>
 __device__ __forceinline__ void for_each_window(I count, const PoolGeometryOf<I>& g,
                                                 bool channels_last, bool average, int lanes,
                                                 const opmath_t<T>* p, const T* input,
@@ -76,7 +82,7 @@ __device__ __forceinline__ void for_each_window(I count, const PoolGeometryOf<I>
     const Position<I> at = position_of(index, g, channels_last, g.OH, g.OW);
     const auto power = usable_power(p[channel_of(at.in_plane, g, channels_last)]);
     const auto window =
-        measured<with_logs>(input + at.in_plane, g, at.h, at.w, power, average, lane, lanes);
+        measured<for_gradient>(input + at.in_plane, g, at.h, at.w, power, average, lane, lanes);
     body(index, window, mine < count && lane == 0);
   }
 }

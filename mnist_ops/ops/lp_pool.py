@@ -79,8 +79,9 @@ def lp_pool2d(
 
     for the sum as well as for the mean of ``average``, 0 in windows that are all 0, summed in a
     fixed order. \|x\| / y comes by way of the window's largest magnitude, so it is as exact for
-    small x as for large. Its values are not looked at, which would have to wait for the device:
-    where p is not > 0 the result is NaN. Differentiable any number of times, the second and further
+    small x as for large; with ``average`` and p < 1 the relative errors of y and of this gradient
+    grow as 1 / p. The values of p are not looked at, which would have to wait for the device: where
+    p is not > 0 the result is NaN. Differentiable any number of times, the second and further
     ones by PyTorch's own operators, which copy the windows.
 
     Args:

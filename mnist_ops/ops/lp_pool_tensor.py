@@ -64,7 +64,7 @@ def pool_by_tensor(
 
 
 class _Windows:
-    """m, S, n and L of csrc/lp_pool_tensor.h, and the windows (N, C, pixels, windows) themselves.
+    """m, S and n of csrc/lp_pool_tensor.h, and the windows (N, C, pixels, windows) themselves.
 
     Half types are computed in float32.
     """
@@ -103,6 +103,7 @@ class _Windows:
         self.s = torch.where(self.positive, s, 1.0)
         self.terms = torch.where(self.positive, self.s ** self.p[..., None], 0.0)
         self.sum = torch.where(self.scaled, self.terms.sum(-2), 1.0)
+        self.average = average
         self.count: Tensor | float = 1.0
         if average:
             ones = torch.ones_like(input[..., :1, :, :]).detach()
@@ -133,9 +134,25 @@ class _Windows:
 
     def power_gradient(self) -> Tensor:
         """dy/dp of each window."""
-        logs = (self.terms * self.s.log()).sum(-2) / self.sum
-        gradient = self.norm / self.p * (logs - (self.sum / self.count).log() / self.p)
+        logs = self.p[..., None] * self.s.log()
+        z = logs - (self.sum / self.count).log().unsqueeze(-2)
+        if self.average:
+            terms = torch.where(self.positive, _divergence(z), 0.0).sum(-2)
+            terms = terms + (self.count - self.positive.sum(-2))  # zeros of the image
+        else:
+            terms = torch.where(self.positive, z * z.exp(), 0.0).sum(-2)
+        gradient = self.norm * (terms / self.p / self.p / self.count)
         return torch.where(self.scaled | (self.largest == 0), gradient, torch.nan)
+
+
+def _divergence(z: Tensor) -> Tensor:
+    """1 + (z - 1) exp(z), by its series where that cancels."""
+    near = z.abs() < 0.5
+    inside, outside = torch.where(near, z, 0.0), torch.where(near, 1.0, z)
+    series = torch.ones_like(z)
+    for k in range(16, 1, -1):
+        series = 1 + series * inside * (k / (k * k - 1))
+    return torch.where(near, inside * inside / 2 * series, 1 + (outside - 1) * outside.exp())
 
 
 def definition(input: Tensor, p: Tensor, *windows: Any) -> Tensor:

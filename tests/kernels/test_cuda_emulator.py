@@ -347,6 +347,19 @@ def test_lp_pool2d_by_tensor(emulator: Emulator, case: Cases):
     torch.testing.assert_close(ours[1], theirs[1], rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [2, 12])
+def test_gradient_of_a_small_p(emulator: Emulator, dtype: torch.dtype, size: int):
+    """Its terms cancel; on the CPU it is held against its series in p."""
+    x = (torch.rand(2, 3, 12, 12) + 0.5).to(dtype)
+    p = torch.tensor([1e-1, 1e-2, 1e-3], dtype=dtype)
+    rest = ([size, size], [size, size], [0, 0], False, True)
+    grad = torch.ones_like(torch.ops.mnist_ops.lp_pool2d_tensor_p(x, p, *rest))
+    ours = emulator("lp_pool2d_tensor_p_backward", grad, x, p, *rest)[1]
+    theirs = torch.ops.mnist_ops.lp_pool2d_tensor_p_backward(grad, x, p, *rest)[1]
+    assert ((ours - theirs) / theirs * p).abs().max() < 20 * torch.finfo(dtype).eps
+
+
 POOLED_SHAPES = (
     (2, 3, 8, 16),
     (1, 2, 9, 16),  # a row, or a column, that no window of two has

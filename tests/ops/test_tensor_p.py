@@ -92,6 +92,54 @@ def test_gradients_do_not_depend_on_the_magnitude(device, scale, average):
     torch.testing.assert_close(by_p / scale, expected[1], rtol=2e-5, atol=1e-6)
 
 
+def mean_gradient_of_p(windows: torch.Tensor, p: float) -> torch.Tensor:
+    """dy/dp of the mean over the last dimension, by its series in p, of magnitudes > 0.
+
+    ln y = sum over k of cumulant(k) p^(k-1) / k!, with the cumulants of ln x.
+    """
+    logs = windows.double().log()
+    mean = logs.mean(-1)
+    second, third, fourth = (((logs - mean[..., None]) ** k).mean(-1) for k in (2, 3, 4))
+    rate = second / 2 + third * p / 3 + (fourth - 3 * second**2) * p**2 / 8
+    log_y = mean + second * p / 2 + third * p**2 / 6
+    return log_y.exp() * rate
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", [2, 12])
+@pytest.mark.parametrize("p", [1e-2, 1e-3, 1e-4])
+def test_gradient_of_a_small_p(device, dtype, layout, size, p):
+    """It loses no more digits than y itself, whose root has 1 / p times the error of what it is of.
+
+    Batches of windows, and windows one after the other; both modes, and PyTorch's own operators.
+    """
+    x = (torch.rand(1, 3, 12, 12, device=device) + 0.5).to(dtype).to(memory_format=layout)
+    leaf = torch.tensor(p, dtype=dtype, device=device, requires_grad=True)
+    expected = mean_gradient_of_p(F.unfold(x, size, stride=size).unflatten(1, (3, -1)).mT, p).sum()
+    tolerance = 20 * torch.finfo(dtype).eps / p + p**3
+    close = {"rtol": tolerance, "atol": 0, "check_dtype": False}
+    (ours,) = torch.autograd.grad(lp_pool2d(x, leaf, size, average=True).sum(), leaf)
+    torch.testing.assert_close(ours, expected, **close)
+    _, tangent = torch.func.jvp(
+        lambda t: lp_pool2d(x, t, size, average=True).sum(),
+        (leaf.detach(),),
+        (torch.ones_like(leaf.detach()),),
+    )
+    torch.testing.assert_close(tangent, expected, **close)
+
+
+def test_zeros_of_the_image_count_in_the_gradient_of_the_mean(device):
+    """And those around it do not."""
+    x = torch.rand(1, 2, 6, 6, dtype=torch.float64, device=device)
+    x[..., ::2] = 0
+    x[0, 1, :3] = 0
+    for p in (0.3, 3.0):
+        leaf = torch.full((2,), p, dtype=torch.float64, device=device, requires_grad=True)
+        for options in ((3, 2, 1), (6, 1, 3), (6,)):
+            assert gradcheck(lambda t, o=options: lp_pool2d(x, t, *o, average=True), leaf)
+
+
 def test_one_p_for_all_channels(device):
     x, p = images(device), torch.tensor(2.5, dtype=torch.float64, device=device)
     torch.testing.assert_close(lp_pool2d(x, p, 2), lp_pool2d(x, 2.5, 2))
@@ -113,19 +161,22 @@ def test_p_of_infinity_is_the_maximum(device, layout):
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_zeros_infinity_and_nan_stay_in_their_windows(device, size):
+@pytest.mark.parametrize("power", [0.5, 2.5])
+def test_zeros_infinity_and_nan_stay_in_their_windows(device, size, power):
     x = torch.zeros(1, 1, 12, 12, device=device)
     x[..., :6, 6:] = math.nan
     x[..., 6:, :6] = math.inf
+    x[..., 7::2, :6:2] = 3.0  # beside an infinity
     x[..., 6:, 6:] = 1.0
     x.requires_grad_()
-    p = torch.tensor(2.5, device=device, requires_grad=True)
+    p = torch.tensor(power, device=device, requires_grad=True)
     y = lp_pool2d(x, p.detach(), size)
     cut = y.shape[-1] // 2
     assert (y[..., :cut, :cut] == 0).all() and y[..., :cut, cut:].isnan().all()
     assert (y[..., cut:, :cut] == math.inf).all() and y[..., cut:, cut:].isfinite().all()
     (by_x,) = torch.autograd.grad(y.sum(), x)
     assert (by_x[..., :6, :6] == 0).all() and by_x[..., 6:, 6:].isfinite().all()
+    assert (by_x[..., 7::2, :6:2] == 0).all() and by_x[..., 6::2, :6].isnan().all()
     zeros = torch.zeros(1, 1, 12, 12, device=device)
     (by_p,) = torch.autograd.grad(lp_pool2d(zeros, p, size).sum(), p)
     assert by_p == 0
