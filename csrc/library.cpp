@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
       "contrastive_norm2d_backward(Tensor grad_output, Tensor input, Tensor kernel, "
       "float threshold, float threshold_value) -> Tensor");
 
+  // local_mean
+  m.def("local_mean2d(Tensor input, Tensor kernel, str padding_mode) -> Tensor");
+  m.def("local_mean2d_backward(Tensor grad_output, Tensor kernel, str padding_mode) -> Tensor");
+
   // stage: activation, LP pooling and subtractive normalization in one
   m.def(
       "stage2d(Tensor input, Tensor kernel, str activation, float norm_type, int[] kernel_size, "

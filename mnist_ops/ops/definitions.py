@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._libraries import CPU_CAPABILITY, CUDA_MISSING
-from . import lp_pool_tensor
+from . import local_mean, lp_pool_tensor
 from ._common import compute_type, is_channels_last
 from .softmax import line_weights
 from .windows import is_infinite, output_size
@@ -142,6 +142,7 @@ def softmax_nll(
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "lp_pool2d": lp_pool2d,
     "lp_pool2d_tensor_p": lp_pool_tensor.definition,
+    "local_mean2d": local_mean.definition,
     "subtractive_norm2d": subtractive_norm2d,
     "divisive_norm2d": divisive_norm2d,
     "contrastive_norm2d": contrastive_norm2d,

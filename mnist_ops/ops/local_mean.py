@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -9,9 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_images, compute_type
+from ._common import (
+    check_images,
+    compute_type,
+    direct,
+    empty_images,
+    register_autograd,
+    register_fake,
+    register_image_vmap,
+)
 from ._public import batch, planes, public
-from .local_norm import kernel_beside
+from .local_norm import kernel_beside, refuse_kernel_gradient, refuse_kernel_tangent
+
+_local_mean2d = direct("local_mean2d")
 
 _CHANNELS = ("all", "each")
 _PADDING_MODES = ("renormalized", "zeros", "reflect", "replicate")
@@ -42,19 +53,18 @@ def local_mean2d(
             the kernel) or ``"replicate"``, as in :func:`torch.nn.functional.pad`.
 
     Returns:
-        (N, 1, H, W) or (1, H, W), or, with ``"each"``, the shape of ``input``; contiguous, in its
-        dtype.
+        (N, 1, H, W) or (1, H, W), or, with ``"each"``, a tensor of the shape and memory format of
+        ``input``; in its dtype.
 
     Raises:
         TypeError: ``input`` or ``kernel`` is no floating-point tensor.
         ValueError: a shape is wrong, ``kernel`` has an even size or requires grad, ``channels`` or
             ``padding_mode`` is none of the above, an image is too small to be reflected.
+        RuntimeError: as in :func:`subtractive_norm2d`.
 
     Source:
-        Torch7's ``nn.SpatialSubtractiveNormalization``; MATLAB's ``imfilter``. It is made of
-        PyTorch's own operations, one multiplication and addition for each tap, so it is
-        differentiable any number of times, in either mode. Not in TF32, nor in half types under
-        autocast.
+        Torch7's ``nn.SpatialSubtractiveNormalization``; MATLAB's ``imfilter``. Differentiable any
+        number of times. Autocast changes nothing.
 
     Example:
         >>> import torch, mnist_ops
@@ -77,38 +87,82 @@ def local_mean2d(
             f"{op}: kernel {tuple(kernel.shape)} is too large to reflect images of "
             f"{tuple(input.shape[-2:])}"
         )
-    maps = input.to(compute_type(input.dtype))
-    maps = maps.mean(-3, keepdim=True) if channels == "all" else maps
+    wide, maps = compute_type(input.dtype), input
+    if channels == "all" and input.shape[-3] != 1:
+        add_up = torch.mean if input.shape[-3] else torch.sum  # the mean of no channels is 0
+        maps = add_up(input, -3, keepdim=True, dtype=wide)
+    if padding_mode == "renormalized" and kernel.dim() == 2:  # not a product of two dimensions' own
+        ones = maps.new_ones((1, *maps.shape[-2:]), dtype=wide)
+        means = _local_mean2d(maps.to(wide), kernel, "zeros") / _local_mean2d(ones, kernel, "zeros")
+    else:
+        means = _local_mean2d(maps, kernel, padding_mode)
+    return means.to(input.dtype)
+
+
+# -------------------------------------------------------------------------- in PyTorch's operators
+
+
+def definition(input: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
+    """The mean of each plane, for devices without kernels."""
     if input.numel() == 0:
-        return torch.zeros_like(maps, dtype=input.dtype) + input.sum()
-    # Sums and products alone: a convolution of float32 may run in TF32, and in half under autocast.
-    wide = kernel.to(torch.promote_types(kernel.dtype, maps.dtype))
-    weights = (wide / wide.sum()).to(maps.dtype)
+        return input.clone()
+    # Sums and products alone: a convolution of float32 may run in TF32.
+    values = kernel.to(torch.promote_types(kernel.dtype, input.dtype))
+    weights = (values / values.sum()).to(input.dtype)
+    height, width = kernel.shape[0] // 2, kernel.shape[-1] // 2
     around = (width, width, height, height)
     mode = padding_mode if padding_mode in ("reflect", "replicate") else "constant"
-    means = _correlated(F.pad(maps, around, mode=mode), weights)
+    means = _correlated(F.pad(input, around, mode=mode), weights)
     if padding_mode == "renormalized":
-        ones = maps.new_ones(maps.shape[-2:])
+        ones = input.new_ones(input.shape[-2:])
         means = means / _correlated(F.pad(ones, around), weights)
-    return means.to(input.dtype).contiguous()
+    return means
 
 
 def _correlated(padded: Tensor, weights: Tensor) -> Tensor:
     """Correlate images, padded already, with a separable or a whole kernel."""
     if weights.dim() == 1:
         return _along(_along(padded, weights, -1), weights, -2)
-    rows = weights.shape[0]
-    height = padded.shape[-2] - rows + 1
-    total = _along(padded.narrow(-2, 0, height), weights[0], -1)
-    for i in range(1, rows):
-        total = total + _along(padded.narrow(-2, i, height), weights[i], -1)
-    return total
+    height = padded.shape[-2] - weights.shape[0] + 1
+    rows = (_along(padded.narrow(-2, i, height), row, -1) for i, row in enumerate(weights))
+    return functools.reduce(torch.add, rows)
 
 
 def _along(padded: Tensor, taps: Tensor, dim: int) -> Tensor:
     """Correlate along one dimension."""
     size = padded.shape[dim] - taps.shape[0] + 1
-    total = padded.narrow(dim, 0, size) * taps[0]
-    for i in range(1, taps.shape[0]):
-        total = total + padded.narrow(dim, i, size) * taps[i]
-    return total
+    terms = (padded.narrow(dim, i, size) * tap for i, tap in enumerate(taps))
+    return functools.reduce(torch.add, terms)
+
+
+# -------------------------------------------------------------------------- fake, autograd, vmap
+
+
+def _fake(images, kernel, padding_mode):
+    return empty_images(images, *images.shape[-2:])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    refuse_kernel_gradient(inputs[1])
+    ctx.save_for_backward(inputs[1])
+    ctx.options = inputs[2:]
+
+
+def _register(name: str, adjoint: str) -> None:
+    """Register an operator that is linear in its images; the adjoint's adjoint is itself."""
+    itself, transposed = direct(name), direct(adjoint)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return transposed(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+    def jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+        refuse_kernel_tangent(kernel_tangent)
+        return itself(tangent, *ctx.saved_tensors, *ctx.options)
+
+    register_fake(name)(_fake)
+    register_autograd(name, backward, jvp, setup_context=_save)
+    register_image_vmap(name, images=1, other_tensors=1)
+
+
+_register("local_mean2d", "local_mean2d_backward")
+_register("local_mean2d_backward", "local_mean2d")

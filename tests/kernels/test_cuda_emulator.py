@@ -484,6 +484,20 @@ def test_local_normalization(emulator: Emulator, case: Cases):
         emulator.check(f"{name}_backward", grad, x, kernel, *thresholds, loosen=20)
 
 
+@cases(12)
+def test_local_mean(emulator: Emulator, case: Cases):
+    shape = case.image_shape()
+    x, grad = case.values(shape), case.normal(shape)
+    mode = case.choice("renormalized", "zeros", "reflect", "replicate")
+    most = min(shape[-2:]) - 1 if mode == "reflect" else 20  # a radius; nothing is there to reflect
+    separable = mode == "renormalized" or case.choice(True, False)
+    sizes = [2 * min(case.choice(0, 1, 2, 4, 10), most) + 1 for _ in range(2 - separable)]
+    kernel = (torch.rand(sizes, generator=case.generator) + 0.1).to(case.choice(*DTYPES))
+    kernel = placed(kernel, case.choice("contiguous", "misaligned", "spaced"))
+    emulator.check("local_mean2d", x, kernel, mode)
+    emulator.check("local_mean2d_backward", grad, kernel, mode)
+
+
 @cases(16)
 def test_stage2d(emulator: Emulator, case: Cases):
     """A block for an image, in pairs of rows and window by window; larger maps step by step."""
