@@ -217,6 +217,38 @@ def _normalization(kind: str, size: int) -> Case:
     )
 
 
+def _local_mean() -> Case:
+    """A blur of each plane, zeros beyond the border, as PyTorch's users copy it."""
+    size, half = 7, 3
+    weights = mnist_ops.gaussian1d(size, sigma=1 / 6, normalize=True).tolist()
+
+    def whole(x: Tensor, taps: Tensor) -> Tensor:
+        kernel = torch.outer(taps, taps).expand(x.shape[1], 1, size, size)
+        return F.conv2d(x, kernel, padding=half, groups=x.shape[1])
+
+    def separable(x: Tensor, taps: Tensor) -> Tensor:
+        rows, columns = (taps.expand(x.shape[1], 1, size).unsqueeze(d) for d in (2, 3))
+        blurred = F.conv2d(x, rows, padding=(0, half), groups=x.shape[1])
+        return F.conv2d(blurred, columns, padding=(half, 0), groups=x.shape[1])
+
+    def shifted(x: Tensor, taps: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        wide = F.pad(x, (half, half, half, half))
+        rows = sum(w * wide[..., i : i + width] for i, w in enumerate(weights))
+        return sum(w * rows[..., i : i + height, :] for i, w in enumerate(weights))
+
+    eager: dict[str, Function] = {"separable": separable, "2-d kernel": whole}
+    return Case(
+        "local_mean2d",
+        f"{size} taps",
+        lambda x, taps: mnist_ops.local_mean2d(x, taps, "each", "zeros"),
+        eager,
+        {"separable": separable, "shifted": shifted},
+        saved="",
+        constants=lambda x: (torch.tensor(weights, dtype=x.dtype, device=x.device),),
+    )
+
+
 # ------------------------------------------------------------------------------------------ stage
 
 
@@ -289,6 +321,7 @@ NORMALIZATIONS = {
     for size in (7, 15)
     for kind in ("subtractive", "contrastive", "divisive")
 }
+LOCAL_MEAN = _local_mean()
 STAGE = _stage()
 SOFTMAXES = {name: _softmax(name) for name in ("softmax", "log_softmax")} | {"softmax_nll": _NLL}
 GIBBS = _softmax("softmax", beta=-2.0)
@@ -298,6 +331,7 @@ CASES = [
     *POOLINGS.values(),
     GEM,
     *NORMALIZATIONS.values(),
+    LOCAL_MEAN,
     STAGE,
     *SOFTMAXES.values(),
     GIBBS,
@@ -437,6 +471,8 @@ def _variants(elements: int) -> list[tuple[Case, tuple[int, ...], bool]]:
     found += [
         (NORMALIZATIONS["contrastive", 7], (1, 64, side, side), False),
         (NORMALIZATIONS["contrastive", 7], _batch(elements, 512, 32, 32), True),
+        (LOCAL_MEAN, _batch(elements, 32, 32, 32), False),
+        (LOCAL_MEAN, (1, 1, math.isqrt(elements), math.isqrt(elements)), False),
         (GIBBS, _batch(elements, 1000), False),
         (ACROSS_CHANNELS, maps, False),
         (GEM, _batch(elements, 512, 14, 14), False),

@@ -105,6 +105,9 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor
         function = getattr(mnist_ops, f"{kind}_norm2d")
         found[f"{kind}_norm2d 7"] = (partial(function, kernel=kernel), True)
         found[f"{kind}_norm2d 3x9"] = (partial(function, kernel=wide), True)
+    for mode, taps in (("renormalized", kernel), ("replicate", wide)):
+        mean = partial(mnist_ops.local_mean2d, kernel=taps, channels="each", padding_mode=mode)
+        found[f"local_mean2d {mode}"] = (mean, True)
     stage = partial(mnist_ops.stage2d, kernel=kernel)
     found["stage2d tanh 2x2/2"] = (stage, True)
     found["stage2d relu p=1 3x3/2"] = (

@@ -50,6 +50,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.lp_pool2d.default: lp_pool2d,
         ops.lp_pool2d_tensor_p.default: lp_pool2d_tensor_p,
+        ops.local_mean2d.default: local_mean2d,
         ops.subtractive_norm2d.default: subtractive_norm2d,
         ops.divisive_norm2d.default: divisive_norm2d,
         ops.contrastive_norm2d.default: contrastive_norm2d,
@@ -146,6 +147,19 @@ def _coverage(x: Any, unit: Any) -> Any:
     return _blur(op.Unsqueeze(ones, [0, 1]), unit)
 
 
+def _local_mean(x: Any, sizes: Sequence[Any], kernel: Any, padding_mode: str) -> Any:
+    unit, planes = _unit(kernel), op.Reshape(x, [-1, 1, 0, 0])
+    if padding_mode in ("reflect", "replicate"):
+        around = [0, 0, kernel.shape[0] // 2, kernel.shape[-1] // 2]
+        mode = "edge" if padding_mode == "replicate" else padding_mode
+        means = op.Conv(op.Pad(planes, around * 2, mode=mode), op.CastLike(unit, x))
+    else:
+        means = _blur(planes, unit)
+    if padding_mode == "renormalized":
+        means = op.Div(means, _coverage(x, unit))
+    return op.Reshape(means, op.Shape(x))
+
+
 def _subtractive(x: Any, sizes: Sequence[Any], unit: Any) -> Any:
     mean = _blur(op.ReduceMean(x, [1]), unit)
     return op.Sub(x, op.Div(mean, _coverage(x, unit)))
@@ -192,6 +206,11 @@ def lp_pool2d_tensor_p(
     """See :func:`mnist_ops.lp_pool2d`, with p in a tensor."""
     places = kernel_size, stride, padding, ceil_mode
     return _batched(_pool_by_tensor, input, norm_type, average, *places)
+
+
+def local_mean2d(input, kernel, padding_mode: str):
+    """See :func:`mnist_ops.local_mean2d`."""
+    return _batched(_local_mean, input, kernel, padding_mode)
 
 
 def subtractive_norm2d(input, kernel):

@@ -115,6 +115,7 @@ def test_families_are_all_there(op_cases):
         # 3x3 at distance 2 on 5x5: 2x2 windows.
         ("lp_pool2d p=2 3x3/2", (1, 1, 5, 5), 116, 216),
         ("subtractive_norm2d 7 taps", (1, 2, 3, 2), 96, 96),  # linear: gradient in and out
+        ("local_mean2d 7 taps", (1, 2, 3, 2), 96, 96),
         ("divisive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
         ("contrastive_norm2d 7 taps", (1, 2, 3, 2), 96, 144),
         # 4 of 4 bytes in, 1 pixel out; gradient of 1, input of 4, gradient of 4.

@@ -26,7 +26,9 @@ constexpr int64_t kBlock = kSums * kVector<A>;
 template <typename A>
 void along_row(const A* x, int64_t step, const A* weight, int64_t taps, int64_t n, A* out) {
   for (int64_t m = 0; m < n; m += kBlock<A>) {
-    online::Vector<A> sums[kSums] = {};
+    online::Vector<A> sums[kSums];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kSums; ++v) sums[v] = online::splat(A(0));
     for (int64_t k = 0; k < taps; ++k) {
       const A *const from = x + m + k * step, *const w = weight + k * n + m;
       for (int64_t v = 0; v < kSums; ++v) {
@@ -34,6 +36,7 @@ void along_row(const A* x, int64_t step, const A* weight, int64_t taps, int64_t 
         sums[v] = online::fmadd(online::load(w + j), online::load(from + j), sums[v]);
       }
     }
+#pragma GCC unroll 4
     for (int64_t v = 0; v < kSums; ++v) online::store(out + m + v * kVector<A>, sums[v]);
   }
 }
@@ -44,7 +47,9 @@ template <typename A>
 void across_rows(const A* x, const A* weight, int64_t stride, int64_t taps, int64_t n, bool add,
                  A* out) {
   for (int64_t m = 0; m < n; m += kBlock<A>) {
-    online::Vector<A> sums[kSums] = {};
+    online::Vector<A> sums[kSums];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kSums; ++v) sums[v] = online::splat(A(0));
     for (int64_t k = 0; k < taps; ++k) {
       if (weight[k * stride] == A(0)) continue;
       const auto w = online::splat(weight[k * stride]);
@@ -53,6 +58,7 @@ void across_rows(const A* x, const A* weight, int64_t stride, int64_t taps, int6
         sums[v] = online::fmadd(w, online::load(from + v * kVector<A>), sums[v]);
       }
     }
+#pragma GCC unroll 4
     for (int64_t v = 0; v < kSums; ++v) {
       A* const to = out + m + v * kVector<A>;
       online::store(to, add ? online::load(to) + sums[v] : sums[v]);

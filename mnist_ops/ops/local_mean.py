@@ -46,7 +46,8 @@ def local_mean2d(
     Args:
         input: images (N, C, H, W) or one image (C, H, W); float64, float32, float16 or bfloat16
             (the half types are computed in float32).
-        kernel: as in :func:`subtractive_norm2d`.
+        kernel: as in :func:`subtractive_norm2d`. Give a product of two as the one: it takes 2 k
+            steps where (k, k) takes k^2.
         channels: ``"all"``, one mean over all channels, or ``"each"``, one for each of them.
         padding_mode: what lies beyond the border: ``"renormalized"``, ``"zeros"``, or the image
             again, ``"reflect"`` (without its border pixels, which needs more pixels than half of

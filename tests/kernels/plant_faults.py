@@ -36,7 +36,7 @@ from torch.utils import cpp_extension
 import mnist_ops
 
 ROOT = Path(__file__).parents[2]
-OPERATORS = ("lp_pool", "local_norm", "stage", "softmax")
+OPERATORS = ("lp_pool", "local_mean", "local_norm", "stage", "softmax")
 SECONDS = 900  # for the tests of one fault; what hangs is noticed, too
 
 

@@ -41,6 +41,7 @@ SANITIZE = [
 #: What the tests are told to run where nothing else is named.
 TESTS = [
     "tests/ops/test_lp_pool.py",
+    "tests/ops/test_local_mean.py",
     "tests/ops/test_local_norm.py",
     "tests/ops/test_stage.py",
     "tests/ops/test_softmax.py",

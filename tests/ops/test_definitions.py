@@ -27,6 +27,12 @@ CASES = [
     *(("lp_pool2d", (p, *w)) for p in (0.5, 1.0, 2.0, 3.0, math.inf) for w in WINDOWS),
     *(("subtractive_norm2d", (k,)) for k in (gaussian1d(3), gaussian2d(5))),
     *(
+        ("local_mean2d", (kernel, mode))
+        for kernel in (gaussian1d(5), gaussian1d(13), gaussian2d((3, 7)))
+        for mode in ("renormalized", "zeros", "reflect", "replicate")
+        if mode != "renormalized" or kernel.dim() == 1
+    ),
+    *(
         (name, (k, *t))
         for name in ("divisive_norm2d", "contrastive_norm2d")
         for k in (gaussian1d(5), gaussian2d(3))
@@ -83,6 +89,7 @@ def test_devices_without_kernels_have_the_definitions():
 ELSEWHERE = {
     "test_lp_pool.py": "(equals_the_loops and (float32 or torch.float16)) or vectors",
     "test_local_norm.py": "(equals_the_loops and (float32 or torch.float16)) or vectors",
+    "test_local_mean.py": "equals_the_loops or equals_piq or derivatives",
     "test_stage.py": "equals_the_loops and float32",
     "test_softmax.py": "sigmoid_equals or nll_gradients",  # others look at layouts
 }

@@ -73,6 +73,20 @@ def subtractive_norm2d(x: Tensor, kernel: Tensor) -> Tensor:
     return x - blur(x.mean(1, keepdim=True), kernel) / coef
 
 
+def local_mean2d(
+    x: Tensor, kernel: Tensor, channels: str = "all", padding_mode: str = "renormalized"
+) -> Tensor:
+    planes = x.flatten(0, -3).unsqueeze(1)
+    height, width = kernel.shape[0] // 2, kernel.shape[-1] // 2
+    mode = padding_mode if padding_mode in ("reflect", "replicate") else "constant"
+    padded = F.pad(planes, (width, width, height, height), mode)
+    means = blur(padded, kernel)[..., height : padded.shape[-2] - height, :]
+    means = means[..., width : padded.shape[-1] - width].reshape(x.shape)
+    if padding_mode == "renormalized":
+        means = means / blur(torch.ones_like(planes[:1]), kernel)[0]
+    return means.mean(-3, keepdim=True) if channels == "all" else means
+
+
 def divisive_norm2d(
     x: Tensor, kernel: Tensor, threshold: float = 1e-4, threshold_value: float | None = None
 ) -> Tensor:
@@ -330,6 +344,8 @@ CONSTANTS = {
     "lp_pool2d_double_backward": {2, 3},
     "subtractive_norm2d": {1},
     "subtractive_norm2d_backward": {1},
+    "local_mean2d": {1},
+    "local_mean2d_backward": {1},
     "divisive_norm2d": {1},
     "divisive_norm2d_backward": {2},
     "contrastive_norm2d": {1},

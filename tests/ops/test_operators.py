@@ -50,6 +50,13 @@ OPERATORS = [
         {"norm_type": POWERS, "kernel_size": (5, 4), "padding": 1, "stride": 1, "average": True},
     ),
     Operator("subtractive_norm2d", {"kernel": KERNEL}),
+    Operator("local_mean2d", {"kernel": KERNEL}),
+    Operator("local_mean2d", {"kernel": gaussian2d((3, 5)), "channels": "each"}),
+    Operator(
+        "local_mean2d",
+        {"kernel": gaussian2d((3, 5)), "channels": "each", "padding_mode": "reflect"},
+    ),
+    Operator("local_mean2d", {"kernel": gaussian1d(5), "padding_mode": "replicate"}),
     Operator("divisive_norm2d", {"kernel": KERNEL, "threshold": 0.5}),
     Operator("divisive_norm2d", {"kernel": gaussian2d((3, 5))}),
     Operator("contrastive_norm2d", {"kernel": KERNEL, "threshold_value": 2.0}),
@@ -121,6 +128,8 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         ]
     g = torch.randn_like(x)
     calls += [("subtractive_norm2d", (x, kernel)), ("subtractive_norm2d_backward", (g, kernel))]
+    for mode in ("renormalized", "zeros", "reflect", "replicate"):
+        calls += [("local_mean2d", (x, kernel, mode)), ("local_mean2d_backward", (g, kernel, mode))]
     for name in ("divisive_norm2d", "contrastive_norm2d"):
         calls += [
             (name, (x, kernel, 0.5, 0.7)),
@@ -169,7 +178,7 @@ def test_opcheck(device, layout, grad):
         ]
         # The kernel of a normalization and the divisor of a mean are constants.
         constants = {3} if name == "softmax_nll_backward" else set()
-        constants |= {1, 2} if "norm2d" in name else set()
+        constants |= {1, 2} if "norm2d" in name or "mean2d" in name else set()
         constants |= {"stage2d": {1}, "stage2d_backward": {2}}.get(name, set())
         differentiable = [
             a.detach().clone().requires_grad_()
@@ -350,7 +359,7 @@ def test_autocast(device, operator, dtype):
     x = images(device, dtype, requires_grad=True)
     with torch.autocast(device, dtype=dtype):
         y = operator(x)
-    widens = operator.name not in ("lp_pool2d", "sigmoid")
+    widens = operator.name not in ("lp_pool2d", "local_mean2d", "sigmoid")
     assert y.dtype == (torch.float32 if widens else dtype)
     y.sum().backward()
     assert x.grad.dtype == dtype and x.grad.isfinite().all()
