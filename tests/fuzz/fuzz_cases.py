@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -559,6 +560,9 @@ def batch_call(draw: Draw, name: str, args: Args, function: Callable[..., Any]) 
     copies = torch.stack([x] * size, dim)
     rest = {key: value for key, value in args.items() if key != "input"}
     results = torch.func.vmap(lambda one: function(one, **rest), in_dims=dim)(copies)
+    # torch.mean adds up channels in an order that depends on the place in memory.
+    near = functools.partial(torch.allclose, rtol=1e-2, atol=1e-5, equal_nan=True)
+    alike = near if args.get("channels") == "all" else same_bits
     for other in results[1:]:
-        assert same_bits(results[0], other), "examples of one batch differ"
+        assert alike(results[0], other), "examples of one batch differ"
     return results[0]
