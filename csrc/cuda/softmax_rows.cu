@@ -24,12 +24,6 @@ __device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, in
   return {whole, lane_sum(sum, kWarp)};
 }
 
-template <typename A>
-__device__ __forceinline__ A merged(const A* sums, int count) {
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  return lane_sum(lane < count ? sums[lane] : A(0), kWarp);
-}
-
 // The threads of `parts` blocks, of which this one is the part-th. The barriers of a cluster are in
 // two halves: cluster_arrive() was called last, by begin() or by the row before this one.
 template <typename A>
@@ -53,47 +47,30 @@ struct Blocks {
   __device__ __forceinline__ void largest(A (&values)[1]) const {
     values[0] = lane_max(values[0], kWarp);
   }
-  __device__ __forceinline__ Partial<A> merge(Partial<A> of_warp,
+  __device__ __forceinline__ Partial<A> merge(const Partial<A>& mine,
                                               const Differences<A>& difference) const {
-    of_warp.sum = lane_sum(of_warp.sum, kWarp);
-    return together(
-        [&](int i) { shared.largest[i] = of_warp.largest, shared.sums[i] = of_warp.sum; },
-        [&](int count) { return merged(shared.largest, shared.sums, count, difference); },
-        [&](const Partial<A>& of_block, int block) {
-          cluster_peer(shared.largest_of_blocks, block)[part] = of_block.largest;
-          cluster_peer(shared.sums_of_blocks, block)[part] = of_block.sum;
-        },
-        [&] { return merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference); });
-  }
-  __device__ __forceinline__ void sum(A (&values)[1]) const {
-    const A value = lane_sum(values[0], kWarp);
-    values[0] = together(
-        [&](int i) { shared.sums[i] = value; },
-        [&](int count) { return merged(shared.sums, count); },
-        [&](A of_block, int block) { cluster_peer(shared.sums_of_blocks, block)[part] = of_block; },
-        [&] { return merged(shared.sums_of_blocks, parts); });
-  }
-
- private:
-  // leave(i) for the i-th warp, of_warps(count) what they left; tell(that, block) for the other
-  // blocks, of_blocks() what they told.
-  template <typename Leave, typename OfWarps, typename Tell, typename OfBlocks>
-  __device__ __forceinline__ auto together(const Leave& leave, const OfWarps& of_warps,
-                                           const Tell& tell, const OfBlocks& of_blocks) const {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+    const A sum = lane_sum(mine.sum, kWarp);
     __syncthreads();  // whoever read shared before is done
-    if (thread % kWarp == 0) leave(thread / kWarp);
+    if (thread % kWarp == 0) shared.largest[warp] = mine.largest, shared.sums[warp] = sum;
     __syncthreads();
-    auto whole = of_warps(static_cast<int>(blockDim.x) / kWarp);
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    Partial<A> whole = merged(shared.largest, shared.sums, warps, difference);
     if (parts > 1) {
       cluster_wait();  // all of them are there and have read what came before
-      if (thread < parts) tell(whole, thread);
+      if (thread < parts) {
+        cluster_peer(shared.largest_of_blocks, thread)[part] = whole.largest;
+        cluster_peer(shared.sums_of_blocks, thread)[part] = whole.sum;
+      }
       cluster_arrive();
       cluster_wait();
-      whole = of_blocks();
+      whole = merged(shared.largest_of_blocks, shared.sums_of_blocks, parts, difference);
       cluster_arrive();
     }
     return whole;
+  }
+  __device__ __forceinline__ void sum(A (&values)[1]) const {
+    values[0] = merge({A(0), values[0]}, Differences<A>(1)).sum;  // of equal bases
   }
 };
 
