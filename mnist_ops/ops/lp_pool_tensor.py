@@ -219,8 +219,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 register_autograd("lp_pool2d_tensor_p", _backward, _tangent, setup_context=_save)
 
 
-def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+def _is_recorded(arguments: Sequence[Tensor | None]) -> bool:
     """Whether derivatives of what is computed from these are asked for, in either mode."""
+    tensors = [t for t in arguments if t is not None]  # which the operator refuses
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
     return private.within_dual_level() and any(

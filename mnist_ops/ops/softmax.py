@@ -366,7 +366,9 @@ def _(input, target, weight, beta, reduction, ignore_index, label_smoothing):
 
 
 @register_fake("softmax_nll_backward")
-def _(grad_loss, input, *_):
+def _(grad_loss, input, target, total, weight, *_):
+    if weight is not None:
+        check_same_device("softmax_nll_backward", "weight", weight, "input", input)
     layout = torch.channels_last if is_channels_last(input) else torch.contiguous_format
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=layout)
 

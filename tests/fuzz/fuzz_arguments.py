@@ -226,14 +226,15 @@ def draw_windows(draw: Draw, shape: tuple[int, ...], raw: bool) -> Args:
     }
 
 
-def draw_powers(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, tame: bool) -> Tensor:
-    """A tensor norm_type."""
-    p = draw.tensor(shape, dtype, layout=draw.random.choice(("contiguous", "sliced")))
-    known = POWERS if tame else (*POWERS, -1.0, math.nan, 0.0)
-    values = [float(draw.random.choice(known)) for _ in range(p.numel())]
-    p.copy_(torch.tensor(values, dtype=torch.float64).reshape(shape))
+def draw_numbers(
+    draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, known: tuple[float, ...]
+) -> Tensor:
+    """A tensor in the place of a number."""
+    tensor = draw.tensor(shape, dtype, layout=draw.random.choice(("contiguous", "sliced")))
+    values = [float(draw.random.choice(known)) for _ in range(tensor.numel())]
+    tensor.copy_(torch.tensor(values, dtype=torch.float64).reshape(shape))
     draw.memory[-1] = (draw.memory[-1][0], draw.memory[-1][0].clone())
-    return p
+    return tensor
 
 
 def draw_loss_options(draw: Draw, x: Tensor, raw: bool) -> Args:
@@ -272,15 +273,17 @@ def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
             if name == "stage2d":
                 args["activation"] = draw.random.choice(tuple(references.ACTIVATIONS))
             args |= draw_windows(draw, shape, raw)
-            average = draw.chance(0.3)
+            average, powers = draw.chance(0.3), POWERS
+            if not tame:
+                powers = (*powers, -1.0, math.nan, 0.0)
             if name == "lp_pool2d_tensor_p":
                 wide = torch.promote_types(dtype, torch.float32)
-                args["norm_type"] = draw_powers(draw, shape[-3:-2], wide, tame)
+                args["norm_type"] = draw_numbers(draw, shape[-3:-2], wide, powers)
                 args["average"] = average
             elif name == "lp_pool2d" and not raw:
                 if draw.chance(0.3):
                     several = draw.random.choice(((), (1,), shape[-3:-2]))
-                    args["norm_type"] = draw_powers(draw, several, draw.dtype(), tame)
+                    args["norm_type"] = draw_numbers(draw, several, draw.dtype(), powers)
                 if average:
                     args["average"] = True
         elif name != "subtractive_norm2d":
@@ -288,6 +291,10 @@ def draw_arguments(draw: Draw, name: str, raw: bool, tame: bool) -> Args:
             args["threshold_value"] = draw.random.choice((1e-4, 0.3, 1, 5.0))
             if not raw and args["threshold"] and draw.chance(0.5):
                 args["threshold_value"] = None
+                if draw.chance(0.5):
+                    several = draw.random.choice(((), shape[:-3] or (1,)))
+                    values = (1e-4, 0.5, 1.0, 0.1)
+                    args["threshold"] = draw_numbers(draw, several, draw.dtype(), values)
         return args
     shape = draw.shape(draw.random.choice((0, 1, 2, 2, 2, 3, 4, 4, 5, 6)))
     if name == "sigmoid":

@@ -407,7 +407,10 @@ def public_case(draw: Draw, hostile: bool) -> Case:
     if not hostile:
         how = draw.random.choice(("forward", "module", "grad", "double", "jvp", "vmap"))
     args = draw_arguments(draw, name, raw=False, tame=how not in ("forward", "module"))
-    if how == "module" and (name == "local_mean2d" or "average" in args):
+    no_module = name == "local_mean2d" or "average" in args
+    p = args.get("norm_type")
+    no_module |= isinstance(p, Tensor) and not bool((p.isfinite() & (p > 0)).all())
+    if how == "module" and (no_module or isinstance(args.get("threshold"), Tensor)):
         how = "forward"
     if hostile:
         for _ in range(draw.random.choice((1, 1, 1, 2))):

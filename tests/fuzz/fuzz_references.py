@@ -46,7 +46,7 @@ def lp_pool2d(
         window_count(x.shape[d - 2], kernel[d], stride[d], padding[d], ceil_mode) for d in range(2)
     ]
     if x.numel() == 0 or 0 in counts:
-        zero = 0 * (x.sum() + p.sum() if isinstance(p, Tensor) else x.sum())
+        zero = 0 * x.sum() + ((0 * p).nan_to_num().sum() if isinstance(p, Tensor) else 0)
         return x.new_zeros((*x.shape[:-2], *counts)) + zero
     grids = []
     for d, count in enumerate(counts):
@@ -236,6 +236,8 @@ def pair(value: Any, raw: bool) -> list[int]:
 
 def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
     by_channel = isinstance(args["norm_type"], Tensor) and "activation" not in args
+    if raw and "average" in args and not by_channel:
+        raise Refused("no tensor")
     p = powers(args, x, raw) if by_channel else number(args["norm_type"], raw)
     if not by_channel and not p > 0:
         raise Refused("norm_type")
@@ -264,8 +266,12 @@ def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
         return p, *places, average
     if math.isfinite(p) and not 0.01 <= p <= 1000:
         raise Unclear("p is out of range, or as good as infinite")
-    if average and math.log2(kernel[0] * kernel[1]) / p > 900:
-        raise Unclear("a mean far below the norm")
+    if average:
+        digits = math.log2(kernel[0] * kernel[1]) / p
+        largest = 0.0 if x.is_meta or too_large(x) else magnitude(x.double())
+        most = 1023 if x.dtype == torch.float64 else 127
+        if digits > 900 or (largest and digits + math.log2(largest) > most):
+            raise Unclear("a mean far below the norm, which overflows")
     return (p, *places, True) if average else (p, *places)
 
 
@@ -307,7 +313,9 @@ def well_conditioned(x: Tensor, kernel: Tensor) -> None:
         raise Unclear("a kernel that has nothing inside the image")
 
 
-def thresholds(args: dict[str, Any], raw: bool) -> tuple[float, float]:
+def thresholds(args: dict[str, Any], x: Tensor | None, raw: bool) -> tuple[Any, Any]:
+    if isinstance(args["threshold"], Tensor) and not raw and x is not None:
+        return image_thresholds(args, x)
     threshold = number(args["threshold"], raw)
     value = args["threshold_value"]
     value = threshold if value is None and not raw else number(value, raw)
@@ -318,6 +326,26 @@ def thresholds(args: dict[str, Any], raw: bool) -> tuple[float, float]:
     if value < 1e-30 or threshold > 1e30 or value > 1e30 or 0 < threshold < 1e-30:
         raise Unclear("0 or infinite in the type that is computed in")
     return threshold, value
+
+
+def image_thresholds(args: dict[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """One for each image, (N, 1, 1, 1), which is also what is divided by."""
+    t = floating(args["threshold"])
+    images_there = x.shape[0] if x.dim() == 4 else 1
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != images_there):
+        raise Refused("another number of images")
+    if args["threshold_value"] is not None or t.device != x.device:
+        raise Refused("a value beside them, or another device")
+    t = torch.ones(t.shape) if t.is_meta else t.detach()
+    t = t.double().expand(images_there)[:, None, None, None]
+    most = 1e200 if x.dtype == torch.float64 else 1e30
+    if not ((t >= 1 / most) & (t <= most)).all():
+        raise Unclear("0 or infinite in the type that is computed in")
+    if x.is_meta or too_large(x) or t.numel() == 0:
+        return t, t
+    if magnitude(x.double()) / float(t.min()) > most:
+        raise Unclear("images that are infinite in units of their threshold")
+    return t, t
 
 
 @dataclass
@@ -365,7 +393,7 @@ def promise(name: str, args: dict[str, Any], raw: bool) -> Promise:
         rest = None if fits is None or kernel is None else (kernel, args["activation"], *fits)
     elif name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
         kernel = soft(lambda: norm_kernel(args["kernel"]))
-        limits = () if name[0] == "s" else soft(lambda: thresholds(args, raw))
+        limits = () if name[0] == "s" else soft(lambda: thresholds(args, x, raw))
         rest = None if limits is None or kernel is None else (kernel, *limits)
     elif name == "local_mean2d":
         rest = _mean_arguments(args, x, soft)
@@ -606,7 +634,7 @@ def _divisive_scale(
     noise = 2e-3 * near + (3e-5 * corner if name[0] == "c" else 0.0)
     if ((s - near).abs() <= noise)[s > 0].any() or (name[0] == "c" and (s <= noise).any()):
         raise Unclear("a deviation as good as the threshold")
-    divisors = torch.where(s > near, s, torch.full_like(s, value / unit))
+    divisors = torch.where(s > near, s, torch.as_tensor(value / unit).double())
     if kind == "y":
         wide = (corner if name[0] == "c" else 0.0) / divisors
         return wide if x.dim() == 4 else wide.squeeze(0)

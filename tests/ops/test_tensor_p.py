@@ -390,6 +390,8 @@ def test_errors_of_the_operators(norm_type, message):
         torch.ops.mnist_ops.lp_pool2d_tensor_p(x, norm_type, *rest)
     with pytest.raises(RuntimeError, match=f"^lp_pool2d_tensor_p_backward: {message}"):
         torch.ops.mnist_ops.lp_pool2d_tensor_p_backward(y, x, norm_type, *rest)
+    with pytest.raises(RuntimeError, match="grad_output must have the shape"):
+        torch.ops.mnist_ops.lp_pool2d_tensor_p_backward(None, x, torch.ones(3), *rest)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 7), (2, 0, 5, 7), (2, 3, 0, 7)], ids=str)
