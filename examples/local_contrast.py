@@ -28,7 +28,10 @@ def deviation(x: torch.Tensor, mean: torch.Tensor, **options: str) -> torch.Tens
 
 
 def mscn(x: torch.Tensor) -> torch.Tensor:
-    """Mean-subtracted, contrast-normalized: pixels from 0 to 255, 1 beside the deviation."""
+    """Mean-subtracted, contrast-normalized: pixels from 0 to 255, 1 beside the deviation.
+
+    The border is BRISQUE's in MATLAB; piq's coefficients are those with ``"zeros"``.
+    """
     mean = mnist_ops.local_mean2d(x, WINDOW, "each", "replicate")
     return (x - mean) / (deviation(x, mean, padding_mode="replicate") + 1)
 

@@ -14,6 +14,16 @@ inline long double fused_fmadd(long double a, long double b, long double c) {
   return a * b + c;
 }
 
+// What a kernel is divided by.
+inline double kernel_sum(const char* op, const Tensor& kernel_in_double) {
+  const double* values = kernel_in_double.const_data_ptr<double>();
+  double sum = 0;
+  for (int64_t i = 0; i < kernel_in_double.numel(); ++i) sum += values[i];
+  MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
+                  ": the kernel's sum must be finite and not 0, got ", sum);
+  return sum;
+}
+
 // Correlation of a plane with the normalised kernel, and its adjoint.
 template <typename A>
 struct Blur {
@@ -28,10 +38,7 @@ struct Blur {
     taps_h = k.size(0);
     taps_w = k.size(k.dim() - 1);
     const double* values = k.const_data_ptr<double>();
-    double sum = 0;
-    for (int64_t i = 0; i < k.numel(); ++i) sum += values[i];
-    MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
-                    ": the kernel's sum must be finite and not 0, got ", sum);
+    const double sum = kernel_sum(op, k);
     for (int64_t i = 0; i < k.numel(); ++i) weight[0].push_back(static_cast<A>(values[i] / sum));
     weight[1].assign(weight[0].rbegin(), weight[0].rend());
     coef.assign(H * W, A(1));

@@ -7,7 +7,7 @@
 #include "../local_mean.h"
 
 #include "../online/simd.h"
-#include "common.h"
+#include "blur.h"
 
 namespace mnist_ops::cpu {
 namespace {
@@ -78,10 +78,7 @@ class Means {
         n_((length_ + kBlock<A> - 1) / kBlock<A> * kBlock<A>) {
     const Tensor k = kernel_in_double(kernel);
     const double* const values = k.const_data_ptr<double>();
-    double sum = 0;
-    for (int64_t i = 0; i < k.numel(); ++i) sum += values[i];
-    MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
-                    ": the kernel's sum must be finite and not 0, got ", sum);
+    const double sum = kernel_sum(op, k);
     columns_ = table(bands.columns, 1, x.H, [=](int64_t a, int64_t d, int64_t h) {
       return bands.column_weight(values, sum, a, d, h);
     });
