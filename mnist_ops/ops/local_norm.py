@@ -266,7 +266,9 @@ def _by_image(
     least = 1e-290 if wide is torch.float64 else 1e-30
     units = threshold.to(wide).clamp(min=least).reshape((-1, 1, 1, 1)[: input.dim()])
     y = normalize(input.to(wide) / units, kernel, 1.0, 1.0)
-    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return y if autocast else y.to(input.dtype)
 
 
 # ------------------------------------------------------------------------------------------ fake

@@ -207,6 +207,8 @@ def _is_number_like(value: Any) -> bool:
 
 
 def integer(value: Any) -> int:
+    if isinstance(value, torch.dtype):
+        raise Unclear("the dispatcher takes dtypes for their numbers")
     if type(value) is not int:
         raise Unclear("converted or refused") if _is_number_like(value) else Refused("no int")
     if not -(2**63) <= value < 2**63:
@@ -277,7 +279,10 @@ def windows(args: dict[str, Any], x: Tensor, raw: bool) -> tuple[Any, ...]:
 
 def powers(args: dict[str, Any], x: Tensor, raw: bool) -> Tensor:
     """p of each channel, in float64."""
-    p, wide = floating(args["norm_type"]), torch.promote_types(x.dtype, torch.float32)
+    p, wide = args["norm_type"], torch.promote_types(x.dtype, torch.float32)
+    if not raw and p.is_floating_point() and p.dtype not in FLOATING:
+        raise Unclear("converted")
+    floating(p)
     if raw and "average" not in args:
         raise Unclear("a tensor in the place of a number")
     if p.device != x.device or p.dim() > 1 or (raw and p.dim() == 0):
@@ -516,6 +521,10 @@ def _softmax_arguments(
         wrong = (target < 0) | (target >= classes)
         if (wrong & (target != ignored)).any():
             raise Refused("a target out of range")
+    sizes = (x, target, beta, "sum", weight, ignored, smoothing)
+    narrow = x.dtype == torch.float16 and reduction != "none" and not x.is_meta
+    if narrow and 2 * abs(beta) * magnitude(x.double()) * _targets_scale(*sizes) > 6e4:
+        soft(lambda: _raise(Unclear("losses that overflow where their mean does not")))
     plain = weight is None and smoothing == 0 and not target.is_floating_point()
     if not (plain or x.is_meta) and not magnitude_of_all(x.detach().double()) * abs(beta) < 1e30:
         soft(lambda: _raise(Unclear("0 times infinity")))

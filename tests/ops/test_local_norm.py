@@ -210,6 +210,12 @@ def test_derivatives_by_thresholds_of_images(device, name):
     assert not divides[0].any() and divides[3].all()
 
 
+def test_thresholds_of_images_on_the_meta_device():
+    x, threshold = torch.ones(2, 3, 4, 4, device="meta"), torch.ones(2, device="meta")
+    y = mnist_ops.divisive_norm2d(x, gaussian1d(3), threshold)
+    assert y.is_meta and y.shape == x.shape
+
+
 def test_a_threshold_of_zero_makes_no_nan(device):
     """The mean deviation of a black image."""
     x = torch.randn(2, 1, 5, 5, device=device)
