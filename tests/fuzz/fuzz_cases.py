@@ -94,6 +94,9 @@ def expected_of_raw(name: str, args: Args, saved: tuple[Any, ...]) -> list[Expec
     promised for others.
     """
     base = name.removesuffix("_double_backward").removesuffix("_backward")
+    given = [t for t in args.values() if isinstance(t, Tensor)]
+    if name == "lp_pool2d_tensor_p_backward" and any(t.requires_grad for t in given):
+        raise Unclear("composed of PyTorch's operators, which check less")
     if any(isinstance(t, Tensor) and references.too_large(t) for t in args.values()):
         raise Unclear("more than there is memory for")
     forward_args = dict(args)

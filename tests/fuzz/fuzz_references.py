@@ -525,6 +525,10 @@ def _softmax_arguments(
     narrow = x.dtype == torch.float16 and reduction != "none" and not x.is_meta
     if narrow and 2 * abs(beta) * magnitude(x.double()) * _targets_scale(*sizes) > 6e4:
         soft(lambda: _raise(Unclear("losses that overflow where their mean does not")))
+    if weight is not None and smoothing and reduction == "mean" and not target.is_floating_point():
+        counted = target[target != ignored]
+        if counted.numel() and not weight[counted].sum() > 0:
+            soft(lambda: _raise(Unclear("losses over weights of 0: infinite, NaN in PyTorch")))
     plain = weight is None and smoothing == 0 and not target.is_floating_point()
     if not (plain or x.is_meta) and not magnitude_of_all(x.detach().double()) * abs(beta) < 1e30:
         soft(lambda: _raise(Unclear("0 times infinity")))
@@ -599,6 +603,8 @@ def _window_scale(name: str, kind: str, x: Tensor, rest: tuple[Any, ...], weight
         corner = 1 / float(coefficients(pooled, rest[0]).min()) if pooled.numel() else 1.0
         weight *= corner**2
     if isinstance(p, Tensor):
+        if kind in ("gg", "gx2") and p.isinf().any():
+            raise Unclear("a second derivative of the largest p there is")
         p = p[(p > 0) & p.isfinite()]
         exponent = max(1.0, magnitude(p), magnitude(1 / p))
     else:
