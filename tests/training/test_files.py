@@ -1,9 +1,6 @@
 """Files that can be relied on: checked before use, whole or old, one writer at a time."""
 
-import multiprocessing
 import os
-import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -32,14 +29,12 @@ def same(a, b):
     )
 
 
-def forked(function, *arguments):
-    """What it returns in a process of its own, which has imported torch; None where that dies."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(function(*arguments)))
-    process.start()
-    process.join(60)
-    return receiver.recv() if receiver.poll() else None
+def in_a_process(code, *arguments, **options):
+    """Not a fork of this one: torch's threads are not in it, and their work is waited for."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True, text=True, timeout=100, **options,
+    )  # fmt: skip
 
 
 class TestReadTorch:
@@ -236,14 +231,22 @@ class TestWriting:
         """A limit on the size of files stands for it: both come as OSErrors of the system."""
         _files.write_torch(tmp_path / "a.pt", "old", keep=tmp_path / "b.pt")
 
-        def write(path):
+        result = in_a_process(
+            """
+            import resource, sys
+            import torch
+            from pathlib import Path
+            from mnist_ops.training import _files
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            path = Path(sys.argv[1])
             try:
                 _files.write_torch(path / "a.pt", torch.zeros(100_000), keep=path / "b.pt")
             except OSError as error:
-                return str(error)
-
-        assert forked(write, tmp_path) == f"[Errno 27] File too large: '{tmp_path / 'a.pt'}'"
+                print(error)
+            """,
+            tmp_path,
+        )
+        assert result.stdout == f"[Errno 27] File too large: '{tmp_path / 'a.pt'}'\n", result.stderr
         assert _files.read_torch(tmp_path / "a.pt") == "old"
         assert os.listdir(tmp_path) == ["a.pt"]
 
@@ -259,8 +262,7 @@ class TestWriting:
             from mnist_ops.training import _files
             _files.write_text(sys.argv[1], "Polack-Ribi\\xe8re \\udcff")
         """
-        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a.txt")]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        result = in_a_process(code, tmp_path / "a.txt", env=environment)
         assert result.returncode == 0, result.stderr
         assert (tmp_path / "a.txt").read_bytes() == b"Polack-Ribi\xc3\xa8re \xff"
 
@@ -311,16 +313,18 @@ class TestLocked:
                 raise KeyError
 
     def test_parts_of_killed_runs_are_swept(self, tmp_path):
-        def write(file):
-            file.write(b"half of it")
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def write_locked():
-            with _files.locked(tmp_path):
-                _files.write_atomically(tmp_path / "checkpoint.pt", write)
-
-        forked(write_locked)
+        code = """
+            import os, signal, sys
+            from pathlib import Path
+            from mnist_ops.training import _files
+            def write(file):
+                file.write(b"half of it")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with _files.locked(sys.argv[1]):
+                _files.write_atomically(Path(sys.argv[1], "checkpoint.pt"), write)
+        """
+        in_a_process(code, tmp_path)
         (part,) = [name for name in os.listdir(tmp_path) if name.endswith(".part")]
         others = ["mine.part", ".hidden.part", "checkpoint.pt.1.part"]
         for name in others:
