@@ -10,17 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import (
-    check_images,
-    compute_type,
-    direct,
-    empty_images,
-    register_autograd,
-    register_fake,
-    register_image_vmap,
-)
+from ._common import check_images, compute_type, direct
 from ._public import batch, planes, public
-from .local_norm import kernel_beside, refuse_kernel_gradient, refuse_kernel_tangent
+from .local_norm import kernel_beside, register_linear
 
 _local_mean2d = direct("local_mean2d")
 
@@ -136,34 +128,5 @@ def _along(padded: Tensor, taps: Tensor, dim: int) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-# -------------------------------------------------------------------------- fake, autograd, vmap
-
-
-def _fake(images, kernel, padding_mode):
-    return empty_images(images, *images.shape[-2:])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_kernel_gradient(inputs[1])
-    ctx.save_for_backward(inputs[1])
-    ctx.options = inputs[2:]
-
-
-def _register(name: str, adjoint: str) -> None:
-    """Register an operator that is linear in its images; the adjoint's adjoint is itself."""
-    itself, transposed = direct(name), direct(adjoint)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return transposed(grad, *ctx.saved_tensors, *ctx.options), None, None
-
-    def jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
-        refuse_kernel_tangent(kernel_tangent)
-        return itself(tangent, *ctx.saved_tensors, *ctx.options)
-
-    register_fake(name)(_fake)
-    register_autograd(name, backward, jvp, setup_context=_save)
-    register_image_vmap(name, images=1, other_tensors=1)
-
-
-_register("local_mean2d", "local_mean2d_backward")
-_register("local_mean2d_backward", "local_mean2d")
+register_linear("local_mean2d", "local_mean2d_backward")
+register_linear("local_mean2d_backward", "local_mean2d")

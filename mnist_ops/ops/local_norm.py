@@ -28,7 +28,6 @@ from ._public import batch, public
 
 _ops = torch.ops.mnist_ops
 _subtractive_norm2d = direct("subtractive_norm2d")
-_subtractive_norm2d_grad = direct("subtractive_norm2d_backward")
 _divisive_norm2d = direct("divisive_norm2d")
 _divisive_norm2d_grad = direct("divisive_norm2d_backward")
 _contrastive_norm2d = direct("contrastive_norm2d")
@@ -282,9 +281,8 @@ def _fake_backward_with_input(grad_output, input, *rest):
     return empty_images(input, *input.shape[-2:])
 
 
-for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
+for _name in ("divisive_norm2d", "contrastive_norm2d"):
     register_fake(_name)(_fake_like_input)
-register_fake("subtractive_norm2d_backward")(_fake_like_input)
 for _name in ("divisive_norm2d_backward", "contrastive_norm2d_backward"):
     register_fake(_name)(_fake_backward_with_input)
 
@@ -307,30 +305,29 @@ def refuse_kernel_tangent(tangent: Tensor | None) -> None:
         raise RuntimeError(_NO_KERNEL_DERIVATIVE)
 
 
-def _save_subtractive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_kernel_gradient(inputs[1])
-    ctx.save_for_backward(inputs[1])
+def register_linear(name: str, adjoint: str) -> None:
+    """Register an operator of images, a kernel and options that is linear in its images.
 
+    ``adjoint`` names that of the same kernel and options, whose own adjoint is ``name``.
+    """
+    itself, transposed = direct(name), direct(adjoint)
 
-def _subtractive_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-    (kernel,) = ctx.saved_tensors
-    return _subtractive_norm2d_grad(grad_output, kernel), None
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        refuse_kernel_gradient(inputs[1])
+        ctx.save_for_backward(inputs[1])
+        ctx.options = inputs[2:]
 
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = transposed(grad, *ctx.saved_tensors, *ctx.options)
+        return gradient, None, *(None for _ in ctx.options)
 
-def _subtractive_double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, None]:
-    # The backward is linear in grad_output; its adjoint is the forward.
-    (kernel,) = ctx.saved_tensors
-    return _ops.subtractive_norm2d(grad_grad_input, kernel), None
+    def jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *_: None) -> Tensor:
+        refuse_kernel_tangent(kernel_tangent)
+        return itself(tangent, *ctx.saved_tensors, *ctx.options)
 
-
-def _subtractive_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None) -> Tensor:
-    refuse_kernel_tangent(kernel_tangent)
-    return _ops.subtractive_norm2d(tangent, *ctx.saved_tensors)
-
-
-def _subtractive_backward_jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None) -> Tensor:
-    refuse_kernel_tangent(kernel_tangent)
-    return _ops.subtractive_norm2d_backward(tangent, *ctx.saved_tensors)
+    register_fake(name)(_fake_like_input)
+    register_autograd(name, backward, jvp, setup_context=save)
+    register_image_vmap(name, images=1, other_tensors=1)
 
 
 def _save_divisive(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -502,13 +499,6 @@ def normalization_backward_jvp(name: str, second_order: Any) -> Any:
 
 
 for _name, _backward, _jvp, _setup in (
-    ("subtractive_norm2d", _subtractive_backward, _subtractive_jvp, _save_subtractive),
-    (
-        "subtractive_norm2d_backward",
-        _subtractive_double_backward,
-        _subtractive_backward_jvp,
-        _save_subtractive,
-    ),
     ("divisive_norm2d", _divisive_backward, _divisive_jvp, _save_divisive),
     ("contrastive_norm2d", _contrastive_backward, _contrastive_jvp, _save_divisive),
     (
@@ -525,12 +515,14 @@ for _name, _backward, _jvp, _setup in (
     ),
 ):
     register_autograd(_name, _backward, _jvp, setup_context=_setup)
+register_linear("subtractive_norm2d", "subtractive_norm2d_backward")
+register_linear("subtractive_norm2d_backward", "subtractive_norm2d")
 
 # -------------------------------------------------------------------------------- vmap, autocast
 
-for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
+for _name in ("divisive_norm2d", "contrastive_norm2d"):
     register_image_vmap(_name, images=1, other_tensors=1)
-    autocast_to_float32(_name)
-register_image_vmap("subtractive_norm2d_backward", images=1, other_tensors=1)
 register_image_vmap("divisive_norm2d_backward", images=2, other_tensors=1)
 register_image_vmap("contrastive_norm2d_backward", images=2, other_tensors=1)
+for _name in ("subtractive_norm2d", "divisive_norm2d", "contrastive_norm2d"):
+    autocast_to_float32(_name)
