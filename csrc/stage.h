@@ -68,8 +68,9 @@ inline bool is_tiled_by_twos(const StageArguments& arguments) {
 }
 
 // The operators of one backend. fused() and fused_backward() do a whole stage, or nothing where the
-// backend has no kernels for it; there its operators for the three steps run one after the other,
-// between which everything is in the type to compute in: half types are rounded once here, too.
+// backend has no kernels for it; there its operators for the three steps run one after the other on
+// images_at_once(), between which everything is in the type to compute in: half types are rounded
+// once here, too.
 template <typename Backend>
 struct StageOperators {
   static Tensor stage2d(const Tensor& input, const Tensor& kernel, std::string activation, double p,
@@ -81,9 +82,17 @@ struct StageOperators {
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     if (x.data.numel() == 0) return new_pooled(x, arguments.geometry);
     if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
-    const Images a = activated(x, arguments);
-    const Tensor y = Backend::lp_pool2d(a, arguments.geometry, arguments.p);
-    return converted(Backend::subtractive_norm2d(op, y, kernel), x.data.scalar_type());
+    const auto steps = [&](const Images& images, const PoolGeometry& g) {
+      const Tensor y = Backend::lp_pool2d(activated(images, arguments), g, arguments.p);
+      return converted(Backend::subtractive_norm2d(op, y, kernel), x.data.scalar_type());
+    };
+    if (Backend::images_at_once(x) >= x.N) return steps(x, arguments.geometry);
+    Tensor output = new_pooled(x, arguments.geometry);
+    each_part(x, arguments, [&](const Images& part, const PoolGeometry& g, int64_t first) {
+      Tensor z = some_of(output, first, part);
+      torch::stable::copy_(z, steps(part, g));
+    });
+    return output;
   }
 
   static Tensor stage2d_backward(const Tensor& grad_output, const Tensor& input,
@@ -94,18 +103,39 @@ struct StageOperators {
     const Images x = images_of(op, "input", input);
     const StageArguments arguments =
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
-    const PoolGeometry& g = arguments.geometry;
-    const Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, g);
+    Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, arguments.geometry);
     if (x.data.numel() == 0) return empty_images(x, x.H, x.W);
     if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
-    const Images a = activated(x, arguments);
-    const Tensor y = Backend::lp_pool2d(a, g, arguments.p);
-    const Tensor grad_y =
-        Backend::subtractive_norm2d_backward(op, converted(grad_z, a.data.scalar_type()), kernel);
-    Tensor grad_a = Backend::lp_pool2d_backward(grad_y, a, y, g, arguments.p);
-    Tensor grad_x = empty_images(x, x.H, x.W);
-    Backend::activate_backward(arguments.activation, a.data, grad_a, grad_x);
-    return grad_x;
+    Tensor grad_input = empty_images(x, x.H, x.W);
+    each_part(x, arguments, [&](const Images& part, const PoolGeometry& g, int64_t first) {
+      const Images a = activated(part, arguments);
+      const Tensor y = Backend::lp_pool2d(a, g, arguments.p);
+      const Tensor grad = converted(some_of(grad_z, first, part), a.data.scalar_type());
+      const Tensor grad_y = Backend::subtractive_norm2d_backward(op, grad, kernel);
+      Tensor grad_a = Backend::lp_pool2d_backward(grad_y, a, y, g, arguments.p);
+      Tensor grad_x = some_of(grad_input, first, part);
+      Backend::activate_backward(arguments.activation, a.data, grad_a, grad_x);
+    });
+    return grad_input;
+  }
+
+  // body(images, their geometry, the first one's place) for all images, some at a time.
+  template <typename F>
+  static void each_part(const Images& x, const StageArguments& arguments, const F& body) {
+    const int64_t most = Backend::images_at_once(x);
+    Images part = x;
+    PoolGeometry g = arguments.geometry;
+    for (int64_t first = 0; first < x.N; first += most) {
+      part.N = g.N = std::min(most, x.N - first);
+      Tensor all = x.data;
+      part.data = some_of(all, first, part);
+      body(part, g, first);
+    }
+  }
+
+  static Tensor some_of(Tensor& images, int64_t first, const Images& part) {
+    if (!part.batched) return images;
+    return torch::stable::narrow(images, 0, first, part.N);
   }
 
   // act(x) in the type to compute in.

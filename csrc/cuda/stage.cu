@@ -521,6 +521,8 @@ struct Backend {
     return grad_input;
   }
 
+  static int64_t images_at_once(const Images& x) { return x.N; }
+
   static void activate(ActivationKind activation, const Tensor& x, Tensor& a) {
     dispatch_floating("stage2d", x.scalar_type(), [&](auto element) {
       using T = decltype(element);
