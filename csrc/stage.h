@@ -33,16 +33,6 @@ inline ActivationKind activation_kind(const char* op, const std::string& name) {
   return ActivationKind::kIdentity;
 }
 
-// Windows on some channels of one image that lie side by side at each pixel (one channel: planes),
-// dense: where a part of the image was copied to.
-template <typename I>
-PoolGeometryOf<I> block_geometry(PoolGeometryOf<I> g, I lanes) {
-  g.N = 1, g.C = lanes;
-  g.in_n = g.H * g.W * lanes, g.in_c = 1, g.in_h = g.W * lanes, g.in_w = lanes;
-  g.out_n = g.OH * g.OW * lanes, g.out_c = 1, g.out_h = g.OW * lanes, g.out_w = lanes;
-  return g;
-}
-
 // The arguments of both directions, checked.
 struct StageArguments {
   ActivationKind activation;
@@ -57,20 +47,10 @@ inline StageArguments stage_arguments(const char* op, const Images& input, const
           pool_geometry(op, input, pool)};
 }
 
-// Whether 2 x 2 windows with p = 2 tile the image, as in the networks: what both backends have
-// kernels for. What is left over on the right and below is in no window.
-inline bool is_tiled_by_twos(const StageArguments& arguments) {
-  const PoolGeometry& g = arguments.geometry;
-  // With ceil_mode a last row of windows may hang over the image.
-  return arguments.p == 2.0 && g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 &&
-         g.stride_w == 2 && g.padding_h == 0 && g.padding_w == 0 && 2 * g.OH <= g.H &&
-         2 * g.OW <= g.W;
-}
-
-// The operators of one backend. fused() and fused_backward() do a whole stage, or nothing where the
-// backend has no kernels for it; there its operators for the three steps run one after the other on
-// images_at_once(), between which everything is in the type to compute in: half types are rounded
-// once here, too.
+// The operators of one backend. fused() and fused_backward(), if it has them, do a whole stage, or
+// nothing where they have no kernel for it. There, and where it has not, its operators for the
+// three steps run one after the other on images_at_once(); between them everything is in the type
+// to compute in: half types are rounded once here, too.
 template <typename Backend>
 struct StageOperators {
   static Tensor stage2d(const Tensor& input, const Tensor& kernel, std::string activation, double p,
@@ -81,7 +61,9 @@ struct StageOperators {
     const StageArguments arguments =
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     if (x.data.numel() == 0) return new_pooled(x, arguments.geometry);
-    if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
+    if constexpr (requires { &Backend::fused; }) {
+      if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
+    }
     const auto steps = [&](const Images& images, const PoolGeometry& g) {
       const Tensor y = Backend::lp_pool2d(activated(images, arguments), g, arguments.p);
       return converted(Backend::subtractive_norm2d(op, y, kernel), x.data.scalar_type());
@@ -105,7 +87,9 @@ struct StageOperators {
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, arguments.geometry);
     if (x.data.numel() == 0) return empty_images(x, x.H, x.W);
-    if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
+    if constexpr (requires { &Backend::fused_backward; }) {
+      if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
+    }
     Tensor grad_input = empty_images(x, x.H, x.W);
     each_part(x, arguments, [&](const Images& part, const PoolGeometry& g, int64_t first) {
       const Images a = activated(part, arguments);

@@ -69,10 +69,10 @@ struct Grouping {
   bool fits() const { return taps <= (int64_t{1} << 18) / capacity; }
   // No element lies in two windows.
   bool disjoint() const { return g.stride_h >= g.kernel_h && g.stride_w >= g.kernel_w; }
-  // Two rows of an image make a row of windows, and fill a register.
+  // Two rows of an image make a row of windows.
   bool two_by_two() const {
     return in_pairs() && g.kernel_w == 2 && g.kernel_h == 2 && g.stride_h == 2 &&
-           g.padding_h == 0 && 2 * g.OH <= g.H && g.OW >= 8;
+           g.padding_h == 0 && 2 * g.OH <= g.H;
   }
   // Two times two pixels with their channels make one.
   bool pixels_by_four() const {

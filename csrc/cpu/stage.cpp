@@ -39,15 +39,6 @@ void activate_backward(ActivationKind activation, const A* a, A* ga, T* gx, int6
 }
 
 struct Backend {
-  static std::optional<Tensor> fused(const char*, const Images&, const Tensor&,
-                                     const StageArguments&) {
-    return {};
-  }
-  static std::optional<Tensor> fused_backward(const char*, const Tensor&, const Images&,
-                                              const Tensor&, const StageArguments&) {
-    return {};
-  }
-
   // So many that each thread has some hundred kilobytes.
   static int64_t images_at_once(const Images& x) {
     constexpr int64_t kElements = 1 << 17;

@@ -368,12 +368,16 @@ __global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlock
   }
 }
 
-// How many elements, neighbours of a row or channels, a thread takes at once; 0 where the windows
-// do not make up the image, or packs its rows or pixels.
+// How many elements, neighbours of a row or channels, a thread takes at once; 0 where windows of
+// 2 x 2 with p = 2, the networks', do not make up the image, or packs its rows or pixels.
 template <typename T>
 int tile_pack(const StageArguments& arguments, bool channels_last, const T* image) {
   const PoolGeometry& g = arguments.geometry;
-  if (!is_tiled_by_twos(arguments) || g.H != 2 * g.OH || g.W != 2 * g.OW) return 0;
+  if (arguments.p != 2.0 || g.kernel_h != 2 || g.kernel_w != 2 || g.stride_h != 2 ||
+      g.stride_w != 2 || g.padding_h != 0 || g.padding_w != 0 || g.H != 2 * g.OH ||
+      g.W != 2 * g.OW) {
+    return 0;
+  }
   for (int n = kNeighbours<T>; n >= (channels_last ? kNeighbours<T> : 2); n /= 2) {
     const bool aligned = reinterpret_cast<uintptr_t>(image) % (n * sizeof(T)) == 0;
     if (aligned && (channels_last ? g.C : g.W) % n == 0) return n;

@@ -4,7 +4,7 @@
 // other, all lanes of the block at once.
 #pragma once
 
-#include "../stage.h"
+#include "../lp_pool.h"
 #include "layer.h"
 
 namespace mnist_ops::online {
@@ -17,7 +17,10 @@ PoolGeometry geometry_of(const Map<T>& in, const Map<T>& out, const PoolArgument
   g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
   g.stride_h = a.stride[0], g.stride_w = a.stride[1];
   g.padding_h = a.padding[0], g.padding_w = a.padding[1];
-  return block_geometry(g, kLanes<T>);
+  g.N = 1, g.C = kLanes<T>;
+  g.in_n = g.H * g.W * g.C, g.in_c = 1, g.in_h = g.W * g.C, g.in_w = g.C;
+  g.out_n = g.OH * g.OW * g.C, g.out_c = 1, g.out_h = g.OW * g.C, g.out_w = g.C;
+  return g;
 }
 
 template <typename T>
