@@ -29,6 +29,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    # Each worker takes half a gigabyte for torch alone.
+    return min(os.cpu_count() or 1, 8)
+
+
 def why_no_cuda() -> str | None:
     """The reason why tests on CUDA are skipped; None where they run."""
     info = mnist_ops.build_info()
