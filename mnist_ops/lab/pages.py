@@ -468,6 +468,13 @@ class Report:
             if not experiment.section.startswith("report"):
                 told = "; ".join(filter(None, [experiment.title, experiment.note]))
                 parts += [f"`{name}`: {told}.", self.reached([name])]
+                last = experiment.epochs
+                seeds = [
+                    f"{run['seed']}: {cut(statistics.metric(run, 'test', last, last))}"
+                    for run in self.of(name, last)
+                ]
+                if seeds:
+                    parts.append(f"Test % of each seed after epoch {last}: {', '.join(seeds)}.")
                 if choices := experiments.CHOICES.get(name):
                     parts += [
                         f"It was chosen among these, trained without the last "

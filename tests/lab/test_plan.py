@@ -18,6 +18,7 @@ from mnist_ops.training import loop
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = plan.read("full")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduction" / "results.json"
 
 
 def test_each_run_is_there_once():
@@ -247,6 +248,16 @@ def test_what_is_chosen_is_chosen_without_the_test_set():
     kept = data.pad32(torch.cat([images[:20], images[55_000:55_020]]))
     normal = data.local_norm(data.global_norm(kept, *data.global_statistics(images)))
     assert torch.equal(torch.cat([part.train_images, part.test_images]), normal)
+
+
+def test_modern_is_trained_as_the_best_choice():
+    runs = records.read_results(RESULTS)["runs"]
+    reached = {run["experiment"]: run["epochs"][-1]["test_accuracy"] for run in runs}
+    best = max(experiments.CHOICES["modern"], key=lambda choice: reached[choice.name])
+    modern = EVERY["modern"]
+    own = ("name", "title", "note", "epochs", "optimizers", "validation")
+    assert replace(best, **{field: getattr(modern, field) for field in own}) == modern
+    assert modern.optimizers[1] == best.optimizers[1]  # the rate that falls to 0
 
 
 def test_modern_is_the_original_network_at_falling_rates():
