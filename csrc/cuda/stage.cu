@@ -17,10 +17,11 @@
 //
 // Instructions a thread and element of the loop over tiles with tanh, in the code for sm_90 (those
 // of all branches, also of windows that are scaled, which are few); about 3 for the map come on
-// top. Budget: what a multiprocessor of an H100 issues, 128 a clock, while it moves an element at
-// 13 bytes a clock. NOTHING OF THIS WAS TIMED ON A GPU YET: kernels before these, a block for an
-// image and nothing read ahead, ran at 68 and 86 % of a copy's bandwidth in float32 and at 71 and
-// 57 % in bfloat16, forward and backward.
+// top. They were counted before the addresses of tiles became simpler. Budget: what a
+// multiprocessor of an H100 issues, 128 a clock, while it moves an element at 13 bytes a clock.
+// NOTHING OF THIS WAS TIMED ON A GPU YET: kernels before these, a block for an image and nothing
+// read ahead, ran at 68 and 86 % of a copy's bandwidth in float32 and at 71 and 57 % in bfloat16,
+// forward and backward.
 //
 //                      float32   bfloat16   float16
 //   forward,  NCHW        30         14        26
