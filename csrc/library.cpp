@@ -60,6 +60,9 @@ STABLE_TORCH_LIBRARY(mnist_ops, m) {
       "stage2d_backward(Tensor grad_output, Tensor input, Tensor kernel, str activation, "
       "float norm_type, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode) -> Tensor");
 
+  m.def("activate(Tensor input, str activation) -> Tensor");
+  m.def("activate_backward(Tensor grad_output, Tensor output, str activation) -> Tensor");
+
   // sigmoid
   m.def("sigmoid(Tensor input) -> Tensor");
   m.def("sigmoid_backward(Tensor grad_output, Tensor output) -> Tensor");

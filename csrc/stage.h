@@ -64,17 +64,19 @@ struct StageOperators {
     if constexpr (requires { &Backend::fused; }) {
       if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
     }
-    const auto steps = [&](const Images& images, const PoolGeometry& g) {
-      const Tensor y = Backend::lp_pool2d(activated(images, arguments), g, arguments.p);
-      return converted(Backend::subtractive_norm2d(op, y, kernel), x.data.scalar_type());
-    };
-    if (Backend::images_at_once(x) >= x.N) return steps(x, arguments.geometry);
-    Tensor output = new_pooled(x, arguments.geometry);
-    each_part(x, arguments, [&](const Images& part, const PoolGeometry& g, int64_t first) {
-      Tensor z = some_of(output, first, part);
-      torch::stable::copy_(z, steps(part, g));
+    std::optional<Tensor> output;
+    each_part(x, arguments, [&](const Images& a, const PoolGeometry& g, int64_t first) {
+      const Tensor y = Backend::lp_pool2d(a, g, arguments.p);
+      const Tensor z = Backend::subtractive_norm2d(op, y, kernel);
+      if (a.N == x.N) {
+        output = converted(z, x.data.scalar_type());
+        return;
+      }
+      if (!output) output = new_pooled(x, arguments.geometry);
+      Tensor to = some_of(*output, first, a);
+      torch::stable::copy_(to, z);
     });
-    return output;
+    return *output;
   }
 
   static Tensor stage2d_backward(const Tensor& grad_output, const Tensor& input,
@@ -91,48 +93,66 @@ struct StageOperators {
       if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
     }
     Tensor grad_input = empty_images(x, x.H, x.W);
-    each_part(x, arguments, [&](const Images& part, const PoolGeometry& g, int64_t first) {
-      const Images a = activated(part, arguments);
+    each_part(x, arguments, [&](const Images& a, const PoolGeometry& g, int64_t first) {
       const Tensor y = Backend::lp_pool2d(a, g, arguments.p);
-      const Tensor grad = converted(some_of(grad_z, first, part), a.data.scalar_type());
+      const Tensor grad = converted(some_of(grad_z, first, a), a.data.scalar_type());
       const Tensor grad_y = Backend::subtractive_norm2d_backward(op, grad, kernel);
-      Tensor grad_a = Backend::lp_pool2d_backward(grad_y, a, y, g, arguments.p);
-      Tensor grad_x = some_of(grad_input, first, part);
+      const Tensor grad_a = Backend::lp_pool2d_backward(grad_y, a, y, g, arguments.p);
+      Tensor grad_x = some_of(grad_input, first, a);
       Backend::activate_backward(arguments.activation, a.data, grad_a, grad_x);
     });
     return grad_input;
   }
 
-  // body(images, their geometry, the first one's place) for all images, some at a time.
+  // body(act(images), their geometry, the first one's place) for all images, some at a time, which
+  // take each other's place in memory.
   template <typename F>
   static void each_part(const Images& x, const StageArguments& arguments, const F& body) {
-    const int64_t most = Backend::images_at_once(x);
-    Images part = x;
+    Images a = x;
+    a.N = std::min(Backend::images_at_once(x), x.N);
+    Tensor images = x.data, memory = empty_images(a, x.H, x.W, type_to_compute_in(x.data));
     PoolGeometry g = arguments.geometry;
-    for (int64_t first = 0; first < x.N; first += most) {
-      part.N = g.N = std::min(most, x.N - first);
-      Tensor all = x.data;
-      part.data = some_of(all, first, part);
-      body(part, g, first);
+    for (int64_t first = 0; first < x.N; first += g.N) {
+      a.N = g.N = std::min(a.N, x.N - first);
+      a.data = some_of(memory, 0, a);
+      Backend::activate(arguments.activation, some_of(images, first, a), a.data);
+      body(a, g, first);
     }
   }
 
-  static Tensor some_of(Tensor& images, int64_t first, const Images& part) {
-    if (!part.batched) return images;
-    return torch::stable::narrow(images, 0, first, part.N);
+  static Tensor some_of(Tensor& images, int64_t first, const Images& some) {
+    if (!some.batched) return images;
+    return torch::stable::narrow(images, 0, first, some.N);
   }
 
-  // act(x) in the type to compute in.
-  static Images activated(const Images& x, const StageArguments& arguments) {
-    Images a = x;
-    a.data = empty_images(x, x.H, x.W, type_to_compute_in(x.data));
-    Backend::activate(arguments.activation, x.data, a.data);
-    return a;
+  // The first step alone, for who keeps its result: act(input) in the type to compute in.
+  static Tensor activate(const Tensor& input, std::string activation) {
+    const char* op = "activate";
+    const Images x = images_of(op, "input", input);
+    Tensor output = empty_images(x, x.H, x.W, type_to_compute_in(x.data));
+    Backend::activate(activation_kind(op, activation), x.data, output);
+    return output;
+  }
+
+  static Tensor activate_backward(const Tensor& grad_output, const Tensor& output,
+                                  std::string activation) {
+    const char* op = "activate_backward";
+    check_like(op, "grad_output", grad_output, "output", output);
+    MNIST_OPS_CHECK(output.scalar_type() == type_to_compute_in(output), op,
+                    ": output must be float64 or float32, got ",
+                    torch::headeronly::toString(output.scalar_type()));
+    const Images a = images_of(op, "output", output);
+    Tensor grad_input = empty_images(a, a.H, a.W);
+    Backend::activate_backward(activation_kind(op, activation), a.data,
+                               dense(grad_output, a.channels_last), grad_input);
+    return grad_input;
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
     m.impl("stage2d", TORCH_BOX(&StageOperators::stage2d));
     m.impl("stage2d_backward", TORCH_BOX(&StageOperators::stage2d_backward));
+    m.impl("activate", TORCH_BOX(&StageOperators::activate));
+    m.impl("activate_backward", TORCH_BOX(&StageOperators::activate_backward));
   }
 };
 

@@ -26,16 +26,21 @@ void activate(ActivationKind activation, const T* x, A* a, int64_t count) {
   });
 }
 
-// gx = act'(a) ga; ga is overwritten.
+// gx = act'(a) ga.
 template <typename T, typename A>
-void activate_backward(ActivationKind activation, const A* a, A* ga, T* gx, int64_t count) {
+void activate_backward(ActivationKind activation, const A* a, const A* ga, T* gx, int64_t count) {
   dispatch_activation(activation, [&](auto tag) {
+    A buffer[kChunk];
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int64_t n = std::min(kChunk, count - i);
+      A* to = stage(gx + i, buffer);
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      ga[i] = activation_gradient<decltype(tag)::value>(ga[i], a[i]);
+      for (int64_t j = 0; j < n; ++j) {
+        to[j] = activation_gradient<decltype(tag)::value>(ga[i + j], a[i + j]);
+      }
+      store(to, gx + i, n);
     }
   });
-  convert(ga, gx, count);
 }
 
 struct Backend {
@@ -57,13 +62,13 @@ struct Backend {
     });
   }
 
-  static void activate_backward(ActivationKind activation, const Tensor& a, Tensor& grad_a,
+  static void activate_backward(ActivationKind activation, const Tensor& a, const Tensor& grad_a,
                                 Tensor& grad_x) {
     dispatch_floating("stage2d", grad_x.scalar_type(), [&](auto element) {
       using T = decltype(element);
       using A = opmath_t<T>;
       const A* value = a.const_data_ptr<A>();
-      A* grad = grad_a.mutable_data_ptr<A>();
+      const A* grad = grad_a.const_data_ptr<A>();
       T* to = grad_x.mutable_data_ptr<T>();
       parallel_for(a.numel(), 1, [=](int64_t begin, int64_t end) {
         cpu::activate_backward(activation, value + begin, grad + begin, to + begin, end - begin);

@@ -310,6 +310,11 @@ def register_autograd(name: str, backward: Any, jvp: Any, setup_context: Any = N
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def replace_in_eager(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let ``make(f)`` do what f, the autograd function of :func:`direct`, would do."""
+    _eager_functions[name] = make(_eager_functions[name])
+
+
 def sum_of_tangents(*terms: Tensor | None) -> Tensor | None:
     """Add up what each argument's tangent gives; None where an argument has no tangent."""
     total: Tensor | None = None

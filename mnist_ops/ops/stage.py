@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ._common import (
     autocast_to_float32,
+    backward_jvp,
     check_images,
     compute_type,
     direct,
@@ -16,6 +18,7 @@ from ._common import (
     register_autograd,
     register_fake,
     register_image_vmap,
+    replace_in_eager,
 )
 from ._public import batch, public
 from .local_norm import (
@@ -29,6 +32,10 @@ from .windows import check_fit, output_size, windows_for
 _ops = torch.ops.mnist_ops
 _stage2d = direct("stage2d")
 _stage2d_grad = direct("stage2d_backward")
+_activate = direct("activate")
+_activate_grad = direct("activate_backward")
+_lp_pool2d = direct("lp_pool2d")
+_subtractive_norm2d = direct("subtractive_norm2d")
 
 #: The activations that a stage can begin with.
 ACTIVATIONS = ("tanh", "relu", "sigmoid", "identity")
@@ -52,11 +59,11 @@ def stage2d(
 
     It is ``subtractive_norm2d(lp_pool2d(act(input), norm_type, kernel_size, ...), kernel)`` but for
     rounding: :func:`lp_pool2d` and :func:`subtractive_norm2d` have the formulas, conventions and
-    :math:`u`. In one operator the input is read once, the output written once, and nothing between
-    them is stored; the backward pass reads the input again and computes the rest anew. That is so
-    for 2 x 2 windows with p = 2 side by side, as in the reports' networks; on CUDA if they leave
-    nothing over, the kernel is 1-D and a pooled map fits into a block's shared memory. Elsewhere
-    the three operators run, one after the other.
+    :math:`u`. On CUDA it is one kernel that reads the input once and writes the output once, and
+    the backward pass reads the input again and computes the rest anew: for a 1-D kernel and 2 x 2
+    windows with p = 2 that leave nothing over, as in the reports' networks, if a pooled map fits
+    into a block's shared memory. Elsewhere the three operators run, on a CPU on a few images at a
+    time. Training on a CPU keeps tanh(input) or sigmoid(input), in float32 and float64.
 
     Half types are computed in float32 from the input to the output, where the three operators round
     after each step. Differentiable twice; the third derivative is an error.
@@ -122,6 +129,18 @@ def _(grad_output, input, kernel, activation, norm_type, kernel_size, stride, pa
     return empty_images(input, *input.shape[-2:])
 
 
+@register_fake("activate")
+def _(input, activation):
+    check_images("activate", input)
+    return empty_images(input, *input.shape[-2:]).to(compute_type(input.dtype))
+
+
+@register_fake("activate_backward")
+def _(grad_output, output, activation):
+    check_images("activate_backward", output)
+    return empty_images(output, *output.shape[-2:])
+
+
 # -------------------------------------------------------------------------------------- autograd
 
 
@@ -144,16 +163,18 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _activated(activation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a = act(x), da/dx and the derivative of da/dx with respect to a."""
+    a = _ops.activate(x, activation)
+    return a, *_slope(activation, a)
+
+
+def _slope(activation: str, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return da/dx of a = act(x), and its derivative with respect to a."""
     if activation == "tanh":
-        a = torch.tanh(x)
-        return a, 1 - a * a, -2 * a
+        return 1 - a * a, -2 * a
     if activation == "sigmoid":
-        a = _ops.sigmoid(x)
-        return a, a * (1 - a), 1 - 2 * a
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    if activation == "relu":
-        return torch.relu(x), torch.where(x <= 0, zero, one), zero
-    return x, one, zero
+        return a * (1 - a), 1 - 2 * a
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    return torch.where(a <= 0, zero, one) if activation == "relu" else one, zero
 
 
 def _second_order(
@@ -195,6 +216,42 @@ def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *rest: None) 
     return _ops.subtractive_norm2d(pooled, kernel).to(dtype)
 
 
+def _save_activated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.options = inputs[1:]
+
+
+def _activate_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    return _activate_grad(grad_output, *ctx.saved_tensors, *ctx.options), None
+
+
+def _activate_jvp(ctx: Any, tangent: Tensor, activation: None) -> Tensor:
+    wide = tangent.to(compute_type(tangent.dtype))
+    return _ops.activate_backward(wide, *ctx.saved_tensors, *ctx.options)
+
+
+def _save_activate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _activate_second_order(v: Tensor, grad: Tensor, output: Tensor, activation: str) -> Tensor:
+    return v * grad * _slope(activation, output)[1]
+
+
+def _activate_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad, output = ctx.saved_tensors
+    by_grad = _ops.activate_backward(v, output, *ctx.options)
+    return by_grad, _activate_second_order(v, grad, output, *ctx.options), None
+
+
+register_autograd("activate", _activate_backward, _activate_jvp, setup_context=_save_activated)
+register_autograd(
+    "activate_backward",
+    _activate_double_backward,
+    backward_jvp("activate_backward", _activate_second_order),
+    setup_context=_save_activate_backward,
+)
 register_autograd("stage2d", _backward, _jvp, setup_context=_save)
 register_autograd(
     "stage2d_backward",
@@ -203,8 +260,25 @@ register_autograd(
     setup_context=_save_backward,
 )
 
+
+def _keep_activation(fused: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def train(input: Tensor, kernel: Tensor, activation: str, *windows: Any) -> Tensor:
+        # On a CPU it takes longer to make tanh once more than to read it.
+        costly = activation in ("tanh", "sigmoid") and input.dtype in (torch.float64, torch.float32)
+        if not (input.is_cpu and costly):
+            return fused(input, kernel, activation, *windows)
+        refuse_kernel_gradient(kernel)
+        return _subtractive_norm2d(_lp_pool2d(_activate(input, activation), *windows), kernel)
+
+    return train
+
+
+replace_in_eager("stage2d", _keep_activation)
+
 # -------------------------------------------------------------------------------- vmap, autocast
 
 register_image_vmap("stage2d", images=1, other_tensors=1)
 register_image_vmap("stage2d_backward", images=2, other_tensors=1)
+register_image_vmap("activate", images=1)
+register_image_vmap("activate_backward", images=2)
 autocast_to_float32("stage2d")

@@ -410,6 +410,15 @@ def test_pool_and_stage_of_images_of_nothing(emulator: Emulator, shape: tuple, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
+def test_activations(emulator: Emulator, dtype: torch.dtype, layout: str, activation: str):
+    x = placed(torch.randn(3, 5, 6, 7).to(dtype), layout)
+    a = emulator.check("activate", x, activation)
+    emulator.check("activate_backward", torch.randn_like(a), a, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_long_sums_of_pools_and_stages(emulator: Emulator, dtype: torch.dtype, layout: str):
     """All elements equal: one accumulator in float32 would drift, here by 2e-5."""
     x = placed(torch.full((1, 16, 40, 50), 0.3).to(dtype), layout)

@@ -142,6 +142,11 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
             ("stage2d", (x, kernel, *options)),
             ("stage2d_backward", (torch.randn_like(y), x, kernel, *options)),
         ]
+        a = ops.activate(x, activation)
+        calls += [
+            ("activate", (x, activation)),
+            ("activate_backward", (torch.randn_like(a), a, activation)),
+        ]
     calls += [("sigmoid", (x,)), ("sigmoid_backward", (g, ops.sigmoid(x)))]
     for name in ("softmax", "log_softmax"):
         y = getattr(ops, name)(x, 1, -2.0)

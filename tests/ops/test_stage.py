@@ -346,6 +346,27 @@ def test_errors_of_the_registered_operators():
         ops.stage2d_backward(x, x, kernel, "tanh", *windows)
     with pytest.raises(RuntimeError, match="grad_output must have the dtype of input"):
         ops.stage2d_backward(torch.ones(1, 2, 3).double(), x, kernel, "tanh", *windows)
+    with pytest.raises(RuntimeError, match=r"activate: input must be \(N, C, H, W\)"):
+        ops.activate(torch.ones(3), "tanh")
+    with pytest.raises(RuntimeError, match="output must be float64 or float32, got Half"):
+        ops.activate_backward(x.half(), x.half(), "tanh")
+    with pytest.raises(RuntimeError, match="grad_output must have the shape of output"):
+        ops.activate_backward(x[:, 1:], x, "tanh")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_training_keeps_the_activation_on_a_cpu(activation):
+    """The same results either way, and no tanh in the backward pass."""
+    x, kernel = torch.randn(3, 4, 8, 10, requires_grad=True), gaussian1d(3)
+    y = stage2d(x, kernel, activation)
+    kept = activation in ("tanh", "sigmoid")
+    assert ("subtractive" if kept else "stage2d") in type(y.grad_fn).__name__
+    v = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, v)
+    windows = (2.0, [2, 2], [2, 2], [0, 0], False)
+    assert torch.equal(y, torch.ops.mnist_ops.stage2d(x.detach(), kernel, activation, *windows))
+    direct = torch.ops.mnist_ops.stage2d_backward(v, x.detach(), kernel, activation, *windows)
+    torch.testing.assert_close(grad, direct, rtol=1e-6, atol=1e-7)
 
 
 def test_raw_operators_check_what_they_are_given():
