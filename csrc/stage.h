@@ -7,7 +7,7 @@
 //   gp_c = g_c - (*)^T(sum over c of g_c / coef) / C,  gx = act'(a) sum over windows of gp dy/da
 //
 // The backward pass is given x and nothing else: a and y are computed again from it, which is
-// cheaper than to write and read them. Half types stay in float32 from x to z.
+// cheaper on CUDA than to write and read them. Half types stay in float32 from x to z.
 //
 // The arithmetic is that of activation.h, lp_pool.h and local_norm.h, which the layers of the
 // online-SGD engine share.

@@ -1,6 +1,7 @@
 // A stage (activation, LP pooling, subtractive normalization) on the CPU: the three operators, a
-// few images at a time, so that what lies between them stays in cache. In float32 tanh bounds the
-// forward pass, not memory, and the backward pass makes it once more.
+// few images at a time, so that what lies between them stays in cache. In float32 tanh, not memory,
+// bounds the forward pass. Training therefore keeps it (ops/stage.py); where it does not, as in
+// half types, the backward pass makes it once more.
 #include "../stage.h"
 
 #include "common.h"

@@ -353,6 +353,48 @@ def backward_jvp(
     return jvp
 
 
+def register_by_output(
+    name: str,
+    directional: Callable[..., Tensor],
+    by_output: Callable[..., Tensor],
+    second_order: Callable[..., Tensor],
+) -> None:
+    """Register the derivatives of an operator whose backward takes its output, and those of that.
+
+    Args:
+        name: the operator, y = name(input, *options), with ``name_backward(g, y, *options)``.
+        directional: its derivative in the direction v, of (v, y, *options).
+        by_output: of (v, g, y, *options), the gradient of v times the backward of g by y.
+        second_order: of (t, g, y, *options), what a tangent t of y adds to the backward of g.
+    """
+    backward_name = f"{name}_backward"
+    gradient = direct(backward_name)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.options = inputs[1:]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_input = gradient(grad_output, *ctx.saved_tensors, *ctx.options)
+        return grad_input, *(None for _ in ctx.options)
+
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return directional(tangent, *ctx.saved_tensors, *ctx.options)
+
+    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[2:]
+
+    def double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, y = ctx.saved_tensors
+        by_grad = directional(v, y, *ctx.options)
+        return by_grad, by_output(v, g, y, *ctx.options), *(None for _ in ctx.options)
+
+    register_autograd(name, backward, jvp, save)
+    forward_mode = backward_jvp(backward_name, second_order)
+    register_autograd(backward_name, double_backward, forward_mode, save_backward)
+
+
 def refuse_lone_tangent(name: str, result: str, tangent: Tensor | None, of: Tensor | None) -> None:
     """Refuse a tangent of a saved result without one of the input that it is a function of."""
     if tangent is not None and of is None:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._common import (
-    backward_jvp,
-    batch_first,
-    check_floating,
-    direct,
-    register_autograd,
-    register_fake,
-)
+from ._common import batch_first, check_floating, direct, register_by_output, register_fake
 from ._public import public
 
 _ops = torch.ops.mnist_ops
 _sigmoid = direct("sigmoid")
-_sigmoid_grad = direct("sigmoid_backward")
 
 
 @public(lambda arguments: range(arguments["input"].dim()))
@@ -62,43 +52,12 @@ def _(grad_output, output):
     return torch.empty_like(output)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
-    (output,) = ctx.saved_tensors
-    return _sigmoid_grad(grad_output, output)
-
-
-def _jvp(ctx: Any, tangent: Tensor) -> Tensor:
-    (output,) = ctx.saved_tensors
-    return _ops.sigmoid_backward(tangent, output)
-
-
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _second_order(v: Tensor, grad_output: Tensor, output: Tensor) -> Tensor:
     return v * grad_output * (1 - 2 * output)
 
 
-def _double_backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor, Tensor]:
-    grad_output, output = ctx.saved_tensors
-    return (
-        _ops.sigmoid_backward(grad_grad_input, output),
-        _second_order(grad_grad_input, grad_output, output),
-    )
-
-
-register_autograd("sigmoid", _backward, _jvp, setup_context=_save)
-register_autograd(
-    "sigmoid_backward",
-    _double_backward,
-    backward_jvp("sigmoid_backward", _second_order),
-    setup_context=_save_backward,
-)
+# Element by element: each derivative is symmetric.
+register_by_output("sigmoid", _ops.sigmoid_backward, _second_order, _second_order)
 
 
 def _sigmoid_vmap(info, in_dims, input):

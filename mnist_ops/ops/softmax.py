@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ._common import (
     autocast_to_float32,
-    backward_jvp,
     batch_first,
     check_floating,
     check_int,
@@ -21,6 +20,7 @@ from ._common import (
     direct,
     is_channels_last,
     register_autograd,
+    register_by_output,
     register_fake,
     sum_of_tangents,
 )
@@ -272,40 +272,10 @@ def check_reduction(op: str, reduction: object) -> None:
 # --------------------------------------------------------------------------- softmax, log_softmax
 
 
-def _register(name: str, directional: Any, by_output: Any, second_order: Any) -> None:
-    """Register all that Python knows of ``name`` and of its backward.
-
-    Args:
-        name: the operator, y = name(input, dim, beta).
-        directional: its derivative in the direction v, of (v, y, dim, beta).
-        by_output: of (v, g, y, dim, beta), the gradient of v times the backward of g by y.
-        second_order: of (t, g, y, dim, beta), what a tangent t of y adds to the backward of g.
-    """
-    backward_name = f"{name}_backward"
-    gradient = direct(backward_name)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.options = inputs[1:]
-
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient(grad_output, *ctx.saved_tensors, *ctx.options), None, None
-
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return directional(tangent, *ctx.saved_tensors, *ctx.options)
-
-    def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.options = inputs[2:]
-
-    def double_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, y = ctx.saved_tensors
-        return directional(v, y, *ctx.options), by_output(v, g, y, *ctx.options), None, None
-
-    register_autograd(name, backward, jvp, save)
-    forward_mode = backward_jvp(backward_name, second_order)
-    register_autograd(backward_name, double_backward, forward_mode, save_backward)
-    for tensors, each in enumerate((name, backward_name), start=1):
+def _register(name: str, *derivatives: Any) -> None:
+    """Register what Python knows of an operator and its backward; see register_by_output."""
+    register_by_output(name, *derivatives)
+    for tensors, each in enumerate((name, f"{name}_backward"), start=1):
         _register_fake_and_vmap(each, tensors)
     autocast_to_float32(name)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ._common import (
     autocast_to_float32,
-    backward_jvp,
     check_images,
     compute_type,
     direct,
     empty_images,
     register_autograd,
+    register_by_output,
     register_fake,
     register_image_vmap,
     replace_in_eager,
@@ -33,7 +33,6 @@ _ops = torch.ops.mnist_ops
 _stage2d = direct("stage2d")
 _stage2d_grad = direct("stage2d_backward")
 _activate = direct("activate")
-_activate_grad = direct("activate_backward")
 _lp_pool2d = direct("lp_pool2d")
 _subtractive_norm2d = direct("subtractive_norm2d")
 
@@ -161,12 +160,6 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = inputs[3:]
 
 
-def _activated(activation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a = act(x), da/dx and the derivative of da/dx with respect to a."""
-    a = _ops.activate(x, activation)
-    return a, *_slope(activation, a)
-
-
 def _slope(activation: str, a: Tensor) -> tuple[Tensor, Tensor]:
     """Return da/dx of a = act(x), and its derivative with respect to a."""
     if activation == "tanh":
@@ -188,7 +181,8 @@ def _second_order(
     dtype = x.dtype
     wide = compute_type(dtype)
     v, g, x = v.to(wide), g.to(wide), x.to(wide)
-    a, slope, bend = _activated(activation, x)
+    a = _ops.activate(x, activation)
+    slope, bend = _slope(activation, a)
     y = _ops.lp_pool2d(a, *windows)
     grad_y = _ops.subtractive_norm2d_backward(g, kernel)
     h = _ops.lp_pool2d_backward(grad_y, a, y, *windows)
@@ -208,49 +202,22 @@ def _jvp(ctx: Any, tangent: Tensor, kernel_tangent: Tensor | None, *rest: None) 
     refuse_kernel_tangent(kernel_tangent)
     x, kernel = ctx.saved_tensors
     activation, *windows = ctx.options
-    dtype = x.dtype
-    wide = compute_type(dtype)
-    a, slope, _ = _activated(activation, x.to(wide))
+    a = _ops.activate(x.to(compute_type(x.dtype)), activation)
     y = _ops.lp_pool2d(a, *windows)
-    pooled = _ops.lp_pool2d_jvp(slope * tangent.to(wide), a, y, *windows)
-    return _ops.subtractive_norm2d(pooled, kernel).to(dtype)
+    pooled = _ops.lp_pool2d_jvp(_activate_directional(tangent, a, activation), a, y, *windows)
+    return _ops.subtractive_norm2d(pooled, kernel).to(x.dtype)
 
 
-def _save_activated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-    ctx.options = inputs[1:]
-
-
-def _activate_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-    return _activate_grad(grad_output, *ctx.saved_tensors, *ctx.options), None
-
-
-def _activate_jvp(ctx: Any, tangent: Tensor, activation: None) -> Tensor:
-    wide = tangent.to(compute_type(tangent.dtype))
-    return _ops.activate_backward(wide, *ctx.saved_tensors, *ctx.options)
-
-
-def _save_activate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
+def _activate_directional(v: Tensor, output: Tensor, activation: str) -> Tensor:
+    return _ops.activate_backward(v.to(output.dtype), output, activation)
 
 
 def _activate_second_order(v: Tensor, grad: Tensor, output: Tensor, activation: str) -> Tensor:
     return v * grad * _slope(activation, output)[1]
 
 
-def _activate_double_backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad, output = ctx.saved_tensors
-    by_grad = _ops.activate_backward(v, output, *ctx.options)
-    return by_grad, _activate_second_order(v, grad, output, *ctx.options), None
-
-
-register_autograd("activate", _activate_backward, _activate_jvp, setup_context=_save_activated)
-register_autograd(
-    "activate_backward",
-    _activate_double_backward,
-    backward_jvp("activate_backward", _activate_second_order),
-    setup_context=_save_activate_backward,
+register_by_output(
+    "activate", _activate_directional, _activate_second_order, _activate_second_order
 )
 register_autograd("stage2d", _backward, _jvp, setup_context=_save)
 register_autograd(
