@@ -68,17 +68,45 @@ A root_of_least(int64_t C) {
 
 // ----------------------------------------------------------------------------------------- reduce
 
-// The sums over channels that a pass adds up, of z = x * scale - mean: of z or of its squares, and
-// for the gradient of grad * z and of grad.
+// Kinds of sums over channels: of numbers z = x * scale; of squares of their deviations, from their
+// mean or from 0; how many they are; for the gradient of grad times the deviation, and of grad.
+enum SumKind { kTotal, kSquare, kNumber, kProduct, kGrad };
+
 template <bool gradient, typename A>
 struct ChannelSums {
-  static constexpr int kCount = gradient ? 3 : 1;
-  A of[kCount] = {};
+  static constexpr int kKinds = gradient ? 5 : 3;
+  A of[kKinds] = {};
 
-  __device__ __forceinline__ void add(A grad, A x, A scale, A mean, bool squares) {
-    const A z = x * scale - mean;
-    of[0] += squares ? z * z : z;
-    if constexpr (gradient) of[1] += grad * z, of[2] += grad;
+  template <bool kSquares>
+  __device__ __forceinline__ void add_one(A grad, A z) {
+    of[kTotal] += z;
+    if constexpr (kSquares) of[kSquare] += z * z;
+    if constexpr (gradient) of[kProduct] += grad * z, of[kGrad] += grad;
+  }
+
+  // Deviations of both are from the same number.
+  __device__ __forceinline__ void add(const ChannelSums& other) {
+#pragma unroll
+    for (int k = 0; k < kKinds; ++k) of[k] += other.of[k];
+  }
+
+  // What was added up were deviations from one of the numbers, which is why the difference of
+  // squares keeps its digits. Now they are the numbers, and deviations are from their mean.
+  __device__ __forceinline__ void settle(A centre) {
+    const A offset = of[kNumber] > A(0) ? of[kTotal] / of[kNumber] : A(0);
+    if (of[kSquare] <= std::numeric_limits<A>::max()) {
+      const A left = of[kSquare] - offset * of[kTotal];
+      of[kSquare] = left > A(0) ? left : A(0);
+    }
+    if constexpr (gradient) of[kProduct] -= offset * of[kGrad];
+    of[kTotal] += of[kNumber] * centre;
+  }
+
+  // From deviations from their own mean to those from another one.
+  __device__ __forceinline__ void move_to(A mean) {
+    const A offset = of[kNumber] > A(0) ? of[kTotal] / of[kNumber] - mean : A(0);
+    of[kSquare] += of[kNumber] * offset * offset;
+    if constexpr (gradient) of[kProduct] += offset * of[kGrad];
   }
 };
 
@@ -114,7 +142,7 @@ struct Result {
       return divided<kExact>(grad, d) + (offset - x * lift * mean_or_b) * lift;
     } else {
       const A z = x * lift - mean_or_b;
-      return divides ? divided<kExact>(z, d) : z;
+      return !kExact || divides ? divided<kExact>(z, d) : z;  // a reciprocal of 1 costs less
     }
   }
 };
@@ -122,8 +150,8 @@ struct Result {
 // ------------------------------------------------------------------------------- one image
 //
 // The operators, for a block that has an image and its planes where it can sum (reduce), blur and
-// apply: an ImageBlock in registers, a MemoryBlock in global memory. All blocks of a cluster decide
-// alike: they have the same planes.
+// apply: an ImageBlock in shared memory, a MemoryBlock in global memory. All blocks of a cluster
+// decide alike: they have the same planes.
 
 // Writes what stands in the plane d, from a pixel's blurred sum of squares and its deviation s in
 // units of 1 / lift: so is d, or for the gradient in units of 1. Whether the result cannot stay.
@@ -200,9 +228,8 @@ enum Pass { kMean, kDeviation, kShare, kOffset };
 //
 // Where s is that much larger than elsewhere that the gradient would need kPart, it is 0 next to
 // the gradient there.
-template <bool gradient, typename Block, typename Image>
-__device__ __forceinline__ void normalize_image(const Block& block, Image& g, Image& x) {
-  using T = typename Block::Element;
+template <bool gradient, typename Block, typename T = typename Block::Element>
+__device__ __forceinline__ void normalize_image(const Block& block, const T* g, const T* x) {
   using A = opmath_t<T>;
   using R = Range<A>;
   A *mean = block.mean(), *d = block.d(), *in = block.in();
@@ -214,25 +241,38 @@ __device__ __forceinline__ void normalize_image(const Block& block, Image& g, Im
   const int first = contrastive || subtractive ? kMean : kDeviation;
   const int last = gradient ? (contrastive ? kOffset : kShare) : subtractive ? kMean : kDeviation;
   const Units<A>& units = block.units();
+  const A channels = static_cast<A>(block.a.C);
+  A* const squares_about_mean = gradient ? centred : d;  // until those planes are written
+  bool fresh = true;                                     // units in which the sums are not known
 #pragma unroll 1
   for (int pass = first; pass <= last; ++pass) {
-    if (pass <= kDeviation) {
-      block.template reduce<gradient>(g, x, pass == kDeviation, [&](auto p, auto where, auto sums) {
-        in[where] = adjoint ? block.over_coef(sums.of[0], p) : sums.of[0];
+    if (fresh) {
+      block.template reduce<gradient>(g, x, [&](auto p, auto where, const auto& sums) {
+        const A total = sums.of[kTotal], squares = sums.of[kSquare];
+        if (pass == kMean) {
+          in[where] = adjoint ? block.over_coef(total, p) : total;
+          if (contrastive) mean[p] = block.over_channels(total), squares_about_mean[p] = squares;
+        } else {
+          const A known = contrastive ? mean[p] * units.part : A(0);
+          const A offset = contrastive ? block.over_channels(total) - known : A(0);
+          in[where] = squares + channels * offset * offset;
+        }
         if constexpr (gradient) {
-          if (pass == kMean) {
-            centred[p] = sums.of[0];
-          } else {
-            q[p] = sums.of[1], grads[p] = contrastive ? sums.of[2] : A(0);
-          }
+          q[p] = sums.of[kProduct], grads[p] = contrastive ? sums.of[kGrad] : A(0);
         }
       });
+      fresh = false;
     }
     const bool again = block.blur(adjoint || pass >= kShare, [&](A blurred, auto p, auto where) {
       const A share = block.over_channels(blurred);
       if (pass == kMean) {
-        mean[p] = adjoint ? share : block.over_coef(share, p);
-        if constexpr (gradient) centred[p] -= static_cast<A>(block.a.C) * mean[p];
+        const A local = adjoint ? share : block.over_coef(share, p);
+        if (contrastive) {  // from the mean of the pixel's channels to the local mean
+          const A offset = mean[p] - local;
+          in[where] = squares_about_mean[p] + channels * offset * offset;
+          if constexpr (gradient) q[p] += offset * grads[p], centred[p] = channels * offset;
+        }
+        mean[p] = local;
       } else if (pass == kDeviation) {
         const A root = std::sqrt(share), s = block.over_coef(root, p) * units.by_part;
         if constexpr (gradient) {
@@ -258,6 +298,7 @@ __device__ __forceinline__ void normalize_image(const Block& block, Image& g, Im
     if (kLeavesRange<T> && pass == kDeviation && (units.turn == kMeasure || again)) {
       next_turn(block, d);
       pass = units.turn == kPart ? kMean : first - 1;  // and ++pass
+      fresh = true;
     }
   }
   block.apply(Result<gradient, Block::kExact, A>{units.lift, !subtractive}, g, x,

@@ -28,123 +28,103 @@
 namespace mnist_ops::cuda {
 namespace {
 
-// Of a block, so that every thread has the registers that it takes of the 65536 that there are: 128
-// in float64, 72 or, where sums of eight elements or an element's place are held as well, 80.
-template <bool gradient, bool kPacked, typename T>
-constexpr int kMostImageThreads = sizeof(T) == 8                            ? 512
-                                  : kPacked && (gradient || sizeof(T) == 4) ? 896
-                                                                            : 768;
+// Of a block, of which a multiprocessor has registers for two: 64 a thread, 128 in float64.
+template <typename T>
+constexpr int kMostImageThreads = sizeof(T) == 8 ? 256 : 512;
 
-template <bool gradient, bool kPacked, typename T>
-__global__ void __launch_bounds__((kMostImageThreads<gradient, kPacked, T>))
+template <bool gradient, bool kLast, bool kPacked, typename T>
+__global__ void __launch_bounds__((kMostImageThreads<T>), 2)
     image_kernel(const __grid_constant__ ImageArguments<T> a) {
   using A = opmath_t<T>;
-  const ImageBlock<gradient, kPacked, T> block(a, reinterpret_cast<A*>(dynamic_shared_memory()));
-  T* const stage = reinterpret_cast<T*>(block.planes + a.at.size);
-  T* const stage_of_grad = stage + a.plan.packs * block.threads * kPackSize<T>;
-  Held<gradient, T> x, g;
+  const ImageBlock<gradient, kLast, kPacked, T> block(
+      a, reinterpret_cast<A*>(dynamic_shared_memory()));
+  T* const x = reinterpret_cast<T*>(block.planes + a.at.size);
+  T* const g = gradient ? x + a.room : nullptr;
   const int stride = static_cast<int>(gridDim.x >> a.plan.log_cluster);
   block.prepare();
   for (int image = static_cast<int>(blockIdx.x >> a.plan.log_cluster); image < a.N;
-       image = block.units().image + stride) {
-    if (a.plan.prefetch && image >= stride) {
-      wait_for_copies();
-      block.take(x, stage);
-      if constexpr (gradient) block.take(g, stage_of_grad);
-    } else {
-      block.load(x, a.input, image);
-      if constexpr (gradient) block.load(g, a.grad, image);
-    }
-    __syncthreads();  // the planes of the image before are done with
-    if (a.plan.prefetch && image + stride < a.N) {
-      block.prefetch(stage, a.input, image + stride);
-      if constexpr (gradient) block.prefetch(stage_of_grad, a.grad, image + stride);
-    }
+       image += stride) {
+    __syncthreads();  // the image before is done with
+    block.load(x, a.input, image);
+    if constexpr (gradient) block.load(g, a.grad, image);
     if (block.thread == 0) block.units() = {.image = image};
+    wait_for_copies();
     __syncthreads();
     normalize_image<gradient>(block, g, x);
   }
 }
 
-template <bool gradient, typename T>
+// Elements of shared memory for so many of an image.
+template <typename T>
+int64_t room_for(int64_t elements) {
+  return round_up(elements, kPackSize<T>);
+}
+
+template <bool gradient, bool kLast, typename T>
 ImagePlan plan_images(const Multiprocessors& device, const Images& images, const BlurGeometry& g,
-                      bool aligned) {
-  constexpr int kInputs = gradient ? 2 : 1, n = kPackSize<T>;
-  // Long before any overflow, and more than registers or planes would hold.
+                      int64_t kinds) {
+  constexpr int kInputs = gradient ? 2 : 1, n = kTablePack<kLast, T>;
+  // Long before any overflow, and more than shared memory would hold.
   if (images.N > int64_t{1} << 30 || images.H * images.W > int64_t{1} << 14 ||
       images.C > int64_t{1} << 24 || g.taps_h * g.taps_w > kMaxTaps) {
     return {};
   }
-  const bool last = images.channels_last;
   const int C = static_cast<int>(images.C), HW = static_cast<int>(images.H * images.W);
-  const int channels = last ? 1 : n / std::gcd(n, HW);  // of an entry of NCHW
-  const int columns = last ? HW : channels * HW / n;
-  const int entries = (C + (last ? n : channels) - 1) / (last ? n : channels);
+  const int channels = kLast ? 1 : n / std::gcd(n, HW);  // of an entry of NCHW
+  const int columns = kLast ? HW : channels * HW / n;
+  const int entries = kLast ? (C + n - 1) / n : (C + channels - 1) / channels;
   const auto over = [](int a, int b) { return (a + b - 1) / b; };
-  // For blocks that have so much of an image; at most so many packs a thread.
-  const auto plan_for = [&](int cluster, int packs) -> ImagePlan {
-    const int share = over(last ? columns : entries, cluster);
-    const int across = last ? share : columns, down = last ? entries : share;
-    int groups = last ? 1 : over(down, std::min(down, packs));
-    // NHWC: neighbours in a warp, for 128 bytes of memory if there are so many.
-    while (last && groups < kWarp && (groups < std::min(down, 8) || over(down, groups) > packs)) {
-      groups *= 2;
-    }
-    const int per = over(down, groups);
-    if (per > packs) return {};
-    const int turns = over(across, over(across, packs / per));
-    const int64_t threads = int64_t{over(across, turns)} * groups;
-    if (threads > device.block_threads) return {};
+  // For blocks that have so much of an image, and no more threads than that, but for one warp.
+  const auto plan_for = [&](int cluster, int threads) -> ImagePlan {
     ImagePlan plan{.cluster = cluster,
                    .log_cluster = std::countr_zero(static_cast<unsigned>(cluster)),
-                   .share = share,
+                   .share = over(kLast ? columns : entries, cluster),
                    .columns = columns,
                    .entries = entries,
-                   .column_step = last ? C : n,
-                   .entry_step = last ? n : channels * HW,
-                   .groups = groups,
-                   .across = over(across, turns),
-                   .per = per,
-                   .packs = turns * per,
-                   .sums = last ? 1 : groups * channels,
-                   .threads = static_cast<int>(round_up(threads, kWarp))};
-    plan.bytes = PlaneLayout(g, gradient, int64_t{plan.sums} * HW).size *
-                 static_cast<int64_t>(sizeof(opmath_t<T>));
+                   .column_step = kLast ? C : n,
+                   .entry_step = kLast ? n : channels * HW,
+                   .lane_groups = std::min(lanes_for(entries), kLast ? 8 : 4)};
+    plan.lane_columns = kWarp / plan.lane_groups;
+    const int across = over(kLast ? plan.share : columns, plan.lane_columns);
+    const int warps = std::max(threads / kWarp, 1);
+    plan.column_warps = over(across, over(across, warps));
+    const int most_slots = over(plan.share, 2 * plan.lane_groups);  // two entries a thread
+    plan.slots = kLast ? 1 : std::clamp(warps / plan.column_warps, 1, most_slots);
+    plan.sums = plan.slots * channels;
+    const int64_t room = room_for<T>(int64_t{plan.share} * (kLast ? C : plan.entry_step));
+    plan.bytes = kInputs * room * static_cast<int64_t>(sizeof(T)) +
+                 PlaneLayout(g, gradient, kinds * plan.sums * HW).size *
+                     static_cast<int64_t>(sizeof(opmath_t<T>));
     return plan.bytes <= device.shared_per_block ? plan : ImagePlan{};
   };
-  // Of a multiprocessor; a block takes some of the shared memory for itself.
-  const auto blocks_of = [&](const ImagePlan& plan) {
-    return device.shared_bytes / (plan.bytes + 1024);
-  };
-  // No more blocks than it takes, as they all blur, but work for all multiprocessors. Where the
-  // last entry is not whole one block takes all.
+  // No more blocks of an image than it takes, as they all blur; but a multiprocessor should have
+  // two or more of them, which load and store while another one computes, and all multiprocessors
+  // should have work. Where the last entry is not whole one block takes all. Of a block's numbers
+  // of threads that one which keeps most of them busy on a multiprocessor.
   ImagePlan plan;
   for (int cluster = 1; cluster <= device.largest_cluster; cluster *= 2) {
-    if (cluster > (last ? columns : entries) || (cluster > 1 && C % channels != 0)) break;
-    const ImagePlan next = plan_for(cluster, kMostPacks<gradient>);
-    if (next.cluster) plan = next;
+    if (cluster > (kLast ? columns : entries) || (cluster > 1 && C % channels != 0)) break;
+    const int64_t needed = ceil_div(images.N * cluster, device.count);
+    int64_t busy = 0, resident = 0;
+    for (const int share : {2, 1, 4}) {  // of the most threads
+      const ImagePlan next = plan_for(cluster, device.block_threads / share);
+      if (next.cluster == 0) continue;
+      // A block takes some of the shared memory for itself.
+      const int64_t blocks = std::min({device.shared_bytes / (next.bytes + 1024), needed,
+                                       int64_t{2} * device.block_threads / next.threads()});
+      if (blocks * next.threads() <= busy) continue;
+      plan = next, resident = blocks, busy = blocks * next.threads();
+    }
     const int64_t bytes = int64_t{kInputs} * C * HW * static_cast<int64_t>(sizeof(T)) / cluster;
-    if (plan.cluster && (images.N * cluster >= device.count || bytes <= 12 << 10)) break;
+    if (resident >= std::min<int64_t>(needed, 2) &&
+        (images.N * cluster >= device.count || bytes <= 12 << 10)) {
+      break;
+    }
   }
-  if (plan.cluster == 0) return plan;
-  // Threads with fewer packs where there are registers for more of them.
-  const int64_t blocks = ceil_div(images.N * plan.cluster, device.count);
-  for (int packs = plan.packs - 1; packs > 0; --packs) {
-    const ImagePlan next = plan_for(plan.cluster, packs);
-    const int64_t resident = next.cluster ? std::min(blocks_of(next), blocks) : 0;
-    if (resident == 0 || next.threads * resident > device.block_threads) break;
-    plan = next;
-  }
-  // The other blocks of a multiprocessor load and store while one computes. Where there are none,
-  // the next image comes to shared memory meanwhile.
-  const int64_t stage = int64_t{kInputs} * plan.packs * plan.threads * int64_t{kVectorBytes};
-  const bool alone = blocks_of(plan) < 2 || device.block_threads / plan.threads < 2;
-  plan.prefetch = aligned && alone && blocks > 1 && plan.bytes + stage <= device.shared_per_block;
-  if (plan.prefetch) plan.bytes += stage;
   return plan;
 }
 
-template <bool gradient, typename T>
+template <bool gradient, bool kLast, typename T>
 bool run(const NormCall<T>& call) {
   using A = opmath_t<T>;
   const Images& images = call.images;
@@ -158,19 +138,22 @@ bool run(const NormCall<T>& call) {
     }
   }
   const int64_t HW = images.H * images.W;
-  const bool aligned = (images.channels_last ? images.C : images.C * HW) % kPackSize<T> == 0 &&
-                       are_aligned(call.grad, call.input, call.out);
-  const bool packed = aligned && (images.channels_last || HW % kImagePack<T> == 0);
-  auto* const kernel_of_images =
-      packed ? image_kernel<gradient, true, T> : image_kernel<gradient, false, T>;
+  const int64_t kinds =
+      options.kind == LocalNorm::kSubtractive ? 1 : ChannelSums<gradient, A>::kKinds;
+  auto* const kernel_of_images = (kLast ? images.C : HW) % kTablePack<kLast, T> == 0
+                                     ? image_kernel<gradient, kLast, true, T>
+                                     : image_kernel<gradient, kLast, false, T>;
   const ImagePlan plan =
-      plan_images<gradient, T>(multiprocessors(kernel_of_images), images, g, aligned);
+      plan_images<gradient, kLast, T>(multiprocessors(kernel_of_images), images, g, kinds);
   if (plan.cluster == 0) return false;
+  const int64_t piece = int64_t{plan.share} * (kLast ? images.C : plan.entry_step);
+  const bool aligned = images.C * HW % kPackSize<T> == 0 &&
+                       (plan.cluster == 1 || piece % kPackSize<T> == 0) &&
+                       are_aligned(call.grad, call.input, call.out);
   const Tensor values = kernel_in_double(call.kernel);
   const ImageArguments<T> a{.plan = plan,
                             .kind = options.kind,
                             .adjoint = call.adjoint,
-                            .channels_last = images.channels_last,
                             .separable = g.separable,
                             .aligned = aligned,
                             .N = static_cast<int>(images.N),
@@ -181,10 +164,11 @@ bool run(const NormCall<T>& call) {
                             .taps_h = static_cast<int>(g.taps_h),
                             .taps_w = static_cast<int>(g.taps_w),
                             .size = static_cast<int>(images.C * HW),
+                            .piece = static_cast<int>(piece),
+                            .room = static_cast<int>(room_for<T>(piece)),
                             .by_W = Divider(g.W),
-                            .by_row = Divider(ceil_div(g.W, 4)),
                             .by_HW = Divider(HW),
-                            .at = PlaneLayout(g, gradient, plan.sums * HW),
+                            .at = PlaneLayout(g, gradient, kinds * plan.sums * HW),
                             .threshold = static_cast<A>(options.threshold),
                             .value = static_cast<A>(options.value),
                             .root_of_least = root_of_least<A>(images.C),
@@ -193,7 +177,7 @@ bool run(const NormCall<T>& call) {
                             .grad = call.grad,
                             .input = call.input,
                             .out = call.out};
-  call.launcher.run_clusters_with_shared(kernel_of_images, images.N, plan.cluster, plan.threads,
+  call.launcher.run_clusters_with_shared(kernel_of_images, images.N, plan.cluster, plan.threads(),
                                          plan.bytes, a);
   return true;
 }
@@ -202,7 +186,10 @@ bool run(const NormCall<T>& call) {
 
 template <typename T>
 bool run_images(const NormCall<T>& call) {
-  return call.grad ? run<true>(call) : run<false>(call);
+  if (call.images.channels_last) {
+    return call.grad ? run<true, true>(call) : run<false, true>(call);
+  }
+  return call.grad ? run<true, false>(call) : run<false, false>(call);
 }
 
 #define MNIST_OPS_IMAGES(T) template bool run_images<T>(const NormCall<T>&);

@@ -1,22 +1,24 @@
-// What a block, or a cluster of blocks, does with an image.
+// What a block, or a cluster of blocks, does with an image in shared memory.
 #pragma once
 
 #include "local_norm.cuh"
 
 namespace mnist_ops::cuda {
 
-// --------------------------------------------------------------------------- images in registers
+// --------------------------------------------------------------------- images in shared memory
 //
-// A block, or a cluster of them, takes an image at a time. Its threads keep the data in registers,
-// in packs of 16 bytes, from the one load to the one store; the planes are in shared memory. Of a
-// cluster each block has a share of the data (channels of NCHW, pixels of NHWC) and every plane,
-// whole: sums over channels are added up from all blocks' shares; the blur, of one plane, is every
-// block's own.
+// A block, or a cluster of them, takes an image at a time: it copies the data to shared memory,
+// reads them there twice, for the sums over channels and for the result, and stores the result
+// from registers. The planes are in shared memory, too. Of a cluster each block has a share of the
+// data (channels of NCHW, pixels of NHWC), which lies in one piece, and every plane, whole: sums
+// over channels are added up from all blocks' shares; the blur, of one plane, is every block's own.
 //
 // An image is a table of packs. Those of a column have the same pixels: in NHWC a column is a pixel
 // and its entries are the packs of its channels; in NCHW an entry is a channel, or as many channels
-// as it takes for the next one to begin with a pack, and a column is a pack of it. `groups` threads
-// share a column; a thread takes `per` entries of it, and then those of its next column.
+// as it takes for the next one to begin with a pack, and a column is a pack of it. A warp takes
+// `lane_columns` columns at a time, `lane_groups` of its threads share the entries of each: in NCHW
+// 8 columns next to each other, in NHWC up to 8 packs of a pixel, so that a quarter of a warp reads
+// 128 bytes in a row. `slots` warps share the entries of the same columns (NCHW).
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -27,28 +29,25 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 //   in       the plane that is blurred, its rows with zeros before and behind them, so that the
 //            window of a pixel begins at the pixel's own index
 //   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
-//            blurred, the partial sums of groups of threads and of blocks
-//   d        begins where scratch ends; where the gradient has three partial sums, among them,
-//            which are done with when it is written
+//            blurred, the partial sums of warps and of blocks
+//   d        begins where scratch ends; for the gradient among the partial sums, which are done
+//            with when it is written
 struct PlaneLayout {
-  int W4, pitch;            // of scratch and of in
-  int scratch_rows, above;  // rows of zeros above
-  int flat, taps_pitch;     // the size of a flat plane, and of a row of taps
+  int pitch;                                                              // of the rows of in
+  int scratch_rows, above;                                                // rows of zeros above
+  int taps_pitch;                                                         // of a row of taps
   int weight, flipped, units, coef, mean, q, grads, centred, scratch, d;  // in begins at 0
   int64_t size;
 
-  // With `sums` elements of partial sums, each of which backward has three times.
-  PlaneLayout(const BlurGeometry& g, bool backward, int64_t sums) {
-    const auto H4 = round_up(g.H, 4), around_w = round_up(g.taps_w - 1, 4);
-    const auto around_h = g.separable ? round_up(g.taps_h - 1, 4) : 0;
-    const auto row = round_up(g.taps_w, 4), taps = row * (g.separable ? 1 : g.taps_h);
-    W4 = static_cast<int>(round_up(g.W, 4));
-    pitch = static_cast<int>(W4 + around_w);
-    scratch_rows = static_cast<int>(H4 + around_h);
+  // With so many partial sums of all kinds.
+  PlaneLayout(const BlurGeometry& g, bool backward, int64_t partial_sums) {
+    const int64_t flat = round_up(g.H * g.W, 4), row = round_up(g.taps_w, 4);
+    const int64_t taps = row * (g.separable ? 1 : g.taps_h);
+    pitch = static_cast<int>(g.W + g.taps_w - 1);
+    scratch_rows = static_cast<int>(g.H + (g.separable ? g.taps_h - 1 : 0));
     above = g.separable ? static_cast<int>(g.taps_h / 2) : 0;
-    flat = static_cast<int>(round_up(g.H * g.W, 4));
     taps_pitch = static_cast<int>(row);
-    int64_t end = g.H * pitch;
+    int64_t end = round_up(g.H * pitch, 4);
     const auto take = [&](int64_t count) {
       const int64_t begin = end;
       end += count;
@@ -58,8 +57,7 @@ struct PlaneLayout {
     coef = take(flat), mean = take(flat);
     q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
     centred = take(backward ? flat : 0);
-    const int64_t blurred = int64_t{scratch_rows} * W4;
-    const int64_t partial = round_up((backward ? 3 : 1) * sums, 4);
+    const int64_t blurred = round_up(scratch_rows * g.W, 4), partial = round_up(partial_sums, 4);
     scratch =
         take(backward ? std::max(blurred + flat, partial) : std::max(blurred, partial) + flat);
     d = static_cast<int>(backward ? scratch + blurred : end - flat);
@@ -76,13 +74,12 @@ struct ImagePlan {
   int share = 0;                        // entries or (NHWC) columns of a block
   int columns = 0, entries = 0;         // of the table
   int column_step = 0, entry_step = 0;  // in elements
-  int groups = 0, across = 0,
-      per = 0;    // threads of a column, columns of a turn, entries of a thread
-  int packs = 0;  // that a thread has
-  int sums = 0;   // partial sums of a pixel in a block
-  int threads = 0;
-  int64_t bytes = 0;      // of shared memory
-  bool prefetch = false;  // the next image comes to shared memory while this one is worked on
+  int lane_groups = 0, lane_columns = 0;
+  int column_warps = 0, slots = 0;
+  int sums = 0;       // partial sums of a pixel in a block
+  int64_t bytes = 0;  // of shared memory
+
+  int threads() const { return kWarp * column_warps * slots; }
 };
 
 template <typename T>
@@ -90,11 +87,13 @@ struct ImageArguments {
   ImagePlan plan;
   LocalNorm kind;
   bool adjoint;  // the gradient of subtractive, which is its forward but for the order of steps
-  bool channels_last, separable;
-  bool aligned;  // packs are whole and their addresses multiples of 16
+  bool separable;
+  bool aligned;  // images and their shares begin at multiples of 16 bytes
   int N, C, H, W, HW, taps_h, taps_w;
-  int size;                     // elements of an image
-  Divider by_W, by_row, by_HW;  // a row's packs
+  int size;   // elements of an image
+  int piece;  // elements of a block's share, of the last one at most
+  int room;   // elements of shared memory that it takes
+  Divider by_W, by_HW;
   PlaneLayout at;
   opmath_t<T> threshold, value, root_of_least, by_channels;
   const double* kernel;
@@ -103,97 +102,42 @@ struct ImageArguments {
   T* out;
 };
 
-// 16 bytes of elements in registers of 32 bits: left to itself nvcc gives every number of a half
-// type one of its own.
-template <typename T>
-struct Words {
-  Pack<uint32_t, 4> of;
+// Elements of a pack, and the pixels that they belong to. In NHWC 16 bytes, all of one pixel.
+template <bool kLast, typename T>
+constexpr int kTablePack = kLast ? kPackSize<T> : kImagePack<T>;
 
-  __device__ __forceinline__ T operator[](int j) const {
-    T value;
-    if constexpr (sizeof(T) == 2) {
-      const auto bits = static_cast<uint16_t>(of.values[j / 2] >> j % 2 * 16);
-      std::memcpy(&value, &bits, sizeof(T));
-    } else {
-      std::memcpy(&value, of.values + j * sizeof(T) / 4, sizeof(T));
-    }
-    return value;
-  }
-  __device__ __forceinline__ void set(int j, T value) {
-    if constexpr (sizeof(T) == 2) {
-      uint16_t bits;
-      std::memcpy(&bits, &value, sizeof(T));
-      uint32_t& word = of.values[j / 2];
-      word = (word & 0xffff0000u >> j % 2 * 16) | uint32_t{bits} << j % 2 * 16;
-    } else {
-      std::memcpy(of.values + j * sizeof(T) / 4, &value, sizeof(T));
-    }
-  }
-};
-
-template <typename V>
-__device__ __forceinline__ auto* as_words(V* elements) {
-  using Word = std::conditional_t<std::is_const_v<V>, const uint32_t, uint32_t>;
-  return reinterpret_cast<Word*>(elements);
-}
-
-// A thread's packs of an image at most: 128 bytes, the gradient's among them.
-template <bool gradient>
-constexpr int kMostPacks = gradient ? 4 : 8;
-
-template <bool gradient, typename T>
-struct Held {
-  Words<T> packs[kMostPacks<gradient>];
-};
-
-// A block's work on its image. kPacked: accesses of 16 bytes, and m neighbours of a pack belong to
-// one channel, their planes' values at a multiple of 16 bytes (NCHW), or all to one pixel (NHWC).
-template <bool gradient, bool kPacked, typename T>
+// A block's work on its image. kLast: NHWC. kPacked: all packs are whole, and those of NCHW have
+// parts of one channel.
+template <bool gradient, bool kLast, bool kPacked, typename T>
 struct ImageBlock {
   using Element = T;
   using A = opmath_t<T>;
-  using Image = Held<gradient, T>;
-  static constexpr int n = kPackSize<T>, m = kImagePack<T>;
-  static constexpr int width = gradient ? m : n;  // elements of a pack for which sums are held
+  using Sums = ChannelSums<gradient, A>;
+  static constexpr int n = kTablePack<kLast, T>;
+  static constexpr int m = kLast ? 1 : n;         // pixels of a pack
+  static constexpr int w = kLast ? 2 : n;         // sums that a thread adds to in turn
   static constexpr bool kExact = sizeof(A) == 8;  // coef and d; or they are reciprocals
 
   const ImageArguments<T>& a;
   A* const planes;
   const int threads, thread;
-  int first_column, start;  // of this thread's first pack, which is the start-th of its block
-  unsigned inside = 0;      // a bit for each pack that there is
 
   __device__ __forceinline__ ImageBlock(const ImageArguments<T>& arguments, A* memory)
       : a(arguments),
         planes(memory),
         threads(static_cast<int>(blockDim.x)),
-        thread(static_cast<int>(threadIdx.x)) {
-    const int begin = rank() * a.plan.share;
-    int entry, columns = a.plan.columns, entries = a.plan.entries;
-    if (a.channels_last) {
-      first_column = begin + thread / a.plan.groups, entry = thread % a.plan.groups;
-      columns = min_of(begin + a.plan.share, columns);
-    } else {
-      first_column = thread % a.plan.across, entry = thread / a.plan.across;
-      entries = min_of(entries - begin, a.plan.share);
-    }
-    start = first_column * a.plan.column_step + entry * a.plan.entry_step;
-    if (thread >= a.plan.across * a.plan.groups) first_column = a.plan.columns;  // idle
-    int column = first_column;
-    for (int k = 0, turn = 0; k < a.plan.packs; ++k) {
-      const bool is_inside = column < columns && entry + turn * a.plan.groups < entries;
-      inside |= (is_inside ? 1u : 0u) << k;
-      if (++turn == a.plan.per) turn = 0, column += a.plan.across;
-    }
-  }
+        thread(static_cast<int>(threadIdx.x)) {}
 
   __device__ __forceinline__ int rank() const {
     return static_cast<int>(blockIdx.x) & (a.plan.cluster - 1);
   }
-  // Where this block's entries begin (NCHW); columns are those of the image.
+  __device__ __forceinline__ int share_begin() const { return rank() * a.plan.share; }
+  // Of this block's share: its first element in memory, and how many there are.
   __device__ __forceinline__ int64_t begin(int image) const {
-    return int64_t{image} * a.size +
-           (a.channels_last ? 0 : rank() * a.plan.share * a.plan.entry_step);
+    return int64_t{image} * a.size + int64_t{rank()} * a.piece;
+  }
+  __device__ __forceinline__ int count() const {
+    return min_of(a.piece, a.size - rank() * a.piece);
   }
 
   __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
@@ -242,218 +186,268 @@ struct ImageBlock {
     });
   }
 
+  __device__ __forceinline__ int row_of(int p) const {
+    return static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p)));
+  }
   // Of a pixel, in the plane `in`.
   __device__ __forceinline__ int place_of(int p) const {
-    const int h = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(p)));
-    return p + h * (a.at.pitch - a.W) + a.taps_w / 2;
+    return p + row_of(p) * (a.taps_w - 1) + a.taps_w / 2;
   }
 
   // ---------------------------------------------------------------------------------- the data
 
-  // A pack of this thread: its number, a constant once this is compiled; its column; where it
-  // begins among the block's elements, and where the thread's first one of the column does; how
-  // many of its elements there are; whether it is the first or the last one of its column.
-  struct Place {
-    int number, column, at, column_at, count;
-    bool first, last;
-  };
-
-  // step(place) for all packs of the thread. The same number of steps for all threads.
-  template <typename Step>
-  __device__ __forceinline__ void each_pack(const Step& step) const {
-    int column = first_column, column_at = start, turn = 0;
-    unsigned mask = inside;
-    // Nothing to compute once for all images and to keep: the registers are for the data.
-    asm volatile("" : "+r"(column), "+r"(column_at), "+r"(mask));
-    int at = column_at;
-#pragma unroll
-    for (int k = 0; k < kMostPacks<gradient>; ++k) {
-      if (k < a.plan.packs) {
-        // Of several blocks none has a part of an entry.
-        const int end = a.channels_last ? (column + 1) * a.C : a.size;
-        const int count = kPacked ? n : min_of(n, end - at);
-        step(Place{k, column, at, column_at, mask >> k & 1 ? count : 0, turn == 0,
-                   turn == a.plan.per - 1});
-        at += a.plan.groups * a.plan.entry_step;
-        if (++turn == a.plan.per) {
-          turn = 0, column += a.plan.across, column_at += a.plan.across * a.plan.column_step;
-          at = column_at;
-        }
-      }
-    }
-  }
-
-  // This thread's packs of an image begin to come to its own part of shared memory.
-  __device__ __forceinline__ void prefetch(T* stage, const T* images, int image) const {
+  // This block's share of an image begins to come to shared memory: there after wait_for_copies()
+  // and a barrier.
+  __device__ __forceinline__ void load(T* to, const T* images, int image) const {
     const T* const from = images + begin(image);
-    each_pack([&](const Place& place) {
-      if (place.count > 0) {
-        copy_pack<4>(as_words(stage + (place.number * threads + thread) * n),
-                     as_words(from + place.at));
+    const int size = count();
+    if (a.aligned) {
+      constexpr int kWhole = kPackSize<T>;
+      for (int i = thread * kWhole; i < size; i += threads * kWhole) {
+        copy_pack<kWhole>(to + i, from + i);
       }
-    });
-  }
-  // And from there to registers, after wait_for_copies().
-  __device__ __forceinline__ void take(Image& x, const T* stage) const {
-#pragma unroll
-    for (int k = 0; k < kMostPacks<gradient>; ++k) {
-      if (k < a.plan.packs)
-        x.packs[k].of = load_pack<4>(as_words(stage + (k * threads + thread) * n));
+    } else {
+      for (int i = thread; i < size; i += threads) to[i] = from[i];
     }
   }
 
-  // whole() for a pack that has all of its elements, at a multiple of 16 bytes, or else one(j) for
-  // those that there are.
-  template <typename Whole, typename One>
-  __device__ __forceinline__ void access(const Place& place, const Whole& whole,
-                                         const One& one) const {
-    if (kPacked || a.aligned) {
-      if (place.count > 0) whole();
+  // body(column) for the columns of this thread, and for numbers of columns that there are none of
+  // where others of its warp have one: as many calls for all threads of a warp.
+  template <typename Body>
+  __device__ __forceinline__ void each_column(const Body& body) const {
+    const ImagePlan& plan = a.plan;
+    const int warp = thread / kWarp % plan.column_warps, lane = thread % kWarp;
+    const int mine = kLast ? lane / plan.lane_groups : lane % plan.lane_columns;
+    for (int first = warp * plan.lane_columns; first < columns();
+         first += plan.column_warps * plan.lane_columns) {
+      body(first + mine);
+    }
+  }
+  // Of this block. Columns are counted from its first one.
+  __device__ __forceinline__ int columns() const {
+    return kLast ? min_of(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
+  }
+  __device__ __forceinline__ int entries() const {
+    return kLast ? a.plan.entries : min_of(a.plan.entries - share_begin(), a.plan.share);
+  }
+
+  // body(at, count) for this thread's packs of a column: where one begins, how many of its elements
+  // there are.
+  template <typename Body>
+  __device__ __forceinline__ void each_pack(int column, const Body& body) const {
+    const ImagePlan& plan = a.plan;
+    const int lane = thread % kWarp;
+    const int group =
+        kLast ? lane % plan.lane_groups
+              : thread / (kWarp * plan.column_warps) * plan.lane_groups + lane / plan.lane_columns;
+    const int groups = plan.lane_groups * plan.slots, step = groups * plan.entry_step;
+    int at = column * plan.column_step + group * plan.entry_step;
+    const int end = kLast ? (column + 1) * plan.column_step : count();
+    for (int left = entries() - group; left > 0; left -= groups, at += step) {
+      body(at, kPacked ? n : min_of(n, end - at));
+    }
+  }
+
+  __device__ __forceinline__ static Pack<T, n> take(const T* from, int count) {
+    if constexpr (kPacked) {
+      return load_pack<n>(from);
+    } else {
+      Pack<T, n> pack;
+#pragma unroll
+      for (int j = 0; j < n; ++j) pack.values[j] = j < count ? from[j] : T(0);
+      return pack;
+    }
+  }
+
+  // The pixel of a column's j-th.
+  __device__ __forceinline__ int pixel_of(int column, int j) const {
+    if constexpr (kLast) return share_begin() + column;
+    if constexpr (kPacked) return column * n + j;
+    return static_cast<int>(a.by_HW.remainder(static_cast<uint32_t>(column * n + j)));
+  }
+
+  // The values of a plane for the pixels of a column.
+  __device__ __forceinline__ void of_column(const A* plane, int column, A (&values)[m]) const {
+    if constexpr (!kLast && kPacked) {
+      const Pack<A, m> pack = load_pack<m>(plane + column * n);
+#pragma unroll
+      for (int j = 0; j < m; ++j) values[j] = pack.values[j];
     } else {
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        if (j < place.count) one(j);
-      }
-    }
-  }
-  __device__ __forceinline__ void load(Image& x, const T* images, int image) const {
-    const T* const memory = images + begin(image);
-    each_pack([&](const Place& place) {
-      const T* const from = memory + place.at;
-      Words<T>& to = x.packs[place.number];
-      access(
-          place, [&] { to.of = load_pack<4>(as_words(from)); }, [&](int j) { to.set(j, from[j]); });
-    });
-  }
-
-  // The values of a plane for the elements of a column's packs from h on.
-  __device__ __forceinline__ void of_column(const A* plane, int column, int h,
-                                            A (&values)[width]) const {
-    if (column >= a.plan.columns) return;
-    constexpr int step = kPacked ? m : 1;
-#pragma unroll
-    for (int i = 0; i < width; i += step) {
-      if (a.channels_last) {
-#pragma unroll
-        for (int j = 0; j < step; ++j) values[i + j] = plane[column];
-      } else {
-        const auto at = static_cast<uint32_t>(column * n + h + i);
-        const Pack<A, step> pack = load_pack<step>(plane + a.by_HW.remainder(at));
-#pragma unroll
-        for (int j = 0; j < step; ++j) values[i + j] = pack.values[j];
-      }
+      for (int j = 0; j < m; ++j) values[j] = plane[pixel_of(column, j)];
     }
   }
 
   // ------------------------------------------------------------------------------------ sums
 
-  // Adds an element of a pack.
-  __device__ __forceinline__ static void add(ChannelSums<gradient, A>& sums, const Image& grad,
-                                             const Image& x, int pack, int j, A scale, A centre,
-                                             bool squares) {
-    sums.add(gradient ? static_cast<A>(grad.packs[pack][j]) : A(0),
-             static_cast<A>(x.packs[pack][j]), scale, centre, squares);
+  // use(p, where, sums) for every pixel, with the sums over all channels. `where` is the pixel's
+  // place in the plane `in`. Ends with a barrier.
+  template <bool /* gradient, as of the block */, typename Use>
+  __device__ __forceinline__ void reduce(const T* grad, const T* x, const Use& use) const {
+    if (a.kind == LocalNorm::kSubtractive) {
+      sum_pixels<false>(grad, x, use);
+    } else {
+      sum_pixels<true>(grad, x, use);
+    }
   }
 
-  // use(p, where, sums) for every pixel, with the sums over all channels; those of squares are of
-  // deviations from the mean. `where` is the pixel's place in the plane `in`. Ends with a barrier.
-  template <bool /* gradient, as of the block */, typename Use>
-  __device__ __forceinline__ void reduce(const Image& grad, const Image& x, bool squares,
-                                         const Use& use) const {
-    using Sums = ChannelSums<gradient, A>;
-    const A scale = units().lift * units().part, scale_of_mean = units().part;
-    A* const partial = planes + a.at.scratch;
-    const int kind =
-        a.plan.sums * a.HW;  // one kind of sums: a plane for each partial sum of a pixel
-    const int kinds = squares ? Sums::kCount : 1;
-    if (a.channels_last) {
-      A centre = A(0);
-      Sums total;
-      each_pack([&](const Place& place) {
-        if (place.first) {
-          total = {};
-          centre = place.count > 0 && squares ? mean()[place.column] * scale_of_mean : A(0);
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-          if (j < place.count) add(total, grad, x, place.number, j, scale, centre, squares);
-        }
-        if (!place.last) return;
-#pragma unroll
-        for (int k = 0; k < Sums::kCount; ++k) {
-          const A sum = lane_sum(total.of[k], a.plan.groups);
-          if (place.count > 0 && thread % a.plan.groups == 0)
-            partial[k * kind + place.column] = sum;
-        }
-      });
-    } else {
-#pragma unroll
-      for (int h = 0; h < n; h += width) {
-        A centre[width] = {};
-        Sums total[width];
-        each_pack([&](const Place& place) {
-          if (place.first) {
-            if (squares) of_column(mean(), place.column, h, centre);
-#pragma unroll
-            for (int j = 0; j < width; ++j) total[j] = {}, centre[j] *= scale_of_mean;
-          }
-#pragma unroll
-          for (int j = 0; j < width; ++j) {
-            if (h + j < place.count) {
-              add(total[j], grad, x, place.number, h + j, scale, centre[j], squares);
-            }
-          }
-          if (!place.last || place.column >= a.plan.columns) return;
-#pragma unroll
-          for (int k = 0; k < Sums::kCount; ++k) {
-#pragma unroll
-            for (int i = 0; i < width; i += m) {
-              Pack<A, m> sums;
-#pragma unroll
-              for (int j = 0; j < m; ++j) sums.values[j] = total[i + j].of[k];
-              if (k < kinds) store_pack(partial + k * kind + place.column_at + h + i, sums);
-            }
-          }
-        });
-      }
-    }
+  template <bool kSquares, typename Use>
+  __device__ __forceinline__ void sum_pixels(const T* grad, const T* x, const Use& use) const {
+    add_columns<kSquares>(grad, x);
     __syncthreads();
-    if (a.plan.cluster > 1) {
-      if (a.plan.sums > 1) {  // this block's own first, for others to read one number a pixel
-        for (int p = thread; p < a.HW; p += threads) {
+    const ImagePlan& plan = a.plan;
+    A* const partial = planes + a.at.scratch;
+    const int kind = plan.sums * a.HW;  // elements of a kind of sums
+    // Of `terms` sums that are so far apart. In a cluster a block's own come first, for others to
+    // read one number a pixel.
+    const auto total_of = [&](int terms, const auto& sums_at) {
+      return merged<kSquares>(terms, [&](int i, int k) { return sums_at(i)[k * kind]; });
+    };
+    if (plan.cluster > 1) {
+      for (int p = thread; p < a.HW && plan.sums > 1; p += threads) {
+        const Sums total = total_of(plan.sums, [&](int i) { return partial + i * a.HW + p; });
 #pragma unroll
-          for (int k = 0; k < Sums::kCount; ++k) {
-            A* const sums = partial + k * kind + p;
-            A total = sums[0];
-            for (int i = 1; i < a.plan.sums; ++i) total += sums[i * a.HW];
-            sums[0] = total;
-          }
-        }
+        for (int k = 0; k < kKinds<kSquares>; ++k) partial[k * kind + p] = total.of[k];
       }
       sync_cluster();
     }
     for (int p = thread; p < a.HW; p += threads) {
-      Sums total;
-      // Of all blocks, of the one that has the pixel, or of this block's groups.
-      const bool gathered = a.plan.cluster > 1 && !a.channels_last;
-      const int terms = gathered ? a.plan.cluster : a.plan.sums;
-      const A* mine = partial + p;
-      if (a.plan.cluster > 1 && a.channels_last) mine = cluster_peer(mine, p / a.plan.share);
-#pragma unroll 4
-      for (int i = 0; i < terms; ++i) {
-        const A* from = gathered ? cluster_peer(mine, i) : mine + i * a.HW;
-#pragma unroll
-        for (int k = 0; k < Sums::kCount; ++k) {
-          if (k < kinds) total.of[k] += from[k * kind];
-        }
+      const A* const mine = partial + p;
+      // Of this block's slots; of all blocks; of the one that has the pixel.
+      if (plan.cluster == 1) {
+        use(p, place_of(p), total_of(plan.sums, [&](int i) { return mine + i * a.HW; }));
+      } else if constexpr (kLast) {
+        use(p, place_of(p), total_of(1, [&](int) { return cluster_peer(mine, p / plan.share); }));
+      } else {
+        use(p, place_of(p), total_of(plan.cluster, [&](int i) { return cluster_peer(mine, i); }));
       }
-      use(p, place_of(p), total);
     }
-    if (a.plan.cluster > 1) {
+    if (plan.cluster > 1) {
       sync_cluster();  // before anyone writes over what others have yet to read
     } else {
       __syncthreads();
     }
+  }
+
+  // Which kinds of sums there are: the first one, or all of them.
+  template <bool kSquares>
+  static constexpr int kKinds = kSquares ? Sums::kKinds : 1;
+
+  __device__ __forceinline__ bool about_mean() const { return a.kind == LocalNorm::kContrastive; }
+
+  // The sums of all of them: term(i, kind).
+  template <bool kSquares, typename Term>
+  __device__ __forceinline__ Sums merged(int terms, const Term& term) const {
+    Sums all;
+#pragma unroll
+    for (int k = 0; k < kKinds<kSquares>; ++k) all.of[k] = term(0, k);
+    if (terms == 1) return all;
+    const bool moments = kSquares && about_mean();
+    A mean = A(0);
+    if (moments) {
+      A number = A(0), sum = A(0);
+      for (int i = 0; i < terms; ++i) number += term(i, kNumber), sum += term(i, kTotal);
+      mean = sum / number;
+      all.move_to(mean);
+    }
+#pragma unroll 1
+    for (int i = 1; i < terms; ++i) {
+      Sums next;
+#pragma unroll
+      for (int k = 0; k < kKinds<kSquares>; ++k) next.of[k] = term(i, k);
+      if (moments) next.move_to(mean);
+      all.add(next);
+    }
+    return all;
+  }
+
+  // Adds up this block's columns, into the partial sums.
+  template <bool kSquares>
+  __device__ __forceinline__ void add_columns(const T* grad, const T* x) const {
+    const ImagePlan& plan = a.plan;
+    const A scale = units().lift * units().part;
+    const bool moments = kSquares && about_mean();
+    const int lane = thread % kWarp, slot = thread / (kWarp * plan.column_warps);
+    const bool writes = (kLast ? lane % plan.lane_groups : lane / plan.lane_columns) == 0;
+    A* const partial = planes + a.at.scratch + (kLast ? 0 : slot * plan.entry_step);
+    const int kind = plan.sums * a.HW;
+    each_column([&](int column) {
+      const bool inside = column < columns();
+      Sums sums[w];
+      A centre[w] = {};
+      int packs = 0;
+      if (inside) {
+        each_pack(column, [&](int at, int count) {
+          const Pack<T, n> xs = take(x + at, count);
+          Pack<T, n> gs{};
+          if constexpr (gradient) gs = take(grad + at, count);
+          if (moments && packs == 0) {
+#pragma unroll
+            for (int j = 0; j < w; ++j) {
+              // In NHWC all sums are of one pixel, and about one number.
+              const A value = static_cast<A>(xs.values[kLast ? 0 : j]) * scale;
+              centre[j] = std::abs(value) <= Range<A>::kLargest ? value : A(0);
+            }
+          }
+          ++packs;
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            if (!kPacked && j >= count) continue;
+            Sums& own = sums[j % w];
+            own.template add_one<kSquares>(gradient ? static_cast<A>(gs.values[j]) : A(0),
+                                           static_cast<A>(xs.values[j]) * scale - centre[j % w]);
+            if constexpr (!kPacked) own.of[kNumber] += A(1);
+          }
+        });
+      }
+      if constexpr (kPacked) {
+#pragma unroll
+        for (int j = 0; j < w; ++j) sums[j].of[kNumber] = static_cast<A>(packs * (n / w));
+      }
+      if constexpr (kLast) {
+#pragma unroll
+        for (int j = 1; j < w; ++j) sums[0].add(sums[j]);
+      }
+      const auto over_lanes = [&](A value) {
+        for (int i = 1; i < plan.lane_groups; i *= 2) {
+          value += __shfl_xor_sync(kWholeWarp, value, kLast ? i : i * plan.lane_columns);
+        }
+        return value;
+      };
+      A all_of_first = A(0);
+#pragma unroll
+      for (int j = 0; j < m; ++j) {
+        Sums& own = sums[j];
+        if constexpr (kSquares) {
+          if (moments) {
+            own.settle(centre[j]);
+            const A all = kPacked && j > 0 ? all_of_first : over_lanes(own.of[kNumber]);
+            if (j == 0) all_of_first = all;
+            own.move_to(over_lanes(own.of[kTotal]) / all);
+            own.of[kNumber] = all;
+          }
+#pragma unroll
+          for (int k = 0; k < Sums::kKinds; ++k) {
+            if (k != kNumber) own.of[k] = over_lanes(own.of[k]);
+          }
+        } else {
+          own.of[kTotal] = over_lanes(own.of[kTotal]);
+        }
+      }
+      if (!inside || !writes) return;
+#pragma unroll
+      for (int k = 0; k < kKinds<kSquares>; ++k) {
+        A* const to = partial + k * kind;
+        if constexpr (kLast) {
+          to[share_begin() + column] = sums[0].of[k];
+        } else {
+          Pack<A, m> of_kind;
+#pragma unroll
+          for (int j = 0; j < m; ++j) of_kind.values[j] = sums[j].of[k];
+          store_pack(to + column * m, of_kind);
+        }
+      }
+    });
   }
 
   // ------------------------------------------------------------------------------------ blur
@@ -464,85 +458,88 @@ struct ImageBlock {
   template <typename Finish>
   __device__ __forceinline__ bool blur(bool adjoint, const Finish& finish) const {
     const PlaneLayout& at = a.at;
-    const A *in = planes, *taps = planes + (adjoint ? at.flipped : at.weight);
+    const A* taps = planes + (adjoint ? at.flipped : at.weight);
     A* const scratch = planes + at.scratch;
-    const int per_row = at.W4 / 4, W4 = at.W4;
-    if (a.separable) {  // partial sums were there
-      for (int i = thread; i < (at.scratch_rows - a.H) * W4; i += threads) {
-        scratch[i < at.above * W4 ? i : i + a.H * W4] = A(0);
-      }
+    const int before = at.above * a.W, zeros = (at.scratch_rows - a.H) * a.W;
+    for (int i = thread; i < zeros; i += threads) {  // partial sums were there
+      scratch[i < before ? i : i + a.HW] = A(0);
     }
-    for (int i = thread; i < a.H * per_row; i += threads) {
-      const int h = static_cast<int>(a.by_row.quotient(static_cast<uint32_t>(i))),
-                w = (i - h * per_row) * 4;
-      A sums[4] = {};
-      const int lines = a.separable ? 1 : a.taps_h;
-      for (int k = 0; k < lines; ++k) {
-        const int row = h - lines / 2 + k;
-        if (row < 0 || row >= a.H) continue;
-        const A* x = in + row * at.pitch + w;
-        correlate_four([&](int j) { return load_four(x + j); }, taps + k * at.taps_pitch, a.taps_w,
-                       sums);
+    for (int p = thread; p < a.HW; p += threads) {
+      const int h = row_of(p);
+      const A* x = planes + p + h * (a.taps_w - 1);
+      A sum = A(0);
+      if (a.separable) {
+        sum = correlated(x, 1, taps, a.taps_w);
+      } else {
+        const int first = h - a.taps_h / 2;
+        for (int k = 0; k < a.taps_h; ++k) {
+          if (first + k < 0 || first + k >= a.H) continue;
+          sum += correlated(x + (first + k - h) * at.pitch, 1, taps + k * at.taps_pitch, a.taps_w);
+        }
       }
-      store_four(scratch + (at.above + h) * W4 + w, sums);
+      scratch[before + p] = sum;
     }
     __syncthreads();
     bool any = false;
-    for (int i = thread; i < (a.H + 3) / 4 * a.W; i += threads) {
-      const int group = static_cast<int>(a.by_W.quotient(static_cast<uint32_t>(i))),
-                w = i - group * a.W, h = group * 4;
-      const A* x = scratch + h * W4 + w;
-      A sums[4] = {};
-      const auto load = [&](int k) -> Four<A> {
-        const A* from = x + k * W4;
-        return {from[0], from[W4], from[2 * W4], from[3 * W4]};
-      };
-      if (a.separable) {
-        correlate_four(load, taps, a.taps_h, sums);
-      } else {
-        const Four<A> four = load(0);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] = four.values[j];
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (h + j < a.H) {
-          any |= finish(sums[j], (h + j) * a.W + w, (h + j) * at.pitch + w + a.taps_w / 2);
-        }
-      }
+    for (int p = thread; p < a.HW; p += threads) {
+      const A sum = a.separable ? correlated(scratch + p, a.W, taps, a.taps_h) : scratch[p];
+      any |= finish(sum, p, place_of(p));
     }
     return __syncthreads_or(any);
   }
 
+  // The sum over k of x[k step] taps[k]; four loads at a time are under way.
+  __device__ __forceinline__ static A correlated(const A* x, int step, const A* taps, int count) {
+    A sum = A(0);
+    for (int k = 0; k < count; k += 4, x += 4 * step) {
+      const Four<A> weight = load_four(taps + k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (k + i < count) sum += x[i * step] * weight.values[i];
+      }
+    }
+    return sum;
+  }
+
   // ----------------------------------------------------------------------------------- apply
 
-  // The result for every element of this thread's, in the place of x; to the image in memory.
-  __device__ __forceinline__ void apply(const Result<gradient, kExact, A>& result,
-                                        const Image& grad, Image& x, const A* plane0,
-                                        const A* plane1, const A* plane2) const {
+  // The result for every element of this thread's, to the image in memory.
+  __device__ __forceinline__ void apply(const Result<gradient, kExact, A>& result, const T* grad,
+                                        const T* x, const A* plane0, const A* plane1,
+                                        const A* plane2) const {
     T* const memory = a.out + begin(units().image);
+    each_column([&](int column) {
+      if (column >= columns()) return;
+      A of[3][m] = {};
+      of_column(plane0, column, of[0]);
+      if (result.divides) {
+        of_column(plane1, column, of[1]);
+      } else {
 #pragma unroll
-    for (int h = 0; h < n; h += width) {
-      A of[3][width] = {};
-      each_pack([&](const Place& place) {
-        if (place.first) {
-          of_column(plane0, place.column, h, of[0]);
-          of_column(plane1, place.column, h, of[1]);
-          if constexpr (gradient) of_column(plane2, place.column, h, of[2]);
-        }
-        Words<T>& xs = x.packs[place.number];
-        const Words<T>& gs = grad.packs[place.number];
+        for (int j = 0; j < m; ++j) of[1][j] = A(1);
+      }
+      if constexpr (gradient) of_column(plane2, column, of[2]);
+      each_pack(column, [&](int at, int count) {
+        const Pack<T, n> xs = take(x + at, count);
+        Pack<T, n> gs{}, ys;
+        if constexpr (gradient) gs = take(grad + at, count);
 #pragma unroll
-        for (int j = 0; j < width; ++j) {
-          const A of_grad = gradient ? static_cast<A>(gs[h + j]) : A(0);
-          xs.set(h + j, static_cast<T>(result(of_grad, static_cast<A>(xs[h + j]), of[0][j],
-                                              of[1][j], of[2][j])));
+        for (int j = 0; j < n; ++j) {
+          ys.values[j] = static_cast<T>(result(gradient ? static_cast<A>(gs.values[j]) : A(0),
+                                               static_cast<A>(xs.values[j]), of[0][j % m],
+                                               of[1][j % m], of[2][j % m]));
         }
-        if (h + width < n) return;
-        T* const to = memory + place.at;
-        access(place, [&] { store_pack(as_words(to), xs.of); }, [&](int j) { to[j] = xs[j]; });
+        T* const to = memory + at;
+        if (a.aligned && (kPacked || (!kLast && count == n))) {
+          store_pack(to, ys);
+        } else {
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            if (j < count) to[j] = ys.values[j];
+          }
+        }
       });
-    }
+    });
   }
 };
 

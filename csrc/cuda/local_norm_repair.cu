@@ -37,18 +37,23 @@ struct MemoryBlock {
   __device__ A over_coef(A value, int64_t p) const { return value / a.coef[p]; }
 
   template <bool gradient, typename Use>
-  __device__ void reduce(const T* grad, const T* x, bool squares, const Use& use) const {
+  __device__ void reduce(const T* grad, const T* x, const Use& use) const {
     const A scale = units().lift * units().part;
 #pragma unroll 1
     for (int64_t p = thread; p < HW; p += threads) {
-      ChannelSums<gradient, A> sums;
-      const A centre = squares ? mean()[p] * units().part : A(0);
+      const auto each = [&](const auto& body) {
 #pragma unroll 1
-      for (int64_t c = 0; c < a.C; ++c) {
-        const int64_t i = c * a.stride_c() + p * a.stride_pixel();
-        sums.add(gradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]), scale, centre,
-                 squares);
-      }
+        for (int64_t c = 0; c < a.C; ++c) {
+          const int64_t i = c * a.stride_c() + p * a.stride_pixel();
+          body(gradient ? static_cast<A>(grad[i]) : A(0), static_cast<A>(x[i]) * scale);
+        }
+      };
+      A total = A(0);
+      each([&](A, A z) { total += z; });
+      const A mean = a.kind == LocalNorm::kContrastive ? over_channels(total) : A(0);
+      ChannelSums<gradient, A> sums;
+      each([&](A g, A z) { sums.template add_one<true>(g, z - mean); });
+      sums.of[kTotal] = total;
       use(p, p, sums);
     }
     __syncthreads();
