@@ -68,8 +68,9 @@ A root_of_least(int64_t C) {
 
 // ----------------------------------------------------------------------------------------- reduce
 
-// Kinds of sums over channels: of numbers z = x * scale; of squares of their deviations, from their
-// mean or from 0; how many they are; for the gradient of grad times the deviation, and of grad.
+// Kinds of sums over channels: of numbers z = x * scale; of squares of their deviations, for
+// contrastive from their mean, else from 0; how many they are; for the gradient of grad times the
+// deviation, and of grad.
 enum SumKind { kTotal, kSquare, kNumber, kProduct, kGrad };
 
 template <bool gradient, typename A>
@@ -77,11 +78,21 @@ struct ChannelSums {
   static constexpr int kKinds = gradient ? 5 : 3;
   A of[kKinds] = {};
 
-  template <bool kSquares>
+  // Whether the operator needs this kind.
+  static constexpr MNIST_OPS_HD bool has(LocalNorm kind, int k) {
+    return kind == LocalNorm::kContrastive ||
+           (kind == LocalNorm::kDivisive ? k == kSquare || k == kProduct : k == kTotal);
+  }
+
+  // grad and a deviation of which the sums are.
+  template <LocalNorm kind>
   __device__ __forceinline__ void add_one(A grad, A z) {
-    of[kTotal] += z;
-    if constexpr (kSquares) of[kSquare] += z * z;
-    if constexpr (gradient) of[kProduct] += grad * z, of[kGrad] += grad;
+    if (has(kind, kTotal)) of[kTotal] += z;
+    if (has(kind, kSquare)) of[kSquare] += z * z;
+    if constexpr (gradient) {
+      of[kProduct] += grad * z;
+      if (has(kind, kGrad)) of[kGrad] += grad;
+    }
   }
 
   // Deviations of both are from the same number.
@@ -92,8 +103,9 @@ struct ChannelSums {
 
   // What was added up were deviations from one of the numbers, which is why the difference of
   // squares keeps its digits. Now they are the numbers, and deviations are from their mean.
-  __device__ __forceinline__ void settle(A centre) {
-    const A offset = of[kNumber] > A(0) ? of[kTotal] / of[kNumber] : A(0);
+  // by_number: 1 / of[kNumber], 0 for none.
+  __device__ __forceinline__ void settle(A centre, A by_number) {
+    const A offset = of[kTotal] * by_number;
     if (of[kSquare] <= std::numeric_limits<A>::max()) {
       const A left = of[kSquare] - offset * of[kTotal];
       of[kSquare] = left > A(0) ? left : A(0);
@@ -103,8 +115,8 @@ struct ChannelSums {
   }
 
   // From deviations from their own mean to those from another one.
-  __device__ __forceinline__ void move_to(A mean) {
-    const A offset = of[kNumber] > A(0) ? of[kTotal] / of[kNumber] - mean : A(0);
+  __device__ __forceinline__ void move_to(A mean, A by_number) {
+    const A offset = by_number > A(0) ? of[kTotal] * by_number - mean : A(0);
     of[kSquare] += of[kNumber] * offset * offset;
     if constexpr (gradient) of[kProduct] += offset * of[kGrad];
   }
@@ -229,7 +241,8 @@ enum Pass { kMean, kDeviation, kShare, kOffset };
 // Where s is that much larger than elsewhere that the gradient would need kPart, it is 0 next to
 // the gradient there.
 template <bool gradient, typename Block, typename T = typename Block::Element>
-__device__ __forceinline__ void normalize_image(const Block& block, const T* g, const T* x) {
+__device__ __forceinline__ void normalize_image(const Block& block, const T* g,
+                                                typename Block::Data x) {
   using A = opmath_t<T>;
   using R = Range<A>;
   A *mean = block.mean(), *d = block.d(), *in = block.in();

@@ -15,10 +15,14 @@ namespace mnist_ops::cuda {
 //
 // An image is a table of packs. Those of a column have the same pixels: in NHWC a column is a pixel
 // and its entries are the packs of its channels; in NCHW an entry is a channel, or as many channels
-// as it takes for the next one to begin with a pack, and a column is a pack of it. A warp takes
-// `lane_columns` columns at a time, `lane_groups` of its threads share the entries of each: in NCHW
-// 8 columns next to each other, in NHWC up to 8 packs of a pixel, so that a quarter of a warp reads
-// 128 bytes in a row. `slots` warps share the entries of the same columns (NCHW).
+// as it takes for the next one to begin with a pack, and a column is a pack of it. kLaneGroups
+// threads of a warp share the entries of a column: in NCHW a warp has 8 columns next to each other,
+// in NHWC 8 threads share a pixel, so that a quarter of a warp reads 128 bytes in a row. `slots`
+// warps share the entries of the same columns (NCHW).
+template <bool kLast>
+constexpr int kLaneGroups = kLast ? 8 : 4;
+template <bool kLast>
+constexpr int kLaneColumns = kWarp / kLaneGroups<kLast>;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -30,6 +34,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 //            window of a pixel begins at the pixel's own index
 //   scratch  that plane blurred along rows, with rows of zeros above and below; before it is
 //            blurred, the partial sums of warps and of blocks
+//   units    and the barrier of what is on its way
 //   d        begins where scratch ends; for the gradient among the partial sums, which are done
 //            with when it is written
 struct PlaneLayout {
@@ -53,7 +58,7 @@ struct PlaneLayout {
       end += count;
       return static_cast<int>(begin);
     };
-    weight = take(taps), flipped = take(taps), units = take(8);
+    weight = take(taps), flipped = take(taps), units = take(12);
     coef = take(flat), mean = take(flat);
     q = take(backward ? flat : 0), grads = take(backward ? flat : 0);
     centred = take(backward ? flat : 0);
@@ -74,7 +79,6 @@ struct ImagePlan {
   int share = 0;                        // entries or (NHWC) columns of a block
   int columns = 0, entries = 0;         // of the table
   int column_step = 0, entry_step = 0;  // in elements
-  int lane_groups = 0, lane_columns = 0;
   int column_warps = 0, slots = 0;
   int sums = 0;       // partial sums of a pixel in a block
   int64_t bytes = 0;  // of shared memory
@@ -111,22 +115,35 @@ constexpr int kTablePack = kLast ? kPackSize<T> : kImagePack<T>;
 template <bool gradient, bool kLast, bool kPacked, typename T>
 struct ImageBlock {
   using Element = T;
+  using Data = T*;  // which the result takes the place of
   using A = opmath_t<T>;
   using Sums = ChannelSums<gradient, A>;
   static constexpr int n = kTablePack<kLast, T>;
   static constexpr int m = kLast ? 1 : n;         // pixels of a pack
   static constexpr int w = kLast ? 2 : n;         // sums that a thread adds to in turn
   static constexpr bool kExact = sizeof(A) == 8;  // coef and d; or they are reciprocals
+  static constexpr int kGroups = kLaneGroups<kLast>, kColumns = kLaneColumns<kLast>;
 
   const ImageArguments<T>& a;
   A* const planes;
   const int threads, thread;
+  int slot, first_column;  // of this thread
+  int group, packs;        // its first entry of a column, and how many it has
 
   __device__ __forceinline__ ImageBlock(const ImageArguments<T>& arguments, A* memory)
       : a(arguments),
         planes(memory),
         threads(static_cast<int>(blockDim.x)),
-        thread(static_cast<int>(threadIdx.x)) {}
+        thread(static_cast<int>(threadIdx.x)) {
+    const int lane = thread % kWarp, warp = thread / kWarp;
+    slot = warp / a.plan.column_warps;
+    const int lane_group = kLast ? lane % kGroups : lane / kColumns;
+    first_column =
+        (warp - slot * a.plan.column_warps) * kColumns + (kLast ? lane / kGroups : lane % kColumns);
+    group = slot * kGroups + lane_group;
+    const int groups = kGroups * a.plan.slots;
+    packs = (entries() - group + groups - 1) / groups;
+  }
 
   __device__ __forceinline__ int rank() const {
     return static_cast<int>(blockIdx.x) & (a.plan.cluster - 1);
@@ -196,33 +213,64 @@ struct ImageBlock {
 
   // ---------------------------------------------------------------------------------- the data
 
-  // This block's share of an image begins to come to shared memory: there after wait_for_copies()
-  // and a barrier.
-  __device__ __forceinline__ void load(T* to, const T* images, int image) const {
-    const T* const from = images + begin(image);
+  __device__ __forceinline__ uint64_t* arrival() const {
+    return reinterpret_cast<uint64_t*>(planes + a.at.units + 8);
+  }
+
+  // This block's share of an image to shared memory and back, by all threads; there after a
+  // barrier, which load() ends with. What store() reads must not change before the next load().
+  __device__ __forceinline__ void load(T* x, T* grad, int image, bool parity) const {
+    const int64_t first = begin(image);
+    if constexpr (kHasBulkCopies) {
+      if (a.aligned) {
+        if (thread == 0) {
+          const int bytes = count() * static_cast<int>(sizeof(T));
+          wait_for_bulk_stores();
+          expect_bytes(arrival(), gradient ? 2 * bytes : bytes);
+          bulk_load(x, a.input + first, bytes, arrival());
+          if constexpr (gradient) bulk_load(grad, a.grad + first, bytes, arrival());
+        }
+        wait_for_bytes(arrival(), parity);
+        return;
+      }
+    }
+    copy<true>(x, a.input + first);
+    if constexpr (gradient) copy<true>(grad, a.grad + first);
+    wait_for_copies();
+    __syncthreads();
+  }
+  __device__ __forceinline__ void store(int image, const T* x) const {
+    T* const to = a.out + begin(image);
+    if constexpr (kHasBulkCopies) {
+      if (a.aligned) {
+        order_bulk_store();
+        __syncthreads();
+        if (thread == 0) bulk_store(to, x, count() * static_cast<int>(sizeof(T)));
+        return;
+      }
+    }
+    __syncthreads();
+    copy<false>(to, x);
+  }
+
+  // All of the share.
+  template <bool kToShared>
+  __device__ __forceinline__ void copy(T* to, const T* from) const {
+    constexpr int kWhole = kPackSize<T>;
     const int size = count();
     if (a.aligned) {
-      constexpr int kWhole = kPackSize<T>;
       for (int i = thread * kWhole; i < size; i += threads * kWhole) {
-        copy_pack<kWhole>(to + i, from + i);
+        if constexpr (kToShared) {
+          copy_pack<kWhole>(to + i, from + i);
+        } else {
+          store_pack(to + i, load_pack<kWhole>(from + i));
+        }
       }
     } else {
       for (int i = thread; i < size; i += threads) to[i] = from[i];
     }
   }
 
-  // body(column) for the columns of this thread, and for numbers of columns that there are none of
-  // where others of its warp have one: as many calls for all threads of a warp.
-  template <typename Body>
-  __device__ __forceinline__ void each_column(const Body& body) const {
-    const ImagePlan& plan = a.plan;
-    const int warp = thread / kWarp % plan.column_warps, lane = thread % kWarp;
-    const int mine = kLast ? lane / plan.lane_groups : lane % plan.lane_columns;
-    for (int first = warp * plan.lane_columns; first < columns();
-         first += plan.column_warps * plan.lane_columns) {
-      body(first + mine);
-    }
-  }
   // Of this block. Columns are counted from its first one.
   __device__ __forceinline__ int columns() const {
     return kLast ? min_of(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
@@ -231,21 +279,31 @@ struct ImageBlock {
     return kLast ? a.plan.entries : min_of(a.plan.entries - share_begin(), a.plan.share);
   }
 
+  // body(column) for the columns of this thread, and for numbers of columns that there are none of
+  // where others of its warp have one: as many calls for all threads of a warp.
+  template <typename Body>
+  __device__ __forceinline__ void each_column(const Body& body) const {
+    const int in_warp = kLast ? thread % kWarp / kGroups : thread % kColumns;
+    for (int column = first_column; column - in_warp < columns();
+         column += a.plan.column_warps * kColumns) {
+      body(column);
+    }
+  }
+
   // body(at, count) for this thread's packs of a column: where one begins, how many of its elements
   // there are.
   template <typename Body>
   __device__ __forceinline__ void each_pack(int column, const Body& body) const {
-    const ImagePlan& plan = a.plan;
-    const int lane = thread % kWarp;
-    const int group =
-        kLast ? lane % plan.lane_groups
-              : thread / (kWarp * plan.column_warps) * plan.lane_groups + lane / plan.lane_columns;
-    const int groups = plan.lane_groups * plan.slots, step = groups * plan.entry_step;
-    int at = column * plan.column_step + group * plan.entry_step;
-    const int end = kLast ? (column + 1) * plan.column_step : count();
-    for (int left = entries() - group; left > 0; left -= groups, at += step) {
+    const int step = kGroups * a.plan.slots * a.plan.entry_step;
+    const int end = kLast ? (column + 1) * a.plan.column_step : count();
+    int at = first_pack(column);
+#pragma unroll(kLast ? 1 : 4)
+    for (int left = packs; left > 0; --left, at += step) {
       body(at, kPacked ? n : min_of(n, end - at));
     }
+  }
+  __device__ __forceinline__ int first_pack(int column) const {
+    return column * a.plan.column_step + group * a.plan.entry_step;
   }
 
   __device__ __forceinline__ static Pack<T, n> take(const T* from, int count) {
@@ -285,35 +343,37 @@ struct ImageBlock {
   template <bool /* gradient, as of the block */, typename Use>
   __device__ __forceinline__ void reduce(const T* grad, const T* x, const Use& use) const {
     if (a.kind == LocalNorm::kSubtractive) {
-      sum_pixels<false>(grad, x, use);
+      sum_pixels<LocalNorm::kSubtractive>(grad, x, use);
+    } else if (a.kind == LocalNorm::kDivisive) {
+      sum_pixels<LocalNorm::kDivisive>(grad, x, use);
     } else {
-      sum_pixels<true>(grad, x, use);
+      sum_pixels<LocalNorm::kContrastive>(grad, x, use);
     }
   }
 
-  template <bool kSquares, typename Use>
+  template <LocalNorm kind, typename Use>
   __device__ __forceinline__ void sum_pixels(const T* grad, const T* x, const Use& use) const {
-    add_columns<kSquares>(grad, x);
-    __syncthreads();
     const ImagePlan& plan = a.plan;
     A* const partial = planes + a.at.scratch;
-    const int kind = plan.sums * a.HW;  // elements of a kind of sums
-    // Of `terms` sums that are so far apart. In a cluster a block's own come first, for others to
-    // read one number a pixel.
-    const auto total_of = [&](int terms, const auto& sums_at) {
-      return merged<kSquares>(terms, [&](int i, int k) { return sums_at(i)[k * kind]; });
+    const int size = plan.sums * a.HW;  // of all sums of a kind
+    add_columns<kind>(grad, x);
+    __syncthreads();
+    const auto total_of = [&](int terms, const auto& first_of) {
+      return merged<kind>(terms, [&](int i, int k) { return first_of(i)[k * size]; });
     };
-    if (plan.cluster > 1) {
+    if (plan.cluster > 1) {  // a block's own first, for others to read one number a pixel
       for (int p = thread; p < a.HW && plan.sums > 1; p += threads) {
         const Sums total = total_of(plan.sums, [&](int i) { return partial + i * a.HW + p; });
 #pragma unroll
-        for (int k = 0; k < kKinds<kSquares>; ++k) partial[k * kind + p] = total.of[k];
+        for (int k = 0; k < Sums::kKinds; ++k) {
+          if (Sums::has(kind, k)) partial[k * size + p] = total.of[k];
+        }
       }
       sync_cluster();
     }
     for (int p = thread; p < a.HW; p += threads) {
       const A* const mine = partial + p;
-      // Of this block's slots; of all blocks; of the one that has the pixel.
+      // Of this block's slots; of the block that has the pixel; of all blocks.
       if (plan.cluster == 1) {
         use(p, place_of(p), total_of(plan.sums, [&](int i) { return mine + i * a.HW; }));
       } else if constexpr (kLast) {
@@ -329,115 +389,118 @@ struct ImageBlock {
     }
   }
 
-  // Which kinds of sums there are: the first one, or all of them.
-  template <bool kSquares>
-  static constexpr int kKinds = kSquares ? Sums::kKinds : 1;
+  __device__ __forceinline__ static A inverse(A number) {
+    return number > A(0) ? A(1) / number : A(0);
+  }
 
-  __device__ __forceinline__ bool about_mean() const { return a.kind == LocalNorm::kContrastive; }
-
-  // The sums of all of them: term(i, kind).
-  template <bool kSquares, typename Term>
+  // The sums of all of `terms`: term(i, kind of sums).
+  template <LocalNorm kind, typename Term>
   __device__ __forceinline__ Sums merged(int terms, const Term& term) const {
-    Sums all;
+    const auto sums_of = [&](int i) {
+      Sums sums;
 #pragma unroll
-    for (int k = 0; k < kKinds<kSquares>; ++k) all.of[k] = term(0, k);
+      for (int k = 0; k < Sums::kKinds; ++k) {
+        if (Sums::has(kind, k)) sums.of[k] = term(i, k);
+      }
+      return sums;
+    };
+    Sums all = sums_of(0);
     if (terms == 1) return all;
-    const bool moments = kSquares && about_mean();
     A mean = A(0);
-    if (moments) {
-      A number = A(0), sum = A(0);
-      for (int i = 0; i < terms; ++i) number += term(i, kNumber), sum += term(i, kTotal);
-      mean = sum / number;
-      all.move_to(mean);
+    if constexpr (kind == LocalNorm::kContrastive) {
+      A number = A(0), total = A(0);
+      for (int i = 0; i < terms; ++i) number += term(i, kNumber), total += term(i, kTotal);
+      mean = total / number;
+      all.move_to(mean, inverse(all.of[kNumber]));
     }
 #pragma unroll 1
     for (int i = 1; i < terms; ++i) {
-      Sums next;
-#pragma unroll
-      for (int k = 0; k < kKinds<kSquares>; ++k) next.of[k] = term(i, k);
-      if (moments) next.move_to(mean);
+      Sums next = sums_of(i);
+      if constexpr (kind == LocalNorm::kContrastive) {
+        next.move_to(mean, inverse(next.of[kNumber]));
+      }
       all.add(next);
     }
     return all;
   }
 
+  // Adds up over the lanes that share a column.
+  __device__ __forceinline__ static A over_lanes(A value) {
+#pragma unroll
+    for (int i = 1; i < kGroups; i *= 2) {
+      value += __shfl_xor_sync(kWholeWarp, value, kLast ? i : i * kColumns);
+    }
+    return value;
+  }
+
   // Adds up this block's columns, into the partial sums.
-  template <bool kSquares>
+  template <LocalNorm kind>
   __device__ __forceinline__ void add_columns(const T* grad, const T* x) const {
-    const ImagePlan& plan = a.plan;
+    constexpr bool kAboutMean = kind == LocalNorm::kContrastive;
     const A scale = units().lift * units().part;
-    const bool moments = kSquares && about_mean();
-    const int lane = thread % kWarp, slot = thread / (kWarp * plan.column_warps);
-    const bool writes = (kLast ? lane % plan.lane_groups : lane / plan.lane_columns) == 0;
-    A* const partial = planes + a.at.scratch + (kLast ? 0 : slot * plan.entry_step);
-    const int kind = plan.sums * a.HW;
+    A* const partial = planes + a.at.scratch + (kLast ? 0 : slot * a.plan.entry_step);
+    const int size = a.plan.sums * a.HW;
     each_column([&](int column) {
       const bool inside = column < columns();
       Sums sums[w];
       A centre[w] = {};
-      int packs = 0;
-      if (inside) {
+      if (inside && packs > 0) {
+        if constexpr (kAboutMean) {
+          const Pack<T, n> xs = take(x + first_pack(column), n);
+#pragma unroll
+          for (int j = 0; j < w; ++j) {
+            // In NHWC all sums are of one pixel, and about one number.
+            const A value = static_cast<A>(xs.values[kLast ? 0 : j]) * scale;
+            centre[j] = std::abs(value) <= Range<A>::kLargest ? value : A(0);
+          }
+        }
         each_pack(column, [&](int at, int count) {
           const Pack<T, n> xs = take(x + at, count);
           Pack<T, n> gs{};
           if constexpr (gradient) gs = take(grad + at, count);
-          if (moments && packs == 0) {
-#pragma unroll
-            for (int j = 0; j < w; ++j) {
-              // In NHWC all sums are of one pixel, and about one number.
-              const A value = static_cast<A>(xs.values[kLast ? 0 : j]) * scale;
-              centre[j] = std::abs(value) <= Range<A>::kLargest ? value : A(0);
-            }
-          }
-          ++packs;
 #pragma unroll
           for (int j = 0; j < n; ++j) {
             if (!kPacked && j >= count) continue;
             Sums& own = sums[j % w];
-            own.template add_one<kSquares>(gradient ? static_cast<A>(gs.values[j]) : A(0),
-                                           static_cast<A>(xs.values[j]) * scale - centre[j % w]);
-            if constexpr (!kPacked) own.of[kNumber] += A(1);
+            own.template add_one<kind>(gradient ? static_cast<A>(gs.values[j]) : A(0),
+                                       static_cast<A>(xs.values[j]) * scale - centre[j % w]);
+            if (!kPacked && kAboutMean) own.of[kNumber] += A(1);
           }
         });
-      }
-      if constexpr (kPacked) {
+        if constexpr (kPacked && kAboutMean) {
 #pragma unroll
-        for (int j = 0; j < w; ++j) sums[j].of[kNumber] = static_cast<A>(packs * (n / w));
+          for (int j = 0; j < w; ++j) sums[j].of[kNumber] = static_cast<A>(packs * (n / w));
+        }
       }
       if constexpr (kLast) {
 #pragma unroll
         for (int j = 1; j < w; ++j) sums[0].add(sums[j]);
       }
-      const auto over_lanes = [&](A value) {
-        for (int i = 1; i < plan.lane_groups; i *= 2) {
-          value += __shfl_xor_sync(kWholeWarp, value, kLast ? i : i * plan.lane_columns);
-        }
-        return value;
-      };
-      A all_of_first = A(0);
+      A number = A(0), by_own = A(0), by_all = A(0);
 #pragma unroll
       for (int j = 0; j < m; ++j) {
         Sums& own = sums[j];
-        if constexpr (kSquares) {
-          if (moments) {
-            own.settle(centre[j]);
-            const A all = kPacked && j > 0 ? all_of_first : over_lanes(own.of[kNumber]);
-            if (j == 0) all_of_first = all;
-            own.move_to(over_lanes(own.of[kTotal]) / all);
-            own.of[kNumber] = all;
+        if constexpr (kAboutMean) {
+          if (!kPacked || j == 0) {  // or it is the same for all of them
+            number = over_lanes(own.of[kNumber]);
+            by_own = inverse(own.of[kNumber]), by_all = inverse(number);
           }
+          own.settle(centre[j], by_own);
+          const A total = over_lanes(own.of[kTotal]);
+          own.move_to(total * by_all, by_own);
+          own.of[kTotal] = total, own.of[kNumber] = number;
+        }
 #pragma unroll
-          for (int k = 0; k < Sums::kKinds; ++k) {
-            if (k != kNumber) own.of[k] = over_lanes(own.of[k]);
-          }
-        } else {
-          own.of[kTotal] = over_lanes(own.of[kTotal]);
+        for (int k = 0; k < Sums::kKinds; ++k) {
+          if (!Sums::has(kind, k) || (kAboutMean && (k == kTotal || k == kNumber))) continue;
+          own.of[k] = over_lanes(own.of[k]);
         }
       }
-      if (!inside || !writes) return;
+      if (!inside || group % kGroups != 0) return;
 #pragma unroll
-      for (int k = 0; k < kKinds<kSquares>; ++k) {
-        A* const to = partial + k * kind;
+      for (int k = 0; k < Sums::kKinds; ++k) {
+        if (!Sums::has(kind, k)) continue;
+        A* const to = partial + k * size;
         if constexpr (kLast) {
           to[share_begin() + column] = sums[0].of[k];
         } else {
@@ -503,11 +566,10 @@ struct ImageBlock {
 
   // ----------------------------------------------------------------------------------- apply
 
-  // The result for every element of this thread's, to the image in memory.
+  // The result for every element of this thread's, in the place of x, and then to memory.
   __device__ __forceinline__ void apply(const Result<gradient, kExact, A>& result, const T* grad,
-                                        const T* x, const A* plane0, const A* plane1,
+                                        T* x, const A* plane0, const A* plane1,
                                         const A* plane2) const {
-    T* const memory = a.out + begin(units().image);
     each_column([&](int column) {
       if (column >= columns()) return;
       A of[3][m] = {};
@@ -520,26 +582,25 @@ struct ImageBlock {
       }
       if constexpr (gradient) of_column(plane2, column, of[2]);
       each_pack(column, [&](int at, int count) {
-        const Pack<T, n> xs = take(x + at, count);
-        Pack<T, n> gs{}, ys;
+        Pack<T, n> xs = take(x + at, count), gs{};
         if constexpr (gradient) gs = take(grad + at, count);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-          ys.values[j] = static_cast<T>(result(gradient ? static_cast<A>(gs.values[j]) : A(0),
+          xs.values[j] = static_cast<T>(result(gradient ? static_cast<A>(gs.values[j]) : A(0),
                                                static_cast<A>(xs.values[j]), of[0][j % m],
                                                of[1][j % m], of[2][j % m]));
         }
-        T* const to = memory + at;
-        if (a.aligned && (kPacked || (!kLast && count == n))) {
-          store_pack(to, ys);
+        if constexpr (kPacked) {
+          store_pack(x + at, xs);
         } else {
 #pragma unroll
           for (int j = 0; j < n; ++j) {
-            if (j < count) to[j] = ys.values[j];
+            if (j < count) x[at + j] = xs.values[j];
           }
         }
       });
     });
+    store(units().image, x);
   }
 };
 

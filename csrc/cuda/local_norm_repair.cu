@@ -10,6 +10,7 @@ namespace {
 template <typename T>
 struct MemoryBlock {
   using Element = T;
+  using Data = const T*;
   using A = opmath_t<T>;
   static constexpr bool kExact = true;
 
@@ -52,7 +53,7 @@ struct MemoryBlock {
       each([&](A, A z) { total += z; });
       const A mean = a.kind == LocalNorm::kContrastive ? over_channels(total) : A(0);
       ChannelSums<gradient, A> sums;
-      each([&](A g, A z) { sums.template add_one<true>(g, z - mean); });
+      each([&](A g, A z) { sums.template add_one<LocalNorm::kContrastive>(g, z - mean); });
       sums.of[kTotal] = total;
       use(p, p, sums);
     }

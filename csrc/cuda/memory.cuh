@@ -133,4 +133,68 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Copies of a piece of memory by one thread, from compute capability 9.0 on: multiples of 16 bytes
+// at multiples of 16. Loads say that they have come at a barrier in shared memory, which waits for
+// so many bytes; parity changes from one wait to the next. A store is done with shared memory after
+// wait_for_bulk_stores(); what threads wrote there is what it reads if they call order_bulk_store()
+// and then a barrier.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopies = true;
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+__device__ __forceinline__ void order_bulk_store() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void begin_arrivals(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  order_bulk_store();
+}
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_load(void* to, const void* from, int bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void wait_for_bytes(uint64_t* barrier, bool parity) {
+  unsigned done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(static_cast<unsigned>(parity))
+        : "memory");
+  }
+}
+__device__ __forceinline__ void bulk_store(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2; cp.async.bulk.commit_group;" ::
+          "l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void wait_for_bulk_stores() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+#else
+constexpr bool kHasBulkCopies = false;
+__device__ __forceinline__ void order_bulk_store() {}
+__device__ __forceinline__ void begin_arrivals(uint64_t*) {}
+__device__ __forceinline__ void expect_bytes(uint64_t*, int) {}
+__device__ __forceinline__ void bulk_load(void*, const void*, int, uint64_t*) {}
+__device__ __forceinline__ void wait_for_bytes(uint64_t*, bool) {}
+__device__ __forceinline__ void bulk_store(void*, const void*, int) {}
+__device__ __forceinline__ void wait_for_bulk_stores() {}
+#endif
+
 }  // namespace mnist_ops::cuda
