@@ -4,16 +4,16 @@
 // and writes it once, divisive and contrastive need it once more for the squares. Between those
 // passes everything happens on planes, one value a pixel, 1/C of the data.
 //
-// Images that fit into registers: one launch, one read and one write of memory (local_norm_image).
-// Images too large for the registers of a block are shared by the blocks of a cluster, up to 8 of
-// them (from compute capability 9.0 on).
+// Images that fit into shared memory: one launch, one read and one write of memory
+// (local_norm_image). Images too large for a block, or too large for two blocks a multiprocessor,
+// are shared by the blocks of a cluster, up to 8 of them (from compute capability 9.0 on).
 //
 // Other images: the steps are kernels of their own (local_norm_steps.cu), so that images and
 // kernels may have any size.
 //
 // Squares leave the range of the type that computes long before their roots do, and the gradient
 // has the inverse of a square. Images for which that happens go through their sums and blurs again,
-// multiplied by a power of two (Range): in the same kernel where they are in registers, in one more
+// multiplied by a power of two (Range): in the same kernel where they are in shared memory, in one more
 // launch, repair, where they are not. All other images have the bits that they would have
 // without.
 //

@@ -1,24 +1,27 @@
-// Local normalization of images in registers.
+// Local normalization of images in shared memory.
 //
-// Counted for images of 64 x 14 x 14 and a kernel of 9 taps, in the code for 9.0, and not yet timed
-// on a GPU. The yardstick is a multiprocessor's part of the memory's bandwidth, 13 bytes a cycle; a
-// multiprocessor begins four instructions of a warp and moves 128 bytes of shared memory a cycle.
+// Bound by memory where enough images are on their way while others are computed: a block waits for
+// its image, for barriers and for the few threads that blur. So a multiprocessor holds 2 to 4 of
+// them (of 64 x 14 x 14: float32 4 forward and 2 backward, bfloat16 4 and 2), one copy engine's
+// request moves a whole image, and the sums over channels take one pass: squares are added up as
+// deviations from one of the pixel's own numbers, then moved to the local mean, which is known
+// later (ChannelSums). On 9.0 thread 0 starts the copies; elsewhere all threads copy.
 //
-//                                            forward            backward
-//                                       float32  bfloat16   float32  bfloat16
-//   bytes of memory an image                100 K      50 K     150 K      75 K
-//   cycles that they take                  7,700     3,900    11,600     5,800
-//   threads of a block, blocks at a time  416, 2    224, 3    800, 1    416, 2
-//   bytes of shared memory moved             20 K      20 K     280 K      80 K
-//   instructions an element                   32        29        61        52
-//   cycles in which they begin             3,200     2,900     6,000     5,100
-//   the same for contrastive               4,400     4,200     7,600     6,900
+// Measured on an H200 (copy 4,246 GB/s), 21,399 images of 64 x 14 x 14, 7 taps, microseconds and
+// percent of the copy's bandwidth; before, with images in registers, in brackets:
 //
-// Nothing waits for a load but its own block: with one block a multiprocessor (backward, large
-// images) the next image is on its way to shared memory while this one is in registers. That is
-// the double buffer of a producer with bulk copies, but each thread fetches what it will hold
-// itself: no barrier is needed, results are stored from registers, and there is one kernel for all
-// architectures (before 8.0, whose copies are not asynchronous, it gains nothing).
+//                        float32                           bfloat16
+//                 forward         backward          forward         backward
+//   subtractive   579  87 (81)    608  83 (75)      307  83 (61)    329  77 (56)
+//   divisive      642  79 (72)    851  89 (50)      356  71 (55)    639  59 (37)
+//   contrastive   658  77 (57)    965  79 (35)      418  60 (39)    925  41 (25)
+//   in NHWC
+//   subtractive   579  87 (69)    614  82 (66)      325  78 (46)    345  73 (43)
+//   divisive      650  78 (63)    916  83 (46)      366  69 (42)    684  55 (30)
+//   contrastive   662  76 (47)   1129  67 (30)      511  50 (28)   1003  38 (19)
+//
+// What is left in half types are latencies between barriers: an image has half the bytes and as
+// many steps.
 
 #include "local_norm_image.cuh"
 

@@ -297,7 +297,7 @@ struct ImageBlock {
     const int step = kGroups * a.plan.slots * a.plan.entry_step;
     const int end = kLast ? (column + 1) * a.plan.column_step : count();
     int at = first_pack(column);
-#pragma unroll(kLast ? 1 : 4)
+#pragma unroll(kLast || !kPacked ? 1 : 4)
     for (int left = packs; left > 0; --left, at += step) {
       body(at, kPacked ? n : min_of(n, end - at));
     }

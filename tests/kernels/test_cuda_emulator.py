@@ -604,7 +604,7 @@ def test_local_normalization_of_many_images(configure):
 
 
 @cases(1)
-def test_local_normalization_of_images_in_registers(emulator: Emulator, case: Cases):
+def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case: Cases):
     """An image a block, one for two, four or eight, one that does not fit, and more than blocks.
 
     Of rows that are no packs, of channels that end within a pack, of more pixels than threads.
@@ -630,7 +630,7 @@ def test_local_normalization_of_images_in_registers(emulator: Emulator, case: Ca
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_local_normalization_of_images_of_any_magnitude(emulator: Emulator, dtype: torch.dtype):
-    """In registers, in clusters of blocks, step by step: in units of a power of two each."""
+    """In one block, in clusters of blocks, step by step: in units of a power of two each."""
     case = Cases(7, dtype)
     rtol = {torch.float64: 1e-11, torch.float32: 4e-5, torch.bfloat16: 0.24}[dtype]
     factors = [1e-36, 1e-30, 1e-22, 1e-16, 1e-10, 1.0, 1e10, 1e16, 1e20, 1e30, 1e37]

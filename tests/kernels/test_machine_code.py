@@ -42,21 +42,22 @@ class Packed:
         out: a pack of the output is this part of one of the input: 2 where windows have 2 x 2.
         rest: elements behind the last pack are stored one by one.
         ahead: so many loads of packs at least are under way while other packs are worked on.
+        bulk: the copy engine moves images between global and shared memory, both ways.
     """
 
     name: str
     out: int = 1
     rest: bool = False
     ahead: int = 0
+    bulk: bool = False
 
 
 TYPE = "(?P<type>double|float|Half|BFloat16)"
 N = "(?P<n>[248])"
 PACKED = (
     # local_norm*.cu
-    Packed(rf"image_kernel<\w+, true, {TYPE}>"),
-    # images of which a pack has parts of channels, or whose packs are not aligned
-    Packed(rf"image_kernel<\w+, false, {TYPE}>", rest=True),
+    # one element at a time only where images do not begin with 16 bytes
+    Packed(rf"image_kernel<\w+, \w+, \w+, {TYPE}>", bulk=True),
     Packed(f"apply_kernel<{N}, {TYPE}>"),
     # lp_pool_*.cu; the first argument is the norm, or there is none: p = 2
     # where rows of the output are no packs it is stored one by one
@@ -108,8 +109,9 @@ def demangled(name: str) -> str:
     return text
 
 
-# An access: the instruction and its width in bytes. 4 where none is named.
-ACCESS = re.compile(r"\b(LDG|STG|LDGSTS|LDL|STL)\b([.\w]*)")
+# An access: the instruction and its width in bytes. 4 where none is named. UBLKCP.S.G loads, .G.S
+# stores what the copy engine moves.
+ACCESS = re.compile(r"\b(UBLKCP\.[SG]|LDG|STG|LDGSTS|LDL|STL)\b([.\w]*)")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 REGISTER = re.compile(r"\bR(\d+)\b")
 # A load is one ahead where so many instructions follow it before one that names its register.
@@ -172,6 +174,12 @@ def faults(name: str, found: Counter[tuple[str, int]]) -> list[str]:
 
         narrow = sum(n for (kind, width), n in found.items() if kind == "STG" and width < store)
         wrong = []
+        if packed.bulk:
+            ways = ("UBLKCP.S", "UBLKCP.G")
+            wrong += [f"no {way}" for way in ways if not any(kind == way for kind, _ in found)]
+            if local := in_local_memory(found):
+                wrong.append(f"{local} accesses to local memory")
+            return wrong
         if not found["LDG", load] and not found["LDGSTS", load]:
             wrong.append(f"no load of {load} bytes")
         if not found["STG", store]:
@@ -233,6 +241,10 @@ def test_faults_are_found():
     pairs = "forward_pairs_kernel<2, 8, Half>"
     assert faults(pairs, Counter({("LDG", 16): 2, ("STG", 8): 1})) == []
     assert faults("prepare_kernel<float>", Counter({("LDL", 4): 1})) == []
+    image = Counter({("UBLKCP.S", 4): 2, ("UBLKCP.G", 4): 1, ("STG", 4): 1})
+    assert faults("image_kernel<true, false, true, float>", image) == []
+    del image["UBLKCP.G", 4]
+    assert faults("image_kernel<true, false, true, float>", image) == ["no UBLKCP.G"]
     tile = Counter({("LDG", 8): 16, ("STG", 8): 16, ("AHEAD", 8): 8})
     assert faults("tile_forward_kernel<true, 4, Half>", tile) == []
     del tile["AHEAD", 8]
