@@ -5,37 +5,40 @@
 // memory: the forward pass reads the input and writes the output, the backward pass reads input and
 // gradient and writes a gradient, each of them once.
 //
-// As many blocks as fit share the images. A block takes one after the other; weights and coef it
-// makes once. The pooled map, in the type to compute in, waits in shared memory for its mean: sums
-// over channels, the blur of that one plane and the subtraction are between barriers of the block,
-// not between kernels. All of a window is in the registers of one thread: in NCHW two rows of
-// neighbours, in NHWC a pack of channels of four pixels. A thread reads its next 32 bytes (NHWC in
-// float32: 64) before it computes with those at hand, also across the end of an image, so that 20
-// KiB and more of a multiprocessor are on their way; 10 KiB are what 13 bytes a clock need at 800
-// clocks of latency. The activation is cheaper than that of ../activation.h: a few units in the
-// last place off, of the type of the tensor.
+// As many blocks as fit share the images. A block takes one after the other; weights and what means
+// are multiplied by it makes once. All of a window is in the registers of one thread: in NCHW two
+// rows of neighbours, in NHWC a pack of channels of four pixels. A thread stays with its pixels (in
+// NHWC its channels) and walks over channels (pixels): their places take no divisions, and in NCHW
+// the sum over its channels, and the mean that the backward pass subtracts, are in registers. The
+// pooled map, in the type to compute in, waits in shared memory for its mean: sums over channels,
+// the blur of that one plane and the subtraction are between barriers of the block, not between
+// kernels. In the backward pass it is the gradient that waits there, in its own type: the next
+// image's comes, without a register, while this one is at work.
 //
-// Instructions a thread and element of the loop over tiles with tanh, in the code for sm_90 (those
-// of all branches, also of windows that are scaled, which are few); about 3 for the map come on
-// top. They were counted before the addresses of tiles became simpler. Budget: what a
-// multiprocessor of an H100 issues, 128 a clock, while it moves an element at 13 bytes a clock.
-// NOTHING OF THIS WAS TIMED ON A GPU YET: kernels before these, a block for an image and nothing
-// read ahead, ran at 68 and 86 % of a copy's bandwidth in float32 and at 71 and 57 % in bfloat16,
-// forward and backward.
+// A thread reads its next 32 bytes (NHWC in float32: 64) before it computes with those at hand,
+// also across the end of an image, so that 25 KiB and more of a multiprocessor are on their way. On
+// an H200 float32 forward in NCHW then waits for memory in half of all cycles. Twice as many bytes
+// on their way in registers, or 100 KiB in shared memory, were no gain. The activation is cheaper
+// than that of ../activation.h: a few units in the last place off, of the type of the tensor.
 //
-//                      float32   bfloat16   float16
-//   forward,  NCHW        30         14        26
-//             NHWC        28         14        25
-//             budget      49         25        25
-//   backward, NCHW        34         28        37
-//             NHWC        31         26        35
-//             budget      88         44        44
+// Percent of a copy's bandwidth on an H200, 5349 x 64 x 28 x 28, tanh and 7 taps, in two runs where
+// there are two numbers. NOT TIMED SINCE: launch bounds of the forward pass, and the arithmetic: a
+// fifth fewer instructions in bfloat16's forward loop, a twentieth in float32's; in its backward
+// pass bfloat16 has one approximation of the device less.
+//
+//                      float32   bfloat16
+//   forward,  NCHW      77, 78         78
+//             NHWC      81, 88     75, 81
+//   backward, NCHW      78, 83         67
+//             NHWC      86, 90     67, 73
 //
 // Elsewhere the three operators do (../stage.h). They move three to four times as much, and nothing
 // measured asks for more than the networks' windows. No atomics either way.
 
 #include "fast_math.cuh"
 #include "stage.cuh"
+
+#include <numeric>
 
 namespace mnist_ops::cuda {
 namespace {
@@ -53,7 +56,8 @@ constexpr Precision kPrecision = std::is_same_v<T, double>     ? Precision::kFul
                                  : std::is_same_v<T, BFloat16> ? Precision::kCoarse
                                                                : Precision::kSingle;
 
-// tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial.
+// tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial. Without its sign, maybe.
+template <bool with_sign>
 __device__ __forceinline__ float tanh_of_parts(float x, float far) {
   const float s = x * x;
   float p = 0.016010596f;
@@ -61,17 +65,17 @@ __device__ __forceinline__ float tanh_of_parts(float x, float far) {
   p = elementary::fmadd(p, s, 0.133171178f);
   p = elementary::fmadd(p, s, -0.333327887f);
   const float near = elementary::fmadd(x * s, p, x);
-  return std::fabs(x) < 0.575f ? near : std::copysign(far, x);
+  return std::fabs(x) < 0.575f ? near : with_sign ? std::copysign(far, x) : far;
 }
 
-template <Precision precision>
+template <Precision precision, bool with_sign>
 __device__ __forceinline__ float fast_tanh(float x) {
   if constexpr (precision == Precision::kCoarse) {
     return approximate_tanh(x);
   } else {
     // 1 - 2 / (exp(2 |x|) + 1).
     const float size = std::fabs(x);
-    return tanh_of_parts(
+    return tanh_of_parts<with_sign>(
         x, elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f));
   }
 }
@@ -86,10 +90,14 @@ template <ActivationKind kind, Precision precision>
 __device__ __forceinline__ Activated activated(float x) {
   const float size = std::fabs(x);
   if constexpr (kind == ActivationKind::kTanh) {
-    const float e = two_to_the(size * -2.88539008f), r = reciprocal(1.0f + e);
-    const float slope = 4.0f * e * r * r;
-    if constexpr (precision == Precision::kCoarse) return {approximate_tanh(x), slope};
-    return {tanh_of_parts(x, elementary::fmadd(-2.0f * e, r, 1.0f)), slope};
+    // 4 e, r = 1 / (1 + e), 4 e r.
+    const float e = two_to_the(elementary::fmadd(size, -2.88539008f, 2.0f));
+    const float r = reciprocal(elementary::fmadd(e, 0.25f, 1.0f)), er = e * r, slope = er * r;
+    if constexpr (precision == Precision::kCoarse) {
+      const float far = elementary::fmadd(er, -0.5f, 1.0f);
+      return {size < 0x1p-6f ? x : std::copysign(far, x), slope};
+    }
+    return {tanh_of_parts<true>(x, elementary::fmadd(er, -0.5f, 1.0f)), slope};
   } else {
     static_assert(kind == ActivationKind::kSigmoid);
     const float e = two_to_the(size * -1.44269504f), r = reciprocal(1.0f + e);
@@ -97,12 +105,13 @@ __device__ __forceinline__ Activated activated(float x) {
   }
 }
 
-template <ActivationKind kind, Precision precision, typename A>
+// with_sign: or else the sign may be any, for who takes squares.
+template <ActivationKind kind, Precision precision, bool with_sign, typename A>
 __device__ __forceinline__ A fast_activation(A x) {
   if constexpr (precision == Precision::kFull) {
     return activation_value<kind>(x);
   } else if constexpr (kind == ActivationKind::kTanh) {
-    return fast_tanh<precision>(x);
+    return fast_tanh<precision, with_sign>(x);
   } else if constexpr (kind == ActivationKind::kSigmoid && precision == Precision::kCoarse) {
     return reciprocal(two_to_the(x * -1.44269504f) + 1.0f);
   } else {
@@ -110,14 +119,13 @@ __device__ __forceinline__ A fast_activation(A x) {
   }
 }
 
-// The sum of squares of a window. Where that is beyond the range of A, or has lost digits, that of
-// the elements times a power of two, which is returned: what their norm is larger by.
+// For windows whose sum of squares is beyond the range of A, or has lost digits: the sum of squares
+// of the elements times a power of two, which is returned: what their norm is larger by.
+template <typename A>
+constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
 template <typename A>
 __device__ __forceinline__ A scaled_square_sum(const A (&a)[4], A& sum) {
-  constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
-  sum = a[0] * a[0] + a[1] * a[1] + a[2] * a[2] + a[3] * a[3];
-  if (is_safe_square_sum(sum)) return A(1);
-  const A scale = sum > A(1) ? A(1) / kLarge : kLarge;
+  const A scale = is_safe_square_sum(sum) ? A(1) : sum > A(1) ? A(1) / kLarge<A> : kLarge<A>;
   sum = A(0);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -127,18 +135,23 @@ __device__ __forceinline__ A scaled_square_sum(const A (&a)[4], A& sum) {
   return scale;
 }
 
-template <typename T, typename A>
-__device__ __forceinline__ A tile_norm(const A (&a)[4]) {
-  constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
-  A sum;
-  const A scale = scaled_square_sum(a, sum);
-  A norm;
-  if constexpr (sizeof(T) == 2) {
-    norm = approximate_root(sum);
-  } else {
-    norm = std::sqrt(sum);
+// The sums of squares of windows, and whether all of them are as they should be.
+template <int kWindows, typename A>
+__device__ __forceinline__ bool square_sums(const A (&a)[kWindows][4], A (&sums)[kWindows]) {
+  bool safe = true;
+#pragma unroll
+  for (int j = 0; j < kWindows; ++j) {
+    sums[j] = a[j][0] * a[j][0] + a[j][1] * a[j][1] + a[j][2] * a[j][2] + a[j][3] * a[j][3];
+    safe = safe & is_safe_square_sum(sums[j]);
   }
-  return scale == A(1) ? norm : scale < A(1) ? norm * kLarge : norm * (A(1) / kLarge);
+  return safe;
+}
+
+__device__ __forceinline__ float root(float sum) {
+  return approximate_root(sum);
+}
+__device__ __forceinline__ double root(double sum) {
+  return std::sqrt(sum);
 }
 
 // What one thread takes at once. NCHW: n neighbours of two rows. NHWC: n channels of four pixels.
@@ -157,16 +170,23 @@ struct Tile {
     Words words[kPacks];
   };
 
-  Pack<T, n> packs[kPacks];
-
-  __device__ __forceinline__ explicit Tile(const Raw& raw) {
-    static_assert(sizeof(raw.words) == sizeof(packs));
-    std::memcpy(packs, raw.words, sizeof(packs));
-  }
+  Raw raw;
 
   // Element k, 0 to 3, of window j.
-  __device__ __forceinline__ T& at(int j, int k) {
-    return channels_last ? packs[k].values[j] : packs[k / 2].values[2 * j + k % 2];
+  __device__ __forceinline__ A at(int j, int k) const {
+    const Words& words = raw.words[channels_last ? k : k / 2];
+    const int i = channels_last ? j : 2 * j + k % 2;
+    if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float: one instruction
+      const uint32_t word = words.values[i / 2];
+      const uint32_t bits = i % 2 != 0 ? word & 0xffff0000u : word << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    } else {
+      Pack<T, n> pack;
+      std::memcpy(&pack, &words, sizeof(pack));
+      return static_cast<A>(pack.values[i]);
+    }
   }
 
   // Where in the image the pack-th one lies, from the first.
@@ -184,35 +204,20 @@ struct Tile {
     return raw;
   }
 
-  __device__ __forceinline__ void store(const Fused<T>& s, T* x) const {
+  // Windows of numbers in its place.
+  static __device__ __forceinline__ void store(const Fused<T>& s, T* x,
+                                               const A (&values)[kWindows][4]) {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) store_pack(x + offset(s, k), packs[k]);
+    for (int k = 0; k < kPacks; ++k) {
+      A pack[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        pack[i] = channels_last ? values[i][k] : values[i / 2][2 * k + i % 2];
+      }
+      store_pack(x + offset(s, k), rounded<T>(pack));
+    }
   }
 };
-
-// Where a tile lies: in the image, in the map in shared memory, the pixel of its first window.
-struct TilePlace {
-  int32_t in, map, pixel;
-};
-
-template <bool channels_last, int n, typename T>
-__device__ __forceinline__ TilePlace tile_place(const Fused<T>& s, uint32_t unit) {
-  const uint32_t row = s.by_unit_row.quotient(unit);
-  if constexpr (channels_last) {
-    const uint32_t pixel = row, c = (unit - pixel * s.unit_row) * n;
-    // Each row of windows before this one has a second row of the image, 2 OW pixels.
-    const uint32_t first = 2 * (pixel + s.by_width.quotient(pixel) * static_cast<uint32_t>(s.g.OW));
-    return {static_cast<int32_t>(first * static_cast<uint32_t>(s.g.C) + c),
-            static_cast<int32_t>(pixel * static_cast<uint32_t>(s.step_pixel()) + c),
-            static_cast<int32_t>(pixel)};
-  } else {
-    // The rows of windows before this one have two rows of the image each.
-    const uint32_t in = row * static_cast<uint32_t>(s.g.W) + unit * n;
-    const uint32_t map = unit * (n / 2);
-    const uint32_t pixel = map - s.by_inner.quotient(map) * static_cast<uint32_t>(s.pixels());
-    return {static_cast<int32_t>(in), static_cast<int32_t>(map), static_cast<int32_t>(pixel)};
-  }
-}
 
 // This thread's tiles of one image after the other. The next ones are read before those at hand are
 // worked on, also those of the next image: loads are in flight while the block computes, blurs and
@@ -220,114 +225,199 @@ __device__ __forceinline__ TilePlace tile_place(const Fused<T>& s, uint32_t unit
 template <bool channels_last, int n, typename T>
 struct Tiles {
   using Tile = cuda::Tile<channels_last, n, T>;
-  static constexpr uint32_t kAtOnce = Tile::kAtOnce;
+  static constexpr int kAtOnce = Tile::kAtOnce;
 
+  const Share share;
   typename Tile::Raw tiles[kAtOnce];
-  TilePlace places[kAtOnce];
 
-  // From the unit first on; beyond the last one there is that one again.
-  __device__ __forceinline__ void read(const Fused<T>& s, const T* x, uint32_t first) {
+  // Of the first image.
+  __device__ __forceinline__ Tiles(const Fused<T>& s, const T* x) : share(s.tiles) {
+    if (share.column < s.tiles.columns) read(s, x, share.column, share.group);
+  }
+
+  // Where in the image a column lies, and where a tile of it.
+  static __device__ __forceinline__ int32_t column_place(const Fused<T>& s, int32_t column) {
+    if (channels_last) return column * n;
+    // The rows of windows before this one have two rows of the image each.
+    const uint32_t row = s.by_unit_row.quotient(static_cast<uint32_t>(column));
+    return column * n + static_cast<int32_t>(row) * s.g.W;
+  }
+  static __device__ __forceinline__ int32_t place(const Fused<T>& s, int32_t base, int32_t entry) {
+    if (!channels_last) return base + entry * s.g.in_c;
+    // Each row of windows before this one has a second row of the image, 2 OW pixels.
+    const auto row = static_cast<int32_t>(s.by_width.quotient(static_cast<uint32_t>(entry)));
+    return base + 2 * (entry + row * s.g.OW) * s.g.C;
+  }
+
+  // From an entry of a column on; beyond the last one there is the first of them again.
+  __device__ __forceinline__ void read(const Fused<T>& s, const T* x, int32_t column,
+                                       int32_t first) {
+    const int32_t base = column_place(s, column);
 #pragma unroll
-    for (uint32_t k = 0; k < kAtOnce; ++k) {
-      const uint32_t unit = first + k * blockDim.x;
-      places[k] = tile_place<channels_last, n>(s, unit < s.units ? unit : s.units - 1);
-      tiles[k] = Tile::read(s, x + places[k].in);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int32_t entry = first + k * share.entry_step;
+      tiles[k] = Tile::read(s, x + place(s, base, entry < s.tiles.entries ? entry : first));
     }
   }
 
-  // Calls body(tile, place) for the tiles of x, whose first ones were read, and reads the first
-  // ones of following, which is nullptr behind the last image.
+  template <typename F>
+  __device__ __forceinline__ void each_column(const Fused<T>& s, const F& body) const {
+    for (int32_t column = share.column; column < s.tiles.columns; column += share.column_step) {
+      body(column);
+    }
+  }
+
+  // Calls body(tile, entry) for the tiles of a column of x, whose first ones were read, and reads
+  // the first ones of the next column, or of the following image, which is nullptr behind the last.
   template <typename F>
   __device__ __forceinline__ void each(const Fused<T>& s, const T* x, const T* following,
-                                       const F& body) {
-    for (uint32_t first = threadIdx.x, next; first < s.units; first = next) {
-      next = first + kAtOnce * blockDim.x;
-      const Tiles now = *this;
-      const bool last = next >= s.units;
-      if (!last || following != nullptr) read(s, last ? following : x, last ? threadIdx.x : next);
+                                       int32_t column, const F& body) {
+    const int32_t step = share.entry_step;
+#pragma unroll 1
+    for (int32_t first = share.group, next; first < s.tiles.entries; first = next) {
+      next = first + kAtOnce * step;
+      typename Tile::Raw now[kAtOnce];
 #pragma unroll
-      for (uint32_t k = 0; k < kAtOnce; ++k) {
-        if (first + k * blockDim.x >= s.units) continue;
-        Tile tile(now.tiles[k]);
-        body(tile, now.places[k]);
+      for (int k = 0; k < kAtOnce; ++k) now[k] = tiles[k];
+      if (next < s.tiles.entries) {
+        read(s, x, column, next);
+      } else if (column + share.column_step < s.tiles.columns) {
+        read(s, x, column + share.column_step, share.group);
+      } else if (following != nullptr) {
+        read(s, following, share.column, share.group);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (first + k * step < s.tiles.entries) body(Tile{now[k]}, first + k * step);
       }
     }
   }
 };
 
-template <bool channels_last, int n, typename T, typename A>
-__device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
+// Where in a map in shared memory the windows of a tile lie.
+template <bool channels_last, int kWindows, typename T>
+__device__ __forceinline__ int32_t map_place(const Fused<T>& s, int32_t column, int32_t entry) {
+  return column * kWindows + entry * (channels_last ? s.step_pixel() : s.pixels());
+}
+
+template <bool channels_last, int n, typename T, typename M, typename A>
+__device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<M, A>& m,
                                            Tiles<channels_last, n, T>& tiles, const T* x,
                                            const T* following) {
   constexpr Precision precision = kPrecision<T>;
+  constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
   dispatch_activation(s.activation, [&](auto tag) {
-    tiles.each(s, x, following, [&](auto& tile, const TilePlace& place) {
-      Pack<A, std::remove_reference_t<decltype(tile)>::kWindows> norms;
+    tiles.each_column(s, [&](int32_t column) {
+      [[maybe_unused]] Pack<A, kWindows> sum{};
+      tiles.each(s, x, following, column, [&](const auto& tile, int32_t entry) {
+        A a[kWindows][4], sums[kWindows];
 #pragma unroll
-      for (int j = 0; j < tile.kWindows; ++j) {
-        A a[4];
+        for (int j = 0; j < kWindows; ++j) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          a[k] = fast_activation<decltype(tag)::value, precision>(static_cast<A>(tile.at(j, k)));
+          for (int k = 0; k < 4; ++k) {
+            a[j][k] = fast_activation<decltype(tag)::value, precision, false>(tile.at(j, k));
+          }
         }
-        norms.values[j] = tile_norm<T>(a);
+        Pack<A, kWindows> norms;
+        if (square_sums(a, sums)) [[likely]] {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) norms.values[j] = root(sums[j]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) {
+            const A scale = scaled_square_sum(a[j], sums[j]), norm = root(sums[j]);
+            norms.values[j] = scale == A(1)  ? norm
+                              : scale < A(1) ? norm * kLarge<A>
+                                             : norm * (A(1) / kLarge<A>);
+          }
+        }
+        store_pack(m.map[0] + map_place<channels_last, kWindows>(s, column, entry), norms);
+        if constexpr (!channels_last) {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) sum.values[j] += norms.values[j];
+        }
+      });
+      if constexpr (!channels_last) {
+        store_pack(m.mean + tiles.share.group * s.pixels() + column * kWindows, sum);
       }
-      store_pack(m.map + place.map, norms);
     });
   });
 }
 
 template <bool channels_last, int n, typename T, typename A>
-__device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<A>& m,
-                                             Tiles<channels_last, n, T>& tiles, const T* x,
-                                             const T* following, T* gx) {
+__device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<T, A>& m,
+                                             const T* map, Tiles<channels_last, n, T>& tiles,
+                                             const T* x, const T* following, T* gx) {
+  constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
   dispatch_activation(s.activation, [&](auto tag) {
     constexpr ActivationKind kind = decltype(tag)::value;
-    constexpr bool by_slope =
-        sizeof(T) == 2 && (kind == ActivationKind::kTanh || kind == ActivationKind::kSigmoid);
-    tiles.each(s, x, following, [&](auto& tile, const TilePlace& place) {
-      constexpr int kWindows = std::remove_reference_t<decltype(tile)>::kWindows;
-      const Pack<A, kWindows> grads = load_pack<kWindows>(m.map + place.map);
+    constexpr bool bounded = kind == ActivationKind::kTanh || kind == ActivationKind::kSigmoid;
+    constexpr bool by_slope = bounded && sizeof(T) == 2;
+    tiles.each_column(s, [&](int32_t column) {
+      const int32_t from = tiles.column_place(s, column);
+      [[maybe_unused]] A means[kWindows] = {};
+      if constexpr (!channels_last) {
 #pragma unroll
-      for (int j = 0; j < kWindows; ++j) {
-        A a[4], sum;
-        [[maybe_unused]] A slopes[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const A value = static_cast<A>(tile.at(j, k));
-          if constexpr (by_slope) {
-            const Activated both = activated<kind, kPrecision<T>>(value);
-            a[k] = both.value, slopes[k] = both.slope;
-          } else {
-            a[k] = fast_activation<kind, kPrecision<T>>(value);
-          }
-        }
-        const A scale = scaled_square_sum(a, sum);
-        const A inverse = sum == A(0) ? A(0) : reciprocal_root(sum);
-        const A grad = grads.values[j] - m.mean[channels_last ? place.pixel : place.pixel + j];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          // a[k] * scale once more takes no registers, and is exact.
-          const A grad_a = grad * (a[k] * scale * inverse);
-          if constexpr (by_slope) {
-            tile.at(j, k) = static_cast<T>(grad_a * slopes[k]);
-          } else {
-            tile.at(j, k) = static_cast<T>(activation_gradient<kind>(grad_a, a[k]));
-          }
-        }
+        for (int j = 0; j < kWindows; ++j) means[j] = m.mean[column * kWindows + j];
       }
-      tile.store(s, gx + place.in);
+      tiles.each(s, x, following, column, [&](const auto& tile, int32_t entry) {
+        const auto grads =
+            load_pack<kWindows>(map + map_place<channels_last, kWindows>(s, column, entry));
+        A a[kWindows][4], sums[kWindows];
+        A slopes[kWindows][4] = {};
+#pragma unroll
+        for (int j = 0; j < kWindows; ++j) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const A value = tile.at(j, k);
+            if constexpr (by_slope) {
+              const Activated both = activated<kind, kPrecision<T>>(value);
+              a[j][k] = both.value, slopes[j][k] = both.slope;
+            } else {
+              a[j][k] = fast_activation<kind, kPrecision<T>, true>(value);
+            }
+          }
+        }
+        const auto unpool = [&](int j, const auto& times) {
+          const A grad =
+              static_cast<A>(grads.values[j]) - (channels_last ? m.mean[entry] : means[j]);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const A grad_a = times(grad, a[j][k]);
+            a[j][k] = by_slope ? grad_a * slopes[j][k] : activation_gradient<kind>(grad_a, a[j][k]);
+          }
+        };
+        if (square_sums(a, sums)) [[likely]] {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) {
+            const A inverse = reciprocal_root(sums[j]);
+            // |a| <= 1, and no gradient is so large that 1e15 times it overflows: see SafeNorm.
+            unpool(j, [&](A grad, A value) {
+              return bounded ? value * (grad * inverse) : grad * (value * inverse);
+            });
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kWindows; ++j) {
+            const A scale = scaled_square_sum(a[j], sums[j]);
+            const A inverse = sums[j] == A(0) ? A(0) : reciprocal_root(sums[j]);
+            unpool(j, [&](A grad, A value) { return grad * (value * scale * inverse); });
+          }
+        }
+        tile.store(s, gx + tiles.place(s, from, entry), a);
+      });
     });
   });
 }
 
-// Threads of a block, and blocks of so many on a multiprocessor: 80 registers a thread, and 96
-// where the tile at hand and the one that is read ahead take 64 bytes each.
-constexpr int kLeastTileThreads = 128;
-template <bool channels_last, typename T>
-constexpr int kMostTileThreads = channels_last && sizeof(T) == 4 ? 320 : 384;
-template <typename T>
-constexpr int kTileBlocks = std::is_same_v<T, double> ? 1 : 2;
+// Threads of a block at most, and blocks of so many for which a multiprocessor has registers: 64 or
+// 72 a thread, 96 where the tile at hand and the one that is read ahead take 64 bytes each.
+template <bool backward, bool channels_last, typename T>
+constexpr int kMostTileThreads = backward && !(channels_last && sizeof(T) == 4) ? 448 : 320;
+template <bool backward, bool channels_last, typename T>
+constexpr int kTileBlocks = std::is_same_v<T, double>                       ? 1
+                            : backward || (channels_last && sizeof(T) == 4) ? 2
+                                                                            : 3;
 
 // Where the image lies that a block takes after this one, at x; nullptr behind the last.
 template <typename T>
@@ -336,36 +426,58 @@ __device__ __forceinline__ const T* following_image(const Fused<T>& s, const T* 
 }
 
 template <bool channels_last, int n, typename T>
-__global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlocks<T>)
+__global__ void __launch_bounds__(kMostTileThreads<false, channels_last, T>,
+                                  kTileBlocks<false, channels_last, T>)
     tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
-  const auto m = shared_memory(s);
-  Tiles<channels_last, n, T> tiles;
-  tiles.read(s, input + blockIdx.x * int64_t{s.g.in_n}, threadIdx.x);
+  using A = opmath_t<T>;
+  const auto m = shared_memory<A>(s);
+  Tiles<channels_last, n, T> tiles(s, input + blockIdx.x * int64_t{s.g.in_n});
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
-    const T *x = input + image * s.g.in_n, *following = following_image(s, x, image);
+    const T* const x = input + image * s.g.in_n;
+    const T* const following = following_image(s, x, image);
     pool_tiles(s, m, tiles, x, following);
-    blur_map<false>(s, m, image == blockIdx.x);
-    write_map(s, m, output + image * s.g.out_n);
+    if constexpr (channels_last) {
+      __syncthreads();
+      sum_channels<channels_last>(s, m, m.map[0]);
+    }
+    blur_sums<false>(s, m);
+    write_map<channels_last>(s, m, m.map[0], output + image * s.g.out_n);
     __syncthreads();  // before the next image takes the map's place
   }
 }
 
+// The gradients of the next image come to the other map while this one's are at work, where there
+// is room for two.
 template <bool channels_last, int n, typename T>
-__global__ void __launch_bounds__(kMostTileThreads<channels_last, T>, kTileBlocks<T>)
+__global__ void __launch_bounds__(kMostTileThreads<true, channels_last, T>,
+                                  kTileBlocks<true, channels_last, T>)
     tile_backward_kernel(Fused<T> s, const T* __restrict__ grad_output, const T* __restrict__ input,
                          T* __restrict__ grad_input) {
-  const auto m = shared_memory(s);
-  Tiles<channels_last, n, T> tiles;
-  tiles.read(s, input + blockIdx.x * int64_t{s.g.in_n}, threadIdx.x);
+  const auto m = shared_memory<T>(s);
+  Tiles<channels_last, n, T> tiles(s, input + blockIdx.x * int64_t{s.g.in_n});
+  copy_map<channels_last>(s, m.map[0], grad_output + blockIdx.x * int64_t{s.g.out_n});
   prepare(s, m);
-  for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
-    read_map(s, m, grad_output + image * s.g.out_n);
-    blur_map<true>(s, m, image == blockIdx.x);
-    const T *x = input + image * s.g.in_n, *following = following_image(s, x, image);
-    T* gx = grad_input + image * s.g.in_n;
-    unpool_tiles(s, m, tiles, x, following, gx);
+  int turn = 0;
+  for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x, turn ^= 1) {
+    const T* const x = input + image * s.g.in_n;
+    const T* const following = following_image(s, x, image);
+    const T* map = turn != 0 ? m.map[1] : m.map[0];
+    wait_for_copies();
     __syncthreads();
+    const auto copy_next = [&] {
+      if (following == nullptr) return;
+      copy_map<channels_last>(s, turn != 0 ? m.map[0] : m.map[1],
+                              grad_output + (image + gridDim.x) * int64_t{s.g.out_n});
+    };
+    if (s.maps > 1) copy_next();
+    sum_channels<channels_last>(s, m, map);
+    blur_sums<true>(s, m);
+    unpool_tiles(s, m, map, tiles, x, following, grad_input + image * s.g.in_n);
+    if (s.maps == 1) {
+      __syncthreads();
+      copy_next();
+    }
   }
 }
 
@@ -386,11 +498,12 @@ int tile_pack(const StageArguments& arguments, bool channels_last, const T* imag
   return 0;
 }
 
-// The stage for one kernel, a block for each image; where the weights are is left to be said. map:
-// a tensor of the output's shape; pack: what tile_pack said. The geometry must fit into 32 bits.
+// The stage for one kernel; where the weights are is left to be said. map: a tensor of the output's
+// shape, which is what the maps of the backward pass hold; pack: what tile_pack said. The geometry
+// must fit into 32 bits.
 template <typename T>
-Fused<T> fused_of(const StageArguments& arguments, bool channels_last, const Tensor& kernel,
-                  const T* map, int pack) {
+Fused<T> fused_of(const StageArguments& arguments, bool channels_last, bool backward,
+                  const Tensor& kernel, const T* map, int pack, int threads) {
   constexpr int n = kNeighbours<T>;
   const PoolGeometry& g = arguments.geometry;
   Fused<T> s{};
@@ -399,25 +512,53 @@ Fused<T> fused_of(const StageArguments& arguments, bool channels_last, const Ten
   s.activation = arguments.activation;
   s.channels_last = channels_last;
   s.taps = static_cast<int32_t>(kernel.numel());
-  s.sum_pack = (channels_last ? s.g.C : s.pixels()) % n == 0;
-  s.map_pack = (channels_last ? s.g.C : s.map_size()) % n == 0 &&
-               reinterpret_cast<uintptr_t>(map) % (n * sizeof(T)) == 0;
-  s.groups = std::min(s.sum_parts(), std::max(4, 128 / s.sum_units()));
-  if (pack > 0) {
-    s.unit_row = static_cast<uint32_t>((channels_last ? s.g.C : s.g.W) / pack);
-    s.units = s.unit_row * static_cast<uint32_t>(channels_last ? s.pixels() : s.g.C * s.g.OH);
-    s.by_unit_row = Divider(s.unit_row);
+  const int32_t pixels = s.pixels();
+  // The smallest number of channels that are packs, in NCHW.
+  const int32_t whole = channels_last ? 1 : std::lcm(pixels, n) / pixels;
+  s.map_pack = s.g.C % whole == 0 && reinterpret_cast<uintptr_t>(map) % (n * sizeof(T)) == 0;
+  const int32_t map_pack = s.map_pack ? n : 1;
+  if (channels_last) {
+    s.tiles = {s.g.C / pack, pixels};
+    s.packs = {s.g.C / map_pack, pixels};
+    s.sums = std::max(1, std::min(s.g.C / n, threads / pixels));
+  } else {
+    const int32_t channels = s.map_pack ? whole : 1;
+    s.tiles = {s.g.OH * (s.g.W / pack), s.g.C};
+    s.packs = {channels * pixels / map_pack, s.g.C / channels};
+    s.sums = backward ? s.packs.groups(threads) * channels : s.tiles.groups(threads);
   }
+  const int32_t map_size = channels_last ? pixels * s.step_pixel() : s.map_size();
+  const auto size = static_cast<int32_t>(backward ? sizeof(T) : sizeof(opmath_t<T>));
+  s.map_bytes = static_cast<int32_t>(ceil_div(map_size * size, 16) * 16);
+  s.by_unit_row = Divider(s.g.W / pack);
   s.by_width = Divider(g.OW);
-  s.by_inner = Divider(channels_last ? g.C : g.OH * g.OW);
-  s.by_sums = Divider(s.sum_units());
+  s.by_pixels = Divider(pixels);
+  s.maps = backward ? 2 : 1;
+  if (s.shared_bytes() > shared_memory_limit()) s.maps = 1;
   return s;
 }
 
-// Whether a block can hold an image; every size that Fused has is then far below 2^31, and the
+// Threads of a block: none that would find nothing to do.
+template <typename T>
+int tile_threads(const StageArguments& arguments, bool channels_last, bool backward, int pack) {
+  const PoolGeometry& g = arguments.geometry;
+  const int64_t most =
+      channels_last
+          ? (backward ? kMostTileThreads<true, true, T> : kMostTileThreads<false, true, T>)
+          : (backward ? kMostTileThreads<true, false, T> : kMostTileThreads<false, false, T>);
+  const int64_t columns = channels_last ? g.C / pack : g.OH * (g.W / pack);
+  const int64_t entries = channels_last ? g.OH * g.OW : g.C;
+  if (columns >= most) return static_cast<int>(most);
+  const int64_t each = ceil_div(entries, std::min(entries, most / columns));
+  return static_cast<int>(ceil_div(ceil_div(entries, each) * columns, kWarp) * kWarp);
+}
+
+// The same if a block can hold an image; every size that Fused has is then far below 2^31, and the
 // divisions are exact.
 template <typename T>
-bool fits_block(const StageArguments& arguments, bool channels_last, const Tensor& kernel) {
+std::optional<Fused<T>> fused_in_block(const StageArguments& arguments, bool channels_last,
+                                       bool backward, const Tensor& kernel, const T* map, int pack,
+                                       int threads) {
   const PoolGeometry& g = arguments.geometry;
   constexpr int64_t kMost = 65535;
   const auto product = [](int64_t a, int64_t b) {
@@ -425,27 +566,13 @@ bool fits_block(const StageArguments& arguments, bool channels_last, const Tenso
   };
   const int64_t pixels = product(g.OH, g.OW);
   if (kernel.dim() != 1 || !fits_narrow(g, 1) || kernel.numel() > kMost ||
-      product(g.C + 1, pixels) > kMost ||
+      product(g.C + kNeighbours<T>, pixels) > kMost ||
       product(g.OH + kernel.numel(), g.OW + kernel.numel()) > kMost) {
-    return false;
+    return std::nullopt;
   }
-  const Fused<T> s =
-      fused_of<T>(arguments, channels_last, kernel, static_cast<const T*>(nullptr), 0);
-  return s.shared_bytes() <= shared_memory_limit();
-}
-
-// Threads of a block, so that the blocks that a multiprocessor holds fill it: few blocks of many
-// threads where an image takes much of its memory, or where there are few images.
-template <typename T>
-int tile_threads(const Fused<T>& s) {
-  const int64_t most = s.channels_last ? kMostTileThreads<true, T> : kMostTileThreads<false, T>;
-  const int64_t bytes = s.shared_bytes() + 1024;  // which the system takes of each block's
-  const int64_t resident =
-      std::min({(shared_memory_limit() + 1024) / bytes, ceil_div(s.N, multiprocessor_count()),
-                2 * most / kLeastTileThreads});
-  const int64_t threads = 2 * most / std::max<int64_t>(resident, 1) / kWarp * kWarp;
-  const int64_t needed = ceil_div(s.units, kWarp) * kWarp;
-  return static_cast<int>(std::max<int64_t>(kLeastTileThreads, std::min({threads, needed, most})));
+  const Fused<T> s = fused_of<T>(arguments, channels_last, backward, kernel, map, pack, threads);
+  if (s.shared_bytes() > shared_memory_limit()) return std::nullopt;
+  return s;
 }
 
 // Calls body with the layout and the pack of a kernel, as Numbers.
@@ -486,17 +613,20 @@ struct Backend {
       using T = decltype(element);
       const T* in = x.data.const_data_ptr<T>();
       const int pack = tile_pack<T>(arguments, x.channels_last, in);
-      if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return;
+      if (pack == 0) return;
+      const int threads = tile_threads<T>(arguments, x.channels_last, false, pack);
+      // A new tensor is aligned, as nullptr is.
+      auto s = fused_in_block<T>(arguments, x.channels_last, false, kernel, nullptr, pack, threads);
+      if (!s) return;
       const Launcher launcher(x.data);
       const Tensor weights = kernel_in_double(kernel);
+      s->kernel = weights.const_data_ptr<double>();
       output = new_pooled(x, arguments.geometry);
       T* out = output->mutable_data_ptr<T>();
-      Fused<T> s = fused_of<T>(arguments, x.channels_last, kernel, out, pack);
-      s.kernel = weights.const_data_ptr<double>();
       dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
         launcher.run_clusters_with_shared(
-            tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
-            tile_threads(s), s.shared_bytes(), s, in, out);
+            tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s->N, 1,
+            threads, s->shared_bytes(), *s, in, out);
       });
     });
     return output;
@@ -510,17 +640,19 @@ struct Backend {
       using T = decltype(element);
       const T *in = x.data.const_data_ptr<T>(), *grad = grad_output.const_data_ptr<T>();
       const int pack = tile_pack<T>(arguments, x.channels_last, in);  // new tensors are aligned
-      if (pack == 0 || !fits_block<T>(arguments, x.channels_last, kernel)) return;
+      if (pack == 0) return;
+      const int threads = tile_threads<T>(arguments, x.channels_last, true, pack);
+      auto s = fused_in_block<T>(arguments, x.channels_last, true, kernel, grad, pack, threads);
+      if (!s) return;
       const Launcher launcher(x.data);
       const Tensor weights = kernel_in_double(kernel);
+      s->kernel = weights.const_data_ptr<double>();
       grad_input = empty_images(x, x.H, x.W);
       T* to = grad_input->mutable_data_ptr<T>();
-      Fused<T> s = fused_of<T>(arguments, x.channels_last, kernel, grad, pack);
-      s.kernel = weights.const_data_ptr<double>();
       dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
         launcher.run_clusters_with_shared(
-            tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s.N, 1,
-            tile_threads(s), s.shared_bytes(), s, grad, in, to);
+            tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s->N, 1,
+            threads, s->shared_bytes(), *s, grad, in, to);
       });
     });
     return grad_input;

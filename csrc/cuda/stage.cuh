@@ -15,82 +15,19 @@ namespace mnist_ops::cuda {
 template <typename T>
 constexpr int kNeighbours = kPackSize<T> < 4 ? kPackSize<T> : 4;
 
-template <typename T>
-struct Fused {
-  using A = opmath_t<T>;
-  int64_t N;
-  PoolGeometryOf<int32_t> g;  // of one image
-  ActivationKind activation;
-  bool channels_last;
-  const double* kernel;
-  int32_t taps;       // of a separable kernel
-  bool map_pack;      // whether tensors of the output's shape are read and written in packs
-  bool sum_pack;      // whether the channels of the map in shared memory are
-  int32_t groups;     // of channels that are added up at once
-  uint32_t units;     // tiles of an image
-  uint32_t unit_row;  // tiles of a row of windows, or, in NHWC, of a pixel
-  Divider by_unit_row, by_width, by_inner, by_sums;  // by_inner: pixels, or, in NHWC, C
+// The packs of an image, or of a map, as a table. In NCHW a column has the same pixels in each of
+// its entries, which are channels, or as many channels as it takes for the next entry to begin with
+// a pack; in NHWC a column has the same channels, and its entries are pixels. Neighbouring threads
+// take neighbouring columns; where there are more threads than columns, groups of them share the
+// entries.
+struct Table {
+  int32_t columns, entries;
 
-  static constexpr int kNear = kNeighbours<T>;
-
-  MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
-  MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
-  // The map in shared memory. In NHWC an odd distance between pixels, in packs where channels come
-  // in packs, keeps the threads that add up their channels in different banks.
-  MNIST_OPS_HD int32_t step_pixel() const {
-    return !channels_last ? 1 : sum_pack ? kNear * ((g.C / kNear) | 1) : g.C | 1;
-  }
-  MNIST_OPS_HD int32_t step_c() const { return channels_last ? 1 : pixels(); }
-  // Rounded up to whole packs, like all that lies in front of what is accessed in packs.
-  MNIST_OPS_HD int32_t shared_map_size() const {
-    return ((channels_last ? pixels() * step_pixel() : map_size()) + 3) / 4 * 4;
-  }
-  // Sums over channels: of how many pixels, or packs of them; of how many channels, or packs.
-  MNIST_OPS_HD int32_t sum_units() const {
-    return sum_pack && !channels_last ? pixels() / kNear : pixels();
-  }
-  MNIST_OPS_HD int32_t sum_parts() const { return sum_pack && channels_last ? g.C / kNear : g.C; }
-  // The mean with its first pixels once more behind the last, for packs that begin near the end;
-  // before it, the sums of the groups.
-  MNIST_OPS_HD int32_t mean_size() const {
-    const int32_t mean = pixels() + kNear - 1, sums = groups * pixels();
-    return ((mean > sums ? mean : sums) + 3) / 4 * 4;
-  }
-  // A plane with zeros left and right of it; with zeros above and below, of what its rows gave; the
-  // shares of its rows and columns in coef.
-  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps - 1; }
-  MNIST_OPS_HD int32_t padded_size() const { return g.OH * padded_w(); }
-  MNIST_OPS_HD int32_t rows_size() const { return (g.OH + taps - 1) * g.OW; }
-  MNIST_OPS_HD int32_t coef_size() const { return g.OH + g.OW; }
-  int64_t shared_bytes() const {
-    const int64_t size = int64_t{shared_map_size()} + mean_size() + padded_size() + rows_size() +
-                         coef_size() + 2 * taps;
-    return size * static_cast<int64_t>(sizeof(A));
+  MNIST_OPS_HD int32_t groups(int32_t threads) const {
+    const int32_t groups = threads / columns;
+    return groups < 1 ? 1 : groups < entries ? groups : entries;
   }
 };
-
-template <typename A>
-struct SharedMemory {
-  A* map;        // pooled, or the gradient with respect to that
-  A* mean;       // what is subtracted; before it is known, sums over groups of channels
-  A* padded;     // the sum over channels, zeros left and right
-  A* rows;       // blurred along the rows, zeros above and below
-  A* coef;       // the kernel's share of each row, then of each column
-  A* weight[2];  // normalised, [adjoint]
-};
-
-template <typename T, typename A = opmath_t<T>>
-__device__ SharedMemory<A> shared_memory(const Fused<T>& s) {
-  SharedMemory<A> m;
-  m.map = reinterpret_cast<A*>(dynamic_shared_memory());
-  m.mean = m.map + s.shared_map_size();
-  m.padded = m.mean + s.mean_size();
-  m.rows = m.padded + s.padded_size();
-  m.coef = m.rows + s.rows_size();
-  m.weight[0] = m.coef + s.coef_size();
-  m.weight[1] = m.weight[0] + s.taps;
-  return m;
-}
 
 __device__ __forceinline__ int32_t this_thread() {
   return static_cast<int32_t>(threadIdx.x);
@@ -99,23 +36,83 @@ __device__ __forceinline__ int32_t block_threads() {
   return static_cast<int32_t>(blockDim.x);
 }
 
-// Zeros around the planes, by all threads, and the weights, by one warp, while the others are busy
-// with the image. A barrier must follow.
-template <typename T, typename A>
-__device__ void prepare(const Fused<T>& s, const SharedMemory<A>& m) {
-  for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
-    m.padded[i] = A(0);
+// What this thread takes of a table: from a column, and each column_step-th, the group-th and each
+// entry_step-th entry.
+struct Share {
+  int32_t column, group, column_step, entry_step;
+
+  __device__ __forceinline__ explicit Share(const Table& table) {
+    entry_step = table.groups(block_threads());
+    group = this_thread() / table.columns, column = this_thread() - group * table.columns;
+    column_step = table.columns;
+    if (table.columns > block_threads()) column_step = block_threads();
+    if (group >= entry_step) column = table.columns;  // nothing
   }
-  if (threadIdx.x >= kWarp) return;
-  const int32_t lane = this_thread();
-  double sum = 0;
-  for (int32_t i = lane; i < s.taps; i += kWarp) sum += s.kernel[i];
-  const double total = lane_sum(sum, kWarp);
-  for (int32_t i = lane; i < s.taps; i += kWarp) {
-    const A weight = static_cast<A>(s.kernel[i] / total);
-    m.weight[0][i] = weight;
-    m.weight[1][s.taps - 1 - i] = weight;
+};
+
+template <typename T>
+struct Fused {
+  using A = opmath_t<T>;
+  int64_t N;
+  PoolGeometryOf<int32_t> g;  // of one image
+  ActivationKind activation;
+  bool channels_last;
+  const double* kernel;
+  int32_t taps;        // of a separable kernel
+  bool map_pack;       // whether tensors of the output's shape are read and written in packs
+  int32_t maps;        // in shared memory
+  int32_t map_bytes;   // of one of them: a multiple of 16
+  int32_t sums;        // planes of sums over some of the channels
+  Table tiles, packs;  // of the image and of a map
+  Divider by_unit_row, by_width, by_pixels;  // by_unit_row: tiles of a row in NCHW
+
+  static constexpr int kNear = kNeighbours<T>;
+
+  MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
+  MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
+  // In shared memory. In NHWC an odd distance between pixels, in packs, keeps the threads that add
+  // up their channels in different banks.
+  MNIST_OPS_HD int32_t step_pixel() const { return kNear * ((g.C / kNear) | 1); }
+  // The mean, or, before it is known, the planes of sums. Rounded up to whole packs, like all that
+  // lies in front of what is accessed in packs.
+  MNIST_OPS_HD int32_t mean_size() const { return (sums * pixels() + 3) / 4 * 4; }
+  // A plane with zeros left and right of it; with zeros above and below, of what its rows gave; the
+  // shares of its rows and columns in coef.
+  MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps - 1; }
+  MNIST_OPS_HD int32_t padded_size() const { return g.OH * padded_w(); }
+  MNIST_OPS_HD int32_t rows_size() const { return (g.OH + taps - 1) * g.OW; }
+  MNIST_OPS_HD int32_t coef_size() const { return g.OH + g.OW; }
+  int64_t shared_bytes() const {
+    const int64_t size =
+        int64_t{mean_size()} + padded_size() + rows_size() + coef_size() + 2 * taps;
+    return int64_t{maps} * map_bytes + size * static_cast<int64_t>(sizeof(A));
   }
+};
+
+// M: the type of the maps, that to compute in of a pooled one, the tensor's of a gradient.
+template <typename M, typename A>
+struct SharedMemory {
+  M* map[2];     // pooled, or the gradients with respect to that of this image and the next
+  A* mean;       // what is subtracted; before it is known, sums over groups of channels
+  A* padded;     // the sum over channels, zeros left and right
+  A* rows;       // blurred along the rows, zeros above and below
+  A* inverse;    // of the kernel's share of each row, then of each column, times C
+  A* weight[2];  // normalised, [adjoint]
+};
+
+template <typename M, typename T, typename A = opmath_t<T>>
+__device__ SharedMemory<M, A> shared_memory(const Fused<T>& s) {
+  SharedMemory<M, A> m;
+  unsigned char* const begin = dynamic_shared_memory();
+  m.map[0] = reinterpret_cast<M*>(begin);
+  m.map[1] = reinterpret_cast<M*>(begin + (s.maps - 1) * s.map_bytes);
+  m.mean = reinterpret_cast<A*>(begin + s.maps * s.map_bytes);
+  m.padded = m.mean + s.mean_size();
+  m.rows = m.padded + s.padded_size();
+  m.inverse = m.rows + s.rows_size();
+  m.weight[0] = m.inverse + s.coef_size();
+  m.weight[1] = m.weight[0] + s.taps;
+  return m;
 }
 
 // The sum of the weights inside the image, along one dimension, for its index-th pixel.
@@ -129,104 +126,75 @@ __device__ A weight_inside(const A* weight, int32_t taps, int32_t index, int32_t
   return sum;
 }
 
-template <typename T, typename A>
-__device__ void prepare_coefficients(const Fused<T>& s, const SharedMemory<A>& m) {
+// Zeros around the planes, by all threads, and the weights, by one warp; then what a mean is
+// multiplied by, so that no image waits for a division. A barrier must follow.
+template <typename T, typename M, typename A>
+__device__ void prepare(const Fused<T>& s, const SharedMemory<M, A>& m) {
+  for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
+    m.padded[i] = A(0);
+  }
+  if (threadIdx.x < kWarp) {
+    const int32_t lane = this_thread();
+    double sum = 0;
+    for (int32_t i = lane; i < s.taps; i += kWarp) sum += s.kernel[i];
+    const double total = lane_sum(sum, kWarp);
+    for (int32_t i = lane; i < s.taps; i += kWarp) {
+      const A weight = static_cast<A>(s.kernel[i] / total);
+      m.weight[0][i] = weight;
+      m.weight[1][s.taps - 1 - i] = weight;
+    }
+  }
+  __syncthreads();
   const int32_t OH = s.g.OH, OW = s.g.OW;
   for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
-    m.coef[i] = weight_inside(m.weight[0], s.taps, i < OH ? i : i - OH, i < OH ? OH : OW);
+    const A inside = weight_inside(m.weight[0], s.taps, i < OH ? i : i - OH, i < OH ? OH : OW);
+    m.inverse[i] = A(1) / (i < OH ? inside : inside * static_cast<A>(s.g.C));
   }
 }
 
-// sum over k of in[k step] weight[k].
-template <typename A>
-__device__ __forceinline__ A correlate(const A* in, int32_t step, const A* weight, int32_t taps) {
+// sum over k of term(k), a number from shared memory and a factor: eight of them are on their way
+// before the first is added.
+template <typename A, typename F>
+__device__ __forceinline__ A sum_of(int32_t count, const F& term) {
+  constexpr int kAtOnce = 8;
   A sum = A(0);
-#pragma unroll 4
-  for (int32_t k = 0; k < taps; ++k) sum += in[k * step] * weight[k];
+#pragma unroll 1
+  for (int32_t first = 0; first < count; first += kAtOnce) {
+    Pack<A, 2> terms[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      terms[k] = first + k < count ? term(first + k) : Pack<A, 2>{};
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) sum += terms[k].values[0] * terms[k].values[1];
+  }
   return sum;
 }
 
-// From the map to the plane that is subtracted: the mean or, adjoint, the share of its gradient.
-// Begins and ends with a barrier. first: of the images that this block takes.
-template <bool adjoint, typename T, typename A>
-__device__ void blur_map(const Fused<T>& s, const SharedMemory<A>& m, bool first) {
-  constexpr int n = kNeighbours<T>;
-  const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
-  const int32_t radius = s.taps / 2;
-  const A* weight = m.weight[adjoint];
-  const auto each_pixel = [&](const auto& body) {
-    for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
-      const auto h = static_cast<int32_t>(s.by_width.quotient(static_cast<uint32_t>(pixel)));
-      body(pixel, h, pixel - h * OW);
-    }
-  };
-  const auto coefficient = [&](int32_t h, int32_t w) { return m.coef[h] * m.coef[OH + w]; };
-  __syncthreads();
-  if (first) prepare_coefficients(s, m);
-  // Several threads share the channels of a pixel; their sums are added in a fixed order.
-  const int32_t units = s.sum_units(), parts = s.sum_parts();
-  for (int32_t i = this_thread(); i < s.groups * units; i += block_threads()) {
-    const auto group = static_cast<int32_t>(s.by_sums.quotient(static_cast<uint32_t>(i)));
-    const int32_t unit = i - group * units;
-    if (!s.sum_pack) {
-      const A* from = m.map + unit * s.step_pixel();
-      A sum = A(0);
-#pragma unroll 4
-      for (int32_t c = group; c < parts; c += s.groups) sum += from[c * s.step_c()];
-      m.mean[i] = sum;
-    } else if (s.channels_last) {
-      const A* from = m.map + unit * s.step_pixel();
-      A sum = A(0);
-#pragma unroll 4
-      for (int32_t c = group; c < parts; c += s.groups) {
-        const Pack<A, n> pack = load_pack<n>(from + c * n);
+// A pack of numbers in the type of a tensor: half types two by an instruction.
+template <typename T, int n, typename A>
+__device__ __forceinline__ Pack<T, n> rounded(const A (&values)[n]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  constexpr bool in_pairs = sizeof(T) == 2 && n % 2 == 0;
+#else
+  constexpr bool in_pairs = false;
+#endif
+  Pack<T, n> pack;
 #pragma unroll
-        for (int j = 0; j < n; ++j) sum += pack.values[j];
+  for (int j = 0; j < n; j += 1 + in_pairs) {
+    if constexpr (in_pairs) {
+      uint32_t word;
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[j + 1]), "f"(values[j]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[j + 1]), "f"(values[j]));
       }
-      m.mean[i] = sum;
+      std::memcpy(pack.values + j, &word, sizeof(word));
     } else {
-      const A* from = m.map + unit * n;
-      Pack<A, n> sum{};
-#pragma unroll 4
-      for (int32_t c = group; c < parts; c += s.groups) {
-        const Pack<A, n> pack = load_pack<n>(from + c * pixels);
-#pragma unroll
-        for (int j = 0; j < n; ++j) sum.values[j] += pack.values[j];
-      }
-      store_pack(m.mean + i * n, sum);
+      pack.values[j] = static_cast<T>(values[j]);
     }
   }
-  __syncthreads();
-  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    A sum = m.mean[pixel];
-    for (int32_t k = 1; k < s.groups; ++k) sum += m.mean[k * pixels + pixel];
-    m.padded[h * s.padded_w() + w + radius] = adjoint ? sum / coefficient(h, w) : sum;
-  });
-  __syncthreads();
-  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    m.rows[pixel + radius * OW] = correlate(m.padded + h * s.padded_w() + w, 1, weight, s.taps);
-  });
-  __syncthreads();
-  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    const A blurred = correlate(m.rows + pixel, OW, weight, s.taps);
-    const A channels = static_cast<A>(s.g.C);
-    const A mean = adjoint ? blurred / channels : local_mean(blurred, channels, coefficient(h, w));
-    for (int32_t i = pixel; i < pixels + n - 1; i += pixels) m.mean[i] = mean;
-  });
-  __syncthreads();
-}
-
-// Where an element of a map lies: in the map in shared memory, and its pixel.
-struct MapPlace {
-  int32_t at, pixel;
-};
-
-template <typename T>
-__device__ __forceinline__ MapPlace map_place(const Fused<T>& s, int32_t i) {
-  const auto outer = static_cast<int32_t>(s.by_inner.quotient(static_cast<uint32_t>(i)));
-  const int32_t rest = i - outer * (s.channels_last ? s.g.C : s.pixels());
-  if (s.channels_last) return {outer * s.step_pixel() + rest, outer};
-  return {i, rest};
+  return pack;
 }
 
 // Calls body with how many neighbours of a tensor of the map's shape are read or written at once.
@@ -239,47 +207,135 @@ __device__ __forceinline__ void with_map_pack(const Fused<T>& s, const F& body) 
   }
 }
 
-template <typename T, typename A>
-__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A>& m, T* output) {
-  with_map_pack(s, [&](auto pack) {
-    constexpr int n = decltype(pack)::value;
-    for (int32_t i = this_thread() * n; i < s.map_size(); i += block_threads() * n) {
-      const MapPlace place = map_place(s, i);
-      const Pack<A, n> from = load_pack<n>(m.map + place.at);
-      Pack<T, n> to;
+// From the map to sums over some of its channels. A barrier must be before and after it.
+template <bool channels_last, typename T, typename M, typename A>
+__device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemory<M, A>& m,
+                                             const M* map) {
+  const int32_t pixels = s.pixels();
+  if constexpr (channels_last) {
+    constexpr int n = kNeighbours<T>;
+    for (int32_t i = this_thread(); i < s.sums * pixels; i += block_threads()) {
+      const auto group = static_cast<int32_t>(s.by_pixels.quotient(static_cast<uint32_t>(i)));
+      const M* from = map + (i - group * pixels) * s.step_pixel();
+      A sum[n] = {};
+#pragma unroll 4
+      for (int32_t c = group * n; c < s.g.C; c += s.sums * n) {
+        const Pack<M, n> pack = load_pack<n>(from + c);
 #pragma unroll
-      for (int j = 0; j < n; ++j) {
-        const A mean = m.mean[s.channels_last ? place.pixel : place.pixel + j];
-        to.values[j] = static_cast<T>(from.values[j] - mean);
+        for (int j = 0; j < n; ++j) sum[j] += static_cast<A>(pack.values[j]);
       }
-      store_pack(output + i, to);
+#pragma unroll
+      for (int j = 1; j < n; ++j) sum[0] += sum[j];
+      m.mean[i] = sum[0];
     }
+  } else {
+    with_map_pack(s, [&](auto number) {
+      constexpr int n = decltype(number)::value;
+      const Share share(s.packs);
+      const int32_t size = s.packs.columns * n;
+      for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
+        Pack<A, n> sum{};
+#pragma unroll 4
+        for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
+          const Pack<M, n> pack = load_pack<n>(map + entry * size + column * n);
+#pragma unroll
+          for (int j = 0; j < n; ++j) sum.values[j] += static_cast<A>(pack.values[j]);
+        }
+        store_pack(m.mean + share.group * size + column * n, sum);
+      }
+    });
+  }
+}
+
+// From the sums to the plane that is subtracted: the mean or, adjoint, the share of its gradient.
+// Begins and ends with a barrier.
+template <bool adjoint, typename T, typename M, typename A>
+__device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<M, A>& m) {
+  const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
+  const int32_t radius = s.taps / 2;
+  const A* weight = m.weight[adjoint];
+  const auto each_pixel = [&](const auto& body) {
+#pragma unroll 1
+    for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
+      const auto h = static_cast<int32_t>(s.by_width.quotient(static_cast<uint32_t>(pixel)));
+      body(pixel, h, pixel - h * OW);
+    }
+  };
+  const auto inverse = [&](int32_t h, int32_t w) { return m.inverse[h] * m.inverse[OH + w]; };
+  __syncthreads();
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    const A sum =
+        sum_of<A>(s.sums, [&](int32_t k) { return Pack<A, 2>{m.mean[k * pixels + pixel], A(1)}; });
+    m.padded[h * s.padded_w() + w + radius] = adjoint ? sum * inverse(h, w) : sum;
+  });
+  __syncthreads();
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    const A* in = m.padded + h * s.padded_w() + w;
+    m.rows[pixel + radius * OW] =
+        sum_of<A>(s.taps, [&](int32_t k) { return Pack<A, 2>{in[k], weight[k]}; });
+  });
+  __syncthreads();
+  each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
+    const A blurred =
+        sum_of<A>(s.taps, [&](int32_t k) { return Pack<A, 2>{m.rows[k * OW + pixel], weight[k]}; });
+    m.mean[pixel] = adjoint ? blurred : blurred * inverse(h, w);
+  });
+  __syncthreads();
+}
+
+// Calls body(where in the map in shared memory, where in the tensor, entry) for this thread's packs
+// of a map, a column after the other, and begin(column) before each of them.
+template <bool channels_last, int n, typename T, typename Begin, typename F>
+__device__ __forceinline__ void each_map_pack(const Fused<T>& s, const Begin& begin,
+                                              const F& body) {
+  const Share share(s.packs);
+  const int32_t step = channels_last ? s.step_pixel() : s.packs.columns * n;
+  const int32_t size = s.packs.columns * n;
+  for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
+    begin(column * n);
+#pragma unroll 4
+    for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
+      body(entry * step + column * n, entry * size + column * n, entry);
+    }
+  }
+}
+
+template <bool channels_last, typename T, typename A>
+__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A, A>& m,
+                                          const A* map, T* output) {
+  with_map_pack(s, [&](auto number) {
+    constexpr int n = decltype(number)::value;
+    A mean[n];
+    each_map_pack<channels_last, n>(
+        s,
+        [&](int32_t first) {
+          if constexpr (!channels_last) {
+#pragma unroll
+            for (int j = 0; j < n; ++j) {
+              mean[j] = m.mean[s.by_pixels.remainder(static_cast<uint32_t>(first + j))];
+            }
+          }
+        },
+        [&](int32_t from, int32_t to, int32_t entry) {
+          const Pack<A, n> pack = load_pack<n>(map + from);
+          A result[n];
+#pragma unroll
+          for (int j = 0; j < n; ++j) {
+            result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
+          }
+          store_pack(output + to, rounded<T>(result));
+        });
   });
 }
 
-// Several packs are read before the first of them is written: all of a store waits for it.
-template <typename T, typename A>
-__device__ __forceinline__ void read_map(const Fused<T>& s, const SharedMemory<A>& m,
-                                         const T* input) {
-  with_map_pack(s, [&](auto pack) {
-    constexpr int n = decltype(pack)::value, kAtOnce = 4;
-    const int32_t size = s.map_size(), step = block_threads() * n;
-    for (int32_t first = this_thread() * n; first < size; first += kAtOnce * step) {
-      Pack<T, n> from[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int32_t i = first + k * step;
-        from[k] = load_pack<n>(input + (i < size ? i : first));
-      }
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        if (first + k * step >= size) continue;
-        Pack<A, n> to;
-#pragma unroll
-        for (int j = 0; j < n; ++j) to.values[j] = static_cast<A>(from[k].values[j]);
-        store_pack(m.map + map_place(s, first + k * step).at, to);
-      }
-    }
+// Without waiting for it: see copy_pack.
+template <bool channels_last, typename T>
+__device__ __forceinline__ void copy_map(const Fused<T>& s, T* map, const T* input) {
+  with_map_pack(s, [&](auto number) {
+    constexpr int n = decltype(number)::value;
+    each_map_pack<channels_last, n>(
+        s, [](int32_t) {},
+        [&](int32_t to, int32_t from, int32_t) { copy_pack<n>(map + to, input + from); });
   });
 }
 
