@@ -27,6 +27,7 @@ namespace mnist_ops::cuda {
 #endif
 
 MNIST_OPS_APPROXIMATE(two_to_the, "ex2.approx.ftz", std::exp2(x))
+MNIST_OPS_APPROXIMATE(log2_of, "lg2.approx.ftz", std::log2(x))
 MNIST_OPS_APPROXIMATE(reciprocal, "rcp.approx.ftz", 1.0f / x)
 MNIST_OPS_APPROXIMATE(reciprocal_root, "rsqrt.approx.ftz", 1.0f / std::sqrt(x))
 MNIST_OPS_APPROXIMATE(approximate_root, "sqrt.approx.ftz", std::sqrt(x))

@@ -95,22 +95,27 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
 
 // From memory to shared memory, without waiting for it where the device can: it is there after
 // wait_for_copies(), for this thread's own copies, and a barrier, for the others'.
-template <int n, typename T>
+// Both addresses are so many elements further, by numbers in the instruction.
+template <int n, int further = 0, typename T>
 __device__ __forceinline__ void copy_pack(T* to, const T* from) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  constexpr int kFurther = static_cast<int>(sizeof(T)) * further;
   if constexpr (kBytes >= 4) {
     const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
     if constexpr (kBytes == 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared), "l"(from),
+                   "n"(kFurther)
+                   : "memory");
     } else {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes)
+      asm volatile("cp.async.ca.shared.global [%0 + %3], [%1 + %3], %2;" ::"r"(shared), "l"(from),
+                   "n"(kBytes), "n"(kFurther)
                    : "memory");
     }
     return;
   }
 #endif
-  store_pack(to, load_pack<n>(from));
+  store_pack(to + further, load_pack<n>(from + further));
 }
 
 // In groups: what a thread began it closes by copy_async_commit(); copy_async_wait<newer>() waits

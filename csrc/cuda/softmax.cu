@@ -72,7 +72,7 @@ struct Kernels {
     // Blocks that add up losses: of the kernel that computes them, else of the one above, which has
     // several only where there are more losses than a few for each thread.
     const int64_t count = losses.numel();
-    const int64_t added = are_short_rows(Kind::kNll, f) ? blocks_of_tiles<Forward<T>>(f.g) : 0;
+    const int64_t added = are_short_rows(Kind::kNll, f) ? blocks_of_tiles(f) : 0;
     const int64_t blocks =
         added > 0 ? added : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
     const Tensor sums = new_tensor(losses, {2 * blocks}, ScalarType::Double);

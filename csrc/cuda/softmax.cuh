@@ -6,18 +6,20 @@
 //   tile     rows of up to 256 elements that are no packs (the reports' 10 classes): a block brings
 //            as many as its threads hold to shared memory, as one piece, and up to 32 lanes share a
 //            row; the next rows are on their way meanwhile; blocks add up their losses themselves
+//   even     the same for rows of 10 elements, a thread each
 //   warp     rows of packs, of up to 1024 elements (512 in float64): up to 32 lanes share a row
 //   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
-//            numbers an element; the gradient of the loss, which needs its target beside them;
-//            float64; rows without packs): a block of as many threads as it takes
+//            numbers an element; float64; rows without packs): a block of as many threads as it
+//            takes
 //   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
-//            8 times as many elements, and smaller blocks one of more than 16384
+//            8 times as many elements
 //   columns  lines of up to 256 elements that are not rows, packs of them side by side: a block
 //            takes 4 to 32 packs of lines, threadIdx.x across them, so that reads are coalesced,
 //            threadIdx.y shares out each line
 // and read twice elsewhere:
 //   long     rows that are longer, a block each, and other lines, 32 to 256 neighbouring ones a
-//            block; the second time from the end, whose elements are still in L2
+//            block; the second time from the end, whose elements are still in L2. A loss needs no
+//            second time, and its rows of more than 131072 elements come here.
 // One pass finds the largest value and the sum together wherever more than a warp has a row.
 //
 // Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
@@ -27,7 +29,8 @@
 // softmax_nll: the gradient is the softmax kernel with another store, so that the forward saves
 // nothing but what the mean divides by. Bytes of a row of 10 float32 scores: forward 48 (scores and
 // class; blocks add up the losses), backward 88 (those and the gradient). Rows that are not short
-// write their losses, which another kernel adds up. Nothing of this was timed on a GPU yet.
+// write their losses, which another kernel adds up. Rows of packs have targets of one class there:
+// smoothing and probabilities take the ways of rows without packs.
 //
 // softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
 // refuse it, as the CPU does, the host would have to wait for the device.
@@ -68,12 +71,64 @@ __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
   }
 }
 
+// The larger one; the other one if one is NaN, in float32 by one instruction.
+__device__ __forceinline__ float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+__device__ __forceinline__ double larger(double a, double b) {
+  return b > a ? b : a;
+}
+
 // The logarithm of a sum. In float64 the library's own one is called, and registers are spilled
 // around the call.
 template <typename A>
 __device__ __forceinline__ A log_of(A sum) {
   return std::is_same_v<A, double> ? elementary::log(sum) : std::log(sum);
 }
+
+// exp(factor (v - largest)) of scaled values, and what becomes of their sum. Fast instructions for
+// half types, which are rounded more coarsely than those are, and for the loss and its gradient: it
+// is the error of the sum, or relative to 1, that matters there, and with the change of base in the
+// factor that is below a rounding's.
+template <typename T, int compiled>
+struct Powers {
+  using A = opmath_t<T>;
+  static constexpr bool kHalf = !std::is_same_v<T, A>;
+  static constexpr bool kFast =
+      kHalf || (sizeof(A) == 4 && (compiled == static_cast<int>(Kind::kNll) ||
+                                   compiled == static_cast<int>(Kind::kNllGradient)));
+  static constexpr bool kByProducts =
+      kFast && compiled != kAnyKind && compiled != static_cast<int>(Kind::kLogSoftmax);
+  A factor;
+
+  // A factor of infinity would make NaN of equal values.
+  __device__ __forceinline__ explicit Powers(const Differences<A>& difference)
+      : factor(kFast ? std::fmin(difference.factor * A(1.442695041), std::numeric_limits<A>::max())
+                     : difference.factor) {}
+
+  // Of a difference of scaled values.
+  __device__ __forceinline__ A operator()(A difference) const {
+    if constexpr (kFast) {
+      return two_to_the(factor * difference);
+    } else {
+      return std::exp(factor * difference);
+    }
+  }
+  __device__ __forceinline__ A quotient(A share, A sum) const {
+    if constexpr (kFast) {
+      return share * reciprocal(sum);
+    } else {
+      return share / sum;
+    }
+  }
+  __device__ __forceinline__ A log(A sum) const {
+    if constexpr (kHalf) {
+      return log2_of(sum) * 0.6931471806f;
+    } else {
+      return log_of(sum);
+    }
+  }
+};
 
 // The largest of some scaled values v, and the sum of exp(factor (v - largest)).
 template <typename A, typename Sum = A>
@@ -186,10 +241,20 @@ template <typename T>
 bool has_aligned_packs(Kind, const Backward<T>& b) {
   return are_aligned(b.grad, b.out, static_cast<const T*>(b.result));
 }
-// Whether rows are such packs.
+// Whether lines have no targets but those that are one class. Kernels for others hold more.
+template <typename T>
+bool has_one_class(Kind kind, const Forward<T>& f) {
+  return kind == Kind::kSoftmax || kind == Kind::kLogSoftmax || f.targets.one_class();
+}
+template <typename T>
+bool has_one_class(Kind, const Backward<T>&) {
+  return true;
+}
+// Whether rows are taken as such packs.
 template <typename Arguments>
 bool has_packs(Kind kind, const Arguments& a) {
-  return a.g.size % kPackSize<typename Arguments::Element> == 0 && has_aligned_packs(kind, a);
+  return a.g.size % kPackSize<typename Arguments::Element> == 0 && has_aligned_packs(kind, a) &&
+         has_one_class(kind, a);
 }
 
 // Calls body with the kind as a number that is known at compile time, or with kAnyKind; the loss
@@ -213,8 +278,8 @@ constexpr int kMostShortRow = 256;
 template <typename Arguments>
 void launch_tiles(const Launcher& launcher, Kind kind, const Arguments& a);
 // Its blocks at most, each of which can leave a LossSum.
-template <typename Arguments>
-int64_t blocks_of_tiles(const SoftmaxGeometry& g);
+template <typename T>
+int64_t blocks_of_tiles(const Forward<T>& f);
 
 // In softmax_rows.cu: other rows.
 template <typename Arguments>

@@ -1,6 +1,8 @@
 // Softmax of lines that threads hold in registers, whichever threads share a line.
 //
 // They are a Group: worker() is this one of the workers() that share a line, or lines side by side;
+//   kWhole           whether they have no pack beyond the end of a line
+//   kOneClass        whether they take no targets but those that are one class
 //   largest(values)  from what each of them found, for each line, what all of them have found, or
 //                    (kParts) some: then merge(part, difference) makes of their numbers those of
 //                    all
@@ -11,24 +13,57 @@
 
 namespace mnist_ops::cuda {
 
-// Neighbouring threads of a warp share a line.
+// How many blocks should fit on a multiprocessor at least, of kThreads threads: registers are more
+// than a thread needs otherwise, and it is the number of warps that hides the time of a row's
+// steps. (7.5 holds 4 of them at most.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostResident = 4;
+#else
+constexpr int kMostResident = 5;
+#endif
+
+// The largest value of so many neighbouring threads of a warp.
+template <typename A>
+__device__ __forceinline__ A largest_of_lanes(A value, int lanes) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance < lanes) {
+      value = larger(value, __shfl_xor_sync(kWholeWarp, value, distance));
+    }
+  }
+  return value;
+}
+
+// Neighbouring threads of a warp, a power of two of them, share a line.
+template <bool one_class>
 struct Lanes {
-  static constexpr bool kParts = false;
+  static constexpr bool kParts = false, kWhole = false, kOneClass = one_class;
   int lanes;
 
   __device__ __forceinline__ int worker() const {
-    return static_cast<int>(threadIdx.x % static_cast<unsigned>(lanes));
+    return static_cast<int>(threadIdx.x) & (lanes - 1);
   }
   __device__ __forceinline__ int workers() const { return lanes; }
 
   template <typename A>
   __device__ __forceinline__ void largest(A (&values)[1]) const {
-    values[0] = lane_max(values[0], lanes);
+    values[0] = largest_of_lanes(values[0], lanes);
   }
   template <typename A>
   __device__ __forceinline__ void sum(A (&values)[1]) const {
     values[0] = lane_sum(values[0], lanes);
   }
+};
+
+// A thread has a line.
+struct Alone {
+  static constexpr bool kParts = false, kWhole = true, kOneClass = true;
+  __device__ __forceinline__ int worker() const { return 0; }
+  __device__ __forceinline__ int workers() const { return 1; }
+  template <typename A>
+  __device__ __forceinline__ void largest(A (&)[1]) const {}
+  template <typename A>
+  __device__ __forceinline__ void sum(A (&)[1]) const {}
 };
 
 // The first of a group's lines, and the first element of it. Threads without a line, which are not
@@ -42,9 +77,45 @@ __device__ __forceinline__ Place place_of_row(int size, int64_t row, int64_t row
   return row < rows ? Place{size, row, row * size, true} : Place{size, 0, 0, false};
 }
 
+// A pack as it is in memory, in words: of 16-bit elements nvcc would take apart every one where a
+// pack may be missing.
+template <typename T, int n>
+struct RawPack {
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
+  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  Pack<Word, kWords> words;
+
+  __device__ __forceinline__ void fill(T value) {
+    Pack<T, n> pack;
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.values[j] = value;
+    std::memcpy(&words, &pack, sizeof(pack));
+  }
+  __device__ __forceinline__ void load(const T* from) {
+    words = load_pack<kWords>(reinterpret_cast<const Word*>(from));
+  }
+
+  __device__ __forceinline__ void unpack(opmath_t<T> (&values)[n]) const {
+    if constexpr (std::is_same_v<T, BFloat16> && n % 2 == 0) {
+      // They are the upper halves of numbers: one instruction each.
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        values[2 * i] = elementary::bits_as<float>(words.values[i] << 16);
+        values[2 * i + 1] = elementary::bits_as<float>(words.values[i] & 0xffff0000u);
+      }
+    } else {
+      Pack<T, n> pack;
+      std::memcpy(&pack, &words, sizeof(pack));
+#pragma unroll
+      for (int j = 0; j < n; ++j) values[j] = static_cast<opmath_t<T>>(pack.values[j]);
+    }
+  }
+};
+
 // What a worker holds: kLoads packs of n elements, of one line (m = 1), or of n lines side by side
-// (m = n) with an element of each. Packs beyond the end are `missing`.
-template <int kLoads, int n, int m, typename T>
+// (m = n) with an element of each. Packs beyond the end are missing.
+template <int kLoads, int n, int m, bool whole, typename T>
 struct Held {
   using A = opmath_t<T>;
   using Index = std::conditional_t<m == 1, int, int64_t>;
@@ -59,26 +130,31 @@ struct Held {
         workers(group.workers()),
         step(m == 1 ? n : static_cast<Index>(g.inner)) {}
 
-  __device__ __forceinline__ void load(const T* from, A scale, A missing) {
+  __device__ __forceinline__ bool has(int pack) const { return whole || pack < packs; }
+
+  // Packs are all on their way before the first one is waited for.
+  struct Raw {
+    RawPack<T, n> packs[kLoads];
+  };
+  __device__ __forceinline__ Raw read(const T* from, T missing) const {
+    Raw raw;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = worker + k * workers;
-      if (i < packs) {
-        const Pack<T, n> pack = load_pack<n>(from + i * step);
-#pragma unroll
-        for (int j = 0; j < n; ++j) values[k][j] = scale * static_cast<A>(pack.values[j]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < n; ++j) values[k][j] = missing;
-      }
+      if constexpr (!whole) raw.packs[k].fill(missing);
+      if (has(i)) raw.packs[k].load(from + i * step);
     }
+    return raw;
   }
-
+  __device__ __forceinline__ void take(const Raw& raw) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) raw.packs[k].unpack(values[k]);
+  }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = worker + k * workers;
-      if (i < packs) {
+      if (has(i)) {
         Pack<T, n> pack;
 #pragma unroll
         for (int j = 0; j < n; ++j) pack.values[j] = static_cast<T>(values[k][j]);
@@ -94,7 +170,7 @@ struct Held {
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = worker + k * workers;
-      if (m == n && i >= packs) continue;
+      if (m == n && !has(i)) continue;
 #pragma unroll
       for (int j = 0; j < n; ++j) body(values[k][j], m == 1 ? 0 : j, m == 1 ? i * n + j : i);
     }
@@ -108,89 +184,187 @@ __device__ __forceinline__ A sum_of(const Group& group, A value) {
   return values[0];
 }
 
-// What is read of a line beside its elements.
+// What is read of a line beside its elements, before them.
 template <typename A>
 struct Known {
   int64_t target = 0;
   A beta_g = A(0);
 };
-template <typename T>
-__device__ __forceinline__ Known<opmath_t<T>> known_of(Kind kind, const Forward<T>& f,
-                                                       int64_t line) {
-  Known<opmath_t<T>> known;
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ A beta_g_of(Kind kind, const Forward<T>& f, int64_t line) {
+  return kind == Kind::kNllGradient ? f.differences.beta * f.grad[line] : A(0);
+}
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ Known<A> known_of(Kind kind, const Forward<T>& f, int64_t line) {
+  Known<A> known;  // the target first: it takes longest
   if (kind == Kind::kNll || kind == Kind::kNllGradient) known.target = f.class_of(line);
-  if (kind == Kind::kNllGradient) known.beta_g = f.differences.beta * f.grad[line];
+  known.beta_g = beta_g_of(kind, f, line);
+  return known;
+}
+// The same with what beta_g is where lines share one gradient.
+template <typename T, typename A = opmath_t<T>>
+__device__ __forceinline__ Known<A> known_of(Kind kind, const Forward<T>& f, int64_t line,
+                                             A shared) {
+  Known<A> known{0, shared};
+  if (kind == Kind::kNll || kind == Kind::kNllGradient) known.target = f.class_of(line);
+  if (f.grad.step != 0) known.beta_g = beta_g_of(kind, f, line);
   return known;
 }
 
-// known(j) is what is known of line j. Losses are written, or added to `losses` where blocks add
-// up theirs.
-template <int kLoads, int n, int m, typename T, typename Group, typename KnownOf>
-__device__ __forceinline__ void forward_held(Kind kind, const Forward<T>& f, const T* in, T* out,
+// A target that is one class.
+template <typename A>
+struct Chosen {
+  int at = -1;          // -1: no class
+  bool counts = false;  // or the loss of the line is its weight: 0, or NaN where there is no class
+  A weight = A(0), x = A(0);
+};
+template <int m, typename T>
+__device__ __forceinline__ Chosen<opmath_t<T>> chosen_of(Kind kind, const Forward<T>& f,
+                                                         int64_t target, const T* in) {
+  using A = opmath_t<T>;
+  Chosen<A> chosen;
+  const bool is_class = static_cast<uint64_t>(target) < static_cast<uint64_t>(f.g.size);
+  const bool is_ignored = target == f.targets.ignored;
+  if (is_class) {  // a branch: these loads wait for the target, and others must not wait for them
+    chosen.at = static_cast<int>(target);
+    chosen.weight = f.targets.weight_of(chosen.at);
+    if (kind == Kind::kNll) chosen.x = static_cast<A>(in[m == 1 ? target : target * f.g.inner]);
+  }
+  chosen.counts = is_class && !is_ignored;
+  if (!chosen.counts) chosen.weight = is_ignored ? A(0) : std::numeric_limits<A>::quiet_NaN();
+  return chosen;
+}
+
+// known(j) is what is known of line j; sink(j, loss, divisor) is where its loss goes.
+template <int compiled, int kLoads, int n, int m, typename T, typename Group, typename KnownOf,
+          typename Sink>
+__device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, const T* in, T* out,
                                              const Place& place, const Group& group,
-                                             const KnownOf& known, LossSum& losses) {
+                                             const KnownOf& known, const Sink& sink) {
   using A = opmath_t<T>;
   constexpr A kMissing = -std::numeric_limits<A>::infinity();
+  const Kind kind = kind_of<compiled>(given);
+  const bool has_target = kind == Kind::kNll || kind == Kind::kNllGradient;
+  const bool one_class = has_target && (Group::kOneClass || f.targets.one_class());
   const Differences<A>& difference = f.differences;
-  Held<kLoads, n, m, T> held(f.g, place, group);
-  held.load(in, difference.scale, kMissing);
+  const Powers<T, compiled> powers(difference);
+  Held<kLoads, n, m, Group::kWhole, T> held(f.g, place, group);
+  A scale = difference.scale;
+  const auto raw = held.read(in, static_cast<T>(scale < A(0) ? -kMissing : kMissing));
+  Known<A> known_of_line[m];
+  Chosen<A> chosen[m];
+  const auto read_targets = [&] {
+#pragma unroll
+    for (int j = 0; j < m; ++j) {
+      if (has_target) known_of_line[j] = known(j);
+      if (one_class) chosen[j] = chosen_of<m>(kind, f, known_of_line[j].target, in + j);
+    }
+  };
+  if (m == 1) read_targets();  // meanwhile; several are too many registers
+  held.take(raw);
+  if (scale == A(0)) {
+    held.each([&](A& v, int, int i) { v = i < place.size ? scale * v : kMissing; });
+    scale = A(1);
+  }
   A largest[m], base[m], sum[m];
 #pragma unroll
   for (int j = 0; j < m; ++j) largest[j] = kMissing, sum[j] = A(0);
-  held.each([&](A v, int j, int) { largest[j] = v > largest[j] ? v : largest[j]; });
+  if (scale > A(0)) {
+    held.each([&](A v, int j, int) { largest[j] = larger(largest[j], v); });
+  } else {
+    held.each([&](A v, int j, int) { largest[j] = larger(largest[j], -v); });
+  }
+#pragma unroll
+  for (int j = 0; j < m; ++j) largest[j] *= std::fabs(scale);
   group.largest(largest);
 #pragma unroll
   for (int j = 0; j < m; ++j) {
-    base[j] = largest[j] == kMissing ? A(0) : largest[j];  // exp(-inf) is 0, exp(-inf + inf) is not
+    // Where there are more parts, one of -inf alone is none. Else it makes NaN, as inf does.
+    base[j] = Group::kParts && largest[j] == kMissing ? A(0) : largest[j];
   }
-  held.each([&](A& v, int j, int) {
-    const A power = exp_for<T>(difference.of_scaled(v, base[j]));
-    sum[j] += power;
-    if (keeps_powers(kind)) v = power;
-  });
   A share = A(1);  // of a power, where they have different bases
+  if constexpr (m == 1 && Powers<T, compiled>::kByProducts) {
+    // 2^(c v - offset): by a fused operation, so the product is not rounded, and what the offset's
+    // rounding was is a factor of the sum, near 1. Where it would not be, the difference comes
+    // first.
+    constexpr A kMostOffset = A(1 << 20);
+    A c = scale * powers.factor, offset = largest[0] * powers.factor;
+    if (!(std::fabs(offset) <= kMostOffset)) {
+      held.each([&](A& v, int, int) { v = elementary::fmadd(scale, v, -base[0]); });
+      c = powers.factor;
+      offset = A(0);
+    } else {
+      share = two_to_the(std::fma(-largest[0], powers.factor, offset));
+    }
+    held.each([&](A& v, int, int) {
+      const A power = two_to_the(std::fma(v, c, -offset));
+      sum[0] += power;
+      if (keeps_powers(kind)) v = power;
+    });
+    sum[0] *= share;
+  } else {
+    held.each([&](A& v, int j, int) {
+      const A power = powers(elementary::fmadd(scale, v, -base[j]));
+      sum[j] += power;
+      if (keeps_powers(kind)) v = power;
+    });
+  }
   if constexpr (Group::kParts) {
     const Partial<A> whole = group.merge({largest[0], sum[0]}, difference);
     if (largest[0] != whole.largest) {
-      share = std::exp(difference.of_scaled(largest[0], whole.largest));
+      share *= std::exp(difference.of_scaled(largest[0], whole.largest));
     }
     largest[0] = whole.largest;
     sum[0] = whole.sum;
   } else {
     group.sum(sum);
   }
-  const bool has_target = kind == Kind::kNll || kind == Kind::kNllGradient;
-  if (!place.inside && !has_target) return;  // the others meet where classes are added up
+  if (m > 1) read_targets();
+  if (!place.inside && (!has_target || one_class)) return;  // else classes are added up together
   const auto sum_classes = over_classes<A>(place.inside ? place.size : 0, held.worker, held.workers,
                                            [&](A v) { return sum_of(group, v); });
   A term[m];  // what every element of a line has to do with
 #pragma unroll
   for (int j = 0; j < m; ++j) {
-    sum[j] += largest[j] - largest[j];  // as Partial::finish() does
-    term[j] = keeps_powers(kind) ? share / sum[j] : log_of(sum[j]);
+    if (Group::kParts) sum[j] += largest[j] - largest[j];  // as Partial::finish() does
+    term[j] = keeps_powers(kind) ? powers.quotient(share, sum[j]) : powers.log(sum[j]);
     if (kind != Kind::kNll) continue;
-    const LineTarget<T> target(f.targets, f.g, known(j).target, place.offset + j);
-    const A loss = target.loss(difference, in + j, largest[j], term[j], sum_classes);
-    if (!place.inside || held.worker != 0) continue;
-    if (f.sums == nullptr) {
-      f.out[place.line + j] = static_cast<T>(loss);
+    A loss, divisor;
+    if (one_class) {
+      const Chosen<A>& c = chosen[j];
+      loss = c.counts ? c.weight * (term[j] - difference(c.x, largest[j])) : c.weight;
+      divisor = c.weight;
     } else {
-      losses.losses += static_cast<double>(loss);
-      losses.divisor += static_cast<double>(target.divisor());
+      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
+      loss = target.loss(difference, in + j, largest[j], term[j], sum_classes);
+      divisor = target.divisor();
     }
+    if (place.inside && held.worker == 0) sink(j, loss, divisor);
   }
   if (kind == Kind::kNll) return;
   if (kind == Kind::kLogSoftmax) {
-    held.each([&](A& v, int j, int) { v = difference.of_scaled(v, largest[j]) - term[j]; });
+    held.each([&](A& v, int j, int) {
+      v = difference.factor * elementary::fmadd(scale, v, -largest[j]) - term[j];
+    });
   } else if (kind == Kind::kSoftmax) {
     held.each([&](A& v, int j, int) { v *= term[j]; });
+  } else if (one_class) {
+    A scale[m];
+#pragma unroll
+    for (int j = 0; j < m; ++j) {
+      scale[j] = (chosen[j].counts ? known_of_line[j].beta_g : A(1)) * chosen[j].weight;
+      term[j] *= scale[j];
+    }
+    held.each([&](A& v, int j, int i) {
+      v *= term[j];
+      if (i == chosen[j].at) v -= scale[j];
+    });
   } else {
     LineGradient<T> gradients[m];
 #pragma unroll
     for (int j = 0; j < m; ++j) {
-      const Known<A> of_line = known(j);
-      gradients[j] = {LineTarget<T>(f.targets, f.g, of_line.target, place.offset + j),
-                      of_line.beta_g, sum_classes};
+      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
+      gradients[j] = {target, known_of_line[j].beta_g, sum_classes};
     }
     held.each([&](A& v, int j, int i) {
       if (i < place.size) v = gradients[j](v * term[j], i);
@@ -204,9 +378,10 @@ __device__ __forceinline__ void backward_held(Kind kind, const Backward<T>& b, c
                                               const T* out, T* result, const Place& place,
                                               const Group& group) {
   using A = opmath_t<T>;
-  Held<kLoads, n, m, T> grads(b.g, place, group), ys(b.g, place, group);
-  grads.load(grad, A(1), A(0));
-  ys.load(out, A(1), A(0));
+  Held<kLoads, n, m, Group::kWhole, T> grads(b.g, place, group), ys(b.g, place, group);
+  const auto raw_grads = grads.read(grad, T(0)), raw_ys = ys.read(out, T(0));
+  grads.take(raw_grads);
+  ys.take(raw_ys);
   A sum[m] = {};
 #pragma unroll
   for (int k = 0; k < kLoads; ++k) {
@@ -228,19 +403,21 @@ __device__ __forceinline__ void backward_held(Kind kind, const Backward<T>& b, c
 }
 
 // Lines in global memory.
-template <int kLoads, int n, int m, typename T, typename Group>
-__device__ __forceinline__ void compute_held(Kind kind, const Forward<T>& f, const Place& place,
+template <int compiled, int kLoads, int n, int m, typename T, typename Group>
+__device__ __forceinline__ void compute_held(Kind given, const Forward<T>& f, const Place& place,
                                              const Group& group) {
-  LossSum unused;
+  using A = opmath_t<T>;
+  const Kind kind = kind_of<compiled>(given);
   const auto known = [&](int j) { return known_of(kind, f, place.line + j); };
-  forward_held<kLoads, n, m>(kind, f, f.in + place.offset, f.out + place.offset, place, group,
-                             known, unused);
+  const auto sink = [&](int j, A loss, A) { f.out[place.line + j] = static_cast<T>(loss); };
+  forward_held<compiled, kLoads, n, m>(given, f, f.in + place.offset, f.out + place.offset, place,
+                                       group, known, sink);
 }
-template <int kLoads, int n, int m, typename T, typename Group>
-__device__ __forceinline__ void compute_held(Kind kind, const Backward<T>& b, const Place& place,
+template <int compiled, int kLoads, int n, int m, typename T, typename Group>
+__device__ __forceinline__ void compute_held(Kind given, const Backward<T>& b, const Place& place,
                                              const Group& group) {
-  backward_held<kLoads, n, m>(kind, b, b.grad + place.offset, b.out + place.offset,
-                              b.result + place.offset, place, group);
+  backward_held<kLoads, n, m>(kind_of<compiled>(given), b, b.grad + place.offset,
+                              b.out + place.offset, b.result + place.offset, place, group);
 }
 
 }  // namespace mnist_ops::cuda

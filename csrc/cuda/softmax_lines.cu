@@ -52,7 +52,7 @@ __device__ __forceinline__ void combine_columns(A (&values)[n], A* shared, const
 // Threads of one threadIdx.x share n lines.
 template <int n, typename A>
 struct Columns {
-  static constexpr bool kParts = false;
+  static constexpr bool kParts = false, kWhole = false, kOneClass = false;
   A* shared;
 
   __device__ __forceinline__ int worker() const { return static_cast<int>(threadIdx.y); }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks<kind, Arguments>)
     const bool inside = pack < packs;
     const Place place{static_cast<int>(a.g.size), inside ? pack * n : 0,
                       inside ? column_offset<n>(a.g, pack) : 0, inside};
-    compute_held<kHeld, n, n>(kind_of<kind>(given), a, place, Columns<n, A>{shared});
+    compute_held<kind, kHeld, n, n>(given, a, place, Columns<n, A>{shared});
   }
 }
 

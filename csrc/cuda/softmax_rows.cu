@@ -2,6 +2,8 @@
 
 #include "softmax_held.cuh"
 
+#include <bit>
+
 namespace mnist_ops::cuda {
 namespace {
 
@@ -26,9 +28,9 @@ __device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, in
 
 // The threads of `parts` blocks, of which this one is the part-th. The barriers of a cluster are in
 // two halves: cluster_arrive() was called last, by begin() or by the row before this one.
-template <typename A>
+template <typename A, bool one_class>
 struct Blocks {
-  static constexpr bool kParts = true;
+  static constexpr bool kParts = true, kWhole = false, kOneClass = one_class;
   Exchange<A>& shared;
   int part, parts;
 
@@ -45,7 +47,7 @@ struct Blocks {
   __device__ __forceinline__ int workers() const { return parts * static_cast<int>(blockDim.x); }
 
   __device__ __forceinline__ void largest(A (&values)[1]) const {
-    values[0] = lane_max(values[0], kWarp);
+    values[0] = largest_of_lanes(values[0], kWarp);
   }
   __device__ __forceinline__ Partial<A> merge(const Partial<A>& mine,
                                               const Differences<A>& difference) const {
@@ -74,55 +76,43 @@ struct Blocks {
   }
 };
 
-// How many blocks should fit on a multiprocessor: registers are more than a thread needs otherwise,
-// and it is the number of warps that hides the time of a row's steps. (7.5 holds 4 of them at
-// most.)
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr int kMostResident = 4;
-#else
-constexpr int kMostResident = 5;
-#endif
 template <int kind, int kLoads, int n, typename Arguments>
 constexpr int kResident = 1;
-// A softmax of 32 elements a thread keeps its powers, too; a gradient needs its target beside them.
+// What holds 32 elements a thread needs more.
 template <int kind, int kLoads, int n, typename T>
 constexpr int kResident<kind, kLoads, n, Forward<T>> =
-    sizeof(T) == 8                                                ? 1
-    : kind == static_cast<int>(Kind::kNllGradient)                ? 3
-    : sizeof(T) == 4                                              ? 4
-    : kind == static_cast<int>(Kind::kSoftmax) && kLoads * n > 16 ? 4
-                                                                  : kMostResident;
+    sizeof(T) == 8                      ? 1
+    : sizeof(T) == 4 || kLoads * n > 16 ? 4
+                                        : kMostResident;
 
 template <int kind, int kLoads, int n, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, Arguments>)
-    warp_kernel(Kind given, Arguments a, int lanes) {
+    warp_kernel(Kind given, Arguments a, int shift) {
+  // Rows for which a thread holds this much have a whole warp.
+  const int lanes = kLoads * n > 16 ? kWarp : 1 << shift;
   const int64_t per_block = kThreads / lanes;
   // The same number of turns for every thread of a warp: they meet in the shuffles.
   for (int64_t base = blockIdx.x * per_block; base < a.g.outer; base += gridDim.x * per_block) {
-    const int64_t row = base + threadIdx.x / static_cast<unsigned>(lanes);
-    compute_held<kLoads, n, 1>(kind_of<kind>(given), a,
-                               place_of_row(static_cast<int>(a.g.size), row, a.g.outer),
-                               Lanes{lanes});
+    const int64_t row = base + (threadIdx.x >> shift);
+    compute_held<kind, kLoads, n, 1>(
+        given, a, place_of_row(static_cast<int>(a.g.size), row, a.g.outer), Lanes<true>{lanes});
   }
 }
 
-// Threads of a block at most. A gradient of the loss with as many would have too few registers.
-template <int kind>
-constexpr int kMostThreads = kind == static_cast<int>(Kind::kNllGradient) ? 512 : 1024;
+constexpr int kMostThreads = 1024;  // of a block
 
 // `parts` neighbouring blocks, a cluster, take a row.
 template <int kind, int kLoads, int n, typename Arguments>
-__global__ void __launch_bounds__(kMostThreads<kind>)
-    block_kernel(Kind given, Arguments a, int parts) {
+__global__ void __launch_bounds__(kMostThreads) block_kernel(Kind given, Arguments a, int parts) {
   using A = typename Arguments::A;
   auto& shared = *reinterpret_cast<Exchange<A>*>(dynamic_shared_memory());
-  const Blocks<A> group{shared, static_cast<int>(blockIdx.x) % parts, parts};
+  const Blocks<A, (n > 1)> group{shared, static_cast<int>(blockIdx.x) % parts, parts};
   group.begin();
   // Rows of hundreds of elements: memory has none for 2^31 of them, and an int is one register.
   const int rows = static_cast<int>(a.g.outer), step = static_cast<int>(gridDim.x) / parts;
   for (int row = static_cast<int>(blockIdx.x) / parts; row < rows; row += step) {
-    compute_held<kLoads, n, 1>(kind_of<kind>(given), a,
-                               place_of_row(static_cast<int>(a.g.size), row, rows), group);
+    compute_held<kind, kLoads, n, 1>(given, a, place_of_row(static_cast<int>(a.g.size), row, rows),
+                                     group);
   }
   group.end();
 }
@@ -149,7 +139,7 @@ void launch(const Launcher& launcher, Kind given, const Arguments& a) {
         constexpr int kHeld = decltype(loads)::value / n;
         const int lanes = lanes_for(ceil_div(size, n * kHeld));
         launcher.run(warp_kernel<kind, kHeld, n, Arguments>, rows, kThreads / lanes, kThreads,
-                     given, a, lanes);
+                     given, a, std::countr_zero(static_cast<unsigned>(lanes)));
       };
       if (size <= 16 * kWarp) return warp(Number<16>{});
       // As many in float64 are more than registers.
@@ -162,14 +152,15 @@ void launch(const Launcher& launcher, Kind given, const Arguments& a) {
       return launcher.run_clusters(block_kernel<kind, kLoads, n, Arguments>, rows, parts,
                                    whole_warps(threads), sizeof(Exchange<A>), given, a, parts);
     };
-    // Small blocks overlap: while one reduces, others read and write.
-    if (workers <= 2 * kThreads && block(workers, 1)) return;
-    for (int threads = kThreads; threads <= kMostThreads<kind>; threads *= 2) {
+    if (workers <= kMostThreads && block(workers, 1)) return;
+    // A loss alone needs no second look at the row: the largest ones are read by one block each.
+    if (given == Kind::kNll && workers > 4 * kMostThreads)
+      return launch_long<n>(launcher, given, a);
+    for (int threads = kThreads; threads <= kMostThreads; threads *= 2) {
       for (int parts = 2; parts <= kMaxCluster; parts *= 2) {
         if (int64_t{threads} * parts >= workers && block(threads, parts)) return;
       }
     }
-    if (workers <= kMostThreads<kind> && block(workers, 1)) return;
     launch_long<n>(launcher, given, a);
   });
 }
