@@ -200,7 +200,8 @@ def steps(quick: bool, pytest_arguments: Sequence[str] = ()) -> list[Step]:
         chosen = ["tests/ops/test_softmax.py", "tests/ops/test_lp_pool.py"] if quick else []
         if quick:
             chosen += ["-k", "torch7 or extreme or zero"]
-        command = pytest("-q", f"--junit-xml={out / 'junit.xml'}", *chosen, *pytest_arguments)
+        # Every test by name: what is cut off has told which ones failed.
+        command = pytest("-v", f"--junit-xml={out / 'junit.xml'}", *chosen, *pytest_arguments)
         return [Command(command, "tests.txt")]
 
     def sanitizer(out: Path, machine: dict[str, Any], limit: float) -> list[Command] | str:

@@ -13,8 +13,8 @@
 //
 // Squares leave the range of the type that computes long before their roots do, and the gradient
 // has the inverse of a square. Images for which that happens go through their sums and blurs again,
-// multiplied by a power of two (Range): in the same kernel where they are in shared memory, in one more
-// launch, repair, where they are not. All other images have the bits that they would have
+// multiplied by a power of two (Range): in the same kernel where they are in shared memory, in one
+// more launch, repair, where they are not. All other images have the bits that they would have
 // without.
 //
 // A kernel whose sum is 0 or not finite gives infinities and NaN: to refuse it, as the CPU does,

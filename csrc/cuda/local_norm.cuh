@@ -339,7 +339,7 @@ struct NormCall {
   }
 };
 
-// In local_norm_image.cu: whether the images went into shared memory.
+// In local_norm_plan.cuh: whether the images went into shared memory.
 template <typename T>
 bool run_images(const NormCall<T>& call);
 
