@@ -118,20 +118,6 @@ __device__ __forceinline__ void copy_pack(T* to, const T* from) {
   store_pack(to + further, load_pack<n>(from + further));
 }
 
-// In groups: what a thread began it closes by copy_async_commit(); copy_async_wait<newer>() waits
-// for all but the newest ones of what it has closed.
-__device__ __forceinline__ void copy_async_commit() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int newer>
-__device__ __forceinline__ void copy_async_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(newer) : "memory");
-#endif
-}
-
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");

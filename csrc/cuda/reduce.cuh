@@ -29,29 +29,19 @@ __device__ __forceinline__ A lane_max(A value, int lanes) {
   return value;
 }
 
-// The same over a block of kBlock threads in a row, for all of them. shared has a value for each
+// The sum over a block of kBlock threads in a row, for all of them. shared has a value for each
 // warp; what was in it before the call may be lost. All threads of the block must take part.
-template <int kBlock, typename A, typename Combine>
-__device__ __forceinline__ A block_combine(A value_of_warp, A* shared, const Combine& combine) {
-  constexpr int kWarps = kBlock / kWarp;
-  __syncthreads();  // whoever read shared before is done
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value_of_warp;
-  __syncthreads();
-  A value = shared[0];
-#pragma unroll
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, shared[warp]);
-  return value;
-}
-
 template <int kBlock, typename A>
 __device__ __forceinline__ A block_sum(A value, A* shared) {
-  return block_combine<kBlock>(lane_sum(value, kWarp), shared, [](A a, A b) { return a + b; });
-}
-
-template <int kBlock, typename A>
-__device__ __forceinline__ A block_max(A value, A* shared) {
-  return block_combine<kBlock>(lane_max(value, kWarp), shared,
-                               [](A a, A b) { return b > a ? b : a; });
+  constexpr int kWarps = kBlock / kWarp;
+  const A of_warp = lane_sum(value, kWarp);
+  __syncthreads();  // whoever read shared before is done
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = of_warp;
+  __syncthreads();
+  A sum = shared[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) sum += shared[warp];
+  return sum;
 }
 
 // How many lanes share `size` items: all of them for large sizes, no more than needed for small.

@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(kThreads)
       begin_tile(a.grad + base * size, to, count, aligned);
       begin_tile(a.out + base * size, to + room, count, aligned);
     }
-    copy_async_commit();
     return known;
   };
   std::conditional_t<kForward, Losses<T>, NoLosses> losses(a);
@@ -182,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, kMostResident)
   const auto begin = [&](int tile, int rows, T* to) {
     const int64_t base = int64_t{tile} * kTile;
     begin_tile<kRoom>(f.in + base * kSize, to, rows * kSize, aligned);
-    copy_async_commit();
     if (!has_target) return;
     if (rows == kTile) {
 #pragma unroll
