@@ -16,21 +16,18 @@
 // image's comes, without a register, while this one is at work.
 //
 // A thread reads its next 32 bytes (NHWC in float32: 64) before it computes with those at hand,
-// also across the end of an image, so that 25 KiB and more of a multiprocessor are on their way. On
-// an H200 float32 forward in NCHW then waits for memory in half of all cycles. Twice as many bytes
-// on their way in registers, or 100 KiB in shared memory, were no gain. The activation is cheaper
-// than that of ../activation.h: a few units in the last place off, of the type of the tensor.
+// also across the end of an image, so that 25 KiB and more of a multiprocessor are on their way;
+// more were no gain in forms that were tried. The activation is cheaper than that of
+// ../activation.h: a few units in the last place off, of the type of the tensor.
 //
-// Percent of a copy's bandwidth on an H200, 5349 x 64 x 28 x 28, tanh and 7 taps, in two runs where
-// there are two numbers. NOT TIMED SINCE: launch bounds of the forward pass, and the arithmetic: a
-// fifth fewer instructions in bfloat16's forward loop, a twentieth in float32's; in its backward
-// pass bfloat16 has one approximation of the device less.
+// NOT TIMED ON A GPU YET. Percent of a copy's bandwidth of the kernels before these (7f1ed9f) on an
+// H200, 5349 x 64 x 28 x 28, tanh and 7 taps:
 //
 //                      float32   bfloat16
-//   forward,  NCHW      77, 78         78
-//             NHWC      81, 88     75, 81
-//   backward, NCHW      78, 83         67
-//             NHWC      86, 90     67, 73
+//   forward,  NCHW        74        65
+//             NHWC        75        67
+//   backward, NCHW        77        67
+//             NHWC        84        67
 //
 // Elsewhere the three operators do (../stage.h). They move three to four times as much, and nothing
 // measured asks for more than the networks' windows. No atomics either way.
