@@ -104,4 +104,18 @@ __device__ __forceinline__ void correlate_four(const Load& x, const A* taps, int
   }
 }
 
+// The sum over k of x[k step] taps[k]; four loads at a time are under way.
+template <typename A>
+__device__ __forceinline__ A correlated(const A* x, int step, const A* taps, int count) {
+  A sum = A(0);
+  for (int k = 0; k < count; k += 4, x += 4 * step) {
+    const Four<A> weight = load_four(taps + k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (k + i < count) sum += x[i * step] * weight.values[i];
+    }
+  }
+  return sum;
+}
+
 }  // namespace mnist_ops::cuda

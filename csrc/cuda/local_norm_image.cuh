@@ -551,19 +551,6 @@ struct ImageBlock {
     return __syncthreads_or(any);
   }
 
-  // The sum over k of x[k step] taps[k]; four loads at a time are under way.
-  __device__ __forceinline__ static A correlated(const A* x, int step, const A* taps, int count) {
-    A sum = A(0);
-    for (int k = 0; k < count; k += 4, x += 4 * step) {
-      const Four<A> weight = load_four(taps + k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (k + i < count) sum += x[i * step] * weight.values[i];
-      }
-    }
-    return sum;
-  }
-
   // ----------------------------------------------------------------------------------- apply
 
   // The result for every element of this thread's, in the place of x, and then to memory.
