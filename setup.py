@@ -1,10 +1,11 @@
 """Builds the extension libraries of mnist_ops; everything else is in pyproject.toml.
 
-Four libraries come out, so that each machine loads only what it can run:
+Five libraries come out, so that each machine loads only what it can run:
 
 ``_C``            pybind11 module: the operators' schemas and build_info()
 ``_cpu_baseline`` CPU kernels for any processor of the architecture
 ``_cpu_avx2``     the same sources compiled for AVX2 + FMA + F16C (x86-64 only)
+``_cpu_avx512``   the same for AVX-512, in vectors of 512 bits (x86-64 only)
 ``_cuda``         CUDA kernels, where nvcc and a CUDA build of torch are found
 
 Environment variables: ``FORCE_CUDA=1`` (build the CUDA kernels or fail), ``FORCE_CUDA=0`` (do
@@ -180,7 +181,7 @@ class BuildLibraries(BuildExtension):
     def get_ext_filename(self, ext_name: str) -> str:
         """File name of one library."""
         name = ext_name.split(".")[-1]
-        if name in ("_cpu_baseline", "_cpu_avx2", "_cuda"):
+        if name != "_C":
             return str(Path(*ext_name.split(".")[:-1], f"{name}.so"))
         return super().get_ext_filename(ext_name)
 
@@ -243,7 +244,10 @@ def main() -> None:
     if platform.machine() in ("x86_64", "AMD64"):
         # The baseline is for processors without AVX2 alone: half the time to compile counts more.
         variants["_cpu_baseline"] = [] if debug else ["-O2"]
-        variants["_cpu_avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+        avx2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+        avx512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+        variants["_cpu_avx2"] = avx2
+        variants["_cpu_avx512"] = [*avx2, *avx512, "-mprefer-vector-width=512"]
 
     info = {
         "MNIST_OPS_VERSION": VERSION,

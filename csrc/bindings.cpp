@@ -2,19 +2,28 @@
 // the kernels come in the libraries that mnist_ops/_libraries.py then loads for this machine.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
-bool cpu_has_avx2() {
+// The libraries of CPU kernels that this processor runs, the fastest first, as setup.py names them.
+std::vector<std::string> cpu_capabilities() {
+  std::vector<std::string> names{"baseline"};
 #if defined(__x86_64__)
   // F16C has no name of its own in older compilers' __builtin_cpu_supports; every processor with
   // AVX2 has it.
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx2) names.insert(names.begin(), "avx2");
+  if (avx2 && avx512) names.insert(names.begin(), "avx512");
 #endif
+  return names;
 }
 
 py::dict build_info() {
@@ -39,5 +48,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Schemas of the mnist_ops operators, and how the extension was built.";
   m.def("build_info", &build_info, "What was decided when the extension was compiled.");
-  m.def("cpu_has_avx2", &cpu_has_avx2, "Whether this processor runs the AVX2 + FMA kernels.");
+  m.def("cpu_capabilities", &cpu_capabilities, "The CPU kernels that run here, the fastest first.");
 }

@@ -56,8 +56,7 @@ _CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
 
 def _load_cpu() -> str:
     """Load the CPU kernels compiled for the best instruction set here; its name."""
-    built = [name for name in ("avx2", "baseline") if (_HERE / f"_cpu_{name}.so").exists()]
-    runs = [name for name in built if name != "avx2" or _C.cpu_has_avx2()]
+    runs = [name for name in _C.cpu_capabilities() if (_HERE / f"_cpu_{name}.so").exists()]
     if not runs:
         raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
     chosen = os.environ.get(_CPU_VARIABLE) or runs[0]
@@ -101,9 +100,9 @@ def build_info() -> dict[str, object]:
         - ``compiler``, ``built_with_torch``, ``target_torch``: the C++ compiler, the torch whose
           headers were used, and the oldest torch the libraries load into;
         - ``torch``: the torch that is running;
-        - ``cpu_capability``: the instruction set of the CPU kernels in use, ``"avx2"``,
-          ``"baseline"`` or ``"none"`` (the environment variable ``MNIST_OPS_CPU_CAPABILITY``
-          chooses);
+        - ``cpu_capability``: the instruction set of the CPU kernels in use, ``"avx512"``,
+          ``"avx2"``, ``"baseline"`` or ``"none"`` (the environment variable
+          ``MNIST_OPS_CPU_CAPABILITY`` chooses);
         - ``cuda_archs``: the CUDA architectures compiled for, as ``["8.0", "9.0+PTX"]``, empty
           where the CUDA library is not in use;
         - ``cuda``: ``"available"``, or the reason why there are no kernels for them.

@@ -41,6 +41,12 @@ def why_no_cuda() -> str | None:
     return None if info["cuda"] == "available" else str(info["cuda"])
 
 
+def other_capabilities() -> list[str]:
+    """The instruction sets that this processor has and whose kernels are not in use."""
+    names = mnist_ops._libraries._C.cpu_capabilities()
+    return [name for name in names if name != mnist_ops.build_info()["cpu_capability"]]
+
+
 def pytest_report_header() -> list[str]:
     info = mnist_ops.build_info()
     cuda = why_no_cuda()

@@ -52,7 +52,7 @@ def test_build_info():
     assert info["version"] == mnist_ops.__version__
     assert re.fullmatch(r"\d+\.\d+", info["target_torch"])
     assert info["torch"] == torch.__version__
-    assert info["cpu_capability"] in ("avx2", "baseline")
+    assert info["cpu_capability"] in ("avx512", "avx2", "baseline")
     assert info["compiler"].split()[0] in ("gcc", "clang")
     if info["cuda"] == "available" or info["cuda"].startswith("built and loaded"):
         assert info["cuda_archs"] and all(re.match(r"\d+\.\d", a) for a in info["cuda_archs"])

@@ -1,8 +1,8 @@
 // What the CPU kernels share: parallel loops, conversion of half types.
 //
-// These sources are compiled once for the baseline and once for AVX2 + FMA (setup.py); loops are
-// plain C++ that the compiler vectorises for either. Everything is inline or in an anonymous
-// namespace, and only one of the two libraries is ever loaded.
+// These sources are compiled for the baseline, for AVX2 + FMA and for AVX-512 (setup.py); loops are
+// plain C++ that the compiler vectorises for each. Everything is inline or in an anonymous
+// namespace, and only one of the libraries is ever loaded.
 #pragma once
 
 #include "../common.h"

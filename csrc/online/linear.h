@@ -42,9 +42,11 @@ class Linear final : public Layer<T> {
  private:
   static constexpr int kRows = 4;
 
+  // Partial sums and their order are the same whatever the width of a vector.
   template <int kCount>
   void dot_rows(int64_t o, int64_t inputs) {
-    constexpr int kV = kCount == 1 ? 4 : 2, kWidth = kVectorBytes / sizeof(T);
+    constexpr int kV = (kCount == 1 ? 2 : 1) * kVectorsPerLine, kWidth = kVectorBytes / sizeof(T);
+    constexpr int kHalf = kLanes<T> / 2;
     const T* x = this->in.value;
     const T* w = weight_.value + o * inputs;
     Vector<T> sum[kCount][kV] = {};
@@ -58,9 +60,11 @@ class Linear final : public Layer<T> {
       }
     }
     for (int m = 0; m < kCount; ++m) {
-      for (int v = 1; v < kV; ++v) sum[m][0] = sum[m][0] + sum[m][v];
+      T parts[kV * kWidth];
+      std::memcpy(parts, sum[m], sizeof parts);
+      for (int l = kHalf; l < kV * kWidth; ++l) parts[l % kHalf] += parts[l];
       T total = bias_.value ? bias_.value[o + m] : T(0);
-      for (int l = 0; l < kWidth; ++l) total += sum[m][0][l];
+      for (int l = 0; l < kHalf; ++l) total += parts[l];
       for (int64_t j = i; j < inputs; ++j) total += x[j] * w[m * inputs + j];
       this->out.value[o + m] = total;
     }

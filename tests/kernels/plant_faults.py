@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from run_sanitized import ISA
 from torch.utils import cpp_extension
 
 import mnist_ops
@@ -142,8 +143,7 @@ class CpuLibrary:
         major, minor = map(int, str(mnist_ops.build_info()["target_torch"]).split("."))
         self.options = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
         self.options += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-DNDEBUG"]
-        if mnist_ops.build_info()["cpu_capability"] == "avx2":
-            self.options += ["-mavx2", "-mfma", "-mf16c"]
+        self.options += ISA[str(mnist_ops.build_info()["cpu_capability"])]
         target = f"0x{major:02x}{minor:02x}{0:012x}"
         self.options += ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={target}"]
         self.options += [f"-isystem{path}" for path in cpp_extension.include_paths()]

@@ -31,7 +31,9 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sanitized"
 TARGET_TORCH = "2.10"
-ISA = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+ISA = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 
 SANITIZE = [
     "-fsanitize=address,undefined,float-cast-overflow",
@@ -50,7 +52,7 @@ TESTS = [
 ]
 # torch.compile, torch.export and opcheck are Python that calls the same kernels, very slowly here;
 # child processes are not what is looked at; training on 60,000 images takes hours.
-LEFT_OUT = "not compile and not export and not opcheck and not baseline and not avx2"
+LEFT_OUT = "not compile and not export and not opcheck and not other_kernels"
 LEFT_OUT += " and not original and not mnist and not subprocess"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import first_of_each, thinned
+from conftest import first_of_each, other_capabilities, thinned
 from torch import Tensor
 
 import mnist_ops
@@ -498,16 +498,17 @@ def test_more_than_two_to_the_31_elements(device, name):
     assert torch.equal(y[:, :, -size:, -size:], operator(corner))
 
 
-# -------------------------------------------------------------------------- the other CPU library
+# ------------------------------------------------------------------------ the other CPU libraries
 
 
-def test_baseline_kernels_agree():
-    """The kernels for any processor, in a process of their own, against those in use here."""
+@pytest.mark.parametrize("capability", other_capabilities())
+def test_other_kernels_agree(capability):
+    """Another library of CPU kernels, in a process of its own, against the one in use here."""
     script = """
 import sys, torch, mnist_ops, test_softmax
 from test_operators import OPERATORS
-assert mnist_ops.build_info()["cpu_capability"] == "baseline"
-test_softmax.check_long_rows()  # it has fewer partial sums side by side
+assert mnist_ops.build_info()["cpu_capability"] == sys.argv[2]
+test_softmax.check_long_rows()  # partial sums side by side depend on the instruction set
 torch.manual_seed(1)
 results = []
 for operator in OPERATORS:
@@ -524,10 +525,11 @@ torch.save(results, sys.argv[1])
         path = os.path.join(folder, "results.pt")
         environment = {
             **os.environ,
-            "MNIST_OPS_CPU_CAPABILITY": "baseline",
+            "MNIST_OPS_CPU_CAPABILITY": capability,
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        subprocess.run([sys.executable, "-c", script, path], env=environment, check=True)
+        command = [sys.executable, "-c", script, path, capability]
+        subprocess.run(command, env=environment, check=True)
         results = iter(torch.load(path))
     torch.manual_seed(1)
     for operator in OPERATORS:

@@ -3,6 +3,9 @@
 import copy
 import itertools
 import math
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import why_no_cuda
+from conftest import other_capabilities, why_no_cuda
 from torch.nn import (
     AvgPool2d,
     Conv2d,
@@ -424,6 +427,37 @@ def test_chunks_threads_and_saved_states_change_nothing(tmp_path):
     assert torch.equal(torch.cat([classes for _, classes in parts]), expected[1])
     assert torch.equal(values(resumed), values(model))
     assert (resumed_generator.random32(5) == generator.random32(5)).all()
+
+
+@pytest.mark.parametrize("capability", [c for c in other_capabilities() if c != "baseline"])
+def test_the_same_bits_with_another_instruction_set(capability, tmp_path):
+    """But for the baseline, which has no fused multiply-add."""
+    script = """
+import sys, torch, mnist_ops
+from test_online import trained_values
+assert mnist_ops.build_info()["cpu_capability"] == sys.argv[1]
+torch.save(trained_values(), sys.argv[2])
+"""
+    path = tmp_path / "values.pt"
+    variables = {"MNIST_OPS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, capability, str(path)]
+    subprocess.run(command, env={**os.environ, **variables}, check=True)
+    for ours, theirs in zip(trained_values(), torch.load(path), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def trained_values():
+    """The parameters of some networks after some steps."""
+    networks = [{"activation": "relu"}, {"widths": (9, 20, 21, 26), "kernel_size": 3, "padding": 1}]
+    torch.manual_seed(3)
+    results = []
+    for dtype, options in itertools.product((torch.float64, torch.float32), networks):
+        model = models.convnet(dtype=dtype, generator=torch7.start(seed=1), **options)
+        images, labels = samples(1, 32, 32, classes=10, dtype=dtype)
+        OnlineSGD(model, lr=0.02, momentum=0.5).run(images, labels, torch.arange(20))
+        OnlineSGD(model, lr=0.02).run(images, labels, torch.arange(20))
+        results.append(values(model))
+    return results
 
 
 def test_the_first_step_is_the_first_that_is_made(device):
