@@ -154,14 +154,20 @@ MNIST_OPS_HD A exp_shifted(A x) {
                     (bits_as<Bits>(parts.shifted) << Rounding<A>::kMantissa));
 }
 
-// exp(x) of x <= 0, bit for bit.
+// exp(x) of x <= 64, bit for bit.
 template <typename A>
 MNIST_OPS_HD A exp_of_negative(A x) {
   constexpr int kShift = std::is_same_v<A, float> ? 25 : 55;  // no subnormal number is left
   constexpr A kBack = A(1) / static_cast<A>(int64_t{1} << kShift);
   const A least = x < kExpLowest<A> ? kExpLowest<A> : x;
-  const A e = exp_shifted<kShift>(least) * kBack;
-  return x != x ? x : e;
+  return fmadd(exp_shifted<kShift>(least), kBack, least - least);  // the difference is 0, or NaN
+}
+
+// The same, and infinity beyond: of what should be the logarithm of a share.
+template <typename A>
+MNIST_OPS_HD A exp_of_logarithm(A x) {
+  const A e = exp_of_negative(x);
+  return x > A(64) ? std::numeric_limits<A>::infinity() : e;
 }
 
 // 1 / (1 + exp(-x)), numerator and denominator times 2^-30 or 2^-60: both are normal numbers for

@@ -35,6 +35,7 @@ void parallel_for(int64_t count, int64_t cost, const F& body) {
 }
 
 using elementary::exp;
+using elementary::exp_of_logarithm;
 using elementary::exp_of_negative;
 using elementary::fmadd;
 using elementary::log;

@@ -3,9 +3,10 @@
 // Bound by the exponential (one an element; none in the log-softmax's second pass), then by memory:
 // each element is read once and written once, what is passed over again staying in cache. Three
 // ways, by where the elements of a line lie:
-//   long rows    one after the other, one by one; loops run along the row
-//   short rows   one after the other, a block of them at a time; loops run over all of the block's
-//                elements, with what belongs to a row written out for each of its elements
+//   long rows    one after the other, a block of them at a time, so that the ends of their sums and
+//                logarithms do not wait for one another; loops run along a row
+//   short rows   likewise; loops run over all of the block's elements, with what belongs to a row
+//                written out for each of its elements
 //   lines        side by side in memory, a block of them at a time; loops run across the lines
 
 #include "../softmax.h"
@@ -22,8 +23,7 @@ constexpr int64_t kMostRows = 64;     // of a block
 constexpr int64_t kMostLines = 512;   // of a block, and as few as
 constexpr int64_t kFewestLines = 64;  // this, where more of them would leave the cache:
 constexpr int64_t kCached = 8192;     // elements
-constexpr int64_t kParts = 32;        // of a row that are compared at once
-constexpr int64_t kSummed = 64;       // elements of a row or line that are added up in float32
+constexpr int64_t kSummed = 64;       // elements of a line that are added up in float32
 constexpr int64_t kSpread = 8;        // elements written at once
 
 // ------------------------------------------------------------------------------------------ loops
@@ -33,37 +33,82 @@ A larger(A v, A m) {
   return v > m ? v : m;
 }
 
-// The largest of scale * x. A maximum that passes over NaN is no reduction to the compiler: several
-// at once, by hand.
+// A cache line of numbers, which the compiler keeps in as many registers as it takes: loops over a
+// row have them in common on every processor, and so a sum has the same bits.
+template <typename A>
+constexpr int64_t kLanes = 64 / sizeof(A);
+template <typename A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(64)));
+};
+template <typename A>
+using Lanes = typename LanesOf<A>::type;
+
+// lanes[j] = value(first + j).
+template <typename A, typename F>
+void fill_lanes(Lanes<A>& lanes, int64_t first, const F& value) {
+  A values[kLanes<A>];
+#pragma omp simd
+  for (int64_t j = 0; j < kLanes<A>; ++j) values[j] = value(first + j);
+  std::memcpy(&lanes, values, sizeof values);
+}
+
+// One number of all lanes: halves are combined with each other.
+template <typename A, typename F>
+A folded(const Lanes<A>& lanes, const F& combine) {
+  A values[kLanes<A>];
+  std::memcpy(values, &lanes, sizeof values);
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) values[j] = combine(values[j + half], values[j]);
+  }
+  return values[0];
+}
+
+// The largest of scale * x, NaN passed over.
 template <typename A>
 A largest_of(const A* x, int64_t size, A scale) {
-  A parts[kParts];
-  std::fill(parts, parts + kParts, -std::numeric_limits<A>::infinity());
-  const int64_t whole = size / kParts * kParts;
-  for (int64_t i = 0; i < whole; i += kParts) {
-#pragma omp simd
-    for (int64_t j = 0; j < kParts; ++j) parts[j] = larger(scale * x[i + j], parts[j]);
-  }
-  A m = parts[0];
-  for (int64_t j = 1; j < kParts; ++j) m = larger(parts[j], m);
-  for (int64_t i = whole; i < size; ++i) m = larger(scale * x[i], m);
+  Lanes<A> most = -std::numeric_limits<A>::infinity() - Lanes<A>{}, v;
+  int64_t i = 0;
+  const auto add = [&](int64_t first) {
+    fill_lanes<A>(v, first, [=](int64_t k) { return scale * x[k]; });
+    most = v > most ? v : most;
+  };
+  for (; i + kLanes<A> <= size; i += kLanes<A>) add(i);
+  if (i > 0 && i < size) add(size - kLanes<A>), i = size;  // some of them for a second time
+  A m = folded<A>(most, larger<A>);
+  for (; i < size; ++i) m = larger(scale * x[i], m);
   return m;
 }
 
-// The sum of value(i). One float32 number that adds up millions would not notice the last of them:
-// kSummed values are added up at a time, in several numbers side by side, and such sums in float64.
+// The sum of value(i), which may be asked for twice. One float32 number that adds up millions would
+// not notice the last of them: eight values a lane are added up at a time, and such sums in
+// float64.
 template <typename A, typename F>
-A sum_of(int64_t size, const F& value) {
-  const auto part = [&](int64_t first, int64_t count) {
-    A sum = A(0);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += value(first + i);
-    return sum;
-  };
+A sum_of(int64_t size, F value) {
+  constexpr int64_t kStep = 8 * kLanes<A>;
   double sum = 0;
-  int64_t i = 0;
-  for (; i + kSummed <= size; i += kSummed) sum += part(i, kSummed);
-  return static_cast<A>(sum + part(i, size - i));
+  for (int64_t first = 0; first < size; first += kStep) {
+    const int64_t end = std::min(first + kStep, size), last = size - kLanes<A>;
+    Lanes<A> part = {}, v;
+    int64_t i = first;
+    for (; i + kLanes<A> <= end; i += kLanes<A>) {
+      fill_lanes<A>(v, i, value);
+      part += v;
+    }
+    if (i < end && last >= 0) {  // the last lanes, without those that are in the sum
+      fill_lanes<A>(v, last, [=](int64_t k) {
+        const A again = value(k);
+        return k < i ? A(0) : again;
+      });
+      part += v;
+      i = end;
+    }
+    A whole = folded<A>(part, [](A a, A b) { return a + b; });
+    for (; i < end; ++i) whole += value(i);
+    sum += whole;
+  }
+  return static_cast<A>(sum);
 }
 
 template <typename A, typename F>
@@ -141,39 +186,31 @@ void spread(const A* numbers, int64_t rows, int64_t size, A* to) {
 bool has_rows(const SoftmaxGeometry& g) {
   return g.inner == 1;
 }
-bool has_long_rows(const SoftmaxGeometry& g) {
-  return has_rows(g) && g.size > kShortRow;
-}
-
-// Runs body(row, scratch, scratch, scratch) for every row; scratch is as long as a row of elements
-// that have to be converted.
-template <typename T, typename F>
-void for_each_row(const SoftmaxGeometry& g, const F& body) {
-  using A = opmath_t<T>;
-  const int64_t length = std::is_same_v<T, A> ? 0 : g.size;
-  parallel_for(g.outer, 4 * g.size, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(3 * length);
-    A* const a = scratch.data();
-    for (int64_t row = begin; row < end; ++row) body(row, a, a + length, a + 2 * length);
-  });
-}
-
-// Neighbouring short rows: elements [first, first + count) of a tensor.
+// Neighbouring rows: elements [first, first + count) of a tensor.
 template <typename A>
 struct RowBlock {
-  int64_t row, rows, first, count;
+  int64_t size, row, rows, first, count;
   static constexpr int64_t kArrays = 4;
-  A* scratch[kArrays];  // room for as many elements, and to spread numbers
+  // Room for as many elements: of short rows, where numbers are spread, too; of long ones only for
+  // elements that have to be converted.
+  A* scratch[kArrays];
+
+  bool has_short_rows() const { return size <= kShortRow; }
+  int64_t first_of(int64_t j) const { return first + j * size; }
 };
 
-template <typename A, typename F>
+// T: the elements' type.
+template <typename T, typename F>
 void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
+  using A = opmath_t<T>;
   if (g.size == 0) return;
-  const int64_t most = std::clamp<int64_t>(kBlock / g.size, 8, kMostRows);
+  const bool is_short = g.size <= kShortRow;
+  const int64_t most = std::clamp<int64_t>(kBlock / g.size, is_short ? 8 : 1, kMostRows);
   const int64_t rows = std::min(g.outer, most);
+  const int64_t pitch = is_short || !std::is_same_v<T, A> ? rows * g.size + kSpread : 0;
   parallel_for((g.outer + rows - 1) / rows, 4 * g.size * rows, [&](int64_t begin, int64_t end) {
-    const int64_t pitch = rows * g.size + kSpread;
     RowBlock<A> block;
+    block.size = g.size;
     std::vector<A> memory(block.kArrays * pitch);
     for (int64_t i = 0; i < block.kArrays; ++i) block.scratch[i] = memory.data() + i * pitch;
     for (int64_t item = begin; item < end; ++item) {
@@ -187,17 +224,45 @@ void for_each_block_of_rows(const SoftmaxGeometry& g, const F& body) {
 }
 
 // Of every row of a block: the largest of scale * v, and the sum of
-// e = exp(beta * v - largest beta * v).
-// The first of the scratch arrays gets the largest for each element.
-template <typename A>
-void sum_exponentials(const RowBlock<A>& block, const A* v, int64_t size,
-                      const Differences<A>& difference, A* e, A* largest, A* sum) {
-  A* const largests = block.scratch[0];
-  largest_of_rows(v, block.rows, size, difference.scale, largest);
-  spread(largest, block.rows, size, largests);
-  fill_with(e, block.count,
-            [=](int64_t i) { return exp_of_negative(difference(v[i], largests[i])); });
-  sum_rows(e, block.rows, size, sum);
+// e = exp(beta * v - largest beta * v), which are kept where `keep` is set. Of short rows the first
+// of the scratch arrays gets the largest for each element.
+template <bool keep, typename A>
+void sum_exponentials(const RowBlock<A>& block, const A* v, const Differences<A>& difference, A* e,
+                      A* largest, A* sum) {
+  const int64_t size = block.size;
+  if (block.has_short_rows()) {
+    A* const largests = block.scratch[0];
+    largest_of_rows(v, block.rows, size, difference.scale, largest);
+    spread(largest, block.rows, size, largests);
+    fill_with(e, block.count,
+              [=](int64_t i) { return exp_of_negative(difference(v[i], largests[i])); });
+    return sum_rows(e, block.rows, size, sum);
+  }
+  for (int64_t j = 0; j < block.rows; ++j) {
+    const A* const row = v + j * size;
+    A* const kept = e + j * size;
+    const A m = largest_of(row, size, difference.scale);
+    largest[j] = m;
+    sum[j] = sum_of<A>(size, [=](int64_t i) {
+      const A term = exp_of_negative(difference(row[i], m));
+      if constexpr (keep) kept[i] = term;
+      return term;
+    });
+  }
+}
+
+// y[i] = value(i, the number of i's row).
+template <typename A, typename F>
+void fill_rows(const RowBlock<A>& block, const A* numbers, A* scratch, A* y, const F& value) {
+  if (block.has_short_rows()) {
+    spread(numbers, block.rows, block.size, scratch);
+    return fill_with(y, block.count, [=](int64_t i) { return value(i, scratch[i]); });
+  }
+  for (int64_t j = 0; j < block.rows; ++j) {
+    const A number = numbers[j];
+    const int64_t first = j * block.size;
+    fill_with(y + first, block.size, [=](int64_t i) { return value(first + i, number); });
+  }
 }
 
 // Lines side by side: line j's i-th element is element first + i * step + j of a tensor.
@@ -366,64 +431,35 @@ void forward(const SoftmaxForward<T>& f) {
   constexpr bool gradient = kind == SoftmaxKind::kNllGradient;
   constexpr bool powers = divides || gradient;
   constexpr bool loss = kind == SoftmaxKind::kNll;
-  if (has_long_rows(g)) {
-    const int64_t n = g.size;
-    for_each_row<T>(g, [&](int64_t row, A* from, A* to, A*) {
-      const A* const v = load(in + row * n, from, n);
-      const A m = largest_of(v, n, difference.scale);
-      const auto term = [=](int64_t i) { return exp_of_negative(difference(v[i], m)); };
-      if constexpr (loss) {
-        write_loss(f, row, row * n, m, cpu::log(sum_of<A>(n, term)));
-      } else {
-        A* const y = stage(out + row * n, to);
-        if constexpr (powers) {
-          const A sum = sum_of<A>(n, [=](int64_t i) { return y[i] = term(i); });
-          if constexpr (divides) {
-            fill_with(y, n, [=](int64_t i) { return y[i] / sum; });
-          } else {
-            const A scale = scale_of_powers(f, row, row * n, sum);
-            fill_with(y, n, [=](int64_t i) { return y[i] * scale; });
-            subtract_target(f, row, row * n, y, 1);
-          }
-        } else {
-          const A log_sum = cpu::log(sum_of<A>(n, term));
-          fill_with(y, n, [=](int64_t i) { return difference(v[i], m) - log_sum; });
-        }
-        store(y, out + row * n, n);
-      }
-    });
-  } else if (has_rows(g)) {
-    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-      const int64_t n = block.count;
-      A *const largests = block.scratch[0], *const terms = block.scratch[1];
-      const A* const v = load(in + block.first, block.scratch[2], n);
-      A* const sums = block.scratch[3];
+  if (has_rows(g)) {
+    for_each_block_of_rows<T>(g, [&](const RowBlock<A>& block) {
+      A *const terms = block.scratch[1], *const numbers = block.scratch[3];
+      const A* const v = load(in + block.first, block.scratch[2], block.count);
       A* const y = loss ? terms : stage(out + block.first, terms);
       A largest[kMostRows], sum[kMostRows];
-      sum_exponentials(block, v, g.size, difference, powers ? y : terms, largest, sum);
+      sum_exponentials<powers>(block, v, difference, powers ? y : terms, largest, sum);
       if (!powers) fill_with(sum, block.rows, [&](int64_t j) { return cpu::log(sum[j]); });
-      const auto offset = [&](int64_t j) { return block.first + j * g.size; };
       if constexpr (loss) {
         for (int64_t j = 0; j < block.rows; ++j) {
-          write_loss(f, block.row + j, offset(j), largest[j], sum[j]);
+          write_loss(f, block.row + j, block.first_of(j), largest[j], sum[j]);
         }
         return;
       }
       for (int64_t j = 0; gradient && j < block.rows; ++j) {
-        sum[j] = scale_of_powers(f, block.row + j, offset(j), sum[j]);
+        sum[j] = scale_of_powers(f, block.row + j, block.first_of(j), sum[j]);
       }
-      spread(sum, block.rows, g.size, sums);
       if constexpr (divides) {
-        fill_with(y, n, [=](int64_t i) { return y[i] / sums[i]; });
+        fill_rows(block, sum, numbers, y, [=](int64_t i, A total) { return y[i] / total; });
       } else if constexpr (gradient) {
-        fill_with(y, n, [=](int64_t i) { return y[i] * sums[i]; });
+        fill_rows(block, sum, numbers, y, [=](int64_t i, A scale) { return y[i] * scale; });
         for (int64_t j = 0; j < block.rows; ++j) {
-          subtract_target(f, block.row + j, offset(j), y + j * g.size, 1);
+          subtract_target(f, block.row + j, block.first_of(j), y + j * g.size, 1);
         }
       } else {
-        fill_with(y, n, [=](int64_t i) { return difference(v[i], largests[i]) - sums[i]; });
+        fill_rows(block, largest, numbers, y, [=](int64_t i, A m) { return difference(v[i], m); });
+        fill_rows(block, sum, numbers, y, [=](int64_t i, A log_sum) { return y[i] - log_sum; });
       }
-      store(y, out + block.first, n);
+      store(y, out + block.first, block.count);
     });
   } else {
     for_each_block_of_lines<T>(g, 1, [&](const LineBlock<A>& block) {
@@ -485,7 +521,7 @@ MNIST_OPS_HD A gradient_term(A grad, A y) {
 template <bool log, typename A>
 MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A beta) {
   if constexpr (log) {
-    return beta * (grad - cpu::exp(y) * sum);
+    return beta * (grad - cpu::exp_of_logarithm(y) * sum);
   } else {
     return beta * y * (grad - sum);
   }
@@ -497,29 +533,25 @@ void gradients(const SoftmaxBackward<T>& b) {
   const T *const go = b.grad, *const out = b.out;
   T* const gi = b.result;
   const A beta = b.beta;
-  if (has_long_rows(g)) {
-    const int64_t n = g.size;
-    for_each_row<T>(g, [&](int64_t row, A* from_g, A* from_y, A* to) {
-      const A* const v = load(go + row * n, from_g, n);
-      const A* const ys = load(out + row * n, from_y, n);
-      A* const gx = stage(gi + row * n, to);
-      const A sum = sum_of<A>(n, [=](int64_t i) { return gradient_term<log>(v[i], ys[i]); });
-      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sum, beta); });
-      store(gx, gi + row * n, n);
-    });
-  } else if (has_rows(g)) {
-    for_each_block_of_rows<A>(g, [&](const RowBlock<A>& block) {
-      const int64_t n = block.count;
-      A *const sums = block.scratch[0], *const terms = block.scratch[1];
-      const A* const v = load(go + block.first, block.scratch[2], n);
-      const A* const ys = load(out + block.first, block.scratch[3], n);
+  if (has_rows(g)) {
+    for_each_block_of_rows<T>(g, [&](const RowBlock<A>& block) {
+      A *const numbers = block.scratch[0], *const terms = block.scratch[1];
+      const A* const v = load(go + block.first, block.scratch[2], block.count);
+      const A* const ys = load(out + block.first, block.scratch[3], block.count);
       A sum[kMostRows];
-      if (!log) fill_with(terms, n, [=](int64_t i) { return v[i] * ys[i]; });
-      sum_rows(log ? v : terms, block.rows, g.size, sum);
-      spread(sum, block.rows, g.size, sums);
+      if (block.has_short_rows()) {
+        if (!log) fill_with(terms, block.count, [=](int64_t i) { return v[i] * ys[i]; });
+        sum_rows(log ? v : terms, block.rows, g.size, sum);
+      }
+      for (int64_t j = 0; !block.has_short_rows() && j < block.rows; ++j) {
+        const int64_t row = j * g.size;
+        sum[j] = sum_of<A>(g.size,
+                           [=](int64_t i) { return gradient_term<log>(v[row + i], ys[row + i]); });
+      }
       A* const gx = stage(gi + block.first, terms);
-      fill_with(gx, n, [=](int64_t i) { return gradient_of<log>(v[i], ys[i], sums[i], beta); });
-      store(gx, gi + block.first, n);
+      fill_rows(block, sum, numbers, gx,
+                [=](int64_t i, A total) { return gradient_of<log>(v[i], ys[i], total, beta); });
+      store(gx, gi + block.first, block.count);
     });
   } else {
     for_each_block_of_lines<T>(g, 2, [&](const LineBlock<A>& block) {
