@@ -163,13 +163,6 @@ MNIST_OPS_HD A exp_of_negative(A x) {
   return fmadd(exp_shifted<kShift>(least), kBack, least - least);  // the difference is 0, or NaN
 }
 
-// The same, and infinity beyond: of what should be the logarithm of a share.
-template <typename A>
-MNIST_OPS_HD A exp_of_logarithm(A x) {
-  const A e = exp_of_negative(x);
-  return x > A(64) ? std::numeric_limits<A>::infinity() : e;
-}
-
 // 1 / (1 + exp(-x)), numerator and denominator times 2^-30 or 2^-60: both are normal numbers for
 // every x whose result is neither 0 nor 1.
 template <typename A>

@@ -35,7 +35,6 @@ void parallel_for(int64_t count, int64_t cost, const F& body) {
 }
 
 using elementary::exp;
-using elementary::exp_of_logarithm;
 using elementary::exp_of_negative;
 using elementary::fmadd;
 using elementary::log;
@@ -54,6 +53,21 @@ inline float fused_fmadd(float a, float b, float c) {
   return static_cast<float>(static_cast<double>(a) * b + c);
 #endif
 }
+
+// A register of numbers.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
 
 // ---------------------------------------------------------------- half types: rows of them at once
 

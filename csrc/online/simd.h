@@ -25,17 +25,11 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 
 // -------------------------------------------------------------------------------------- registers
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kVectorBytes = 16;
+using cpu::kVectorBytes;
+using cpu::Vector;
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
-constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
@@ -46,13 +40,6 @@ constexpr int kVectorsPerLine = kLineBytes / kVectorBytes;
 constexpr int kTileRows = (kRegisters - kVectorsPerLine - 2) / kVectorsPerLine > 14
                               ? 14
                               : (kRegisters - kVectorsPerLine - 2) / kVectorsPerLine;
-
-template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
 
 template <typename T>
 inline Vector<T> load(const T* from) {
