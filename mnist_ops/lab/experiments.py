@@ -307,7 +307,9 @@ TABLES: dict[str, Table] = {
 
 #: All of these, by name.
 EVERY: dict[str, Experiment] = EXPERIMENTS | {
-    e.name: e for group in (*CANDIDATES.values(), *CHOICES.values(), *ROUNDINGS.values()) for e in group
+    e.name: e
+    for group in (*CANDIDATES.values(), *CHOICES.values(), *ROUNDINGS.values())
+    for e in group
 }
 
 

@@ -304,14 +304,14 @@ class Report:
                 shown = ", ".join(f"{tables.signed(apart[e])} in epoch {e}" for e in sorted(far))
                 few = ", the farthest" if len(far) < len(apart) else ""
                 told.append(f"{split.capitalize()}, more or fewer right than there{few}: {shown}.")
-        for split, (of, outside) in found.inside.items():
-            if of:
-                shown = "; ".join(f"{tables.signed(n)} in epoch {e}" for e, n in outside.items())
-                but = f" (outside by {shown})" if outside else ""
-                told.append(
-                    "Rounding: the log lies between the lowest and highest of runs that differ by "
-                    f"1e-15 in one weight in {of - len(outside)} of {of} epochs of {split}{but}."
-                )
+        for (what, split), (runs, of, outside) in found.inside.items():
+            far = sorted(outside, key=lambda epoch: -abs(outside[epoch]))[:_SHOWN_EPOCHS]
+            shown = "; ".join(f"{tables.signed(outside[e])} in epoch {e}" for e in sorted(far))
+            but = f" ({'farthest ' * (len(far) < len(outside))}outside: {shown})" if far else ""
+            told.append(
+                f"Rounding: the log lies between the lowest and highest of {runs} runs that "
+                f"{tables.PERTURBED[what]} in {of - len(outside)} of {of} epochs of {split}{but}."
+            )
         for run in self.runs:
             if (run["experiment"], run["seed"]) == (name, 1) and run["dtype"] != found.run["dtype"]:
                 both = list(zip(found.run["epochs"], run["epochs"], strict=False))

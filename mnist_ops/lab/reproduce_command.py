@@ -151,11 +151,11 @@ def report(args: argparse.Namespace, results: dict) -> list[str]:
     lines += found
     if args.perturb:
         lines.append(
-            "\nRounding: runs that differ by 1e-15 in one weight, lowest to highest, images right"
+            "\nRounding: runs that differ in a weight or in pixels, lowest to highest, images right"
         )
         for row in tables.spread(results):
             lines.append(
-                f"  {row['experiment']} ({row['dtype']}), epoch {row['epoch']}, "
+                f"  {row['experiment']} ({row['dtype']}), {row['what']}, epoch {row['epoch']}, "
                 f"{counted(row['runs'], 'run')}: "
                 f"training {row['training_lowest']} to {row['training_highest']}, "
                 f"test {row['test_lowest']} to {row['test_highest']}"

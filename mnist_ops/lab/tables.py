@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..mnist import data
 from . import records, reports, statistics
-from .experiments import CANDIDATES, Experiment, Table
+from .experiments import CANDIDATES, ROUNDINGS, Experiment, Table
 from .statistics import Run, Sample
 
 __all__ = [
@@ -157,6 +157,13 @@ def candidates(column: Experiment, runs: Sequence[Run]) -> list[tuple[Experiment
     return [(guess, cells) for _, guess, cells in sorted(rows, key=lambda row: row[0])]
 
 
+#: In what runs differ that show rounding's reach.
+PERTURBED = {
+    "weight": "differ by 1e-15 in one weight",
+    "pixels": "differ in their pixels as those of two machines do",
+}
+
+
 class LogComparison(NamedTuple):
     """A run beside a log of the authors, epoch by epoch and in whole images.
 
@@ -164,14 +171,15 @@ class LogComparison(NamedTuple):
         run: ours, seed 1.
         epochs: compared.
         apart: for each split the images that ours has more, by epoch, where they differ.
-        inside: for each split how many epochs two or more runs have that differ by 1e-15 in one
-            weight; and by how many images the log lies outside of their spread, by epoch.
+        inside: for each of :data:`PERTURBED` and split how many runs there are and how many epochs
+            two or more of them have; and by how many images the log lies outside of their spread,
+            by epoch.
     """
 
     run: Run
     epochs: int
     apart: dict[str, dict[int, int]]
-    inside: dict[str, tuple[int, dict[int, int]]]
+    inside: dict[tuple[str, str], tuple[int, int, dict[int, int]]]
 
 
 def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
@@ -188,20 +196,23 @@ def authors_log(results: Mapping[str, Any], name: str) -> LogComparison | None:
         for row in spread(results)
         if (row["experiment"], row["dtype"], row["seed"]) == (name, run["dtype"], 1)
     ]
-    apart, inside = {}, {}
+    apart: dict[str, dict[int, int]] = {}
+    inside = {}
     for split in SPLITS:
         # Five digits name the count of images, of 60,000 as well.
         share = images_of(run, split) / 100
         counts = {epoch: round(x * share) for epoch, x in enumerate(log[split], 1)}
         ours = _right(run, split)
         apart[split] = {i: ours[i] - n for i, n in counts.items() if ours.get(i, n) != n}
-        outside = {}
-        for row in rows:
-            low, high = row[f"{split}_lowest"], row[f"{split}_highest"]
-            count = counts.get(row["epoch"], low)
-            if far := count - min(max(count, low), high):
-                outside[row["epoch"]] = far
-        inside[split] = len(rows), outside
+        for what in PERTURBED:
+            outside, of = {}, [row for row in rows if row["what"] == what]
+            for row in of:
+                low, high = row[f"{split}_lowest"], row[f"{split}_highest"]
+                count = counts.get(row["epoch"], low)
+                if far := count - min(max(count, low), high):
+                    outside[row["epoch"]] = far
+            if of:
+                inside[what, split] = of[0]["runs"], len(of), outside
     return LogComparison(run, min(len(run["epochs"]), len(log["test"])), apart, inside)
 
 
@@ -229,24 +240,30 @@ def confusion_cells(run: Run) -> dict[str, tuple[int, int, list[str]]]:
 
 
 def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How far runs drift apart that differ by 1e-15 in one weight: rounding's reach.
+    """How far runs drift apart that differ in :data:`PERTURBED`: rounding's reach.
 
-    For each experiment and dtype with perturbed runs, and each epoch that two or more of them
-    have: the number of runs, the unperturbed one included, and in images the lowest and highest
-    count of right ones.
+    For each experiment and dtype with such runs, and each epoch that two or more of them have: the
+    number of runs, the unperturbed one included, and in images the lowest and highest count of
+    right ones.
     """
-    groups: dict[tuple[str, str, int], list[Run]] = {}
+    original = {e.name: name for name, group in ROUNDINGS.items() for e in group}
+    groups: dict[tuple[str, str, int, str], list[Run]] = {}
     for run in results["runs"]:
-        if records.of_mnist(run) and run["epochs"] and statistics.is_current(run):
-            groups.setdefault((run["experiment"], run["dtype"], run["seed"]), []).append(run)
+        if not (records.of_mnist(run) and run["epochs"] and statistics.is_current(run)):
+            continue
+        name = original.get(run["experiment"], run["experiment"])
+        pixels, weight = name != run["experiment"], run["perturbed_weight"] is not None
+        for what, other in (("weight", pixels), ("pixels", weight)):
+            if not other:
+                groups.setdefault((name, run["dtype"], run["seed"], what), []).append(run)
     rows = []
-    for (name, dtype, seed), runs in groups.items():
+    for (name, dtype, seed, what), runs in groups.items():
         lengths = sorted(len(run["epochs"]) for run in runs)
-        if len(runs) < 2 or all(run["perturbed_weight"] is None for run in runs):
+        if len(runs) < 2:
             continue
         right = {split: [_right(run, split) for run in runs] for split in SPLITS}
         for epoch in range(1, lengths[-2] + 1):
-            row: dict[str, Any] = {"experiment": name, "dtype": dtype, "seed": seed}
+            row: dict[str, Any] = {"experiment": name, "dtype": dtype, "seed": seed, "what": what}
             row |= {"epoch": epoch, "runs": sum(length >= epoch for length in lengths)}
             for split, counts in right.items():
                 there = [count[epoch] for count in counts if epoch in count]

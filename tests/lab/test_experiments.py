@@ -111,6 +111,20 @@ def test_the_stream_of_random_numbers(changes, words):
     assert words_before_the_network(replace(EXPERIMENTS["original"], **changes)) == [words]
 
 
+def test_pixels_of_another_machine():
+    plain = experiments.digits(7, None, 20)
+    moved = {
+        seed: experiments._with_errors(plain, seed).train_images - plain.train_images
+        for seed in (1, 2)
+    }
+    for errors in moved.values():
+        assert errors.double().std().item() == pytest.approx(experiments.PIXEL_ERROR, rel=0.1)
+    assert not torch.equal(moved[1], moved[2])
+    assert experiments._with_errors(plain, 0) is plain
+    for group in experiments.ROUNDINGS.values():
+        assert [experiment.pixel_errors for experiment in group] == [1, 2, 3, 4]
+
+
 def test_a_perturbed_weight():
     straight = experiments.build(EXPERIMENTS["original"]).model
     other = experiments.build(EXPERIMENTS["original"], perturbed_weight=3).model

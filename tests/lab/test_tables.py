@@ -123,13 +123,20 @@ def test_beside_the_authors_log():
     accuracies[3] = (accuracies[3][0], 99.48)
     found = tables.authors_log({"runs": [record("original", 1, accuracies)]}, "original")
     assert (found.epochs, found.apart) == (4, {"training": {}, "test": {4: 1}})
-    assert found.inside == {"training": (0, {}), "test": (0, {})}
+    assert found.inside == {}
     runs = [record("original", 1, accuracies), perturbed(0, [(97.0, 99.04), (99.0, 99.5)])]
     found = tables.authors_log({"runs": runs}, "original")
-    assert found.inside == {"training": (2, {}), "test": (2, {})}
+    assert found.inside == {("weight", "training"): (2, 2, {}), ("weight", "test"): (2, 2, {})}
+    pixels = record("original--pixels-2", 1, [(96.0, 99.04), (99.0, 99.41), (99.0, 99.0)])
+    found = tables.authors_log({"runs": [*runs, pixels]}, "original")
+    assert found.inside["weight", "test"] == (2, 2, {})
+    assert found.inside["pixels", "test"] == (2, 3, {})
+    assert found.inside["pixels", "training"] == (2, 3, {})
     runs[0]["epochs"][1]["train_accuracy"] = 99.02  # the log has 99.04
     found = tables.authors_log({"runs": runs}, "original")
-    assert found.inside["training"] == (2, {2: 12}) and found.apart["training"] == {2: -12}
+    assert found.inside["weight", "training"] == (2, 2, {2: 12}) and found.apart["training"] == {
+        2: -12
+    }
     assert tables.authors_log({"runs": []}, "three-layer") is None
 
 
