@@ -90,17 +90,14 @@ class _LPPool(torch.nn.Module):
         super().__setstate__(state)
         self.__dict__.setdefault("dilation", 1)  # pickles from before there was one
 
+    def _arguments(self) -> tuple[Any, ...]:
+        """What the function takes behind the input."""
+        windows = self.kernel_size, self.stride, self.padding, self.ceil_mode, self.dilation
+        return self.norm_type, *windows
+
     def forward(self, input: Tensor) -> Tensor:
         """Pool a batch, or one example without N."""
-        return type(self)._function(
-            input,
-            self.norm_type,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.ceil_mode,
-            self.dilation,
-        )
+        return type(self)._function(input, *self._arguments())
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
@@ -129,6 +126,27 @@ class LPPool2d(_LPPool):
 
     _dims = 2
     _function = staticmethod(ops.lp_pool2d)
+    average = False  # of pickles from before there was one
+
+    def __init__(
+        self,
+        norm_type: float | Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        dilation: Any = 1,
+        average: bool = False,
+    ) -> None:
+        super().__init__(norm_type, kernel_size, stride, padding, ceil_mode, dilation)
+        self.average = average
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return *super()._arguments(), self.average
+
+    def extra_repr(self) -> str:
+        """Return the arguments, as in the constructor."""
+        return super().extra_repr() + ", average=True" * self.average
 
 
 class LPPool3d(_LPPool):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import mnist_ops
 from mnist_ops import gaussian1d, nn
 from mnist_ops.mnist import models
 
@@ -150,3 +151,14 @@ def test_sizes_as_torch_takes_them():
         assert nn.LPPool2d(2, size)(x).shape == (2, 3, 1, 1)
     for size in (2, (2,), [2], np.int64(2), (2, 2)):
         assert nn.LPPool2d(np.float32(2), size, stride=(np.int8(2),))(x).shape == (2, 3, 3, 4)
+
+
+def test_pooling_that_averages():
+    x = torch.randn(2, 3, 9, 8)
+    pool = nn.LPPool2d(3, 3, stride=2, padding=1, average=True)
+    assert torch.equal(pool(x), mnist_ops.lp_pool2d(x, 3, 3, 2, 1, average=True))
+    assert repr(pool).endswith("ceil_mode=False, average=True)")
+    assert torch.equal(pickle.loads(pickle.dumps(pool))(x), pool(x))
+    assert "average" not in repr(nn.LPPool2d(3, 3))
+    del pool.average  # a pickle from before
+    assert torch.equal(pool(x), mnist_ops.lp_pool2d(x, 3, 3, 2, 1))
