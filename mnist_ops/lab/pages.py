@@ -309,7 +309,7 @@ class Report:
             shown = "; ".join(f"{tables.signed(outside[e])} in epoch {e}" for e in sorted(far))
             but = f" ({'farthest ' * (len(far) < len(outside))}outside: {shown})" if far else ""
             told.append(
-                f"Rounding: the log lies between the lowest and highest of {runs} runs that "
+                f"Rounding: the log lies between the lowest and highest of up to {runs} runs that "
                 f"{tables.PERTURBED[what]} in {of - len(outside)} of {of} epochs of {split}{but}."
             )
         for run in self.runs:
