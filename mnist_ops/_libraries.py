@@ -54,9 +54,14 @@ _HERE = Path(_C.__file__).parent
 _CPU_VARIABLE = "MNIST_OPS_CPU_CAPABILITY"
 
 
+def _cpu_capabilities() -> list[str]:
+    """The instruction sets whose kernels are installed and run here, the fastest first."""
+    return [name for name in _C.cpu_capabilities() if (_HERE / f"_cpu_{name}.so").exists()]
+
+
 def _load_cpu() -> str:
     """Load the CPU kernels compiled for the best instruction set here; its name."""
-    runs = [name for name in _C.cpu_capabilities() if (_HERE / f"_cpu_{name}.so").exists()]
+    runs = _cpu_capabilities()
     if not runs:
         raise ImportError(f"mnist_ops: no CPU kernels in {_HERE}; the installation is incomplete")
     chosen = os.environ.get(_CPU_VARIABLE) or runs[0]

@@ -42,8 +42,8 @@ def why_no_cuda() -> str | None:
 
 
 def other_capabilities() -> list[str]:
-    """The instruction sets that this processor has and whose kernels are not in use."""
-    names = mnist_ops._libraries._C.cpu_capabilities()
+    """The instruction sets whose kernels run here and are not in use."""
+    names = mnist_ops._libraries._cpu_capabilities()
     return [name for name in names if name != mnist_ops.build_info()["cpu_capability"]]
 
 

@@ -198,6 +198,7 @@ void spread(const A* numbers, int64_t rows, int64_t size, A* to) {
 bool has_rows(const SoftmaxGeometry& g) {
   return g.inner == 1;
 }
+
 // Neighbouring rows: elements [first, first + count) of a tensor.
 template <typename A>
 struct RowBlock {

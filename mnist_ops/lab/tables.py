@@ -259,6 +259,8 @@ def spread(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for (name, dtype, seed, what), runs in groups.items():
         lengths = sorted(len(run["epochs"]) for run in runs)
+        if all(run["experiment"] == name and run["perturbed_weight"] is None for run in runs):
+            continue
         if len(runs) < 2:
             continue
         right = {split: [_right(run, split) for run in runs] for split in SPLITS}

@@ -134,9 +134,8 @@ def test_beside_the_authors_log():
     assert found.inside["pixels", "training"] == (2, 3, {})
     runs[0]["epochs"][1]["train_accuracy"] = 99.02  # the log has 99.04
     found = tables.authors_log({"runs": runs}, "original")
-    assert found.inside["weight", "training"] == (2, 2, {2: 12}) and found.apart["training"] == {
-        2: -12
-    }
+    assert found.inside["weight", "training"] == (2, 2, {2: 12})
+    assert found.apart["training"] == {2: -12}
     assert tables.authors_log({"runs": []}, "three-layer") is None
 
 
