@@ -176,6 +176,34 @@ MNIST_OPS_HD A sigmoid(A x) {
   return x != x ? x : result;
 }
 
+// size / divisor of two sizes as value * scale^2: no quotient but 0 underflows. scale is 1 where
+// nothing does.
+template <typename A>
+struct Quotient {
+  // For every size and divisor of the type with a quotient below kTiny, size / kScale,
+  // divisor * kScale and their quotient are numbers of full precision.
+  static constexpr A kTiny = std::is_same_v<A, float> ? A(0x1p-100) : A(0x1p-1000);
+  static constexpr A kScale = std::is_same_v<A, float> ? A(0x1p-76) : A(0x1p-538);
+  static constexpr A kTwiceItsLog2 = std::is_same_v<A, float> ? A(-152) : A(-1076);
+
+  A value;
+  bool is_tiny;
+
+  MNIST_OPS_HD Quotient(A size, A divisor) {
+    is_tiny = size < divisor * kTiny && divisor <= std::numeric_limits<A>::max();
+    value = (is_tiny ? size * (A(1) / kScale) : size) / (is_tiny ? divisor * kScale : divisor);
+  }
+
+  MNIST_OPS_HD A log2_of_scale() const { return is_tiny ? kTwiceItsLog2 : A(0); }
+  // The quotient, 0 where it underflows; and x factor^2 / quotient, which may be in range where
+  // neither the square nor the quotient is.
+  MNIST_OPS_HD A plain() const { return is_tiny ? value * kScale * kScale : value; }
+  MNIST_OPS_HD A divide(A x, A factor) const {
+    const A scaled = is_tiny ? factor * (A(1) / kScale) : factor;
+    return x / value * scaled * scaled;
+  }
+};
+
 // The logarithm to base 2 of a positive, finite number: its whole part, and the fraction, in
 // [-1/2, 1/2], to full relative precision. With m in [sqrt(1/2), sqrt(2)] and s = (m - 1) / (m + 1)
 // it is 2 / ln 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| <= 0.172.
@@ -225,25 +253,33 @@ MNIST_OPS_HD Log2<double> log2_of(double x) {
   return {subnormal ? whole - 54.0 : whole, p * s};
 }
 
-// The natural logarithm of a positive number; infinity and NaN stay.
+// The natural logarithm of a positive number; infinity and NaN stay. With a number added to the
+// logarithm to base 2.
 template <typename A>
-MNIST_OPS_HD A log(A x) {
+MNIST_OPS_HD A log(A x, A log2_of_factor = A(0)) {
   constexpr A kLn2 = A(0.693147180559945309417);
   constexpr A kLn2High = std::is_same_v<A, float> ? A(0.693359375) : A(0.693147180369123816490);
   constexpr A kLn2Low =
       std::is_same_v<A, float> ? A(-2.12194440e-4) : A(1.90821492927058770002e-10);
-  const Log2<A> parts = log2_of(x);
+  Log2<A> parts = log2_of(x);
+  parts.whole += log2_of_factor;
   const A value = fmadd(parts.whole, kLn2High, fmadd(parts.fraction, kLn2, parts.whole * kLn2Low));
   return x <= std::numeric_limits<A>::max() ? value : x;
+}
+template <typename A>
+MNIST_OPS_HD A log(const Quotient<A>& x) {
+  return log(x.value, x.log2_of_scale());
 }
 
 // x^p for finite x >= 0, and 0 for x = 0 whatever p is. The logarithm's whole part is multiplied by
 // p without rounding, so the error does not grow with its size: p + 2 units in the last place.
+// With a whole number added to the logarithm to base 2.
 template <typename A>
-MNIST_OPS_HD A power(A x, A p) {
+MNIST_OPS_HD A power(A x, A p, A log2_of_factor = A(0)) {
   constexpr A kLowest = std::is_same_v<A, float> ? A(-150) : A(-1076);
   constexpr A kHighest = std::is_same_v<A, float> ? A(128) : A(1024);
-  const Log2<A> log = log2_of(x);
+  Log2<A> log = log2_of(x);
+  log.whole += log2_of_factor;
   const A product = p * log.whole;
   const A rest = fmadd(p, log.fraction, fmadd(p, log.whole, -product));
   A n = product + rest;
@@ -255,6 +291,10 @@ MNIST_OPS_HD A power(A x, A p) {
   f = f > A(1) ? A(1) : f;
   const A value = times_power_of_two(exp_near_zero(f * A(0.693147180559945309417)), n);
   return x == A(0) ? A(0) : value;
+}
+template <typename A>
+MNIST_OPS_HD A power(const Quotient<A>& x, A p) {
+  return power(x.value, p, x.log2_of_scale());
 }
 
 // -------------------------------------------------------------------------------------------- tanh

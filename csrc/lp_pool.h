@@ -6,12 +6,14 @@
 //
 // Numerics. For p = 2 the plain sum of squares is used where it can be trusted and the window is
 // divided by its largest element where it cannot (overflow, underflow); for general p always.
-// Gradients are written with r = |x| / y, which lies in [0, 1]: dy/dx = sign(x) r^(p-1).
+// Gradients are written with r = |x| / y, which lies in [0, 1]: dy/dx = sign(x) r^(p-1). Powers
+// below 2 of a quotient are in range where the quotient is not: it is held with a scale.
 // Conventions where the derivative is not defined: 0 where x = 0 and where y = 0; for p = inf the
 // gradient is shared evenly among equal maxima (the limit p -> inf).
 #pragma once
 
 #include "common.h"
+#include "elementary.h"
 
 #include <cmath>
 #include <limits>
@@ -144,6 +146,15 @@ MNIST_OPS_HD T raised(T r, T p) {
   return p == T(1) ? r : std::pow(r, p);
 }
 
+// (size / divisor)^p, whatever the quotient.
+template <typename T>
+MNIST_OPS_HD T raised_quotient(T size, T divisor, T p) {
+  const elementary::Quotient<T> r(size, divisor);
+  if (!r.is_tiny || p >= T(2)) return raised(size / divisor, p);
+  const T factor = std::exp2(p * (r.log2_of_scale() / T(2)));
+  return raised(r.value, p) * factor * factor;
+}
+
 // A sum that keeps its digits however many terms it has: blocks of terms, in order, whose sums are
 // added in float64. Up to one block it is the plain sum, bit for bit; loops of fixed order may add
 // as many terms themselves.
@@ -187,8 +198,9 @@ MNIST_OPS_HD A scaled_power_sum(const T* plane, const PoolGeometryOf<I>& g, A p,
   BlockSum<A> sum;
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      const A r = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w])) / largest;
-      sum.add(norm == Norm::kTwo ? r * r : raised(r, p));
+      const A size = magnitude(static_cast<A>(plane[ih * g.in_h + iw * g.in_w]));
+      const A r = size / largest;
+      sum.add(norm == Norm::kTwo ? r * r : raised_quotient(size, largest, p));
     }
   }
   return sum.value();
@@ -250,23 +262,45 @@ MNIST_OPS_HD A norm_gradient(A x, A y, A p) {
   } else {
     if (y == A(0) || x == A(0)) return A(0);
     // Where y overflowed r is 0, and the slope 0 or, for p < 1, infinite.
-    return sign_of(x) * raised(magnitude(x) / y, p - A(1));
+    return sign_of(x) * raised_quotient(magnitude(x), y, p - A(1));
   }
 }
 
 // For p beyond this r^(p-1) magnifies the rounding of y too much: the window is looked at again.
 constexpr int kSharpPower = 1024;
 
-// dy/dx for such a p: with m the window's largest element, (|x| / m)^(p-1) S^(1/p-1) where S is the
-// sum of (|x| / m)^p. slope: what norm_gradient gives, which is 0 or NaN for the same elements.
-template <typename T, typename I, typename A = opmath_t<T>>
-MNIST_OPS_HD A sharp_gradient(const T* plane, const PoolGeometryOf<I>& g, A x, A p, A slope, I oh,
-                              I ow) {
-  const A largest = window_max(plane, g, oh, ow);
-  if (!(largest <= std::numeric_limits<A>::max())) return slope;
-  const A sum = scaled_power_sum<Norm::kGeneral>(plane, g, p, largest, oh, ow);
-  return norm_gradient<Norm::kGeneral>(x, largest, p) * std::pow(sum, A(1) / p - A(1));
-}
+// The slopes of a window's elements. For such a p r is s S^(-1/p), with m the window's largest
+// magnitude, s = |x| / m and S the sum of s^p; elsewhere the divisor is y and S is 1.
+template <Norm norm, typename A>
+struct WindowSlopes {
+  A p, divisor, sum = A(1);
+
+  template <typename T, typename I>
+  MNIST_OPS_HD WindowSlopes(const T* plane, const PoolGeometryOf<I>& g, A y, A norm_type, I oh,
+                            I ow)
+      : p(norm_type), divisor(y) {
+    if constexpr (norm == Norm::kGeneral) {
+      if (!(p > A(kSharpPower)) || y == A(0)) return;
+      const A largest = window_max(plane, g, oh, ow);
+      if (!(largest <= std::numeric_limits<A>::max())) return;
+      divisor = largest;
+      sum = scaled_power_sum<norm>(plane, g, p, largest, oh, ow);
+    }
+  }
+
+  // dy/dx = sign(x) r^(p-1).
+  MNIST_OPS_HD A at(A x) const {
+    const A slope = norm_gradient<norm>(x, divisor, p);
+    return norm == Norm::kGeneral && sum != A(1) ? slope * std::pow(sum, A(1) / p - A(1)) : slope;
+  }
+
+  // r^(p-2); at r = 0 it is 0 for p > 2, and for p < 2, where it is infinite, by convention.
+  MNIST_OPS_HD A curvature(A x) const {
+    if (norm != Norm::kGeneral) return A(1);
+    const A power = x == A(0) ? A(0) : raised_quotient(magnitude(x), divisor, p - A(2));
+    return sum != A(1) ? power * std::pow(sum, A(2) / p - A(1)) : power;
+  }
+};
 
 // The gradient of one input element: the sum over the windows that hold it, in a fixed order.
 template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
@@ -278,14 +312,9 @@ MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* o
     for (I ow = g.first_window_column(iw); ow < g.last_window_column(iw); ++ow) {
       const I o = oh * g.out_h + ow * g.out_w;
       const A y = static_cast<A>(out_plane[o]);
-      A slope = norm_gradient<norm>(x, y, p);
+      A slope = WindowSlopes<norm, A>(in_plane, g, y, p, oh, ow).at(x);
       if constexpr (norm == Norm::kInf) {
         if (slope != A(0) && slope == slope) slope /= window_ties(in_plane, g, y, oh, ow);
-      }
-      if constexpr (norm == Norm::kGeneral) {
-        if (p > A(kSharpPower) && slope != A(0) && slope == slope) {
-          slope = sharp_gradient(in_plane, g, x, p, slope, oh, ow);
-        }
       }
       sum.add(static_cast<A>(grad_plane[o]) * slope);
     }
@@ -298,12 +327,12 @@ MNIST_OPS_HD A input_gradient(const T* grad_plane, const T* in_plane, const T* o
 template <Norm norm, typename T, typename I, typename A = opmath_t<T>>
 MNIST_OPS_HD A directional_derivative(const T* v_plane, const T* in_plane, A y,
                                       const PoolGeometryOf<I>& g, A p, I oh, I ow) {
+  const WindowSlopes<norm, A> slopes(in_plane, g, y, p, oh, ow);
   BlockSum<A> terms;
   for (I ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (I iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
       const I i = ih * g.in_h + iw * g.in_w;
-      const A x = static_cast<A>(in_plane[i]);
-      terms.add(static_cast<A>(v_plane[i]) * norm_gradient<norm>(x, y, p));
+      terms.add(static_cast<A>(v_plane[i]) * slopes.at(static_cast<A>(in_plane[i])));
     }
   }
   const A sum = terms.value();
@@ -330,14 +359,8 @@ MNIST_OPS_HD A second_gradient(const T* v_plane, const T* grad_plane, const T* i
         const I o = oh * g.out_h + ow * g.out_w;
         const A y = static_cast<A>(out_plane[o]);
         if (y == A(0)) continue;
-        const A slope = norm_gradient<norm>(x, y, p);
-        const A r = magnitude(x) / y;
-        A curvature = A(1);
-        if constexpr (norm == Norm::kGeneral) {
-          // At r = 0 the power is 0 for p > 2; for p < 2 it is infinite and the convention is 0.
-          curvature = r == A(0) ? A(0) : raised(r, p - A(2));
-        }
-        const A change = v * curvature - static_cast<A>(directional[o]) * slope;
+        const WindowSlopes<norm, A> slopes(in_plane, g, y, p, oh, ow);
+        const A change = v * slopes.curvature(x) - static_cast<A>(directional[o]) * slopes.at(x);
         sum.add(static_cast<A>(grad_plane[o]) / y * change);
       }
     }

@@ -3,7 +3,7 @@
 // With m the window's largest magnitude, s = |x| / m, S the sum of s^p over the window, and n = 1
 // or, for the mean, the number of its pixels that lie on the image,
 //   y = m (S / n)^(1/p)
-//   dy/dx = sign(x) s^(p-1) (S / n)^(1/p) / S
+//   dy/dx = sign(x) s^(p-1) (S / n)^(1/p) / S = sign(x) (|x| / y)^(p-1) / n
 //   dy/dp = y / (p^2 n) times the sum of e^z z,  z = ln(n s^p / S) = p ln s - ln(S / n).
 // s lies in [0, 1] and S is at least 1, whatever the magnitude of x: no power overflows, and what
 // underflows does not count. For the mean e^z sums to n, and q(z) = e^z z - (e^z - 1) is added in
@@ -60,15 +60,17 @@ struct PowerWindow {
   MNIST_OPS_HD bool has_scale() const {
     return largest > A(0) && largest <= std::numeric_limits<A>::max();
   }
-  MNIST_OPS_HD A root() const { return elementary::power(powers / count, A(1) / p); }
-  MNIST_OPS_HD A value() const { return has_scale() ? largest * root() : largest * p; }
-  // dy/dx but for the factor that depends on x.
-  MNIST_OPS_HD A share() const { return has_scale() ? root() / powers : A(1); }
+  // Of y / m, which for small p may be out of range where y is not.
+  MNIST_OPS_HD A square_root() const { return elementary::power(powers / count, A(0.5) / p); }
+  MNIST_OPS_HD A value() const {
+    const A root = square_root();
+    return has_scale() ? largest * root * root : largest * p;
+  }
   // ln(S / n) and n / S, for divergence().
   MNIST_OPS_HD A shift() const { return elementary::log(powers / count); }
   MNIST_OPS_HD A scale() const { return count / powers; }
   MNIST_OPS_HD A power_gradient() const {
-    const A gradient = largest * root() * (divergences / p / p / count);
+    const A gradient = value() * (divergences / p / p / count);
     const A other = largest == A(0) ? A(0) : std::numeric_limits<A>::quiet_NaN();
     return has_scale() ? gradient : other;
   }
@@ -77,7 +79,8 @@ struct PowerWindow {
 // An element's part of `divergences`, from s and s^p; without the mean n is 1, and so it is for one
 // pixel, where both are 0.
 template <typename A>
-MNIST_OPS_HD A divergence(A s, A power, A p, A count, A shift, A scale) {
+MNIST_OPS_HD A divergence(const elementary::Quotient<A>& s, A power, A p, A count, A shift,
+                          A scale) {
   using Terms = std::make_integer_sequence<int, std::is_same_v<A, float> ? 8 : 15>;
   const A z = elementary::fmadd(p, elementary::log(s), -shift), e = power * scale;
   const A far = A(1) + (z - A(1)) * e, near = divergence_near_zero(z, Terms{});
@@ -85,12 +88,12 @@ MNIST_OPS_HD A divergence(A s, A power, A p, A count, A shift, A scale) {
   return count > A(1) ? q : z * e;
 }
 
-// sign(x) s^(p-1).
+// sign(x) (|x| / divisor)^(p-1).
 template <typename A>
-MNIST_OPS_HD A power_slope(A x, A largest, A p) {
-  const A s = magnitude(x) / largest;
+MNIST_OPS_HD A power_slope(A x, A divisor, A p) {
+  const elementary::Quotient<A> s(magnitude(x), divisor);
   const A size = elementary::power(s, p - A(1));
-  const A slope = s != s ? s : x < A(0) ? -size : size;
+  const A slope = s.value != s.value ? s.value : x < A(0) ? -size : size;
   return x == A(0) ? A(0) : slope;
 }
 

@@ -39,6 +39,7 @@ using elementary::exp_of_negative;
 using elementary::fmadd;
 using elementary::log;
 using elementary::power;
+using elementary::Quotient;
 using elementary::tanh;
 
 // fmadd for sums whose float32 bits count on every processor: the product of two floats is exact in

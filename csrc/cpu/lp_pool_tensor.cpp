@@ -24,20 +24,20 @@ bool in_batches(const Grouping& all) {
 // Both s^p and s^(p-1) come from one of them, the one that is in range for every s in [0, 1].
 
 template <typename A>
-MNIST_OPS_HD A kept_power(A s, A p) {
-  return cpu::power(s, p < A(1) ? p : p - A(1));
+MNIST_OPS_HD A kept_power(const Quotient<A>& s, A p) {
+  return cpu::power(s, p < A(0.5) ? p : p - A(1));
 }
 
 template <typename A>
-MNIST_OPS_HD A power_of(A kept, A s, A p) {
-  return p < A(1) ? kept : kept * s;
+MNIST_OPS_HD A power_of(A kept, const Quotient<A>& s, A p) {
+  return p < A(0.5) ? kept : kept * s.plain();
 }
 
-// sign(x) s^(p-1), with the conventions of power_slope.
+// sign(x) s^(p-1) factor^2, with the conventions of power_slope.
 template <typename A>
-MNIST_OPS_HD A kept_slope(A kept, A x, A s, A p) {
-  const A size = p < A(1) ? kept / (s > A(0) ? s : A(1)) : kept;
-  const A slope = s != s ? s : x < A(0) ? -size : size;
+MNIST_OPS_HD A kept_slope(A kept, A x, const Quotient<A>& s, A p, A factor) {
+  const A size = p < A(0.5) ? s.divide(kept, factor) : kept * factor * factor;
+  const A slope = s.value != s.value ? s.value : x < A(0) ? -size : size;
   return x == A(0) ? A(0) : slope;
 }
 
@@ -50,17 +50,17 @@ struct PowerBatch {
   std::vector<A> scratch;
   A *taps, *kept, *row;
   A *largest, *powers, *counts, *p, *y, *grad;
-  A *nonzero, *shift, *scale, *share, *divergences;
+  A *nonzero, *shift, *scale, *share, *factor, *divergences;
 
   // Channels lie side by side in NHWC; in NCHW `begin` gives the p of a plane.
   PowerBatch(const Grouping& grouping, const A* p_of_channels)
       : all(grouping),
-        scratch((2 * all.taps + 11) * all.capacity + 2 * all.g.W * all.inner, A(1)),
+        scratch((2 * all.taps + 12) * all.capacity + 2 * all.g.W * all.inner, A(1)),
         taps(scratch.data()),
         kept(taps + all.taps * all.capacity) {
     A* next = kept + all.taps * all.capacity;
     for (A** const numbers : {&largest, &powers, &counts, &p, &y, &grad, &nonzero, &shift, &scale,
-                              &share, &divergences}) {
+                              &share, &factor, &divergences}) {
       *numbers = next;
       next += all.capacity;
     }
@@ -107,7 +107,7 @@ struct PowerBatch {
     const A *const x = taps, *const m = largest, *const of_window = p;
     A* const keep = kept;
     sum_taps(powers, n, [=](int64_t i, int64_t j) {
-      const A s = magnitude(x[i]) / m[j];
+      const Quotient<A> s(magnitude(x[i]), m[j]);
       keep[i] = kept_power(s, of_window[j]);
       return power_of(keep[i], s, of_window[j]);
     });
@@ -121,18 +121,22 @@ struct PowerBatch {
       const PowerWindow<A> measured = window(j);
       shift[j] = measured.shift();
       scale[j] = measured.scale();
-      share[j] = grad[j] * measured.share();
+      share[j] = measured.has_scale() ? grad[j] / powers[j] : grad[j];
+      factor[j] = measured.has_scale() ? measured.square_root() : A(1);
     }
     A* const x = taps;
     const A *const keep = kept, *const m = largest, *const of_window = p, *const count = counts;
     const A *const shifts = shift, *const scales = scale, *const shares = share;
+    const A* const factors = factor;
     const A* const not_zero = nonzero;
     // Zeros of the image count in the mean; those around it, which look the same, do not.
     sum_taps(nonzero, n, [=](int64_t i, int64_t) { return x[i] == A(0) ? A(0) : A(1); });
     sum_taps(divergences, n, [=](int64_t i, int64_t j) {
-      const A value = x[i], s = magnitude(value) / m[j], power = power_of(keep[i], s, of_window[j]);
+      const A value = x[i];
+      const Quotient<A> s(magnitude(value), m[j]);
+      const A power = power_of(keep[i], s, of_window[j]);
       const A part = divergence(s, power, of_window[j], count[j], shifts[j], scales[j]);
-      x[i] = shares[j] * kept_slope(keep[i], value, s, of_window[j]);
+      x[i] = shares[j] * kept_slope(keep[i], value, s, of_window[j], factors[j]);
       return value == A(0) ? A(0) : part;
     });
 #pragma omp simd
@@ -283,7 +287,7 @@ struct PowerLine {
     if (unordered > A(0)) largest = std::numeric_limits<A>::quiet_NaN();
     A* const keep = kept.data();
     const A powers = sum([=](int64_t i) {
-      const A s = magnitude(x[i]) / largest;
+      const Quotient<A> s(magnitude(x[i]), largest);
       keep[i] = kept_power(s, p);
       return power_of(keep[i], s, p);
     });
@@ -296,10 +300,13 @@ struct PowerLine {
     const A* const keep = kept.data();
     const A p = window.p, largest = window.largest, count = window.count;
     const A shift = window.shift(), scale = window.scale();
-    const A share = grad * window.share();
+    const bool scaled = window.has_scale();
+    const A share = scaled ? grad / window.powers : grad;
+    const A factor = scaled ? window.square_root() : A(1);
     window.divergences = sum([=](int64_t i) {
-      const A value = x[i], s = magnitude(value) / largest;
-      x[i] = share * kept_slope(keep[i], value, s, p);
+      const A value = x[i];
+      const Quotient<A> s(magnitude(value), largest);
+      x[i] = share * kept_slope(keep[i], value, s, p, factor);
       return divergence(s, power_of(keep[i], s, p), p, count, shift, scale);
     });
     return grad * window.power_gradient();

@@ -29,15 +29,21 @@ enum class Power { kOne, kTwo, kThree, kFour, kInf, kGeneral };
 template <Power power>
 constexpr bool kSumsPlainly = power != Power::kInf && power != Power::kGeneral;
 
-// |x|^p; for kInf and kGeneral x was divided by the largest of its window.
+// |x|^p, of a norm that sums plainly.
 template <Power power, typename A>
-MNIST_OPS_HD A term(A x, A p) {
+MNIST_OPS_HD A term(A x) {
   if constexpr (power == Power::kOne) return magnitude(x);
   if constexpr (power == Power::kTwo) return x * x;
   if constexpr (power == Power::kThree) return magnitude(x) * (x * x);
   if constexpr (power == Power::kFour) return (x * x) * (x * x);
-  if constexpr (power == Power::kGeneral) return cpu::power(magnitude(x), p);
   return A(0);
+}
+
+// (|x| / largest)^p.
+template <Power power, typename A>
+MNIST_OPS_HD A scaled_term(A x, A largest, A p) {
+  if constexpr (power == Power::kGeneral) return cpu::power(Quotient<A>(magnitude(x), largest), p);
+  return term<power>(x / largest);
 }
 
 template <Power power, typename A>
@@ -61,18 +67,20 @@ MNIST_OPS_HD A slope(A x, A y, A p) {
     const A s = magnitude(x) == y ? sign_of(x) : A(0);
     return y != y ? y : s;
   }
-  const A ratio = x / y;
-  A s = ratio;
-  if constexpr (power == Power::kThree) s = ratio * magnitude(ratio);
-  if constexpr (power == Power::kFour) s = ratio * (ratio * ratio);
   if constexpr (power == Power::kGeneral) {
-    s = cpu::power(magnitude(ratio), p - A(1));
+    const Quotient<A> ratio(magnitude(x), y);
+    A s = cpu::power(ratio, p - A(1));
     // Where y overflowed.
-    s = ratio == A(0) && p < A(1) ? std::numeric_limits<A>::infinity() : s;
-    s = x == A(0) ? A(0) : s;
-    s = ratio != ratio ? ratio : x < A(0) ? -s : s;
+    s = ratio.value == A(0) && p < A(1) ? std::numeric_limits<A>::infinity() : s;
+    s = ratio.value != ratio.value ? ratio.value : x < A(0) ? -s : s;
+    return x == A(0) || y == A(0) ? A(0) : s;
+  } else {
+    const A ratio = x / y;
+    A s = ratio;
+    if constexpr (power == Power::kThree) s = ratio * magnitude(ratio);
+    if constexpr (power == Power::kFour) s = ratio * (ratio * ratio);
+    return y == A(0) ? A(0) : s;
   }
-  return y == A(0) ? A(0) : s;
 }
 
 // ----------------------------------------------------------------------------- loops over a batch
@@ -156,7 +164,7 @@ template <Power power, int kTaps, typename A>
 void batch_norms(const Batch<A>& batch, int64_t exact_count, A p, A* y, A* scratch) {
   const int64_t n = batch.count;
   if constexpr (kSumsPlainly<power>) {
-    batch.template sum<kTaps>(y, [=](A x, int64_t) { return term<power>(x, p); });
+    batch.template sum<kTaps>(y, [](A x, int64_t) { return term<power>(x); });
     if constexpr (power == Power::kOne) return;
     A unsafe = A(0);
 #pragma omp simd reduction(+ : unsafe)
@@ -173,7 +181,8 @@ void batch_norms(const Batch<A>& batch, int64_t exact_count, A p, A* y, A* scrat
   if constexpr (power == Power::kInf) {
     std::copy(largest, largest + n, y);
   } else {
-    batch.template sum<kTaps>(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
+    batch.template sum<kTaps>(y,
+                              [=](A x, int64_t j) { return scaled_term<power>(x, largest[j], p); });
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const A m = largest[j];
@@ -190,7 +199,8 @@ void batch_gradients(const Batch<A>& batch, A p, A* grad, A* y, A* scratch) {
     if (p > kSharpBatchPower) {  // sharp_gradient of lp_pool.h
       A* const largest = scratch;
       batch_largest<kTaps>(batch, largest);
-      batch.template sum<kTaps>(y, [=](A x, int64_t j) { return term<power>(x / largest[j], p); });
+      batch.template sum<kTaps>(
+          y, [=](A x, int64_t j) { return scaled_term<power>(x, largest[j], p); });
       const int64_t n = batch.count;
       for (int64_t j = 0; j < n; ++j) {
         const A m = largest[j];

@@ -1,8 +1,8 @@
 // LP pooling with a p for each channel on CUDA. Powers and logarithms are its bound.
 //
 // In NCHW a few neighbouring threads of a warp share a large window, such as the whole map, whose
-// pixels are neighbours in memory; elsewhere a thread takes one. Backward, one launch leaves m and
-// the gradient's share of each window, and its part of p's gradient; the second gathers the
+// pixels are neighbours in memory; elsewhere a thread takes one. Backward, one launch leaves m or y
+// and the gradient's share of each window, and its part of p's gradient; the second gathers the
 // gradient of each element from the windows over it, in a fixed order; two more add the parts of
 // each channel, in stretches whose number depends on the shape alone. No atomics.
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ PowerWindow<A> measured(const T* plane, const PoolGeo
   largest = lane_largest(largest, lanes);
   BlockSum<A> powers;
   for (I tap = lane; tap < taps; tap += lanes) {
-    powers.add(elementary::power(size_of(tap) / largest, p));
+    powers.add(elementary::power(elementary::Quotient<A>(size_of(tap), largest), p));
   }
   PowerWindow<A> window{largest, lane_sum(powers.value(), lanes),
                         average ? static_cast<A>(taps) : A(1), p};
@@ -51,7 +51,7 @@ __device__ __forceinline__ PowerWindow<A> measured(const T* plane, const PoolGeo
     const A shift = window.shift(), scale = window.scale();
     BlockSum<A> divergences;
     for (I tap = lane; tap < taps; tap += lanes) {
-      const A s = size_of(tap) / largest;
+      const elementary::Quotient<A> s(size_of(tap), largest);
       divergences.add(divergence(s, elementary::power(s, p), p, window.count, shift, scale));
     }
     window.divergences = lane_sum(divergences.value(), lanes);
@@ -102,15 +102,22 @@ template <typename T, typename I>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, I>)
     shares_kernel(I count, PoolGeometryOf<I> g, bool channels_last, bool average, int lanes,
                   const opmath_t<T>* __restrict__ p, const T* __restrict__ grad_output,
-                  const T* __restrict__ input, opmath_t<T>* __restrict__ largest,
+                  const T* __restrict__ input, opmath_t<T>* __restrict__ divisors,
                   opmath_t<T>* __restrict__ shares, opmath_t<T>* __restrict__ terms) {
   using A = opmath_t<T>;
   for_each_window<true>(count, g, channels_last, average, lanes, p, input,
                         [&](I index, const PowerWindow<A>& window, bool writes) {
                           if (!writes) return;
                           const A grad = static_cast<A>(grad_output[index]);
-                          largest[index] = window.largest;
-                          shares[index] = grad * window.share();
+                          // By way of y where powers of s may be out of range, else of m: y is
+                          // rounded, which large powers of it magnify.
+                          const bool scaled = window.has_scale();
+                          const A y = window.value(), root = window.square_root();
+                          const bool by_norm = scaled && window.p < A(1);
+                          divisors[index] = by_norm ? y : window.largest;
+                          shares[index] = grad * (by_norm  ? A(1) / window.count
+                                                  : scaled ? root * root / window.powers
+                                                           : A(1));
                           terms[index] = grad * window.power_gradient();
                         });
 }
@@ -119,8 +126,8 @@ template <typename T, typename I>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, I>)
     elements_kernel(I count, PoolGeometryOf<I> g, bool channels_last,
                     const opmath_t<T>* __restrict__ p, const T* __restrict__ input,
-                    const opmath_t<T>* __restrict__ largest, const opmath_t<T>* __restrict__ shares,
-                    T* __restrict__ grad_input) {
+                    const opmath_t<T>* __restrict__ divisors,
+                    const opmath_t<T>* __restrict__ shares, T* __restrict__ grad_input) {
   using A = opmath_t<T>;
   for (I i = first_item<I>(); i < count; i += item_stride<I>()) {
     const Position<I> at = position_of(i, g, channels_last, g.H, g.W);
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, I>)
     for (I oh = g.first_window(at.h); oh < g.last_window(at.h); ++oh) {
       for (I ow = g.first_window_column(at.w); ow < g.last_window_column(at.w); ++ow) {
         const I o = at.out_plane + oh * g.out_h + ow * g.out_w;
-        sum.add(shares[o] * power_slope(x, largest[o], power));
+        sum.add(shares[o] * power_slope(x, divisors[o], power));
       }
     }
     grad_input[i] = static_cast<T>(sum.value());
@@ -216,15 +223,16 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& grad_output, const Images& x,
     using A = opmath_t<T>;
     const A* powers = p.const_data_ptr<A>();
     const T* in = x.data.const_data_ptr<T>();
-    A *largest = work.mutable_data_ptr<A>(), *shares = largest + windows, *terms = shares + windows;
+    A *divisors = work.mutable_data_ptr<A>(), *shares = divisors + windows,
+      *terms = shares + windows;
     dispatch_width(geometry, [&](const auto& g) {
       using I = decltype(g.N + 0);
       launcher.run(shares_kernel<T, I>, windows, kThreads / lanes, kThreads,
                    static_cast<I>(windows), g, x.channels_last, average, lanes, powers,
-                   grad_output.const_data_ptr<T>(), in, largest, shares, terms);
+                   grad_output.const_data_ptr<T>(), in, divisors, shares, terms);
       launcher.run_over(elements_kernel<T, I>, grad_input.numel(),
                         static_cast<I>(grad_input.numel()), g, x.channels_last, powers, in,
-                        static_cast<const A*>(largest), static_cast<const A*>(shares),
+                        static_cast<const A*>(divisors), static_cast<const A*>(shares),
                         grad_input.mutable_data_ptr<T>());
     });
     double* const of_stretches = sums.mutable_data_ptr<double>();

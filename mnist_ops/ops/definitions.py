@@ -52,11 +52,8 @@ def lp_pool2d(
         return windows.amax(-1)
     scale = windows.detach().amax(-1, keepdim=True)
     scale = torch.where((scale > 0) & scale.isfinite(), scale, 1.0)
-    ratio = windows / scale
-    # 0 to a power, and its root, have no derivative that is finite for every p: 0 is put there.
-    positive = ratio != 0
-    total = torch.where(positive, torch.where(positive, ratio, 1.0) ** p, 0.0).sum(-1)
-    positive = total != 0
+    total = lp_pool_tensor.Quotient(windows, scale).power(p).sum(-1)
+    positive = total != 0  # the root of 0 has no derivative that is finite for every p
     root = torch.where(positive, torch.where(positive, total, 1.0) ** (1 / p), 0.0)
     return scale.squeeze(-1) * root
 

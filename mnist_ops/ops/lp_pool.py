@@ -103,8 +103,8 @@ def lp_pool2d(
         average: divide the sum by the number of pixels of the window that lie on the image, as
             ``avg_pool2d(..., count_include_pad=False)`` counts: a generalized mean (GeM),
             :math:`(\frac{1}{n} \sum |x|^p)^{1/p}`. Not with ``dilation`` or a padding by sides.
-            For small p it is computed in float64, and refused where :math:`n^{1/p}` leaves its
-            range.
+            Numbers p are computed by way of the norm, which must be in range; where
+            :math:`n^{1/p}` is above 256, as a tensor p is.
 
     Returns:
         (N, C, H_out, W_out) or (C, H_out, W_out) with
@@ -144,10 +144,10 @@ def lp_pool2d(
         return pool_by_tensor(op, input, norm_type, *windows[1:], average)
     if average:
         p, kernel = windows[:2]
-        digits = math.log2(kernel[0] * kernel[1]) / p  # by which the norm is above the mean
-        if digits > 1000:
-            raise ValueError(f"{op}: norm_type {p:g} is too small for the average of {kernel}")
-        wide = input.to(torch.float64 if digits > 20 else compute_type(input.dtype))
+        wide = input.to(compute_type(input.dtype))
+        if math.log2(kernel[0] * kernel[1]) / p > 8:  # binary digits by which the norm is above
+            power = torch.full((), p, dtype=wide.dtype, device=input.device)
+            return pool_by_tensor(op, input, power, *windows[1:], average)
         return (_lp_pool2d(wide, *windows) * _share(wide, *windows)).to(input.dtype)
     return _lp_pool2d(input, *windows)
 

@@ -63,6 +63,33 @@ def pool_by_tensor(
 # derivatives are made of this, and devices without kernels run it.
 
 
+class Quotient:
+    """size / divisor of sizes, for powers below 2 that are in range where the quotient is not.
+
+    It is value * scale ** 2, as ``Quotient`` of csrc/elementary.h. Where a size is 0 the quotient
+    is 1, and ``positive`` false: 0 to a power has no derivative that is finite for every p.
+    """
+
+    def __init__(self, size: Tensor, divisor: Tensor) -> None:
+        tiny, scale = (-1000, -538) if size.dtype is torch.float64 else (-100, -76)
+        self.positive = size > 0
+        is_tiny = self.positive & (size < divisor * 2.0**tiny)
+        self.scale = torch.where(is_tiny, 2.0**scale, 1.0).to(size.dtype)
+        value = (size / self.scale) / (divisor * self.scale)
+        self.value = torch.where(self.positive, value, 1.0)
+
+    def power(self, p: Tensor | float) -> Tensor:
+        """Its p-th power; 0 where the size is 0, or the power far below the range."""
+        counts = self.positive & ((self.scale == 1) | (torch.as_tensor(p) < 2))
+        power = torch.where(counts, self.value, 1.0) ** p
+        half = torch.where(counts, self.scale, 1.0) ** p
+        return torch.where(counts, power * half * half, 0.0)
+
+    def log(self) -> Tensor:
+        """Its natural logarithm."""
+        return self.value.log() + 2 * self.scale.log()
+
+
 class _Windows:
     """m, S and n of csrc/lp_pool_tensor.h, and the windows (N, C, pixels, windows) themselves.
 
@@ -96,13 +123,9 @@ class _Windows:
         self.scaled = (largest > 0) & largest.isfinite()
         self.largest = largest
         self.scale = torch.where(self.scaled, largest, 1.0)
-        s = self.x.abs() / self.scale.unsqueeze(-2)
-        # 0 to a power, its logarithm and the root of a sum of 0 have no derivative that is finite
-        # for every p: 0 is put there.
-        self.positive = s > 0
-        self.s = torch.where(self.positive, s, 1.0)
-        self.terms = torch.where(self.positive, self.s ** self.p[..., None], 0.0)
-        self.sum = torch.where(self.scaled, self.terms.sum(-2), 1.0)
+        self.s = Quotient(self.x.abs(), self.scale.unsqueeze(-2))
+        # The root of a sum of 0 has no derivative that is finite for every p.
+        self.sum = torch.where(self.scaled, self.s.power(self.p[..., None]).sum(-2), 1.0)
         self.average = average
         self.count: Tensor | float = 1.0
         if average:
@@ -129,7 +152,7 @@ class _Windows:
 
     def slopes(self) -> Tensor:
         """dy/dx of each window."""
-        powers = torch.where(self.positive, self.s ** (self.p[..., None] - 1), 0.0)
+        powers = self.s.power(self.p[..., None] - 1)
         return torch.sign(self.x) * powers * (self.root / self.sum).unsqueeze(-2)
 
     def power_gradient(self) -> Tensor:
@@ -137,10 +160,10 @@ class _Windows:
         logs = self.p[..., None] * self.s.log()
         z = logs - (self.sum / self.count).log().unsqueeze(-2)
         if self.average:
-            terms = torch.where(self.positive, _divergence(z), 0.0).sum(-2)
-            terms = terms + (self.count - self.positive.sum(-2))  # zeros of the image
+            terms = torch.where(self.s.positive, _divergence(z), 0.0).sum(-2)
+            terms = terms + (self.count - self.s.positive.sum(-2))  # zeros of the image
         else:
-            terms = torch.where(self.positive, z * z.exp(), 0.0).sum(-2)
+            terms = torch.where(self.s.positive, z * z.exp(), 0.0).sum(-2)
         gradient = self.norm * (terms / self.p / self.p / self.count)
         return torch.where(self.scaled | (self.largest == 0), gradient, torch.nan)
 

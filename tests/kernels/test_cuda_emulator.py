@@ -360,6 +360,39 @@ def test_gradient_of_a_small_p(emulator: Emulator, dtype: torch.dtype, size: int
     assert ((ours - theirs) / theirs * p).abs().max() < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.1, 1.9])
+@pytest.mark.parametrize("average", [None, False, True])
+def test_quotients_below_the_range(
+    emulator: Emulator, dtype: torch.dtype, p: float, average: bool | None
+):
+    """Of a number (None) and of a tensor, with the CPU's kernels to a relative error."""
+    limits = torch.finfo(dtype)
+    exponents = torch.rand(8, 2, 2, 2, dtype=torch.float64) * 1.8 - 0.9
+    x = (exponents * math.log(limits.max) * (0.8 if average is None else 1)).exp().to(dtype)
+    name, norm = ("lp_pool2d", p) if average is None else ("lp_pool2d_tensor_p", None)
+    rest = ([2, 2], [2, 2], [0, 0], False, *(() if average is None else (average,)))
+    powers = torch.full((2,), p, dtype=dtype) if norm is None else norm
+    y = getattr(torch.ops.mnist_ops, name)(x, powers, *rest)
+    grad = torch.ones_like(y)
+    inputs = (grad, x, y, powers) if average is None else (grad, x, powers)
+    pairs = [(emulator(name, x, powers, *rest)[0], y)]
+    theirs = getattr(torch.ops.mnist_ops, f"{name}_backward")(*inputs, *rest)
+    theirs = theirs[0] if isinstance(theirs, tuple) else theirs
+    pairs.append((emulator(f"{name}_backward", *inputs, *rest)[0], theirs))
+    if average is None:
+        direction = torch.rand(x.shape).to(dtype)
+        seconds = torch.ops.mnist_ops.lp_pool2d_double_backward(direction, *inputs, *rest)
+        pairs += zip(
+            emulator("lp_pool2d_double_backward", direction, *inputs, *rest), seconds, strict=True
+        )
+    for ours, other in pairs:
+        inside = (other.abs() > 100 * limits.tiny) & (other.abs() < limits.max / 1000)
+        assert inside.any()
+        tolerance = 2e-4 if dtype is torch.float32 else 1e-12
+        torch.testing.assert_close(ours[inside], other[inside], rtol=tolerance, atol=0)
+
+
 POOLED_SHAPES = (
     (2, 3, 8, 16),
     (1, 2, 9, 16),  # a row, or a column, that no window of two has

@@ -613,6 +613,67 @@ def test_small_p_overflows_to_infinity_and_not_to_nan(device, dtype, p):
             assert grad[0, :, 2:].flatten().tolist() == [0.0, 0.0, 0.0, -1.0]
 
 
+def power_mean(x, p, average):
+    """y and dy/dx of one window by way of logarithms, which nothing leaves the range of."""
+    logs = x.double().abs().log()
+    n = x.numel() if average else 1
+    log_y = ((p * logs).logsumexp(0) - math.log(n)) / p
+    return log_y.exp(), x.double().sign() * ((p - 1) * (logs - log_y)).exp() / n
+
+
+@pytest.mark.parametrize("p", [0.03, 0.1, 0.5, 0.9, 1.1, 1.5, 1.9, 2.5, 7.3])
+@pytest.mark.parametrize("kind", ["number", "average", "tensor", "tensor average"])
+@pytest.mark.parametrize("windows", [1, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_quotients_below_the_range(device, dtype, windows, kind, p):
+    """|x| / y of a window reaches from 1 to 1e-76, in float64 to 1e-500."""
+    limits = torch.finfo(dtype)
+    generator, compared = torch.Generator().manual_seed(3), 0
+    for _ in range(20):
+        exponents = torch.rand(4, generator=generator, dtype=torch.float64) * 1.8 - 0.9
+        sizes = (exponents * math.log(limits.max)).exp()
+        values = (sizes * torch.tensor([1, -1, 1, -1])).to(dtype)
+        x = values.view(1, 2, 2).repeat(windows, 1, 1, 1).to(device).requires_grad_()
+        number = torch.tensor(p, dtype=dtype)  # 0.1 is another number in float32
+        norm = number.to(device) if "tensor" in kind else p
+        y = lp_pool2d(x, norm, 2, average="average" in kind)
+        expected, slopes = power_mean(values, float(number), "average" in kind)
+        if expected > limits.max / 1000:
+            continue
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        tolerance = {torch.float32: 3e-5, torch.float64: 1e-12}[dtype] * max(1, 1 / p)
+        torch.testing.assert_close(y[0].cpu().double().squeeze(), expected, rtol=tolerance, atol=0)
+        inside = (slopes.abs() > 100 * limits.tiny) & (slopes.abs() < limits.max / 1000)
+        ours = gradient[0].flatten().cpu().double()
+        torch.testing.assert_close(ours[inside], slopes[inside], rtol=tolerance, atol=0)
+        compared += int(inside.sum())
+    assert compared > 20
+
+
+@pytest.mark.parametrize("p", [1.5, 2000, 1e5])
+def test_derivatives_in_a_direction_where_rounding_counts(device, p):
+    """r^(p-1) magnifies the rounding of y by p, and r^(p-2) of small r is large for p < 2."""
+    spread = 3 / p if p > 2 else 1
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.rand(2, 1, 1, 3, 3, generator=generator, dtype=torch.float64)
+    x = 1 + spread * x
+    if p < 2:
+        x.view(-1)[0] = 1e-42
+        x.view(-1)[1] = 1e30
+    single = x.float()
+    wide, narrow = [], []
+    for results, image in ((wide, single.double()), (narrow, single)):
+        leaf = image.to(device).requires_grad_()
+        direction = v.to(leaf)
+        y = lp_pool2d(leaf, p, 3)
+        (first,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), leaf)
+        tangent = torch.func.jvp(lambda t: lp_pool2d(t, p, 3), (leaf.detach(),), (direction,))[1]
+        results += [first.detach(), second, tangent]
+    for one, other in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6 * p + 1e-4, atol=1e-44)
+
+
 def test_p_of_a_tenth_in_windows_of_many_elements(device):
     x = torch.rand(1, 1, 12, 12, device=device) + 0.5
     y = lp_pool2d(x, 0.1, 12)
