@@ -191,7 +191,7 @@ bool backward_packs(const Launcher& launcher, const PoolGeometry& g, bool channe
 // ------------------------------------------------------------- the backward pass, differentiated
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, int64_t>)
     directional_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
                        const T* __restrict__ direction, const T* __restrict__ input,
                        const T* __restrict__ output, T* __restrict__ directional) {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, int64_t>)
     second_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
                   const T* __restrict__ direction, const T* __restrict__ grad_output,
                   const T* __restrict__ input, const T* __restrict__ output,
