@@ -36,7 +36,7 @@ TARGET_TORCH = "2.10"  # the oldest torch the libraries load into
 # Architectures compiled when none is asked for and no GPU is there to ask. Machine code of X.0 runs
 # on X.y of the same generation; the driver compiles the PTX of the newest, once, for what comes
 # later. Each takes minutes to compile: where a GPU is there, none but its own is.
-DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "9.0")
+DEFAULT_CUDA_ARCHS = ("8.0", "9.0")
 
 
 @dataclass
