@@ -49,8 +49,6 @@ __device__ __forceinline__ I not_hoisted(I number) {
   return number;
 }
 
-enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
-
 // One step of one model, seen by one block.
 template <typename T>
 struct Step {
@@ -77,16 +75,7 @@ struct Step {
   // Steps that were made before the call. To be read early: the other settings lie beside it.
   __device__ double steps_before() const { return run.settings[model * kSettings + kSteps]; }
   __device__ Update<T> update(double steps) const {
-    const double* s = run.settings + model * kSettings;
-    const double t = steps + static_cast<double>(index);
-    Update<T> u;
-    u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
-    u.weight_decay = static_cast<T>(s[kWeightDecay]);
-    u.momentum = static_cast<T>(s[kMomentum]);
-    u.keep = static_cast<T>(1.0 - s[kDampening]);
-    u.first = index == 0 && s[kStarted] == 0.0;
-    u.nesterov = run.nesterov;
-    return u;
+    return update_of_step<T>(run.settings + model * kSettings, steps, index, run.nesterov);
   }
 };
 

@@ -152,9 +152,13 @@ inline void for_each_tile(int64_t count, const F& body) {
 template <typename T>
 class Convolution final : public Layer<T> {
  public:
-  Convolution(const Map<T>& input, const Map<T>& output, const ConvolutionOptions& options,
-              Parameter<T> weight, Parameter<T> bias)
-      : Layer<T>(input, output), o_(options), weight_(weight), bias_(bias) {
+  Convolution(const Map<T>& input, const Map<T>& output, const Window& window, Parameter<T> weight,
+              Parameter<T> bias)
+      : Layer<T>(input, output),
+        o_(window),
+        outputs_(output.shape.C),
+        weight_(weight),
+        bias_(bias) {
     padded_ = {input.shape.C, input.shape.H + 2 * o_.padding_h, input.shape.W + 2 * o_.padding_w,
                false};
     lanes_ = input.lanes;
@@ -198,7 +202,7 @@ class Convolution final : public Layer<T> {
     packed_ = Buffer<T>(output.blocks() * taps_ * kLanes<T>);
     if (weight_.velocity != nullptr) packed_velocity_ = Buffer<T>(packed_.size());
     if (dx_ != nullptr) {
-      transposed_ = Buffer<T>(input_blocks * o_.kernel_h * o_.kernel_w * o_.outputs * kLanes<T>);
+      transposed_ = Buffer<T>(input_blocks * o_.kernel_h * o_.kernel_w * outputs_ * kLanes<T>);
     }
     packed_bias_ = Buffer<T>(output.blocks() * kLanes<T>);
     if (bias_.velocity != nullptr) packed_bias_velocity_ = Buffer<T>(packed_bias_.size());
@@ -211,9 +215,9 @@ class Convolution final : public Layer<T> {
       packed_.data()[packed] = weight_.value[dense];
       if (weight_.velocity) packed_velocity_.data()[packed] = weight_.velocity[dense];
     });
-    if (bias_.value) std::copy(bias_.value, bias_.value + o_.outputs, packed_bias_.data());
+    if (bias_.value) std::copy(bias_.value, bias_.value + outputs_, packed_bias_.data());
     if (bias_.velocity) {
-      std::copy(bias_.velocity, bias_.velocity + o_.outputs, packed_bias_velocity_.data());
+      std::copy(bias_.velocity, bias_.velocity + outputs_, packed_bias_velocity_.data());
     }
   }
 
@@ -222,8 +226,8 @@ class Convolution final : public Layer<T> {
       weight_.value[dense] = packed_.data()[packed];
       if (weight_.velocity) weight_.velocity[dense] = packed_velocity_.data()[packed];
     });
-    if (bias_.value) std::copy_n(packed_bias_.data(), o_.outputs, bias_.value);
-    if (bias_.velocity) std::copy_n(packed_bias_velocity_.data(), o_.outputs, bias_.velocity);
+    if (bias_.value) std::copy_n(packed_bias_.data(), outputs_, bias_.value);
+    if (bias_.velocity) std::copy_n(packed_bias_velocity_.data(), outputs_, bias_.velocity);
   }
 
   void prepare_forward(const Step<T>&, const Workers&) override {
@@ -248,7 +252,7 @@ class Convolution final : public Layer<T> {
 
   void backward(int64_t b) override {
     const int64_t OH = this->out.shape.H, OW = this->out.shape.W, W = padded_.W;
-    const int64_t row = OW * kLanes<T>, slice = o_.outputs * kLanes<T>;
+    const int64_t row = OW * kLanes<T>, slice = outputs_ * kLanes<T>;
     T* dx = dx_ + b * padded_.pixels() * kLanes<T>;
     std::fill_n(dx, padded_.pixels() * kLanes<T>, T(0));
     const T* w = transposed_.data() + b * o_.kernel_h * o_.kernel_w * slice;
@@ -260,7 +264,7 @@ class Convolution final : public Layer<T> {
         const T* dy = this->out.grad + (h - first) * row;
         for_each_tile(OW, [&](auto rows, int64_t p) {
           input_gradient_tile<T, rows()>(dy + p * kLanes<T>, row, this->out.block(),
-                                         w + first * slice, o_.outputs, last - first,
+                                         w + first * slice, outputs_, last - first,
                                          dx + (h * W + kw + p) * kLanes<T>);
         });
       }
@@ -324,14 +328,14 @@ class Convolution final : public Layer<T> {
   // Block b's weights as the input gradient wants them.
   void transpose(int64_t b) {
     const int64_t taps = o_.kernel_h * o_.kernel_w;
-    const int64_t outputs = std::min(kLanes<T>, o_.outputs - b * kLanes<T>);
+    const int64_t outputs = std::min(kLanes<T>, outputs_ - b * kLanes<T>);
     const T* from = packed_.data() + b * taps_ * kLanes<T>;
     for (int64_t c = 0; c < padded_.C; c += kLanes<T>) {
       const int64_t length = std::min(kLanes<T>, padded_.C - c);
-      T* block = transposed_.data() + (c / kLanes<T> * taps * o_.outputs + b * kLanes<T>)*kLanes<T>;
+      T* block = transposed_.data() + (c / kLanes<T> * taps * outputs_ + b * kLanes<T>)*kLanes<T>;
       for (int64_t kh = 0; kh < o_.kernel_h; ++kh) {
         for (int64_t kw = 0; kw < o_.kernel_w; ++kw, from += length * kLanes<T>) {
-          T* to = block + (kw * o_.kernel_h + kh) * o_.outputs * kLanes<T>;
+          T* to = block + (kw * o_.kernel_h + kh) * outputs_ * kLanes<T>;
           if (length == kLanes<T> && outputs == kLanes<T>) {
             transpose_square(from, to);
             continue;
@@ -348,7 +352,7 @@ class Convolution final : public Layer<T> {
   template <typename F>
   void each_weight(const F& body) const {
     const int64_t taps = o_.kernel_h * o_.kernel_w;
-    for (int64_t o = 0; o < o_.outputs; ++o) {
+    for (int64_t o = 0; o < outputs_; ++o) {
       for (int64_t c = 0; c < padded_.C; ++c) {
         const int64_t block = c / kLanes<T>, lane = c % kLanes<T>;
         const int64_t length = std::min(kLanes<T>, padded_.C - block * kLanes<T>);
@@ -374,7 +378,8 @@ class Convolution final : public Layer<T> {
     }
   }
 
-  ConvolutionOptions o_;
+  Window o_;
+  int64_t outputs_;
   Parameter<T> weight_, bias_;
   Shape padded_;
   int64_t lanes_, taps_;

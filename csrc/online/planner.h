@@ -14,7 +14,7 @@
 // A layer's update waits for the level after the one that reads the old weights.
 #pragma once
 
-#include "network_text.h"
+#include "call.h"
 #include "tiling.h"
 
 namespace mnist_ops::online {
@@ -25,22 +25,17 @@ struct Program {
   int64_t parameter_elements = 0;   // of all parameters, aligned
   int64_t workspace = 0;            // elements for one model, velocities not counted
   int64_t memory = 0;               // that a block needs, in numbers
-
-  struct Kernel {  // of a normalization, to be prepared before the first step
-    int64_t index;
-    BlurPlan blur;
-  };
-  std::vector<Kernel> kernels;
+  std::vector<BlurPlan> blurs;      // of the normalizations: their taps and coef come before a run
 };
 
 class Planner {
  public:
-  // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
-  // of a block; memory: the numbers that a block can have in its own memory.
-  Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
-          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory)
-      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), tiling_(threads, memory) {
-    for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
+  // threads: of a block; memory: the numbers that a block can have in its own memory.
+  Planner(const Call& call, int32_t threads, int64_t memory)
+      : call_(call), spec_(call.spec), threads_(threads), tiling_(threads, memory) {
+    for (std::size_t i = 0; i < call.parameters.size() / call.models; ++i) {
+      program_.parameters.push_back(allocate(call.parameters[i].numel()));
+    }
     program_.parameter_elements = program_.workspace;
   }
 
@@ -80,7 +75,7 @@ class Planner {
   int64_t allocate(int64_t size) {
     const int64_t offset = program_.workspace;
     program_.workspace += (size + 31) / 32 * 32;
-    MNIST_OPS_CHECK(size < (int64_t{1} << 30), op_, ": the network is too large, ", size,
+    MNIST_OPS_CHECK(size < (int64_t{1} << 30), call_.op, ": the network is too large, ", size,
                     " numbers in one map or parameter");
     return offset;
   }
@@ -94,22 +89,18 @@ class Planner {
     p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
   }
 
+  static void set_window(Phase& p, const Window& w) {
+    p.kernel_h = narrow(w.kernel_h), p.kernel_w = narrow(w.kernel_w);
+    p.stride_h = narrow(w.stride_h), p.stride_w = narrow(w.stride_w);
+    p.padding_h = narrow(w.padding_h), p.padding_w = narrow(w.padding_w);
+  }
+
   const LayerSpec* peek(std::size_t i) const {
     return i < spec_.layers.size() ? &spec_.layers[i] : nullptr;
   }
 
   static ActivationKind activation_of(const LayerSpec* layer) {
-    if (layer == nullptr) return ActivationKind::kIdentity;
-    switch (layer->kind) {
-      case Kind::kTanh:
-        return ActivationKind::kTanh;
-      case Kind::kRelu:
-        return ActivationKind::kRelu;
-      case Kind::kSigmoid:
-        return ActivationKind::kSigmoid;
-      default:
-        return ActivationKind::kIdentity;
-    }
+    return layer == nullptr ? ActivationKind::kIdentity : layer->activation;
   }
 
   // ------------------------------------------------------------------------------ emitting phases
@@ -144,17 +135,18 @@ class Planner {
 
   // --------------------------------------------------------------------------------- normalization
 
-  BlurPlan new_blur(const LayerSpec& layer, bool adjoint) {
+  BlurPlan new_blur(const LayerSpec& layer) {
     BlurPlan b;
     b.C = narrow(layer.in.C), b.H = narrow(layer.in.H), b.W = narrow(layer.in.W);
-    const auto& kernel = kernels_[layer.kernel];
-    b.taps_h = narrow(kernel[0]), b.taps_w = narrow(kernel[1]), b.separable = kernel[2] != 0;
-    b.adjoint = adjoint;
-    b.taps = allocate(b.separable ? kernel[1] : kernel[0] * kernel[1]);
+    const Tensor& kernel = call_.kernels[layer.kernel];
+    b.separable = kernel.dim() == 1;
+    b.taps_h = narrow(kernel.size(0)), b.taps_w = narrow(kernel.size(kernel.dim() - 1));
+    b.taps = allocate(kernel.numel());
     b.coef = allocate(layer.in.pixels());
     b.sum = allocate(layer.in.pixels());
     b.mean = allocate(layer.in.pixels());
     b.source = small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
+    program_.blurs.push_back(b);
     return b;
   }
 
@@ -198,9 +190,7 @@ class Planner {
     p.op = op;
     p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
     p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
-    const ConvolutionOptions& o = layer.convolution;
-    p.kernel_h = narrow(o.kernel_h), p.kernel_w = narrow(o.kernel_w);
-    p.padding_h = narrow(o.padding_h), p.padding_w = narrow(o.padding_w);
+    set_window(p, layer.window);
     set_parameters(p, layer);
     return p;
   }
@@ -230,8 +220,7 @@ class Planner {
       s.out = {s.pooled, allocate(s.pool->out.numel()), {}};
     }
     if (s.norm != nullptr) {
-      s.out.blur = new_blur(*s.norm, false);
-      prepare(*s.norm, s.out.blur);
+      s.out.blur = new_blur(*s.norm);
       s.backward_blur = adjoint_of(s.out.blur);
       // All channels of a pixel are in one block: their sum costs nothing more.
       if (!p.split && s.pool != nullptr && s.out.blur.source == MeanSource::kMap) {
@@ -242,10 +231,6 @@ class Planner {
     emit_level(p);
     value_ = s.out;
     steps_.push_back(s);
-  }
-
-  void prepare(const LayerSpec& norm, const BlurPlan& blur) {
-    program_.kernels.push_back({norm.kernel, blur});
   }
 
   BlurPlan adjoint_of(const BlurPlan& forward) {
@@ -267,11 +252,14 @@ class Planner {
   // An LP pooling with p = 2 whose windows are the tiles of 2 x 2.
   const LayerSpec* take_pool(const Shape& shape) {
     const LayerSpec* layer = peek(next_);
-    if (layer == nullptr || layer->kind != Kind::kLpPool2d) return nullptr;
-    const PoolArguments& a = layer->pooling;
-    if (a.p != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0) return nullptr;
-    for (int d = 0; d < 2; ++d) {
-      if (a.kernel[d] != 2 || a.stride[d] != 2 || a.padding[d] != 0) return nullptr;
+    if (layer == nullptr || layer->kind != Kind::kPool2d || layer->pool != PoolKind::kLp) {
+      return nullptr;
+    }
+    const Window& w = layer->window;
+    if (layer->number != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0 || w.kernel_h != 2 ||
+        w.kernel_w != 2 || w.stride_h != 2 || w.stride_w != 2 || w.padding_h != 0 ||
+        w.padding_w != 0) {
+      return nullptr;
     }
     ++next_;
     return layer;
@@ -426,8 +414,7 @@ class Planner {
     Step s{&layer, value_, {}};
     if (layer.kind == Kind::kSubtractiveNorm2d) {
       s.out = {value_.value, layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
-      s.out.blur = new_blur(layer, false);
-      prepare(layer, s.out.blur);
+      s.out.blur = new_blur(layer);
       s.backward_blur = adjoint_of(s.out.blur);
       value_ = s.out;
       if (value_.value == kImage) materialise(layer.out);
@@ -449,11 +436,9 @@ class Planner {
     Phase p = elementwise(Op::kPermute, layer.in);
     p.O = p.C, p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
     switch (layer.kind) {
-      case Kind::kTanh:
-      case Kind::kRelu:
-      case Kind::kSigmoid:
+      case Kind::kActivation:
         p.op = backward ? Op::kActivationBackward : Op::kActivation;
-        p.activation = activation_of(&layer);
+        p.activation = layer.activation;
         break;
       case Kind::kDropout:
         p.op = Op::kDropout;
@@ -461,30 +446,20 @@ class Planner {
         p.first_uniform = layer.first_uniform;
         break;
       case Kind::kLogSoftmax:
-      case Kind::kTorch7LogSoftmax:
         p.op = backward ? Op::kLogSoftmaxBackward : Op::kLogSoftmax;
-        p.log_softmax =
-            layer.kind == Kind::kLogSoftmax ? LogSoftmaxKind::kExact : LogSoftmaxKind::kTorch7;
+        p.log_softmax = layer.log_softmax;
         p.number = layer.number;
         p.tasks = 1;
         break;
-      case Kind::kLpPool2d:
-      case Kind::kMaxPool2d:
-      case Kind::kAvgPool2d: {
-        const PoolArguments& a = layer.pooling;
+      case Kind::kPool2d:
         p.op = backward ? Op::kPoolBackward : Op::kPool;
-        p.pool = layer.kind == Kind::kMaxPool2d   ? PoolKind::kMax
-                 : layer.kind == Kind::kAvgPool2d ? PoolKind::kAverage
-                                                  : PoolKind::kLp;
-        p.number = a.p;
-        p.kernel_h = narrow(a.kernel[0]), p.kernel_w = narrow(a.kernel[1]);
-        p.stride_h = narrow(a.stride[0]), p.stride_w = narrow(a.stride[1]);
-        p.padding_h = narrow(a.padding[0]), p.padding_w = narrow(a.padding[1]);
+        p.pool = layer.pool;
+        p.number = layer.number;
+        set_window(p, layer.window);
         p.count_padding = layer.count_padding;
         p.divisor = narrow(layer.divisor);
         p.tasks = ceil_div(backward ? layer.in.numel() : layer.out.numel(), threads_);
         break;
-      }
       default:
         p.flip = backward;
         break;
@@ -507,13 +482,10 @@ class Planner {
     if (last != nullptr && peek(i + 2) != nullptr) return false;
     HeadPlan h;
     if (last != nullptr) {
-      h.activation = activation_of(last);
-      if (last->kind == Kind::kLogSoftmax) h.log_softmax = LogSoftmaxKind::kExact;
-      if (last->kind == Kind::kTorch7LogSoftmax) h.log_softmax = LogSoftmaxKind::kTorch7;
+      if (last->kind != Kind::kActivation && last->kind != Kind::kLogSoftmax) return false;
+      h.activation = last->activation;
+      h.log_softmax = last->log_softmax;
       h.beta = last->number;
-      if (h.activation == ActivationKind::kIdentity && h.log_softmax == LogSoftmaxKind::kNone) {
-        return false;
-      }
       next_ = i + 2;
     }
     h.classes = narrow(layer.out.C);
@@ -567,9 +539,8 @@ class Planner {
     emit_level(p);
   }
 
-  const char* op_;
+  const Call& call_;
   const NetworkSpec& spec_;
-  const std::vector<std::array<int64_t, 3>>& kernels_;
   int32_t threads_;
   Tiling tiling_;
   Program program_;
