@@ -5,29 +5,18 @@
 
 namespace mnist_ops::cuda {
 
-// local_value with its operands read: y, pooled and dy are maps of C channels, W columns wide
-// (pooled and dy: W / 2, behind a pooling), and mean the normalization's plane, or nullptr.
-template <typename T>
-__device__ __forceinline__ T local_gradient(const LocalPlan& l, const T* y, const T* pooled,
-                                            const T* dy, const T* mean, int32_t h, int32_t w,
-                                            int32_t W, int32_t c, int32_t C) {
-  const int32_t pixel = h * W + w;
-  const int32_t behind = l.pooling ? h / 2 * (W / 2) + w / 2 : pixel;
-  T g = dy[behind * C + c];
-  if (mean != nullptr) g -= mean[behind];
-  return local_value(l, y[pixel * C + c], l.pooling ? pooled[behind * C + c] : T(0), g);
-}
-
 template <typename T>
 __device__ void local_backward(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
                                T* shared) {
-  const T* dy = s.at(p.dy);
-  const T* mean = prepare_mean(p.local.blur, s, dy, shared);
-  const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  each_element(p, p.C * p.H * p.W, block, blocks, [&](int32_t i) {
-    const int32_t pixel = i / p.C;
-    s.at(p.dx)[i] = local_gradient(p.local, s.at(p.local.y), pooled, dy, mean, pixel / p.W,
-                                   pixel % p.W, p.W, i % p.C, p.C);
+  const LocalPlan& l = p.local;
+  const T *dy = s.at(p.dy), *y = s.at(l.y), *pooled = l.pooling ? s.at(l.pooled) : nullptr;
+  const T* mean = prepare_mean(l.blur, s, dy, shared);
+  each_element(p, p.O * p.OH * p.OW, block, blocks, [&](int32_t i) {
+    const int32_t pixel = i / p.O, h = pixel / p.OW, w = pixel % p.OW, o = i % p.O;
+    const int32_t behind = l.pooling ? h / 2 * (p.OW / 2) + w / 2 : pixel;
+    T g = dy[behind * p.O + o];
+    if (mean != nullptr) g -= mean[behind];
+    s.at(p.dx)[i] = local_value(l, y[i], l.pooling ? pooled[behind * p.O + o] : T(0), g);
   });
 }
 
