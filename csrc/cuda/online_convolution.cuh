@@ -56,14 +56,14 @@ __device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)
 // nothing is tiled. Bound by reading: a lane reads four inputs, in whole lines from the caches, for
 // each weight, which is in the block's own memory where it fits.
 template <typename T>
-__device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t block,
-                                     int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
+__device__ void convolution_by_warps(const Phase& p, const Step<T>& s,
+                                     const ConvolutionInput<T>& in, T* shared) {
   const int32_t taps = p.kernel_h * p.kernel_w, step = odd(taps);
   const int32_t lane = thread_index() % kWarp, warps = thread_count() / kWarp;
   const Tiles tiles = tiles_of(p.OH, p.OW);
   const int32_t chunks = (tiles.count + p.per_task - 1) / p.per_task;
   const T* weights = s.at(p.weight);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t o = task / chunks, begin = task % chunks * p.per_task;
     const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
     if (p.staged) {
@@ -104,8 +104,7 @@ __device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g)
 // multiplications. What lanes, and then warps, have added up meets in the block's memory, in a
 // fixed order.
 template <int S, int G, int M, typename T>
-__device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                  T* shared) {
+__device__ void tiled_convolution(const Phase& p, const Step<T>& s, T* shared) {
   static_assert(G % M == 0);
   constexpr int K = kTile, kTaps = K * K, kSums = S * G, kPack = kPackSize<T>, kShares = G / M;
   constexpr int kFlipStep = (G * kTaps) | 1;
@@ -206,13 +205,12 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
     }
   };
 
-  if (block < p.tasks) {
-    const Task k = task_at(block);
-    stage(k);
-    if (local) load_local(k, warp);
-  }
+  const int32_t block = s.block;
+  const Task own = task_at(block);
+  stage(own);
+  if (local) load_local(own, warp);
   const T* mean = prepare_mean(local ? p.local.blur : p.blur, s, local ? dy : x, shared + t.memory);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const Task k = task_at(task);
     if (task != block) {
       __syncthreads();  // the task before may still be reading
@@ -351,8 +349,7 @@ __device__ __forceinline__ void stage_planes(const Phase& p, const T* x, T* plan
 // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels, a
 // thread an output. The whole input and all weights are in the block's own memory.
 template <int K, typename T>
-__device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                  T* shared) {
+__device__ void first_convolution(const Phase& p, const Step<T>& s, T* shared) {
   const int32_t kernel_h = K > 0 ? K : p.kernel_h, kernel_w = K > 0 ? K : p.kernel_w;
   const int32_t taps = p.C * kernel_h * kernel_w, step = odd(taps);
   const int32_t height = p.H + 2 * p.padding_h, width = p.tile.width;
@@ -363,6 +360,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   T* values = planes + p.C * height * width;
   T* partial = values + p.tile.group * 4 * p.O;
   T* biases = partial + p.tile.group * (lanes / kWarp);
+  const int32_t block = s.block;
   const T* x = s.map(p.x);
   stage_planes(p, x, planes);
   for (int32_t i = thread_index(); i < p.O * taps; i += thread_count()) {
@@ -390,7 +388,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   }
   const Tiles tiles = tiles_of(p.OH, p.OW);
   const Divider across(tiles.across);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t first = task * p.tile.group;
     const int32_t count = tiles.count - first < p.tile.group ? tiles.count - first : p.tile.group;
     if (task != block) __syncthreads();  // the task before may still be reading
@@ -443,15 +441,14 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
 }
 
 template <typename T>
-__device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                            T* shared) {
+__device__ void convolution(const Phase& p, const Step<T>& s, T* shared) {
   if (p.tile.group != 0) {
     if (!p.split) {
-      return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, block, blocks, shared)
-                                                : first_convolution<0>(p, s, block, blocks, shared);
+      return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, shared)
+                                                : first_convolution<0>(p, s, shared);
     }
-    return p.tile.group == 3 ? tiled_convolution<5, 3, 3>(p, s, block, blocks, shared)
-                             : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
+    return p.tile.group == 3 ? tiled_convolution<5, 3, 3>(p, s, shared)
+                             : tiled_convolution<7, 4, 2>(p, s, shared);
   }
   const T* x = s.map(p.x);
   const T* mean = prepare_mean(p.blur, s, x, shared);
@@ -459,13 +456,10 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
   if (mean != nullptr) {
     shared += mean_numbers(p.blur);
     // Each block leaves a part of the normalized input for the update.
-    const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
-    for (int32_t i = block * thread_count() + thread_index(); i < p.C * p.H * p.W;
-         i += parts * thread_count()) {
-      s.at(p.flat)[i] = x[i] - mean[i / p.C];
-    }
+    each_of_blocks(p, s, p.C * p.H * p.W,
+                   [&](int32_t i) { s.at(p.flat)[i] = x[i] - mean[i / p.C]; });
   }
-  convolution_by_warps(p, s, block, blocks, in, shared);
+  convolution_by_warps(p, s, in, shared);
 }
 
 }  // namespace mnist_ops::cuda
