@@ -19,39 +19,6 @@ struct ConvolutionInput {
   }
 };
 
-// Adds one input channel's part to the 2 x 2 outputs whose first input is (h0, w0); weight(k) gives
-// the channel's weights.
-template <typename T, typename W>
-__device__ __forceinline__ void correlate(T (&sum)[4], const ConvolutionInput<T>& in, int32_t c,
-                                          int32_t h0, int32_t w0, int32_t kernel_h,
-                                          int32_t kernel_w, const W& weight) {
-  for (int32_t kh = 0; kh < kernel_h; ++kh) {
-    for (int32_t kw = 0; kw < kernel_w; ++kw) {
-      const T a = weight(kh * kernel_w + kw);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += a * in(h0 + kh + i / 2, w0 + kw + i % 2, c);
-    }
-  }
-}
-
-// Writes a tile's outputs of channel o, and the pooled one, which it returns.
-template <typename T>
-__device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)[4], int32_t h,
-                                        int32_t w, int32_t o) {
-  const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
-  T* y = s.at(p.y);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int32_t row = h + i / 2, column = w + i % 2;
-    v[i] = activation_value(p.activation, v[i] + bias);
-    if (row < p.OH && column < p.OW) y[(row * p.OW + column) * p.O + o] = v[i];
-  }
-  if (!p.fused_pool) return v[0];
-  const T norm = norm_of_taps<Norm::kTwo>(v, T(2));
-  s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm;
-  return norm;
-}
-
 // Tasks of one output channel and some tiles, a warp for a tile, lanes for input channels: where
 // nothing is tiled. Bound by reading: a lane reads four inputs, in whole lines from the caches, for
 // each weight, which is in the block's own memory where it fits.
@@ -77,15 +44,42 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s,
       const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
       T sum[4] = {};
       for (int32_t c = lane; c < p.C; c += kWarp) {
-        correlate(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
-                  [&](int32_t k) {
-                    return p.staged ? shared[c * step + k] : weights[weight_index(p, o, c, k)];
-                  });
+        for (int32_t kh = 0, k = 0; kh < p.kernel_h; ++kh) {
+          for (int32_t kw = 0; kw < p.kernel_w; ++kw, ++k) {
+            const T a = p.staged ? shared[c * step + k] : weights[weight_index(p, o, c, k)];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sum[i] += a * in(h - p.padding_h + kh + i / 2, w - p.padding_w + kw + i % 2, c);
+            }
+          }
+        }
       }
       for (auto& part : sum) part = lane_sum(part, kWarp);
-      if (lane == 0) store_tile(p, s, sum, h, w, o);
+      if (lane != 0) continue;
+      const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t row = h + i / 2, column = w + i % 2;
+        sum[i] = activation_value(p.activation, sum[i] + bias);
+        if (row < p.OH && column < p.OW) s.at(p.y)[(row * p.OW + column) * p.O + o] = sum[i];
+      }
+      if (!p.fused_pool) continue;
+      s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm_of_taps<Norm::kTwo>(sum, T(2));
     }
   });
+}
+
+// Writes zeros into the padding's columns of so many rows of a map in the block's own memory.
+template <typename T>
+__device__ __forceinline__ void clear_padding(const Phase& p, T* map, int32_t rows,
+                                              int32_t channels) {
+  const int32_t padding = p.tile.width - p.W, warps = thread_count() / kWarp;
+  for (int32_t i = thread_index() / kWarp; i < rows * padding; i += warps) {
+    const int32_t row = i / padding, j = i - row * padding;
+    T* at = map + (row * p.tile.width + (j < p.padding_w ? j : j + p.W)) * channels;
+#pragma unroll 1
+    for (int32_t c = thread_index() % kWarp; c < channels; c += kWarp) at[c] = T(0);
+  }
 }
 
 // The gradient of a convolution's output at one pixel and channel, from what its activation gave
@@ -171,13 +165,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, T* shared) {
     if (p.bias != kNowhere && thread_index() < present) {
       copy_pack<1>(biases + thread_index(), s.at(p.bias) + o + thread_index());
     }
-    const int32_t padding = t.width - p.W;
-    for (int32_t i = warp; i < (k.last - k.first) * padding; i += warps) {
-      const int32_t row = i / padding, j = i % padding;
-      const int32_t column = j < p.padding_w ? j : j + p.W;
-      T* at = map + ((k.first - k.top + row) * t.width + column) * p.C;
-      for (int32_t c = lane; c < p.C; c += kWarp) at[c] = T(0);
-    }
+    clear_padding(p, map + (k.first - k.top) * t.width * p.C, k.last - k.first, p.C);
   };
 
   // Where the operand is a gradient that goes back through what is local: kAhead loads on their way

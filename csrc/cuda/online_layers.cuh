@@ -43,17 +43,15 @@ __device__ void permute(const Phase& p, const Step<T>& s) {
   });
 }
 
-template <typename T>
-__device__ T window_maximum(const T* plane, const PoolGeometryOf<int32_t>& g, int32_t oh,
-                            int32_t ow) {
-  T best = -std::numeric_limits<T>::infinity();
+// body(x) for the elements of a window.
+template <typename T, typename F>
+__device__ __forceinline__ void each_of_window(const T* plane, const PoolGeometryOf<int32_t>& g,
+                                               int32_t oh, int32_t ow, const F& body) {
   for (int32_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
     for (int32_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      const T a = plane[ih * g.in_h + iw * g.in_w];
-      if (is_larger(a, best)) best = a;
+      body(plane[ih * g.in_h + iw * g.in_w]);
     }
   }
-  return best;
 }
 
 // Whether (ih, iw) is the first element of the window that equals its largest one, or NaN.
@@ -69,18 +67,6 @@ __device__ bool is_first_maximum(const T* plane, const PoolGeometryOf<int32_t>& 
   return false;
 }
 
-template <typename T>
-__device__ T window_average(const Phase& p, const T* plane, const PoolGeometryOf<int32_t>& g,
-                            int32_t oh, int32_t ow) {
-  T sum = T(0);
-  for (int32_t ih = g.first_row(oh); ih < g.last_row(oh); ++ih) {
-    for (int32_t iw = g.first_column(ow); iw < g.last_column(ow); ++iw) {
-      sum += plane[ih * g.in_h + iw * g.in_w];
-    }
-  }
-  return sum / window_divisor<T>(g, oh, ow, p.count_padding != 0, p.divisor);
-}
-
 // A thread a window.
 template <typename T>
 __device__ void pool(const Phase& p, const Step<T>& s) {
@@ -92,9 +78,11 @@ __device__ void pool(const Phase& p, const Step<T>& s) {
     const T* plane = x + i % p.C;
     T y = T(0);
     if (p.pool == PoolKind::kMax) {
-      y = window_maximum(plane, g, oh, ow);
+      y = -std::numeric_limits<T>::infinity();
+      each_of_window(plane, g, oh, ow, [&](T a) { y = is_larger(a, y) ? a : y; });
     } else if (p.pool == PoolKind::kAverage) {
-      y = window_average(p, plane, g, oh, ow);
+      each_of_window(plane, g, oh, ow, [&](T a) { y += a; });
+      y /= window_divisor<T>(g, oh, ow, p.count_padding != 0, p.divisor);
     } else {
       with_norm(AnyNorm{}, norm_type, [&](auto tag) {
         y = window_norm<decltype(tag)::value>(plane, g, norm_type, oh, ow);

@@ -24,15 +24,16 @@ __device__ void linear(const Phase& p, const Step<T>& s, T* shared) {
   const int32_t block = s.block;
   const T* x = s.map(p.x);
   T ahead[kAhead] = {}, ahead_bias = T(0);
-  if (p.per_task == 1) {
-    const T* row = s.at(p.weight) + static_cast<int64_t>(block) * p.C;
+  const auto load = [&](int32_t task) {
+    const T* row = s.at(p.weight) + static_cast<int64_t>(task) * p.C;
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
       const int32_t i = thread_index() + q * thread_count();
       if (i < p.C) ahead[q] = row[i];
     }
-    if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[block];
-  }
+    if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[task];
+  };
+  if (p.per_task == 1) load(block);
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int32_t warps = thread_count() / kWarp;
   if (p.permute) {
@@ -77,12 +78,7 @@ __device__ void linear(const Phase& p, const Step<T>& s, T* shared) {
       const T* row = s.at(p.weight) + static_cast<int64_t>(task) * p.C;
       if (task != block) {
         __syncthreads();  // the task before may still be reading
-#pragma unroll
-        for (int q = 0; q < kAhead; ++q) {
-          const int32_t i = thread_index() + q * thread_count();
-          if (i < p.C) ahead[q] = row[i];
-        }
-        if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[task];
+        load(task);
       }
       T sum = T(0);
 #pragma unroll

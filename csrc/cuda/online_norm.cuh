@@ -6,14 +6,6 @@
 
 namespace mnist_ops::cuda {
 
-// The sum over channels of one pixel, by a warp; every lane gets it.
-template <typename T>
-__device__ __forceinline__ T channel_sum(const T* map, int32_t C, int32_t pixel, int32_t lane) {
-  T sum = T(0);
-  for (int32_t c = lane; c < C; c += kWarp) sum += map[pixel * C + c];
-  return lane_sum(sum, kWarp);
-}
-
 // What a blur reads from the workspace is asked for early: the taps of a short separable kernel go
 // into the block's own memory, behind its planes, and each thread gets the coefficient of its first
 // pixel. To be followed by a wait_for_copies() of all threads.
@@ -119,7 +111,9 @@ __device__ void channel_sums(const Phase& p, const Step<T>& s) {
   each_task(p, s, [&](int32_t task) {
     const int32_t i = task * warps + warp;
     if (i >= b.H * b.W) return;
-    const T total = channel_sum(s.map(p.x), b.C, i, lane);
+    T total = T(0);
+    for (int32_t c = lane; c < b.C; c += kWarp) total += s.map(p.x)[i * b.C + c];
+    total = lane_sum(total, kWarp);
     if (lane == 0) s.at(b.sum)[i] = b.adjoint ? total / s.at(b.coef)[i] : total;
   });
 }

@@ -120,12 +120,7 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, T* shared) {
     }
     const bool has_bias = p.bias != kNowhere && c0 == 0;
     if (has_bias && thread_index() == thread_count() - kWarp) old_bias = s.at(p.bias)[o];
-    const int32_t padding = t.width - p.W;
-    for (int32_t i = warp; i < p.H * padding; i += warps) {
-      const int32_t h = i / padding, j = i - h * padding;
-      T* at = map + (h * t.width + (j < p.padding_w ? j : j + p.W)) * t.group;
-      for (int32_t c = lane; c < t.group; c += kWarp) at[c] = T(0);
-    }
+    clear_padding(p, map, p.H, t.group);
     make_plane(p, s, o, columns, plane, [&] {
       if (task == block) {
         mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
