@@ -35,7 +35,7 @@ class Network {
   // Trains on all samples of the call; settings: of formulas.h.
   template <typename I>
   void run(const double* settings, bool nesterov, T* losses, int64_t* predictions) {
-    for (auto& layer : layers_) layer->read_parameters();
+    for (auto& layer : layers_) layer->move_parameters(false);
     const I* images = call_.images.template const_data_ptr<I>();
     const int64_t* order = call_.order.template const_data_ptr<int64_t>();
     const double* uniform = call_.uniform.template const_data_ptr<double>();
@@ -50,7 +50,7 @@ class Network {
                                     call_.targets[i], output_.grad);
       backward(step);
     }
-    for (auto& layer : layers_) layer->write_parameters();
+    for (auto& layer : layers_) layer->move_parameters(true);
   }
 
  private:
@@ -177,11 +177,8 @@ class Network {
 
   template <typename I>
   void read_image(const I* image) {
-    const int64_t pixels = input_.shape.pixels(), lanes = input_.lanes;
-    for (int64_t c = 0; c < input_.shape.C; ++c, image += pixels) {
-      T* to = input_.value + c / lanes * input_.block() + c % lanes;
-      for (int64_t p = 0; p < pixels; ++p) to[p * lanes] = static_cast<T>(image[p]);
-    }
+    input_.each_element(
+        [&](int64_t at, int64_t i) { input_.value[at] = static_cast<T>(image[i]); });
   }
 
   const Call& call_;

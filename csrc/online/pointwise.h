@@ -45,14 +45,9 @@ class Dropout final : public Layer<T> {
   bool local() const override { return true; }
 
   void prepare_forward(const Step<T>& step, const Workers&) override {
-    const int64_t pixels = this->in.shape.pixels();
     const double* uniform = step.uniform + first_;
-    for (int64_t c = 0; c < this->in.shape.C; ++c) {
-      T* to = factor_.data() + c / kLanes<T> * this->in.block() + c % kLanes<T>;
-      for (int64_t p = 0; p < pixels; ++p) {
-        to[p * kLanes<T>] = dropout_factor<T>(*uniform++, keep_);
-      }
-    }
+    this->in.each_element(
+        [&](int64_t at, int64_t i) { factor_.data()[at] = dropout_factor<T>(uniform[i], keep_); });
   }
 
   void forward(int64_t b) override { multiply(this->in.value, this->out.value, b); }

@@ -82,14 +82,14 @@ class LpPooling final : public Pooling<T> {
     T* y = this->out.value + b * this->out.block();
     if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
       this->each_window([&](const auto& window, int64_t o) {
-        Vector<T> sum[kV] = {};
+        Vector<T> sum[kVectorsPerLine] = {};
         this->each_element(window, [&](int64_t i) {
-          for (int v = 0; v < kV; ++v) {
-            const Vector<T> a = load(x + i + v * kWidth);
+          for (int v = 0; v < kVectorsPerLine; ++v) {
+            const Vector<T> a = load(x + i + v * kWidth<T>);
             sum[v] += norm == Norm::kTwo ? a * a : a < T(0) ? -a : a;
           }
         });
-        for (int v = 0; v < kV; ++v) online::store(y + o + v * kWidth, sum[v]);
+        for (int v = 0; v < kVectorsPerLine; ++v) online::store(y + o + v * kWidth<T>, sum[v]);
       });
     }
     if constexpr (norm == Norm::kOne) return;
@@ -125,11 +125,11 @@ class LpPooling final : public Pooling<T> {
         for (int64_t i = 0; i < n; ++i) dy[i] = y[i] == T(0) ? T(0) : dy[i] / y[i];
         if (!this->disjoint_) this->clear_gradient(dx);
         this->each_window([&](const auto& window, int64_t o) {
-          Vector<T> ratio[kV];
-          for (int v = 0; v < kV; ++v) ratio[v] = load(dy + o + v * kWidth);
+          Vector<T> ratio[kVectorsPerLine];
+          for (int v = 0; v < kVectorsPerLine; ++v) ratio[v] = load(dy + o + v * kWidth<T>);
           this->each_element(window, [&](int64_t i) {
-            for (int v = 0; v < kV; ++v) {
-              const int64_t at = i + v * kWidth;
+            for (int v = 0; v < kVectorsPerLine; ++v) {
+              const int64_t at = i + v * kWidth<T>;
               const Vector<T> slope = ratio[v] * load(x + at);
               online::store(dx + at, this->disjoint_ ? slope : slope + load(dx + at));
             }
@@ -149,8 +149,6 @@ class LpPooling final : public Pooling<T> {
   }
 
  private:
-  static constexpr int kV = kVectorsPerLine;
-  static constexpr int64_t kWidth = kLanes<T> / kV;
   T p_;
 };
 
@@ -166,15 +164,15 @@ class MaxPooling final : public Pooling<T> {
     const T* x = this->in.value + b * this->in.block();
     T* y = this->out.value + b * this->out.block();
     this->each_window([&](const auto& window, int64_t o) {
-      Vector<T> best[kV];
+      Vector<T> best[kVectorsPerLine];
       for (auto& vector : best) vector = splat(-std::numeric_limits<T>::infinity());
       this->each_element(window, [&](int64_t i) {
-        for (int v = 0; v < kV; ++v) {
-          const Vector<T> a = load(x + i + v * kWidth);
+        for (int v = 0; v < kVectorsPerLine; ++v) {
+          const Vector<T> a = load(x + i + v * kWidth<T>);
           best[v] = (a > best[v]) | (a != a) ? a : best[v];
         }
       });
-      for (int v = 0; v < kV; ++v) store(y + o + v * kWidth, best[v]);
+      for (int v = 0; v < kVectorsPerLine; ++v) store(y + o + v * kWidth<T>, best[v]);
     });
   }
 
@@ -185,23 +183,19 @@ class MaxPooling final : public Pooling<T> {
     T* dx = this->in.grad + b * this->in.block();
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
-      Vector<T> left[kV];  // the gradient until its element is found
-      for (int v = 0; v < kV; ++v) left[v] = load(dy + o + v * kWidth);
+      Vector<T> left[kVectorsPerLine];  // the gradient until its element is found
+      for (int v = 0; v < kVectorsPerLine; ++v) left[v] = load(dy + o + v * kWidth<T>);
       this->each_element(window, [&](int64_t i) {
-        for (int v = 0; v < kV; ++v) {
-          T* to = dx + i + v * kWidth;
-          const Vector<T> a = load(x + i + v * kWidth);
-          const auto found = (a == load(y + o + v * kWidth)) | (a != a);
+        for (int v = 0; v < kVectorsPerLine; ++v) {
+          T* to = dx + i + v * kWidth<T>;
+          const Vector<T> a = load(x + i + v * kWidth<T>);
+          const auto found = (a == load(y + o + v * kWidth<T>)) | (a != a);
           store(to, load(to) + (found ? left[v] : Vector<T>{}));
           left[v] = found ? Vector<T>{} : left[v];
         }
       });
     });
   }
-
- private:
-  static constexpr int kV = kVectorsPerLine;
-  static constexpr int64_t kWidth = kLanes<T> / kV;
 };
 
 template <typename T>
