@@ -17,6 +17,8 @@ struct Map {
 
   int64_t blocks() const { return divide_up(shape.C, lanes); }
   int64_t block() const { return shape.pixels() * lanes; }
+  T* value_of(int64_t b) const { return value + b * block(); }
+  T* grad_of(int64_t b) const { return grad + b * block(); }
 
   // body(offset in the map, index in the order (c, h, w)) for every element.
   template <typename F>

@@ -31,8 +31,7 @@ class Activation final : public Layer<T> {
   }
 };
 
-// Torch7's dropout: kept where a uniform number is <= 1 - p, and scaled by 1 / (1 - p). The numbers
-// come drawn, one for each element in the order (c, h, w).
+// The random numbers come drawn, one for each element in the order (c, h, w).
 template <typename T>
 class Dropout final : public Layer<T> {
  public:

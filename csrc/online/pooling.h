@@ -78,8 +78,8 @@ class LpPooling final : public Pooling<T> {
   bool needs_output() const override { return true; }
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
       this->each_window([&](const auto& window, int64_t o) {
         Vector<T> sum[kVectorsPerLine] = {};
@@ -111,10 +111,8 @@ class LpPooling final : public Pooling<T> {
   }
 
   void backward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    const T* y = this->out.value + b * this->out.block();
-    T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T *x = this->in.value_of(b), *y = this->out.value_of(b);
+    T *dy = this->out.grad_of(b), *dx = this->in.grad_of(b);
     if constexpr (norm == Norm::kTwo) {
       // g / y once for each window; where y is so small that it could overflow, x / y first.
       const int64_t n = this->out.block();
@@ -161,8 +159,8 @@ class MaxPooling final : public Pooling<T> {
   bool needs_output() const override { return true; }
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     this->each_window([&](const auto& window, int64_t o) {
       Vector<T> best[kVectorsPerLine];
       for (auto& vector : best) vector = splat(-std::numeric_limits<T>::infinity());
@@ -177,10 +175,8 @@ class MaxPooling final : public Pooling<T> {
   }
 
   void backward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    const T* y = this->out.value + b * this->out.block();
-    const T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T *x = this->in.value_of(b), *y = this->out.value_of(b);
+    T *dy = this->out.grad_of(b), *dx = this->in.grad_of(b);
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
       Vector<T> left[kVectorsPerLine];  // the gradient until its element is found
@@ -207,8 +203,8 @@ class AveragePooling final : public Pooling<T> {
         divisor_(layer.divisor) {}
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     this->each_window([&](const auto& window, int64_t o) {
       T sum[kLanes<T>] = {};
       this->each_element(window, [&](int64_t i) {
@@ -220,8 +216,8 @@ class AveragePooling final : public Pooling<T> {
   }
 
   void backward(int64_t b) override {
-    const T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T* dy = this->out.grad_of(b);
+    T* dx = this->in.grad_of(b);
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
       const T divisor = window_divisor<T>(this->g_, window.oh, window.ow, count_padding_, divisor_);
