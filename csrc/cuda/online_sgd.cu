@@ -27,7 +27,7 @@ constexpr int64_t kPieceElements = int64_t{1} << 26;  // of images gathered at a
 
 // ------------------------------------------------------------------------------------ before a run
 
-// Images in the order of use, cast, the channels innermost; targets of all models the same way.
+// Images in the order of use, cast, the channels innermost.
 template <typename T, typename I>
 __global__ void gather_samples(int64_t models, int64_t count, int64_t first, int64_t piece,
                                const int64_t* order, const I* images, int64_t C, int64_t pixels,

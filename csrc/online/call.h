@@ -47,7 +47,7 @@ struct Call {
     check_shapes(kernels, own_kernels);
     for (Tensor& kernel : kernels) {
       check_norm_kernel(op, kernel, parameters[0]);
-      kernel = on_host(kernel_in_double(kernel));
+      kernel = kernel_in_double(on_host(kernel));
     }
     const int64_t numbers = order.numel() * spec.uniforms;
     MNIST_OPS_CHECK(uniform.scalar_type() == ScalarType::Double && uniform.numel() == numbers, op,
