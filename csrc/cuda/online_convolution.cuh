@@ -19,51 +19,18 @@ struct ConvolutionInput {
   }
 };
 
-// Adds one input channel's part to the 2 x 2 outputs whose first input is (h0, w0); weight(k) gives
-// the channel's weights.
-template <typename T, typename W>
-__device__ __forceinline__ void correlate(T (&sum)[4], const ConvolutionInput<T>& in, int32_t c,
-                                          int32_t h0, int32_t w0, int32_t kernel_h,
-                                          int32_t kernel_w, const W& weight) {
-  for (int32_t kh = 0; kh < kernel_h; ++kh) {
-    for (int32_t kw = 0; kw < kernel_w; ++kw) {
-      const T a = weight(kh * kernel_w + kw);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += a * in(h0 + kh + i / 2, w0 + kw + i % 2, c);
-    }
-  }
-}
-
-// Writes a tile's outputs of channel o, and the pooled one, which it returns.
-template <typename T>
-__device__ __forceinline__ T store_tile(const Phase& p, const Step<T>& s, T (&v)[4], int32_t h,
-                                        int32_t w, int32_t o) {
-  const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
-  T* y = s.at(p.y);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int32_t row = h + i / 2, column = w + i % 2;
-    v[i] = activation_value(p.activation, v[i] + bias);
-    if (row < p.OH && column < p.OW) y[(row * p.OW + column) * p.O + o] = v[i];
-  }
-  if (!p.fused_pool) return v[0];
-  const T norm = norm_of_taps<Norm::kTwo>(v, T(2));
-  s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm;
-  return norm;
-}
-
 // Tasks of one output channel and some tiles, a warp for a tile, lanes for input channels: where
 // nothing is tiled. Bound by reading: a lane reads four inputs, in whole lines from the caches, for
 // each weight, which is in the block's own memory where it fits.
 template <typename T>
-__device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t block,
-                                     int32_t blocks, const ConvolutionInput<T>& in, T* shared) {
+__device__ void convolution_by_warps(const Phase& p, const Step<T>& s,
+                                     const ConvolutionInput<T>& in, T* shared) {
   const int32_t taps = p.kernel_h * p.kernel_w, step = odd(taps);
   const int32_t lane = thread_index() % kWarp, warps = thread_count() / kWarp;
   const Tiles tiles = tiles_of(p.OH, p.OW);
   const int32_t chunks = (tiles.count + p.per_task - 1) / p.per_task;
   const T* weights = s.at(p.weight);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t o = task / chunks, begin = task % chunks * p.per_task;
     const int32_t end = begin + p.per_task < tiles.count ? begin + p.per_task : tiles.count;
     if (p.staged) {
@@ -77,15 +44,42 @@ __device__ void convolution_by_warps(const Phase& p, const Step<T>& s, int32_t b
       const int32_t h = tile / tiles.across * 2, w = tile % tiles.across * 2;
       T sum[4] = {};
       for (int32_t c = lane; c < p.C; c += kWarp) {
-        correlate(sum, in, c, h - p.padding_h, w - p.padding_w, p.kernel_h, p.kernel_w,
-                  [&](int32_t k) {
-                    return p.staged ? shared[c * step + k] : weights[weight_index(p, o, c, k)];
-                  });
+        for (int32_t kh = 0, k = 0; kh < p.kernel_h; ++kh) {
+          for (int32_t kw = 0; kw < p.kernel_w; ++kw, ++k) {
+            const T a = p.staged ? shared[c * step + k] : weights[weight_index(p, o, c, k)];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sum[i] += a * in(h - p.padding_h + kh + i / 2, w - p.padding_w + kw + i % 2, c);
+            }
+          }
+        }
       }
       for (auto& part : sum) part = lane_sum(part, kWarp);
-      if (lane == 0) store_tile(p, s, sum, h, w, o);
+      if (lane != 0) continue;
+      const T bias = p.bias == kNowhere ? T(0) : s.at(p.bias)[o];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int32_t row = h + i / 2, column = w + i % 2;
+        sum[i] = activation_value(p.activation, sum[i] + bias);
+        if (row < p.OH && column < p.OW) s.at(p.y)[(row * p.OW + column) * p.O + o] = sum[i];
+      }
+      if (!p.fused_pool) continue;
+      s.at(p.pooled)[(h / 2 * (p.OW / 2) + w / 2) * p.O + o] = norm_of_taps<Norm::kTwo>(sum, T(2));
     }
   });
+}
+
+// Writes zeros into the padding's columns of so many rows of a map in the block's own memory.
+template <typename T>
+__device__ __forceinline__ void clear_padding(const Phase& p, T* map, int32_t rows,
+                                              int32_t channels) {
+  const int32_t padding = p.tile.width - p.W, warps = thread_count() / kWarp;
+  for (int32_t i = thread_index() / kWarp; i < rows * padding; i += warps) {
+    const int32_t row = i / padding, j = i - row * padding;
+    T* at = map + (row * p.tile.width + (j < p.padding_w ? j : j + p.W)) * channels;
+#pragma unroll 1
+    for (int32_t c = thread_index() % kWarp; c < channels; c += kWarp) at[c] = T(0);
+  }
 }
 
 // The gradient of a convolution's output at one pixel and channel, from what its activation gave
@@ -104,8 +98,7 @@ __device__ __forceinline__ T local_value(const LocalPlan& l, T y, T pooled, T g)
 // multiplications. What lanes, and then warps, have added up meets in the block's memory, in a
 // fixed order.
 template <int S, int G, int M, typename T>
-__device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                  T* shared) {
+__device__ void tiled_convolution(const Phase& p, const Step<T>& s, T* shared) {
   static_assert(G % M == 0);
   constexpr int K = kTile, kTaps = K * K, kSums = S * G, kPack = kPackSize<T>, kShares = G / M;
   constexpr int kFlipStep = (G * kTaps) | 1;
@@ -172,13 +165,7 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
     if (p.bias != kNowhere && thread_index() < present) {
       copy_pack<1>(biases + thread_index(), s.at(p.bias) + o + thread_index());
     }
-    const int32_t padding = t.width - p.W;
-    for (int32_t i = warp; i < (k.last - k.first) * padding; i += warps) {
-      const int32_t row = i / padding, j = i % padding;
-      const int32_t column = j < p.padding_w ? j : j + p.W;
-      T* at = map + ((k.first - k.top + row) * t.width + column) * p.C;
-      for (int32_t c = lane; c < p.C; c += kWarp) at[c] = T(0);
-    }
+    clear_padding(p, map + (k.first - k.top) * t.width * p.C, k.last - k.first, p.C);
   };
 
   // Where the operand is a gradient that goes back through what is local: kAhead loads on their way
@@ -206,13 +193,12 @@ __device__ void tiled_convolution(const Phase& p, const Step<T>& s, int32_t bloc
     }
   };
 
-  if (block < p.tasks) {
-    const Task k = task_at(block);
-    stage(k);
-    if (local) load_local(k, warp);
-  }
+  const int32_t block = s.block;
+  const Task own = task_at(block);
+  stage(own);
+  if (local) load_local(own, warp);
   const T* mean = prepare_mean(local ? p.local.blur : p.blur, s, local ? dy : x, shared + t.memory);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const Task k = task_at(task);
     if (task != block) {
       __syncthreads();  // the task before may still be reading
@@ -351,8 +337,7 @@ __device__ __forceinline__ void stage_planes(const Phase& p, const T* x, T* plan
 // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels, a
 // thread an output. The whole input and all weights are in the block's own memory.
 template <int K, typename T>
-__device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                  T* shared) {
+__device__ void first_convolution(const Phase& p, const Step<T>& s, T* shared) {
   const int32_t kernel_h = K > 0 ? K : p.kernel_h, kernel_w = K > 0 ? K : p.kernel_w;
   const int32_t taps = p.C * kernel_h * kernel_w, step = odd(taps);
   const int32_t height = p.H + 2 * p.padding_h, width = p.tile.width;
@@ -363,6 +348,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   T* values = planes + p.C * height * width;
   T* partial = values + p.tile.group * 4 * p.O;
   T* biases = partial + p.tile.group * (lanes / kWarp);
+  const int32_t block = s.block;
   const T* x = s.map(p.x);
   stage_planes(p, x, planes);
   for (int32_t i = thread_index(); i < p.O * taps; i += thread_count()) {
@@ -390,7 +376,7 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
   }
   const Tiles tiles = tiles_of(p.OH, p.OW);
   const Divider across(tiles.across);
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t first = task * p.tile.group;
     const int32_t count = tiles.count - first < p.tile.group ? tiles.count - first : p.tile.group;
     if (task != block) __syncthreads();  // the task before may still be reading
@@ -443,15 +429,14 @@ __device__ void first_convolution(const Phase& p, const Step<T>& s, int32_t bloc
 }
 
 template <typename T>
-__device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                            T* shared) {
+__device__ void convolution(const Phase& p, const Step<T>& s, T* shared) {
   if (p.tile.group != 0) {
     if (!p.split) {
-      return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, block, blocks, shared)
-                                                : first_convolution<0>(p, s, block, blocks, shared);
+      return p.kernel_h == 5 && p.kernel_w == 5 ? first_convolution<5>(p, s, shared)
+                                                : first_convolution<0>(p, s, shared);
     }
-    return p.tile.group == 3 ? tiled_convolution<5, 3, 3>(p, s, block, blocks, shared)
-                             : tiled_convolution<7, 4, 2>(p, s, block, blocks, shared);
+    return p.tile.group == 3 ? tiled_convolution<5, 3, 3>(p, s, shared)
+                             : tiled_convolution<7, 4, 2>(p, s, shared);
   }
   const T* x = s.map(p.x);
   const T* mean = prepare_mean(p.blur, s, x, shared);
@@ -459,13 +444,10 @@ __device__ void convolution(const Phase& p, const Step<T>& s, int32_t block, int
   if (mean != nullptr) {
     shared += mean_numbers(p.blur);
     // Each block leaves a part of the normalized input for the update.
-    const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
-    for (int32_t i = block * thread_count() + thread_index(); i < p.C * p.H * p.W;
-         i += parts * thread_count()) {
-      s.at(p.flat)[i] = x[i] - mean[i / p.C];
-    }
+    each_of_blocks(p, s, p.C * p.H * p.W,
+                   [&](int32_t i) { s.at(p.flat)[i] = x[i] - mean[i / p.C]; });
   }
-  convolution_by_warps(p, s, block, blocks, in, shared);
+  convolution_by_warps(p, s, in, shared);
 }
 
 }  // namespace mnist_ops::cuda

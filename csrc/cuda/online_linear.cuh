@@ -19,20 +19,21 @@ __device__ __forceinline__ T sum_of_block(T value, T* shared) {
 // A task is an output, or a warp's worth of them. The first one's weights are on their way before
 // anything else is looked at.
 template <typename T>
-__device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks, T* shared) {
-  if (block >= p.tasks) return;
+__device__ void linear(const Phase& p, const Step<T>& s, T* shared) {
   constexpr int kAhead = 4;
+  const int32_t block = s.block;
   const T* x = s.map(p.x);
   T ahead[kAhead] = {}, ahead_bias = T(0);
-  if (p.per_task == 1) {
-    const T* row = s.at(p.weight) + static_cast<int64_t>(block) * p.C;
+  const auto load = [&](int32_t task) {
+    const T* row = s.at(p.weight) + static_cast<int64_t>(task) * p.C;
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
       const int32_t i = thread_index() + q * thread_count();
       if (i < p.C) ahead[q] = row[i];
     }
-    if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[block];
-  }
+    if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[task];
+  };
+  if (p.per_task == 1) load(block);
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int32_t warps = thread_count() / kWarp;
   if (p.permute) {
@@ -69,24 +70,15 @@ __device__ void linear(const Phase& p, const Step<T>& s, int32_t block, int32_t 
     }
     __syncthreads();
     // Each block leaves a part of the vector for the update.
-    const int32_t parts = p.tasks < blocks ? p.tasks : blocks;
-    for (int32_t i = block * thread_count() + thread_index(); i < p.C;
-         i += parts * thread_count()) {
-      s.at(p.flat)[i] = vector[i];
-    }
+    each_of_blocks(p, s, p.C, [&](int32_t i) { s.at(p.flat)[i] = vector[i]; });
     x = vector;
   }
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     if (p.per_task == 1) {  // the whole block for one output
       const T* row = s.at(p.weight) + static_cast<int64_t>(task) * p.C;
       if (task != block) {
         __syncthreads();  // the task before may still be reading
-#pragma unroll
-        for (int q = 0; q < kAhead; ++q) {
-          const int32_t i = thread_index() + q * thread_count();
-          if (i < p.C) ahead[q] = row[i];
-        }
-        if (p.bias != kNowhere && thread_index() == 0) ahead_bias = s.at(p.bias)[task];
+        load(task);
       }
       T sum = T(0);
 #pragma unroll
@@ -206,10 +198,9 @@ __device__ const T* run_head(const HeadPlan& head, const Step<T>& s, int32_t n, 
 // part to the input's gradient and change it. The first task's weights are on their way before
 // the head or anything else is looked at.
 template <typename T>
-__device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                T* shared) {
-  if (block >= p.tasks) return;
+__device__ void linear_backward(const Phase& p, const Step<T>& s, T* shared) {
   constexpr int kAhead = 4;
+  const int32_t block = s.block;
   const T* x = s.map(p.flat);
   const int32_t column = thread_index() % kColumns, group = thread_index() / kColumns;
   const int32_t groups = thread_count() / kColumns;
@@ -250,7 +241,7 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
   const Update<T> update = s.update(steps);
   // Neighbouring groups of a warp add up first.
   const int32_t together = kWarp / kColumns, partials = groups / together;
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     if (task != block) load(task);
     const int32_t i = task * kColumns + column;
     T sum = T(0);
@@ -293,11 +284,10 @@ __device__ void linear_backward(const Phase& p, const Step<T>& s, int32_t block,
 }
 
 template <typename T>
-__device__ void linear_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
-  if (block >= p.tasks) return;
+__device__ void linear_update(const Phase& p, const Step<T>& s) {
   const Update<T> update = s.update(s.steps_before());
   const T* g = s.at(p.dy);
-  each_element(p, p.C * p.O, block, blocks, [&](int32_t i) {
+  each_element(p, s, p.C * p.O, [&](int32_t i) {
     update.one(*s.at(p.weight + i), s.velocity(p.weight + i), g[i / p.C] * s.map(p.flat)[i % p.C]);
     if (p.bias != kNowhere && i % p.C == 0) {
       const int64_t at = p.bias + i / p.C;

@@ -74,8 +74,7 @@ __device__ __forceinline__ T loss_of_warp(const Step<T>& s, const T* output, T* 
 }
 
 template <typename T>
-__device__ void loss_phase(const Phase& p, const Step<T>& s, int32_t block) {
-  if (block != 0) return;
+__device__ void loss_phase(const Phase& p, const Step<T>& s) {
   const T* output = s.map(p.x);
   const int64_t at = s.model * s.run.count + s.index;
   if (thread_index() < kWarp) {

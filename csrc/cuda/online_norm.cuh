@@ -6,14 +6,6 @@
 
 namespace mnist_ops::cuda {
 
-// The sum over channels of one pixel, by a warp; every lane gets it.
-template <typename T>
-__device__ __forceinline__ T channel_sum(const T* map, int32_t C, int32_t pixel, int32_t lane) {
-  T sum = T(0);
-  for (int32_t c = lane; c < C; c += kWarp) sum += map[pixel * C + c];
-  return lane_sum(sum, kWarp);
-}
-
 // What a blur reads from the workspace is asked for early: the taps of a short separable kernel go
 // into the block's own memory, behind its planes, and each thread gets the coefficient of its first
 // pixel. To be followed by a wait_for_copies() of all threads.
@@ -112,35 +104,35 @@ __device__ const T* prepare_mean(const BlurPlan& b, const Step<T>& s, const T* m
 }
 
 template <typename T>
-__device__ void channel_sums(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
+__device__ void channel_sums(const Phase& p, const Step<T>& s) {
   const BlurPlan& b = p.blur;
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int32_t warps = thread_count() / kWarp;
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t i = task * warps + warp;
     if (i >= b.H * b.W) return;
-    const T total = channel_sum(s.map(p.x), b.C, i, lane);
+    T total = T(0);
+    for (int32_t c = lane; c < b.C; c += kWarp) total += s.map(p.x)[i * b.C + c];
+    total = lane_sum(total, kWarp);
     if (lane == 0) s.at(b.sum)[i] = b.adjoint ? total / s.at(b.coef)[i] : total;
   });
 }
 
 template <typename T>
-__device__ void mean_plane(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks) {
+__device__ void mean_plane(const Phase& p, const Step<T>& s) {
   const BlurPlan& b = p.blur;
   const T channels = static_cast<T>(b.C);
-  each_element(p, b.H * b.W, block, blocks, [&](int32_t i) {
+  each_element(p, s, b.H * b.W, [&](int32_t i) {
     const T blurred = blur_at(b, s.at(b.sum), s.at(b.taps), i / b.W, i % b.W) / channels;
     s.at(b.mean)[i] = b.adjoint ? blurred : blurred / s.at(b.coef)[i];
   });
 }
 
 template <typename T>
-__device__ void subtract_mean(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                              T* shared) {
+__device__ void subtract_mean(const Phase& p, const Step<T>& s, T* shared) {
   const T* x = s.map(p.x);
   const T* mean = prepare_mean(p.blur, s, x, shared);
-  each_element(p, p.C * p.H * p.W, block, blocks,
-               [&](int32_t i) { s.at(p.y)[i] = x[i] - mean[i / p.C]; });
+  each_element(p, s, p.C * p.H * p.W, [&](int32_t i) { s.at(p.y)[i] = x[i] - mean[i / p.C]; });
 }
 
 }  // namespace mnist_ops::cuda

@@ -26,66 +26,44 @@ namespace mnist_ops::cuda {
 // which no thread of the block uses any more when all of them have returned.
 template <typename T>
 __device__ void run_phase(const Phase& p, const Step<T>& s, T* shared) {
-  // The first tasks of a phase go to the blocks that have none of the phases before it.
-  const int32_t blocks = s.run.blocks;
-  const int32_t block = (s.block + blocks - p.first_task % blocks) % blocks;
+  if (s.block >= p.tasks) return;
   switch (p.op) {
     case Op::kConvolution:
-      if (block < p.tasks) convolution(p, s, block, blocks, shared);
-      break;
+      return convolution(p, s, shared);
     case Op::kConvolutionUpdate:
-      convolution_update(p, s, block, blocks, shared);
-      break;
+      return convolution_update(p, s, shared);
     case Op::kLinear:
-      linear(p, s, block, blocks, shared);
-      break;
+      return linear(p, s, shared);
     case Op::kLinearBackward:
-      linear_backward(p, s, block, blocks, shared);
-      break;
+      return linear_backward(p, s, shared);
     case Op::kLinearUpdate:
-      linear_update(p, s, block, blocks);
-      break;
+      return linear_update(p, s);
     case Op::kLoss:
-      loss_phase(p, s, block);
-      break;
+      return loss_phase(p, s);
     case Op::kActivation:
-      activation(p, s, block, blocks);
-      break;
+      return activation(p, s);
     case Op::kActivationBackward:
-      activation_backward(p, s, block, blocks);
-      break;
+      return activation_backward(p, s);
     case Op::kDropout:
-      dropout(p, s, block, blocks);
-      break;
+      return dropout(p, s);
     case Op::kPool:
-      pool(p, s, block, blocks);
-      break;
+      return pool(p, s);
     case Op::kPoolBackward:
-      pool_backward(p, s, block, blocks);
-      break;
+      return pool_backward(p, s);
     case Op::kChannelSum:
-      channel_sums(p, s, block, blocks);
-      break;
+      return channel_sums(p, s);
     case Op::kMean:
-      mean_plane(p, s, block, blocks);
-      break;
+      return mean_plane(p, s);
     case Op::kSubtract:
-      if (block < p.tasks) subtract_mean(p, s, block, blocks, shared);
-      break;
+      return subtract_mean(p, s, shared);
     case Op::kLocalBackward:
-      if (block < p.tasks) local_backward(p, s, block, blocks, shared);
-      break;
+      return local_backward(p, s, shared);
     case Op::kPermute:
-      permute(p, s, block, blocks);
-      break;
+      return permute(p, s);
     case Op::kLogSoftmax:
-      if (block == 0) log_softmax(p.log_softmax, p.number, s.map(p.x), s.at(p.y), p.C);
-      break;
+      return log_softmax(p.log_softmax, p.number, s.map(p.x), s.at(p.y), p.C);
     case Op::kLogSoftmaxBackward:
-      if (block == 0) {
-        log_softmax_backward(p.log_softmax, p.number, s.at(p.y), s.at(p.dy), s.at(p.dx), p.C);
-      }
-      break;
+      return log_softmax_backward(p.log_softmax, p.number, s.at(p.y), s.at(p.dy), s.at(p.dx), p.C);
   }
 }
 
@@ -126,8 +104,10 @@ __global__ void __launch_bounds__(512, 1)
         const auto blocks = static_cast<unsigned>(run.blocks);
         const unsigned mine = not_hoisted(blockIdx.x);
         const int64_t model = first_model + mine / blocks;
+        // The first tasks of a phase go to the blocks that have none of the phases before it.
+        const unsigned from = mine + blocks - static_cast<unsigned>(phase.first_task) % blocks;
         new (&own_step()) Step{run, run.workspace + model * run.model_stride, model, run.first + i,
-                               static_cast<int32_t>(mine % blocks)};
+                               static_cast<int32_t>(from % blocks)};
       }
       __syncwarp();
       run_phase(phase, own_step(), shared);

@@ -12,9 +12,9 @@
 // between them (a barrier of about a microsecond), and the way from
 // the second-level cache at the start of each.
 //
-// Nothing is read or changed before order, labels and kernels were looked at on the device, for
-// which the host waits once a call.
+// The host looks at order, labels and kernels, for which it waits once a call.
 
+#include "../online/call.h"
 #include "../online/planner.h"
 
 #include "online_step.cuh"
@@ -27,44 +27,7 @@ constexpr int64_t kPieceElements = int64_t{1} << 26;  // of images gathered at a
 
 // ------------------------------------------------------------------------------------ before a run
 
-// What is wrong with a call: where, and the value found there.
-enum Finding { kOrderAt, kOrderValue, kLabelAt, kLabelValue, kKernelAt, kKernelSum, kFindings };
-
-// The first sample of the order that does not exist, and the first label that is no class. One
-// block; threads look at every thread_count()-th entry, then the earliest of all is kept.
-__global__ void __launch_bounds__(1024)
-    check_samples(int64_t entries, const int64_t* order, int64_t images, const int64_t* labels,
-                  int64_t classes, double* findings) {
-  __shared__ int64_t first[1024];
-  for (const bool look_at_labels : {false, true}) {
-    int64_t found = entries;
-    for (int64_t i = threadIdx.x; i < entries && found == entries; i += blockDim.x) {
-      const int64_t image = order[i];
-      const bool exists = image >= 0 && image < images;
-      if (!look_at_labels) {
-        if (!exists) found = i;
-      } else if (exists && (labels[image] < 0 || labels[image] >= classes)) {
-        found = i;
-      }
-    }
-    first[threadIdx.x] = found;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (unsigned t = 0; t < blockDim.x; ++t) found = first[t] < found ? first[t] : found;
-      const bool none = found == entries;
-      if (look_at_labels) {
-        findings[kLabelAt] = none ? -1.0 : static_cast<double>(order[found]);
-        findings[kLabelValue] = none ? 0.0 : static_cast<double>(labels[order[found]]);
-      } else {
-        findings[kOrderAt] = none ? -1.0 : static_cast<double>(found);
-        findings[kOrderValue] = none ? 0.0 : static_cast<double>(order[found]);
-      }
-    }
-    __syncthreads();
-  }
-}
-
-// Images in the order of use, cast, the channels innermost; targets of all models the same way.
+// Images in the order of use, cast, the channels innermost.
 template <typename T, typename I>
 __global__ void gather_samples(int64_t models, int64_t count, int64_t first, int64_t piece,
                                const int64_t* order, const I* images, int64_t C, int64_t pixels,
@@ -79,145 +42,117 @@ __global__ void gather_samples(int64_t models, int64_t count, int64_t first, int
   }
 }
 
-__global__ void gather_targets(int64_t entries, const int64_t* order, const int64_t* labels,
-                               int64_t* targets) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t i = begin; i < entries; i += step) targets[i] = labels[order[i]];
-}
-
-// Parameters and velocities of all models to the workspace, or back: tables holds for each model
-// and parameter where the values are, where the velocities are (or 0), the offset in the workspace
-// and the size. A block takes one parameter of one model at a time.
+// Numbers that a tensor and the workspace have in common.
 template <typename T>
-__global__ void move_parameters(int64_t models, int64_t parameters, const int64_t* tables,
-                                T* workspace, int64_t model_stride, int64_t velocity_shift,
-                                bool back) {
-  for (int64_t i = blockIdx.x; i < models * parameters; i += gridDim.x) {
-    const int64_t* table = tables + 4 * i;
-    T* at = workspace + i / parameters * model_stride + table[2];
-    for (int velocity = 0; velocity < (velocity_shift == 0 ? 1 : 2); ++velocity) {
-      T* tensor = reinterpret_cast<T*>(table[velocity]);
-      T* inside = at + velocity * velocity_shift;
-      for (int64_t j = threadIdx.x; j < table[3]; j += blockDim.x) {
-        if (back) {
-          tensor[j] = inside[j];
-        } else {
-          inside[j] = tensor[j];
-        }
-      }
-    }
+struct Place {
+  T* tensor;
+  T* workspace;
+  int64_t size;
+};
+
+// Copies them to the workspace, or back, a block the numbers of one place at a time.
+template <typename T>
+__global__ void move_numbers(int64_t places, const Place<T>* table, bool back) {
+  for (int64_t i = blockIdx.x; i < places; i += gridDim.x) {
+    const Place<T> place = table[i];
+    T* to = back ? place.tensor : place.workspace;
+    const T* from = back ? place.workspace : place.tensor;
+    for (int64_t j = threadIdx.x; j < place.size; j += blockDim.x) to[j] = from[j];
   }
 }
 
-// A normalization's kernel divided by its sum, and the blur of a plane of ones, for each model: a
-// block for a model, one after the other. A kernel whose sum is 0 or not finite is reported.
+// The blur of a plane of ones, for each model: a block for a model, one after the other.
 template <typename T>
-__global__ void prepare_kernel(int64_t models, const int64_t* kernels, int64_t which, BlurPlan blur,
-                               T* workspace, int64_t model_stride, double* findings) {
-  const int32_t count = blur.separable ? blur.taps_w : blur.taps_h * blur.taps_w;
+__global__ void fill_coefficients(int64_t models, BlurPlan blur, T* workspace,
+                                  int64_t model_stride) {
   for (int64_t model = blockIdx.x; model < models; model += gridDim.x) {
-    const double* values = reinterpret_cast<const double*>(kernels[model]);
     T* base = workspace + model * model_stride;
-    double sum = 0;
-    for (int32_t i = 0; i < count; ++i) sum += values[i];  // every thread, in the CPU's order
-    if (threadIdx.x == 0) {
-      const bool fine = sum != 0 && sum - sum == 0;
-      if (!fine) findings[kKernelAt] = static_cast<double>(which), findings[kKernelSum] = sum;
-    }
-    T* taps = base + blur.taps;
-    T* coef = base + blur.coef;
     T* ones = base + blur.sum;  // its own use comes later
-    for (int32_t i = thread_index(); i < count; i += thread_count()) {
-      taps[i] = static_cast<T>(values[i] / sum);
-    }
     for (int32_t i = thread_index(); i < blur.H * blur.W; i += thread_count()) ones[i] = T(1);
     __syncthreads();
     for (int32_t i = thread_index(); i < blur.H * blur.W; i += thread_count()) {
-      coef[i] = blur_at(blur, ones, taps, i / blur.W, i % blur.W);
+      base[blur.coef + i] = blur_at(blur, ones, base + blur.taps, i / blur.W, i % blur.W);
     }
-    __syncthreads();
   }
 }
 
 // ------------------------------------------------------------------------------------ the operator
 
-// A tensor on the device with a copy of numbers of the host.
+// A tensor of the device with a copy of the host's values.
 template <typename V>
-Tensor to_device(const std::vector<V>& values, ScalarType dtype, const Tensor& like) {
-  const int64_t size = static_cast<int64_t>(values.size()), stride = 1;
+Tensor to_device(const std::vector<V>& values, const Tensor& like) {
+  const auto bytes = static_cast<int64_t>(values.size() * sizeof(V));
+  const int64_t stride = 1;
   const Tensor here = torch::stable::from_blob(
-      const_cast<void*>(static_cast<const void*>(values.data())), {&size, 1}, {&stride, 1},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), dtype);
-  Tensor there = new_tensor(like, {size}, dtype);
+      const_cast<void*>(static_cast<const void*>(values.data())), {&bytes, 1}, {&stride, 1},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), ScalarType::Byte);
+  Tensor there = new_tensor(like, {bytes}, ScalarType::Byte);
   torch::stable::copy_(there, here);
   return there;
 }
+template <typename V>
+V* data_of(const Tensor& tensor) {
+  return static_cast<V*>(tensor.data_ptr());
+}
 
-struct Call {
-  const std::vector<Tensor>& parameters;
-  const std::vector<Tensor>& velocities;
-  const std::vector<Tensor>& kernels;  // float64
-  const NetworkSpec& spec;
-  const Tensor &images, &labels, &order, &uniform, &settings;
-  Loss loss;
-  bool nesterov;
-  int64_t models;
-};
+int64_t blocks_for(int64_t items) {
+  return std::max<int64_t>(1, std::min<int64_t>(ceil_div(items, block_threads()), 4096));
+}
 
 template <typename T>
 class Engine {
  public:
-  Engine(const Call& call, const Program& program, Tensor& losses, Tensor& predictions)
+  Engine(const Call& call, const Program& program, const double* settings, bool nesterov,
+         Tensor& losses, Tensor& predictions)
       : call_(call), program_(program), stream_(losses), losses_(losses) {
-    const int64_t models = call.models;
     const bool momentum = !call.velocities.empty();
     run_.velocity_shift = momentum ? program.workspace : 0;
     run_.model_stride = program.workspace + (momentum ? program.parameter_elements : 0);
-    workspace_ = new_tensor(losses, {models * run_.model_stride});
-    run_.workspace = workspace_.template mutable_data_ptr<T>();
+    workspace_ = new_tensor(losses, {call.models * run_.model_stride});
+    run_.workspace = data_of<T>(workspace_);
     run_.image_size = call.spec.input.numel();
-    run_.uniform = call.uniform.template const_data_ptr<double>();
-    run_.count = call.order.size(1);
+    targets_ = to_device(call.targets, losses);
+    run_.targets = data_of<int64_t>(targets_);
+    run_.uniform = data_of<double>(call.uniform);
+    run_.count = call.count;
     run_.uniforms = call.spec.uniforms;
-    settings_ = new_tensor(losses, {models, int64_t{kSettings}}, ScalarType::Double);
-    torch::stable::copy_(settings_, call.settings);
-    run_.settings = settings_.template const_data_ptr<double>();
-    run_.losses = losses.mutable_data_ptr<T>();
-    run_.predictions = predictions.mutable_data_ptr<int64_t>();
-    run_.models = static_cast<int32_t>(models);
-    run_.loss = call.loss;
-    run_.nesterov = call.nesterov;
+    settings_ = to_device(std::vector(settings, settings + call.models * kSettings), losses);
+    run_.settings = data_of<double>(settings_);
+    run_.losses = data_of<T>(losses);
+    run_.predictions = data_of<int64_t>(predictions);
+    run_.models = static_cast<int32_t>(call.models);
+    run_.loss = static_cast<Loss>(call.loss);
+    run_.nesterov = nesterov;
   }
 
   void run() {
-    prepare_kernels_and_check();
-    move(false);
-    targets_ = new_tensor(call_.order, {call_.models, run_.count});
-    const int64_t entries = call_.order.numel();
-    launch(gather_targets, blocks_for(entries), entries,
-           call_.order.template const_data_ptr<int64_t>(),
-           call_.labels.template const_data_ptr<int64_t>(),
-           targets_.template mutable_data_ptr<int64_t>());
-    run_.targets = targets_.template const_data_ptr<int64_t>();
+    std::vector<Place<T>> places;
+    place_parameters(call_.parameters, 0, places);
+    place_parameters(call_.velocities, run_.velocity_shift, places);
+    const auto trained = static_cast<int64_t>(places.size());
+    const Tensor taps = to_device(normalized_kernels(), losses_);
+    place_kernels(data_of<T>(taps), places);
+    const Tensor table = to_device(places, losses_);
+    move(table, static_cast<int64_t>(places.size()), false);
+    for (const BlurPlan& blur : program_.blurs) {
+      launch(fill_coefficients<T>, call_.models, call_.models, blur, run_.workspace,
+             run_.model_stride);
+    }
     int64_t piece = kPieceElements / std::max<int64_t>(1, call_.models * run_.image_size);
     piece = std::max<int64_t>(1, std::min(piece, run_.count));
-    Tensor samples = new_tensor(losses_, {call_.models * piece * run_.image_size});
-    run_.samples = samples.template const_data_ptr<T>();
-    upload_program();
+    const Tensor samples = new_tensor(losses_, {call_.models * piece * run_.image_size});
+    run_.samples = data_of<T>(samples);
+    const Tensor phases = to_device(program_.phases, losses_);
     for (run_.first = 0; run_.first < run_.count; run_.first += piece) {
       run_.piece = std::min(piece, run_.count - run_.first);
-      gather(samples);
-      run_piece();
+      dispatch_computed(call_.images,
+                        [&](auto pixel) { gather<decltype(pixel)>(data_of<T>(samples)); });
+      run_piece(data_of<const Phase>(phases));
     }
-    move(true);
+    move(table, trained, true);
   }
 
  private:
-  int64_t blocks_for(int64_t items) const {
-    return std::max<int64_t>(1, std::min<int64_t>(ceil_div(items, block_threads()), 4096));
-  }
-
   template <typename Kernel, typename... Arguments>
   void launch(Kernel* kernel, int64_t blocks, const Arguments&... arguments) const {
     stream_.launch(kernel, blocks, dim3(static_cast<unsigned>(block_threads())), 0, arguments...);
@@ -225,83 +160,57 @@ class Engine {
 
   int64_t shared_bytes() const { return program_.memory * static_cast<int64_t>(sizeof(T)); }
 
-  void prepare_kernels_and_check() {
-    const int64_t models = call_.models;
-    Tensor findings = torch::stable::new_zeros(losses_, {int64_t{kFindings}}, ScalarType::Double);
-    double* found = findings.template mutable_data_ptr<double>();
-    std::vector<double> nothing(kFindings, -1.0);
-    torch::stable::copy_(findings, to_device(nothing, ScalarType::Double, losses_));
-    const int64_t per_model = static_cast<int64_t>(call_.kernels.size()) / models;
-    std::vector<Tensor> tables;
-    for (const auto& kernel : program_.kernels) {
-      std::vector<int64_t> pointers;
-      for (int64_t m = 0; m < models; ++m) {
-        pointers.push_back(reinterpret_cast<int64_t>(
-            call_.kernels[m * per_model + kernel.index].template const_data_ptr<double>()));
-      }
-      tables.push_back(to_device(pointers, ScalarType::Long, losses_));
-      launch(prepare_kernel<T>, models, models, tables.back().template const_data_ptr<int64_t>(),
-             kernel.index, kernel.blur, run_.workspace, run_.model_stride, found);
-    }
-    launch(check_samples, 1, call_.order.numel(), call_.order.template const_data_ptr<int64_t>(),
-           call_.images.size(0), call_.labels.template const_data_ptr<int64_t>(),
-           call_.spec.output.C, found);
-    const Tensor here =
-        torch::stable::to(findings, torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
-    const double* f = here.template const_data_ptr<double>();
-    const auto integer = [&](Finding i) { return static_cast<int64_t>(f[i]); };
-    MNIST_OPS_CHECK(integer(kOrderAt) < 0, kOp, ": order must be in [0, ", call_.images.size(0),
-                    "), got ", integer(kOrderValue), " at position ",
-                    integer(kOrderAt) % std::max<int64_t>(1, run_.count));
-    MNIST_OPS_CHECK(integer(kLabelAt) < 0, kOp, ": labels must be in [0, ", call_.spec.output.C,
-                    "), got ", integer(kLabelValue), " at position ", integer(kLabelAt));
-    MNIST_OPS_CHECK(integer(kKernelAt) < 0, kOp,
-                    ": the kernel's sum must be finite and not 0, got ", f[kKernelSum]);
+  T* workspace_of(std::size_t model) const {
+    return run_.workspace + static_cast<int64_t>(model) * run_.model_stride;
   }
 
-  void move(bool back) {
-    if (!back) {
-      const int64_t count = static_cast<int64_t>(program_.parameters.size());
-      std::vector<int64_t> table;
-      for (std::size_t i = 0; i < call_.parameters.size(); ++i) {
-        const auto pointer = [&](const std::vector<Tensor>& tensors) {
-          return tensors.empty() ? int64_t{0} : reinterpret_cast<int64_t>(tensors[i].data_ptr());
-        };
-        table.insert(table.end(), {pointer(call_.parameters), pointer(call_.velocities),
-                                   program_.parameters[i % count], call_.parameters[i].numel()});
-      }
-      table_ = to_device(table, ScalarType::Long, losses_);
+  void place_parameters(const std::vector<Tensor>& tensors, int64_t shift,
+                        std::vector<Place<T>>& places) const {
+    const std::size_t own = program_.parameters.size();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      places.push_back({data_of<T>(tensors[i]),
+                        workspace_of(i / own) + program_.parameters[i % own] + shift,
+                        tensors[i].numel()});
     }
-    const int64_t all = static_cast<int64_t>(call_.parameters.size());
-    launch(move_parameters<T>, std::min<int64_t>(all, 4096), call_.models, all / call_.models,
-           table_.template const_data_ptr<int64_t>(), run_.workspace, run_.model_stride,
-           run_.velocity_shift, back);
   }
 
-  void gather(Tensor& samples) {
+  // All models' kernels, each divided by its sum.
+  std::vector<T> normalized_kernels() const {
+    std::vector<T> taps;
+    for (const Tensor& kernel : call_.kernels) {
+      const double* values = kernel.const_data_ptr<double>();
+      double sum = 0;
+      for (int64_t i = 0; i < kernel.numel(); ++i) sum += values[i];
+      MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, kOp,
+                      ": the kernel's sum must be finite and not 0, got ", sum);
+      for (int64_t i = 0; i < kernel.numel(); ++i) taps.push_back(static_cast<T>(values[i] / sum));
+    }
+    return taps;
+  }
+
+  void place_kernels(T* taps, std::vector<Place<T>>& places) const {
+    const std::size_t own = program_.blurs.size();
+    for (std::size_t i = 0; i < call_.kernels.size(); ++i) {
+      const int64_t size = call_.kernels[i].numel();
+      places.push_back({taps, workspace_of(i / own) + program_.blurs[i % own].taps, size});
+      taps += size;
+    }
+  }
+
+  void move(const Tensor& table, int64_t places, bool back) const {
+    launch(move_numbers<T>, std::min<int64_t>(places, 4096), places, data_of<const Place<T>>(table),
+           back);
+  }
+
+  template <typename I>
+  void gather(T* samples) const {
     const Shape& shape = call_.spec.input;
-    const int64_t items = call_.models * run_.piece * run_.image_size;
-    const auto run = [&](auto kernel, const auto* images) {
-      launch(kernel, blocks_for(items), call_.models, run_.count, run_.first, run_.piece,
-             call_.order.template const_data_ptr<int64_t>(), images, shape.C, shape.pixels(),
-             samples.template mutable_data_ptr<T>());
-    };
-    if (call_.images.scalar_type() == ScalarType::Double) {
-      run(&gather_samples<T, double>, call_.images.template const_data_ptr<double>());
-    } else {
-      run(&gather_samples<T, float>, call_.images.template const_data_ptr<float>());
-    }
+    launch(gather_samples<T, I>, blocks_for(call_.models * run_.piece * run_.image_size),
+           call_.models, run_.count, run_.first, run_.piece, data_of<const int64_t>(call_.order),
+           data_of<const I>(call_.images), shape.C, shape.pixels(), samples);
   }
 
-  void upload_program() {
-    const std::vector<Phase>& phases = program_.phases;
-    std::vector<double> words(phases.size() * sizeof(Phase) / sizeof(double));
-    std::memcpy(words.data(), phases.data(), phases.size() * sizeof(Phase));
-    phases_ = to_device(words, ScalarType::Double, losses_);
-  }
-  const Phase* program_on_device() const { return static_cast<const Phase*>(phases_.data_ptr()); }
-
-  void run_piece() {
+  void run_piece(const Phase* program) {
     // Barriers of different models in different lines of the cache.
     const Tensor barriers =
         torch::stable::new_zeros(losses_, {call_.models * kBarrierStride}, ScalarType::Int);
@@ -315,33 +224,23 @@ class Engine {
     for (int64_t first = 0; first < call_.models; first += together) {
       const int64_t models = std::min(together, call_.models - first);
       stream_.launch_together(run_phases_kernel<T>(), models * run_.blocks, block_threads(),
-                              shared_bytes(), program_on_device(),
-                              static_cast<int32_t>(program_.phases.size()), run_, first, run_.piece,
-                              static_cast<unsigned*>(barriers.data_ptr()));
+                              shared_bytes(), program, static_cast<int32_t>(program_.phases.size()),
+                              run_, first, run_.piece, data_of<unsigned>(barriers));
     }
   }
 
   const Call& call_;
   const Program& program_;
   CurrentStream stream_;
-  Tensor losses_, workspace_, settings_, targets_, table_, phases_;
+  Tensor losses_, workspace_, settings_, targets_;
   Run<T> run_{};
 };
-
-void check_tensors(const std::vector<Tensor>& tensors, const char* name, const Tensor& like) {
-  for (const Tensor& tensor : tensors) {
-    MNIST_OPS_CHECK(tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device(),
-                    kOp, ": ", name,
-                    " must all have the dtype and the device of the first parameter");
-  }
-}
 
 std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
                                              std::vector<Tensor> velocities, std::string network,
                                              std::vector<Tensor> kernels, Tensor images,
                                              Tensor labels, Tensor order, Tensor uniform,
                                              int64_t loss, Tensor settings, bool nesterov) {
-  check_online_arguments(kOp, parameters, images, labels, loss);
   MNIST_OPS_CHECK(order.dim() == 2 && order.scalar_type() == ScalarType::Long && order.size(0) > 0,
                   kOp, ": order must be int64 (models, M), got ",
                   torch::headeronly::toString(order.scalar_type()), " ", shape_string(order));
@@ -351,89 +250,26 @@ std::tuple<Tensor, Tensor> online_sgd_models(std::vector<Tensor> parameters,
           settings.scalar_type() == ScalarType::Double && settings.is_cpu(),
       kOp, ": settings must be float64 (", models, ", ", int{kSettings}, ") on the CPU, got ",
       torch::headeronly::toString(settings.scalar_type()), " ", shape_string(settings));
-  const Tensor numbers_of_models = contiguous_of(settings);
-  const double* setting = numbers_of_models.const_data_ptr<double>();
+  const Tensor numbers = contiguous_of(settings);
+  const double* setting = numbers.const_data_ptr<double>();
   bool momentum = false;
   for (int64_t i = 0; i < settings.numel(); ++i) {
     MNIST_OPS_CHECK(std::isfinite(setting[i]), kOp, ": settings must be finite, got ", setting[i]);
     momentum = momentum || (i % kSettings == kMomentum && setting[i] != 0);
   }
-  MNIST_OPS_CHECK(momentum == !velocities.empty(), kOp,
-                  ": velocities go with a momentum, and only with one");
-  const auto divides = [&](const std::vector<Tensor>& tensors) {
-    return static_cast<int64_t>(tensors.size()) % models == 0;
-  };
-  MNIST_OPS_CHECK(divides(parameters) && divides(kernels) &&
-                      (velocities.empty() || velocities.size() == parameters.size()),
-                  kOp, ": expected the parameters, velocities and kernels of ", models,
-                  " models, got ", parameters.size(), ", ", velocities.size(), " and ",
-                  kernels.size());
-  check_tensors(parameters, "parameters", parameters[0]);
-  check_tensors(velocities, "velocities", parameters[0]);
-  for (const Tensor* tensor : {&images, &labels, &order, &uniform}) {
-    MNIST_OPS_CHECK(tensor->device() == parameters[0].device(), kOp,
-                    ": images, labels, order and uniform must be on the parameters' device");
-  }
-
-  const auto part = [&](const std::vector<Tensor>& tensors) {
-    return std::vector<Tensor>(tensors.begin(), tensors.begin() + tensors.size() / models);
-  };
-  const std::vector<Tensor> own = part(parameters), own_kernels = part(kernels);
-  const NetworkSpec spec = NetworkReader(kOp, own, own_kernels).read(network, sample_shape(images));
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    const Tensor& first = own[i % own.size()];
-    MNIST_OPS_CHECK(same_shape(parameters[i], first) &&
-                        (velocities.empty() || same_shape(velocities[i], first)),
-                    kOp, ": all models must have parameters of the same shapes, and velocities ",
-                    "those of their parameters; got ", shape_string(parameters[i]), " and ",
-                    shape_string(first));
-  }
-  MNIST_OPS_CHECK(uniform.scalar_type() == ScalarType::Double &&
-                      uniform.numel() == order.numel() * spec.uniforms,
-                  kOp, ": dropout needs ", order.numel() * spec.uniforms, " float64 numbers, got ",
-                  uniform.numel());
-
-  // Dense copies of what is not dense; the parameters' go back at the end.
-  const std::vector<Tensor> values = dense_to_write(parameters);
-  const std::vector<Tensor> speeds = dense_to_write(velocities);
-  std::vector<Tensor> wide_kernels;
-  std::vector<std::array<int64_t, 3>> taps;
-  for (std::size_t i = 0; i < kernels.size(); ++i) {
-    const Tensor& first = own_kernels[i % own_kernels.size()];
-    MNIST_OPS_CHECK(same_shape(kernels[i], first), kOp,
-                    ": all models must have kernels of the same shapes, got ",
-                    shape_string(kernels[i]), " and ", shape_string(first));
-    check_norm_kernel(kOp, kernels[i], parameters[0]);
-    wide_kernels.push_back(kernel_in_double(kernels[i]));
-    taps.push_back({first.size(0), first.size(first.dim() - 1), first.dim() == 1});
-  }
-  std::vector<int64_t> sizes;
-  for (const Tensor& tensor : own) sizes.push_back(tensor.numel());
+  Call call{kOp, models, parameters, velocities, kernels, images, labels, order, uniform, loss};
+  call.prepare(network, momentum);
   const CurrentStream stream(parameters[0]);  // and device
-  Tensor losses = new_tensor(parameters[0], {models, order.size(1)});
-  Tensor predictions = new_tensor(order, {models, order.size(1)});
-  const Tensor pictures = contiguous_of(images), classes = contiguous_of(labels);
-  const Tensor sequence = contiguous_of(order), numbers = contiguous_of(uniform);
-  const Call call{values,
-                  speeds,
-                  wide_kernels,
-                  spec,
-                  pictures,
-                  classes,
-                  sequence,
-                  numbers,
-                  numbers_of_models,
-                  static_cast<Loss>(loss),
-                  nesterov,
-                  models};
+  Tensor losses = new_tensor(parameters[0], {models, call.count});
+  Tensor predictions = new_tensor(order, {models, call.count});
   dispatch_computed(parameters[0], [&](auto element) {
     using T = decltype(element);
     const int64_t memory = free_shared_memory(run_phases_kernel<T>()) / int64_t{sizeof(T)};
-    const Program program = Planner(kOp, spec, sizes, taps, block_threads(), memory).plan();
-    if (order.size(1) > 0) Engine<T>(call, program, losses, predictions).run();
+    const Program program = Planner(call, block_threads(), memory).plan();
+    if (call.count == 0) return;
+    Engine<T>(call, program, setting, nesterov, losses, predictions).run();
   });
-  copy_back(parameters, values);
-  copy_back(velocities, speeds);
+  call.finish(parameters, velocities);
   return {losses, predictions};
 }
 

@@ -49,15 +49,13 @@ __device__ __forceinline__ I not_hoisted(I number) {
   return number;
 }
 
-enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
-
-// One step of one model, seen by one block.
+// One phase of a step of one model, seen by one block.
 template <typename T>
 struct Step {
   const Run<T>& run;
   T* base;
   int64_t model, index;  // index of the sample in the call
-  int32_t block;         // of the model's blocks
+  int32_t block;         // of the model's blocks, from that on which has the phase's first task
 
   __device__ T* at(int64_t offset) const { return in_device_memory(base + offset); }
   __device__ const T* map(int64_t offset) const {
@@ -77,16 +75,7 @@ struct Step {
   // Steps that were made before the call. To be read early: the other settings lie beside it.
   __device__ double steps_before() const { return run.settings[model * kSettings + kSteps]; }
   __device__ Update<T> update(double steps) const {
-    const double* s = run.settings + model * kSettings;
-    const double t = steps + static_cast<double>(index);
-    Update<T> u;
-    u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
-    u.weight_decay = static_cast<T>(s[kWeightDecay]);
-    u.momentum = static_cast<T>(s[kMomentum]);
-    u.keep = static_cast<T>(1.0 - s[kDampening]);
-    u.first = index == 0 && s[kStarted] == 0.0;
-    u.nesterov = run.nesterov;
-    return u;
+    return update_of_step<T>(run.settings + model * kSettings, steps, index, run.nesterov);
   }
 };
 
@@ -97,21 +86,31 @@ __device__ __forceinline__ int32_t thread_count() {
   return static_cast<int32_t>(blockDim.x);
 }
 
-// Calls body(task) for the tasks of this block; `block` counts from the phase's first task.
-template <typename F>
-__device__ __forceinline__ void each_task(int32_t tasks, int32_t block, int32_t blocks,
-                                          const F& body) {
-  for (int32_t task = block; task < tasks; task += blocks) body(task);
+// Calls body(task) for the tasks of this block.
+template <typename T, typename F>
+__device__ __forceinline__ void each_task(const Phase& p, const Step<T>& s, const F& body) {
+  const int32_t tasks = p.tasks, blocks = s.run.blocks;
+  for (int32_t task = s.block; task < tasks; task += blocks) body(task);
 }
 
 // body(i) for this thread's element of each task, of n elements in all.
-template <typename F>
-__device__ __forceinline__ void each_element(const Phase& p, int32_t n, int32_t block,
-                                             int32_t blocks, const F& body) {
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+template <typename T, typename F>
+__device__ __forceinline__ void each_element(const Phase& p, const Step<T>& s, int32_t n,
+                                             const F& body) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t i = task * thread_count() + thread_index();
     if (i < n) body(i);
   });
+}
+
+// body(i) for this thread's elements, of n that all blocks with a task share.
+template <typename T, typename F>
+__device__ __forceinline__ void each_of_blocks(const Phase& p, const Step<T>& s, int32_t n,
+                                               const F& body) {
+  const int32_t blocks = p.tasks < s.run.blocks ? p.tasks : s.run.blocks;
+  for (int32_t i = s.block * thread_count() + thread_index(); i < n; i += blocks * thread_count()) {
+    body(i);
+  }
 }
 
 // The sums over the lanes of a warp of n values: lane i gets that of values[i].

@@ -5,29 +5,17 @@
 
 namespace mnist_ops::cuda {
 
-// local_value with its operands read: y, pooled and dy are maps of C channels, W columns wide
-// (pooled and dy: W / 2, behind a pooling), and mean the normalization's plane, or nullptr.
 template <typename T>
-__device__ __forceinline__ T local_gradient(const LocalPlan& l, const T* y, const T* pooled,
-                                            const T* dy, const T* mean, int32_t h, int32_t w,
-                                            int32_t W, int32_t c, int32_t C) {
-  const int32_t pixel = h * W + w;
-  const int32_t behind = l.pooling ? h / 2 * (W / 2) + w / 2 : pixel;
-  T g = dy[behind * C + c];
-  if (mean != nullptr) g -= mean[behind];
-  return local_value(l, y[pixel * C + c], l.pooling ? pooled[behind * C + c] : T(0), g);
-}
-
-template <typename T>
-__device__ void local_backward(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                               T* shared) {
-  const T* dy = s.at(p.dy);
-  const T* mean = prepare_mean(p.local.blur, s, dy, shared);
-  const T* pooled = p.local.pooling ? s.at(p.local.pooled) : nullptr;
-  each_element(p, p.C * p.H * p.W, block, blocks, [&](int32_t i) {
-    const int32_t pixel = i / p.C;
-    s.at(p.dx)[i] = local_gradient(p.local, s.at(p.local.y), pooled, dy, mean, pixel / p.W,
-                                   pixel % p.W, p.W, i % p.C, p.C);
+__device__ void local_backward(const Phase& p, const Step<T>& s, T* shared) {
+  const LocalPlan& l = p.local;
+  const T *dy = s.at(p.dy), *y = s.at(l.y), *pooled = l.pooling ? s.at(l.pooled) : nullptr;
+  const T* mean = prepare_mean(l.blur, s, dy, shared);
+  each_element(p, s, p.O * p.OH * p.OW, [&](int32_t i) {
+    const int32_t pixel = i / p.O, h = pixel / p.OW, w = pixel % p.OW, o = i % p.O;
+    const int32_t behind = l.pooling ? h / 2 * (p.OW / 2) + w / 2 : pixel;
+    T g = dy[behind * p.O + o];
+    if (mean != nullptr) g -= mean[behind];
+    s.at(p.dx)[i] = local_value(l, y[i], l.pooling ? pooled[behind * p.O + o] : T(0), g);
   });
 }
 
@@ -96,8 +84,7 @@ __device__ __forceinline__ void update_bias(const Phase& p, const Step<T>& s,
 // kernel and a part of the output's rows: each lane slides the kernel's 5 columns along the rows.
 // The parts are added up in a fixed order, and all threads change the weights, which lie together.
 template <typename T>
-__device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                             T* shared) {
+__device__ void tiled_update(const Phase& p, const Step<T>& s, T* shared) {
   constexpr int K = kTile, kTaps = K * K, kPack = kPackSize<T>, kColumn = 4;
   constexpr int kOld = sizeof(T) == 8 ? 2 : 4;  // as many as stay in registers
   const TilePlan& t = p.tile;
@@ -111,10 +98,11 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
   const T* x = s.map(p.x);
   const T* dy = s.at(p.dy);
   const Divider by_pack(packs), across(p.W);
+  const int32_t block = s.block;
   const double steps = s.steps_before();
   Update<T> update{};
   const T* mean = nullptr;
-  each_task(p.tasks, block, blocks, [&](int32_t task) {
+  each_task(p, s, [&](int32_t task) {
     const int32_t o = task / pieces, c0 = (task - o * pieces) * t.group;
     const int64_t first_weight = p.weight + static_cast<int64_t>(o * p.C + c0) * kTaps;
     if (task != block) __syncthreads();  // the task before may still be reading
@@ -132,12 +120,7 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
     }
     const bool has_bias = p.bias != kNowhere && c0 == 0;
     if (has_bias && thread_index() == thread_count() - kWarp) old_bias = s.at(p.bias)[o];
-    const int32_t padding = t.width - p.W;
-    for (int32_t i = warp; i < p.H * padding; i += warps) {
-      const int32_t h = i / padding, j = i - h * padding;
-      T* at = map + (h * t.width + (j < p.padding_w ? j : j + p.W)) * t.group;
-      for (int32_t c = lane; c < t.group; c += kWarp) at[c] = T(0);
-    }
+    clear_padding(p, map, p.H, t.group);
     make_plane(p, s, o, columns, plane, [&] {
       if (task == block) {
         mean = prepare_mean(p.local.blur, s, dy, shared + t.memory);
@@ -210,8 +193,7 @@ __device__ void tiled_update(const Phase& p, const Step<T>& s, int32_t block, in
 // plane and the whole input are in the block's own memory; the lanes of a warp take the columns of
 // a row, each with a sum for all 25 weights of an input channel, which lanes and then warps add up.
 template <typename T>
-__device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                             T* shared) {
+__device__ void first_update(const Phase& p, const Step<T>& s, T* shared) {
   constexpr int K = kTile, kTaps = K * K;
   const int32_t lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int32_t warps = thread_count() / kWarp;
@@ -219,11 +201,12 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
   T* planes = shared;
   T* plane = planes + p.C * height * width;
   T* partial = plane + p.OH * p.OW;
+  const int32_t block = s.block;
   const double steps = s.steps_before();
   Update<T> update{};
   const T* mean = nullptr;
   stage_planes(p, s.map(p.x), planes);
-  each_task(p.tasks, block, blocks, [&](int32_t o) {
+  each_task(p, s, [&](int32_t o) {
     const int64_t first_weight = p.weight + static_cast<int64_t>(o) * p.C * kTaps;
     if (o != block) __syncthreads();  // the task before may still be reading
     T old = T(0), old_bias = T(0);
@@ -271,19 +254,17 @@ __device__ void first_update(const Phase& p, const Step<T>& s, int32_t block, in
 // applies it, neighbouring threads for neighbouring channels; where there are few weights, threads
 // share the pixels of one.
 template <typename T>
-__device__ void convolution_update(const Phase& p, const Step<T>& s, int32_t block, int32_t blocks,
-                                   T* shared) {
-  if (block >= p.tasks) return;
+__device__ void convolution_update(const Phase& p, const Step<T>& s, T* shared) {
   if (p.tile.group != 0) {
-    return p.tile.group == p.C && p.C < kWarp ? first_update(p, s, block, blocks, shared)
-                                              : tiled_update(p, s, block, blocks, shared);
+    return p.tile.group == p.C && p.C < kWarp ? first_update(p, s, shared)
+                                              : tiled_update(p, s, shared);
   }
   const int32_t pixels = p.OH * p.OW, taps = p.kernel_h * p.kernel_w, weights = p.C * taps;
   const int32_t sharing = thread_count() / weights;
   const T* dy = s.at(p.dy);
   const ConvolutionInput<T> in{s.map(p.x), nullptr, p.C, p.H, p.W};
   const Update<T> update = s.update(s.steps_before());
-  each_task(p.tasks, block, blocks, [&](int32_t o) {
+  each_task(p, s, [&](int32_t o) {
     // Weight i is that of input channel i % C and tap i / C.
     const auto gradient = [&](int32_t i, int32_t first, int32_t step) {
       const int32_t c = i % p.C, kh = i / p.C / p.kernel_w, kw = i / p.C % p.kernel_w;

@@ -32,10 +32,10 @@ using Tile = Vector<T>[kRows][kVectorsPerLine];
 // sum[m][lane] += sum over j < length of from[m * kStep + j] * lines[j][lane]
 template <typename T, int kStep, int kRows>
 MNIST_OPS_HD void multiply(Tile<T, kRows>& sum, const T* from, const T* lines, int64_t length) {
-  constexpr int kV = kVectorsPerLine, kWidth = kLanes<T> / kV;
+  constexpr int kV = kVectorsPerLine;
   for (int64_t j = 0; j < length; ++j, lines += kLanes<T>) {
     Vector<T> line[kV];
-    for (int v = 0; v < kV; ++v) line[v] = load(lines + v * kWidth);
+    for (int v = 0; v < kV; ++v) line[v] = load(lines + v * kWidth<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const Vector<T> a = splat(from[m * kStep + j]);
@@ -49,11 +49,11 @@ MNIST_OPS_HD void multiply(Tile<T, kRows>& sum, const T* from, const T* lines, i
 template <typename T, int kPixel, int kRows>
 void forward_tile(const T* x, const Run* runs, int64_t count, const T* w, const T* start,
                   int64_t start_step, T* y) {
-  constexpr int kV = kVectorsPerLine, kWidth = kLanes<T> / kV;
+  constexpr int kV = kVectorsPerLine;
   Tile<T, kRows> sum;
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-    for (int v = 0; v < kV; ++v) sum[m][v] = load(start + m * start_step + v * kWidth);
+    for (int v = 0; v < kV; ++v) sum[m][v] = load(start + m * start_step + v * kWidth<T>);
   }
   for (int64_t r = 0; r < count; ++r) {
     multiply<T, kPixel, kRows>(sum, x + runs[r].offset, w, runs[r].length);
@@ -61,7 +61,7 @@ void forward_tile(const T* x, const Run* runs, int64_t count, const T* w, const 
   }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-    for (int v = 0; v < kV; ++v) store(y + m * kLanes<T> + v * kWidth, sum[m][v]);
+    for (int v = 0; v < kV; ++v) store(y + m * kLanes<T> + v * kWidth<T>, sum[m][v]);
   }
 }
 
@@ -70,7 +70,7 @@ void forward_tile(const T* x, const Run* runs, int64_t count, const T* w, const 
 template <typename T, int kRows>
 void input_gradient_tile(const T* dy, int64_t row, int64_t block, const T* w, int64_t outputs,
                          int64_t count, T* dx) {
-  constexpr int kV = kVectorsPerLine, kWidth = kLanes<T> / kV;
+  constexpr int kV = kVectorsPerLine;
   Tile<T, kRows> sum = {};
   for (int64_t i = 0; i < count; ++i, dy -= row) {
     const T* from = dy;
@@ -84,7 +84,7 @@ void input_gradient_tile(const T* dy, int64_t row, int64_t block, const T* w, in
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
     for (int v = 0; v < kV; ++v) {
-      T* to = dx + m * kLanes<T> + v * kWidth;
+      T* to = dx + m * kLanes<T> + v * kWidth<T>;
       store(to, load(to) + sum[m][v]);
     }
   }
@@ -95,13 +95,13 @@ void input_gradient_tile(const T* dy, int64_t row, int64_t block, const T* w, in
 template <typename T, int kRows>
 void weight_gradient_tile(const T* x, int64_t pixel, int64_t x_row, const T* dy, int64_t OH,
                           int64_t OW, const Update<T>& update, T* w, T* velocity) {
-  constexpr int kV = kVectorsPerLine, kWidth = kLanes<T> / kV;
+  constexpr int kV = kVectorsPerLine;
   Tile<T, kRows> sum = {};
   for (int64_t h = 0; h < OH; ++h, x += x_row) {
     const T* from = x;
     for (int64_t p = 0; p < OW; ++p, from += pixel, dy += kLanes<T>) {
       Vector<T> line[kV];
-      for (int v = 0; v < kV; ++v) line[v] = load(dy + v * kWidth);
+      for (int v = 0; v < kV; ++v) line[v] = load(dy + v * kWidth<T>);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const Vector<T> a = splat(from[m]);
@@ -113,7 +113,7 @@ void weight_gradient_tile(const T* x, int64_t pixel, int64_t x_row, const T* dy,
     const Vector<T> rate = splat(-update.rate);
     for (int m = 0; m < kRows; ++m) {
       for (int v = 0; v < kV; ++v) {
-        T* to = w + m * kLanes<T> + v * kWidth;
+        T* to = w + m * kLanes<T> + v * kWidth<T>;
         store(to, fmadd(rate, sum[m][v], load(to)));
       }
     }
@@ -152,9 +152,13 @@ inline void for_each_tile(int64_t count, const F& body) {
 template <typename T>
 class Convolution final : public Layer<T> {
  public:
-  Convolution(const Map<T>& input, const Map<T>& output, const ConvolutionOptions& options,
-              Parameter<T> weight, Parameter<T> bias)
-      : Layer<T>(input, output), o_(options), weight_(weight), bias_(bias) {
+  Convolution(const Map<T>& input, const Map<T>& output, const Window& window, Parameter<T> weight,
+              Parameter<T> bias)
+      : Layer<T>(input, output),
+        o_(window),
+        outputs_(output.shape.C),
+        weight_(weight),
+        bias_(bias) {
     padded_ = {input.shape.C, input.shape.H + 2 * o_.padding_h, input.shape.W + 2 * o_.padding_w,
                false};
     lanes_ = input.lanes;
@@ -195,42 +199,48 @@ class Convolution final : public Layer<T> {
       inside += runs_[r].length;
     }
     parts_.push_back(runs_.size());
+    const auto buffer = [](const T* wanted, int64_t size) { return Buffer<T>(wanted ? size : 0); };
     packed_ = Buffer<T>(output.blocks() * taps_ * kLanes<T>);
-    if (weight_.velocity != nullptr) packed_velocity_ = Buffer<T>(packed_.size());
-    if (dx_ != nullptr) {
-      transposed_ = Buffer<T>(input_blocks * o_.kernel_h * o_.kernel_w * o_.outputs * kLanes<T>);
-    }
+    packed_velocity_ = buffer(weight.velocity, packed_.size());
     packed_bias_ = Buffer<T>(output.blocks() * kLanes<T>);
-    if (bias_.velocity != nullptr) packed_bias_velocity_ = Buffer<T>(packed_bias_.size());
+    packed_bias_velocity_ = buffer(bias.velocity, packed_bias_.size());
+    transposed_ = buffer(dx_, input_blocks * o_.kernel_h * o_.kernel_w * outputs_ * kLanes<T>);
   }
 
   bool has_parameters() const override { return true; }
 
-  void read_parameters() override {
-    each_weight([&](int64_t packed, int64_t dense) {
-      packed_.data()[packed] = weight_.value[dense];
-      if (weight_.velocity) packed_velocity_.data()[packed] = weight_.velocity[dense];
-    });
-    if (bias_.value) std::copy(bias_.value, bias_.value + o_.outputs, packed_bias_.data());
-    if (bias_.velocity) {
-      std::copy(bias_.velocity, bias_.velocity + o_.outputs, packed_bias_velocity_.data());
+  void move_parameters(bool back) override {
+    const auto move = [back](T* packed, T* dense, int64_t i, int64_t j) {
+      if (dense != nullptr) (back ? dense[j] : packed[i]) = back ? packed[i] : dense[j];
+    };
+    const int64_t taps = o_.kernel_h * o_.kernel_w;
+    for (int64_t o = 0; o < outputs_; ++o) {
+      for (int64_t c = 0; c < padded_.C; ++c) {
+        const int64_t block = c / kLanes<T>, lane = c % kLanes<T>;
+        const int64_t length = std::min(kLanes<T>, padded_.C - block * kLanes<T>);
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t k = block * kLanes<T> * taps + t * length + lane;
+          const int64_t i = (o / kLanes<T> * taps_ + k) * kLanes<T> + o % kLanes<T>;
+          const int64_t j = (o * padded_.C + c) * taps + t;
+          move(packed_.data(), weight_.value, i, j);
+          move(packed_velocity_.data(), weight_.velocity, i, j);
+        }
+      }
+      move(packed_bias_.data(), bias_.value, o, o);
+      move(packed_bias_velocity_.data(), bias_.velocity, o, o);
     }
-  }
-
-  void write_parameters() override {
-    each_weight([&](int64_t packed, int64_t dense) {
-      weight_.value[dense] = packed_.data()[packed];
-      if (weight_.velocity) weight_.velocity[dense] = packed_velocity_.data()[packed];
-    });
-    if (bias_.value) std::copy_n(packed_bias_.data(), o_.outputs, bias_.value);
-    if (bias_.velocity) std::copy_n(packed_bias_velocity_.data(), o_.outputs, bias_.velocity);
   }
 
   void prepare_forward(const Step<T>&, const Workers&) override {
     if (x_ == this->in.value) return;
-    each_row([&](int64_t inner, int64_t outer, int64_t n) {
-      std::copy_n(this->in.value + inner, n, x_ + outer);
-    });
+    const Shape& s = this->in.shape;
+    for (int64_t b = 0; b < this->in.blocks(); ++b) {
+      for (int64_t h = 0; h < s.H; ++h) {
+        const int64_t row = (h + o_.padding_h) * padded_.W + o_.padding_w;
+        std::copy_n(this->in.value + b * this->in.block() + h * s.W * lanes_, s.W * lanes_,
+                    x_ + (b * padded_.pixels() + row) * lanes_);
+      }
+    }
   }
 
   void forward(int64_t b) override {
@@ -248,7 +258,7 @@ class Convolution final : public Layer<T> {
 
   void backward(int64_t b) override {
     const int64_t OH = this->out.shape.H, OW = this->out.shape.W, W = padded_.W;
-    const int64_t row = OW * kLanes<T>, slice = o_.outputs * kLanes<T>;
+    const int64_t row = OW * kLanes<T>, slice = outputs_ * kLanes<T>;
     T* dx = dx_ + b * padded_.pixels() * kLanes<T>;
     std::fill_n(dx, padded_.pixels() * kLanes<T>, T(0));
     const T* w = transposed_.data() + b * o_.kernel_h * o_.kernel_w * slice;
@@ -260,7 +270,7 @@ class Convolution final : public Layer<T> {
         const T* dy = this->out.grad + (h - first) * row;
         for_each_tile(OW, [&](auto rows, int64_t p) {
           input_gradient_tile<T, rows()>(dy + p * kLanes<T>, row, this->out.block(),
-                                         w + first * slice, o_.outputs, last - first,
+                                         w + first * slice, outputs_, last - first,
                                          dx + (h * W + kw + p) * kLanes<T>);
         });
       }
@@ -324,14 +334,14 @@ class Convolution final : public Layer<T> {
   // Block b's weights as the input gradient wants them.
   void transpose(int64_t b) {
     const int64_t taps = o_.kernel_h * o_.kernel_w;
-    const int64_t outputs = std::min(kLanes<T>, o_.outputs - b * kLanes<T>);
+    const int64_t outputs = std::min(kLanes<T>, outputs_ - b * kLanes<T>);
     const T* from = packed_.data() + b * taps_ * kLanes<T>;
     for (int64_t c = 0; c < padded_.C; c += kLanes<T>) {
       const int64_t length = std::min(kLanes<T>, padded_.C - c);
-      T* block = transposed_.data() + (c / kLanes<T> * taps * o_.outputs + b * kLanes<T>)*kLanes<T>;
+      T* block = transposed_.data() + (c / kLanes<T> * taps * outputs_ + b * kLanes<T>)*kLanes<T>;
       for (int64_t kh = 0; kh < o_.kernel_h; ++kh) {
         for (int64_t kw = 0; kw < o_.kernel_w; ++kw, from += length * kLanes<T>) {
-          T* to = block + (kw * o_.kernel_h + kh) * o_.outputs * kLanes<T>;
+          T* to = block + (kw * o_.kernel_h + kh) * outputs_ * kLanes<T>;
           if (length == kLanes<T> && outputs == kLanes<T>) {
             transpose_square(from, to);
             continue;
@@ -344,37 +354,8 @@ class Convolution final : public Layer<T> {
     }
   }
 
-  // body(index in packed_, index in the module's (O, C, KH, KW)) for every weight.
-  template <typename F>
-  void each_weight(const F& body) const {
-    const int64_t taps = o_.kernel_h * o_.kernel_w;
-    for (int64_t o = 0; o < o_.outputs; ++o) {
-      for (int64_t c = 0; c < padded_.C; ++c) {
-        const int64_t block = c / kLanes<T>, lane = c % kLanes<T>;
-        const int64_t length = std::min(kLanes<T>, padded_.C - block * kLanes<T>);
-        for (int64_t t = 0; t < taps; ++t) {
-          const int64_t k = block * kLanes<T> * taps + t * length + lane;
-          body(((o / kLanes<T>)*taps_ + k) * kLanes<T> + o % kLanes<T>,
-               (o * padded_.C + c) * taps + t);
-        }
-      }
-    }
-  }
-
-  // body(offset in the input, offset in the padded input, elements) for every row.
-  template <typename F>
-  void each_row(const F& body) const {
-    const Shape& s = this->in.shape;
-    for (int64_t b = 0; b < this->in.blocks(); ++b) {
-      for (int64_t h = 0; h < s.H; ++h) {
-        body(b * this->in.block() + h * s.W * lanes_,
-             (b * padded_.pixels() + (h + o_.padding_h) * padded_.W + o_.padding_w) * lanes_,
-             s.W * lanes_);
-      }
-    }
-  }
-
-  ConvolutionOptions o_;
+  Window o_;
+  int64_t outputs_;
   Parameter<T> weight_, bias_;
   Shape padded_;
   int64_t lanes_, taps_;

@@ -57,6 +57,23 @@ struct Update {
   }
 };
 
+// A model's: kSteps were made before the call, kStarted: and have left velocities.
+enum Setting { kLr, kLrDecay, kWeightDecay, kMomentum, kDampening, kSteps, kStarted, kSettings };
+
+// The update of step `index` of a call; steps: s[kSteps].
+template <typename T>
+MNIST_OPS_HD Update<T> update_of_step(const double* s, double steps, int64_t index, bool nesterov) {
+  const double t = steps + static_cast<double>(index);
+  Update<T> u;
+  u.rate = static_cast<T>(s[kLr] / (1.0 + t * s[kLrDecay]));
+  u.weight_decay = static_cast<T>(s[kWeightDecay]);
+  u.momentum = static_cast<T>(s[kMomentum]);
+  u.keep = static_cast<T>(1.0 - s[kDampening]);
+  u.first = index == 0 && s[kStarted] == 0.0;
+  u.nesterov = nesterov;
+  return u;
+}
+
 // ------------------------------------------------------------------------------------ pooling
 
 // What an average is divided by; divisor 0: the elements of the window, those of the padding among
@@ -75,6 +92,8 @@ MNIST_OPS_HD T window_divisor(const PoolGeometryOf<I>& g, I oh, I ow, bool count
   return static_cast<T>((bottom - top) * (right - left));
 }
 
+enum class PoolKind : int32_t { kLp, kMax, kAverage };
+
 // Whether a replaces the largest element found so far: NaN does, and stays.
 template <typename T>
 MNIST_OPS_HD bool is_larger(T a, T best) {
@@ -82,6 +101,8 @@ MNIST_OPS_HD bool is_larger(T a, T best) {
 }
 
 // ------------------------------------------------------------------------ log-softmax and losses
+
+enum class LogSoftmaxKind : int32_t { kNone, kExact, kTorch7 };
 
 // Torch7's approximate exp(-z) for z >= 0, in the sum of its log-softmax.
 MNIST_OPS_HD double exp_minus(double z) {

@@ -17,6 +17,18 @@ struct Map {
 
   int64_t blocks() const { return divide_up(shape.C, lanes); }
   int64_t block() const { return shape.pixels() * lanes; }
+  T* value_of(int64_t b) const { return value + b * block(); }
+  T* grad_of(int64_t b) const { return grad + b * block(); }
+
+  // body(offset in the map, index in the order (c, h, w)) for every element.
+  template <typename F>
+  MNIST_OPS_HD void each_element(const F& body) const {
+    const int64_t pixels = shape.pixels();
+    for (int64_t c = 0; c < shape.C; ++c) {
+      const int64_t first = c / lanes * block() + c % lanes;
+      for (int64_t p = 0; p < pixels; ++p) body(first + p * lanes, c * pixels + p);
+    }
+  }
 };
 
 // The update of n parameters from their gradients; v is nullptr where there is no momentum.
@@ -97,10 +109,9 @@ class Layer {
   // Applies the gradient of the parameters that belong to one block of the output.
   virtual void update(int64_t /*block*/, const Step<T>&) {}
 
-  // Parameters are read before a run of samples and written back after it by the layers that keep
-  // them in an order of their own.
-  virtual void read_parameters() {}
-  virtual void write_parameters() {}
+  // Layers that keep parameters in an order of their own read them before a run of samples, and
+  // write them back after it.
+  virtual void move_parameters(bool /*back*/) {}
 
   Map<T> in, out;
 };

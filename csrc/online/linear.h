@@ -45,24 +45,24 @@ class Linear final : public Layer<T> {
   // Partial sums and their order are the same whatever the width of a vector.
   template <int kCount>
   void dot_rows(int64_t o, int64_t inputs) {
-    constexpr int kV = (kCount == 1 ? 2 : 1) * kVectorsPerLine, kWidth = kVectorBytes / sizeof(T);
+    constexpr int kV = (kCount == 1 ? 2 : 1) * kVectorsPerLine, kNumbers = kV * kWidth<T>;
     constexpr int kHalf = kLanes<T> / 2;
     const T* x = this->in.value;
     const T* w = weight_.value + o * inputs;
     Vector<T> sum[kCount][kV] = {};
     int64_t i = 0;
-    for (; i + kV * kWidth <= inputs; i += kV * kWidth) {
+    for (; i + kNumbers <= inputs; i += kNumbers) {
       for (int v = 0; v < kV; ++v) {
-        const Vector<T> a = load(x + i + v * kWidth);
+        const Vector<T> a = load(x + i + v * kWidth<T>);
         for (int m = 0; m < kCount; ++m) {
-          sum[m][v] = fmadd(a, load(w + m * inputs + i + v * kWidth), sum[m][v]);
+          sum[m][v] = fmadd(a, load(w + m * inputs + i + v * kWidth<T>), sum[m][v]);
         }
       }
     }
     for (int m = 0; m < kCount; ++m) {
-      T parts[kV * kWidth];
+      T parts[kNumbers];
       std::memcpy(parts, sum[m], sizeof parts);
-      for (int l = kHalf; l < kV * kWidth; ++l) parts[l % kHalf] += parts[l];
+      for (int l = kHalf; l < kNumbers; ++l) parts[l % kHalf] += parts[l];
       T total = bias_.value ? bias_.value[o + m] : T(0);
       for (int l = 0; l < kHalf; ++l) total += parts[l];
       for (int64_t j = i; j < inputs; ++j) total += x[j] * w[m * inputs + j];
@@ -79,11 +79,10 @@ class Linear final : public Layer<T> {
     T* w = weight_.value + o * inputs;
     T* dx = this->in.grad;
     if (update.plain() && dx != nullptr) {
-      constexpr int64_t kWidth = kVectorBytes / sizeof(T);
       T step[kCount];
       for (int m = 0; m < kCount; ++m) step[m] = -update.rate * g[m];
       int64_t i = begin;
-      for (; i + kWidth <= end; i += kWidth) {
+      for (; i + kWidth<T> <= end; i += kWidth<T>) {
         Vector<T> sum = load(dx + i);
         const Vector<T> a = load(x + i);
         for (int m = 0; m < kCount; ++m) {
@@ -126,21 +125,11 @@ class Flatten final : public Layer<T> {
   using Layer<T>::Layer;
 
   void prepare_forward(const Step<T>&, const Workers&) override {
-    const int64_t pixels = this->in.shape.pixels();
-    for (int64_t c = 0; c < this->in.shape.C; ++c) {
-      const T* from = this->in.value + c / kLanes<T> * this->in.block() + c % kLanes<T>;
-      T* to = this->out.value + c * pixels;
-      for (int64_t p = 0; p < pixels; ++p) to[p] = from[p * kLanes<T>];
-    }
+    this->in.each_element([&](int64_t at, int64_t i) { this->out.value[i] = this->in.value[at]; });
   }
 
   void prepare_backward(const Step<T>&, const Workers&) override {
-    const int64_t pixels = this->in.shape.pixels();
-    for (int64_t c = 0; c < this->in.shape.C; ++c) {
-      T* to = this->in.grad + c / kLanes<T> * this->in.block() + c % kLanes<T>;
-      const T* from = this->out.grad + c * pixels;
-      for (int64_t p = 0; p < pixels; ++p) to[p * kLanes<T>] = from[p];
-    }
+    this->in.each_element([&](int64_t at, int64_t i) { this->in.grad[at] = this->out.grad[i]; });
   }
 };
 

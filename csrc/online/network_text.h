@@ -13,9 +13,9 @@
 //   dropout     p
 #pragma once
 
-#include "../local_norm.h"
-#include "../lp_pool.h"
+#include "formulas.h"
 
+#include <charconv>
 #include <cmath>
 #include <sstream>
 
@@ -23,57 +23,49 @@ namespace mnist_ops::online {
 
 // One image's map of C channels, or a vector of C features as a map of one pixel.
 struct Shape {
-  int64_t C, H, W;
-  bool flat;  // a vector: what Linear and LogSoftmax take
+  int64_t C = 1, H = 1, W = 1;
+  bool flat = false;  // a vector: what Linear and LogSoftmax take
 
   int64_t pixels() const { return H * W; }
   int64_t numel() const { return C * H * W; }
   std::string text() const {
-    std::string result("(");
-    result.append(std::to_string(C));
-    if (!flat) {
-      result.append(", ").append(std::to_string(H)).append(", ").append(std::to_string(W));
-    }
-    return result.append(flat ? ",)" : ")");
+    return flat ? message_of("(", C, ",)") : message_of("(", C, ", ", H, ", ", W, ")");
   }
 };
 
-struct ConvolutionOptions {
-  int64_t outputs, kernel_h, kernel_w, padding_h, padding_w;
+// The windows of a convolution or a pooling.
+struct Window {
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
 };
 
 enum class Kind {
   kConv2d,
   kLinear,
-  kTanh,
-  kRelu,
-  kSigmoid,
+  kActivation,
   kDropout,
   kFlatten,
   kLogSoftmax,
-  kTorch7LogSoftmax,
   kSubtractiveNorm2d,
-  kLpPool2d,
-  kMaxPool2d,
-  kAvgPool2d,
+  kPool2d,
+  kIdentity,
 };
 
 // A layer of the text. Those that do nothing, as the flattening of a vector, are left out.
 struct LayerSpec {
   Kind kind;
-  Shape in, out;
-  ConvolutionOptions convolution{};
+  ActivationKind activation = ActivationKind::kIdentity;
+  LogSoftmaxKind log_softmax = LogSoftmaxKind::kNone;
+  PoolKind pool = PoolKind::kLp;
+  Shape in{}, out{};
+  Window window{};
   int64_t weight = -1, bias = -1;  // indices among the parameters; -1: there is none
   int64_t kernel = -1;             // index among the normalizations' kernels
-  double number = 1.0;             // dropout's p, log_softmax's beta
+  double number = 1.0;             // norm_type, dropout's p, log_softmax's beta
   int64_t first_uniform = 0;       // of dropout's random numbers for one sample
-  PoolArguments pooling{};
   bool count_padding = false;
   int64_t divisor = 0;
   // Whether a layer before this one has parameters: a gradient with respect to the input is wanted.
   bool gradient = false;
-
-  bool has_parameters() const { return weight >= 0; }
 };
 
 struct NetworkSpec {
@@ -82,63 +74,36 @@ struct NetworkSpec {
   int64_t uniforms = 0;  // dropout's random numbers for one sample
 };
 
-// A line of the text.
-class LineReader {
- public:
-  LineReader(const char* op, const std::string& line) : op_(op), text_(line), line_(line) {
-    text_ >> kind;
-  }
-
-  template <typename V = int64_t>
-  V number() {
-    V value{};
-    std::string word;
-    text_ >> word;
-    std::size_t read = 0;
-    try {
-      // Not by a stream, which reads no "inf".
-      if constexpr (std::is_same_v<V, double>) {
-        value = std::stod(word, &read);
-      } else {
-        value = std::stoll(word, &read);
-      }
-    } catch (const std::logic_error&) {
-      read = 0;
-    }
-    MNIST_OPS_CHECK(read > 0 && read == word.size(), op_, ": the network's line '", line_,
-                    "' has no number where one must be");
-    return value;
-  }
-
-  PoolArguments pooling(double p) {
-    PoolArguments a{p, {}, {}, {}, false};
-    for (auto* pair : {&a.kernel, &a.stride, &a.padding}) {
-      pair->push_back(number());
-      pair->push_back(number());
-    }
-    a.ceil_mode = number() != 0;
-    return a;
-  }
-
-  // "layer 'conv1' (conv2d)", for messages; to be called after the numbers were read.
-  std::string layer() {
-    std::string name;
-    std::getline(text_ >> std::ws, name);
-    return std::string(op_) + ": layer '" + name + "' (" + kind + ")";
-  }
-
-  std::string kind;
-
- private:
-  const char* op_;
-  std::istringstream text_;
-  std::string line_;
+// The word that begins a line, and how many numbers follow: real ones, then integers.
+struct Word {
+  const char* text;
+  int reals, integers;
+  LayerSpec layer;
+};
+inline const Word kWords[] = {
+    {"conv2d", 0, 6, {.kind = Kind::kConv2d}},
+    {"linear", 0, 2, {.kind = Kind::kLinear}},
+    {"identity", 0, 0, {.kind = Kind::kIdentity}},
+    {"tanh", 0, 0, {.kind = Kind::kActivation, .activation = ActivationKind::kTanh}},
+    {"relu", 0, 0, {.kind = Kind::kActivation, .activation = ActivationKind::kRelu}},
+    {"sigmoid", 0, 0, {.kind = Kind::kActivation, .activation = ActivationKind::kSigmoid}},
+    {"flatten", 0, 0, {.kind = Kind::kFlatten}},
+    {"log_softmax", 1, 0, {.kind = Kind::kLogSoftmax, .log_softmax = LogSoftmaxKind::kExact}},
+    {"log_softmax_torch7",
+     0,
+     0,
+     {.kind = Kind::kLogSoftmax, .log_softmax = LogSoftmaxKind::kTorch7}},
+    {"lp_pool2d", 1, 7, {.kind = Kind::kPool2d, .pool = PoolKind::kLp}},
+    {"max_pool2d", 0, 7, {.kind = Kind::kPool2d, .pool = PoolKind::kMax}},
+    {"avg_pool2d", 0, 9, {.kind = Kind::kPool2d, .pool = PoolKind::kAverage}},
+    {"subtractive_norm2d", 0, 0, {.kind = Kind::kSubtractiveNorm2d}},
+    {"dropout", 1, 0, {.kind = Kind::kDropout}},
 };
 
 class NetworkReader {
  public:
-  NetworkReader(const char* op, const std::vector<Tensor>& parameters,
-                const std::vector<Tensor>& kernels)
+  // kernels: how many there are, of the normalizations.
+  NetworkReader(const char* op, const std::vector<Tensor>& parameters, std::size_t kernels)
       : op_(op), parameters_(parameters), kernels_(kernels) {}
 
   NetworkSpec read(const std::string& text, const Shape& input) {
@@ -148,106 +113,119 @@ class NetworkReader {
     bool any = false;
     for (std::string line; std::getline(lines, line); any = true) add(line);
     MNIST_OPS_CHECK(any, op_, ": the network has no layers");
-    const std::size_t given = parameters_.size(), kernels_given = kernels_.size();
-    MNIST_OPS_CHECK(next_parameter_ == given && next_kernel_ == kernels_given, op_, ": ", given,
-                    " parameters and ", kernels_given, " kernels were given, the layers have ",
+    const std::size_t given = parameters_.size();
+    MNIST_OPS_CHECK(next_parameter_ == given && next_kernel_ == kernels_, op_, ": ", given,
+                    " parameters and ", kernels_, " kernels were given, the layers have ",
                     next_parameter_, " and ", next_kernel_);
     MNIST_OPS_CHECK(spec_.output.flat, layer_, ": the network must end in a vector of scores, ",
                     "got a map of ", spec_.output.text());
-    MNIST_OPS_CHECK(trained_, op_, ": the network has no parameters to train");
+    MNIST_OPS_CHECK(next_parameter_ > 0, op_, ": the network has no parameters to train");
     return spec_;
   }
 
  private:
   void add(const std::string& line) {
-    LineReader reader(op_, line);
-    const std::string& kind = reader.kind;
-    const Shape in = spec_.output;
-    LayerSpec layer{};
-    layer.in = layer.out = in;
-    layer.gradient = trained_;
-    if (kind == "conv2d") {
-      layer.kind = Kind::kConv2d;
-      layer.convolution = {reader.number(), reader.number(), reader.number(), reader.number(),
-                           reader.number()};
-      const ConvolutionOptions& o = layer.convolution;
-      const bool bias = reader.number() != 0;
-      layer_ = reader.layer();
-      expect_map(in);
-      const int64_t limit = int64_t{1} << 20;  // keeps every product clear of overflow
-      MNIST_OPS_CHECK(o.outputs > 0 && o.kernel_h > 0 && o.kernel_w > 0 && o.padding_h >= 0 &&
-                          o.padding_w >= 0 && o.kernel_h < limit && o.kernel_w < limit &&
-                          o.padding_h < limit && o.padding_w < limit,
-                      layer_, ": impossible arguments in '", line, "'");
-      layer.out = {o.outputs, in.H + 2 * o.padding_h - o.kernel_h + 1,
-                   in.W + 2 * o.padding_w - o.kernel_w + 1, false};
-      MNIST_OPS_CHECK(layer.out.H > 0 && layer.out.W > 0, layer_, ": a kernel of (", o.kernel_h,
-                      ", ", o.kernel_w, ") does not fit into its input of ", in.text());
-      layer.weight = parameter({o.outputs, in.C, o.kernel_h, o.kernel_w}, in);
-      if (bias) layer.bias = parameter({o.outputs}, in);
-    } else if (kind == "linear") {
-      layer.kind = Kind::kLinear;
-      const int64_t outputs = reader.number();
-      const bool bias = reader.number() != 0;
-      layer_ = reader.layer();
-      expect_vector(in);
-      MNIST_OPS_CHECK(outputs > 0, layer_, ": impossible arguments in '", line, "'");
-      layer.out = {outputs, 1, 1, true};
-      layer.weight = parameter({outputs, in.C}, in);
-      if (bias) layer.bias = parameter({outputs}, in);
-    } else if (kind == "tanh" || kind == "relu" || kind == "sigmoid") {
-      layer.kind = kind == "tanh" ? Kind::kTanh : kind == "relu" ? Kind::kRelu : Kind::kSigmoid;
-      layer_ = reader.layer();
-    } else if (kind == "identity") {
-      return;
-    } else if (kind == "dropout") {
-      layer.kind = Kind::kDropout;
-      layer.number = reader.number<double>();
-      layer_ = reader.layer();
-      MNIST_OPS_CHECK(layer.number >= 0 && layer.number < 1, layer_, ": p must be in [0, 1), got ",
-                      layer.number);
-      layer.first_uniform = spec_.uniforms;
-      spec_.uniforms += in.numel();
-    } else if (kind == "flatten") {
-      layer.kind = Kind::kFlatten;
-      layer_ = reader.layer();
-      if (in.flat) return;
-      layer.out = {in.numel(), 1, 1, true};
-    } else if (kind == "log_softmax" || kind == "log_softmax_torch7") {
-      const bool exact = kind == "log_softmax";
-      layer.kind = exact ? Kind::kLogSoftmax : Kind::kTorch7LogSoftmax;
-      if (exact) layer.number = reader.number<double>();
-      layer_ = reader.layer();
-      MNIST_OPS_CHECK(std::isfinite(layer.number), layer_, ": beta must be finite, got ",
-                      layer.number);
-      expect_vector(in);
-    } else if (kind == "subtractive_norm2d") {
-      layer.kind = Kind::kSubtractiveNorm2d;
-      layer_ = reader.layer();
-      expect_map(in);
-      MNIST_OPS_CHECK(next_kernel_ < kernels_.size(), layer_, ": its kernel was not given");
-      check_norm_kernel(op_, kernels_[next_kernel_], parameters_[0]);
-      layer.kernel = static_cast<int64_t>(next_kernel_++);
-    } else if (kind == "lp_pool2d" || kind == "max_pool2d" || kind == "avg_pool2d") {
-      layer.kind = kind[0] == 'l'   ? Kind::kLpPool2d
-                   : kind[0] == 'm' ? Kind::kMaxPool2d
-                                    : Kind::kAvgPool2d;
-      layer.pooling = reader.pooling(kind[0] == 'l' ? reader.number<double>() : 1.0);
-      layer.count_padding = kind[0] == 'a' && reader.number() != 0;
-      layer.divisor = kind[0] == 'a' ? reader.number() : 0;
-      layer_ = reader.layer();
-      expect_map(in);
-      layer.out = pooled(in, layer.pooling);
-      const int64_t limit = int64_t{1} << 31;  // of what the GPU's program holds
-      MNIST_OPS_CHECK(layer.pooling.kernel[0] * layer.pooling.kernel[1] < limit &&
-                          layer.divisor > -limit && layer.divisor < limit,
-                      layer_, ": impossible arguments in '", line, "'");
-    } else {
-      MNIST_OPS_CHECK(false, op_, ": there is no layer '", kind, "' in this engine");
-    }
+    std::istringstream words(line);
+    std::string kind, name;
+    words >> kind;
+    const Word* known = std::find_if(std::begin(kWords), std::end(kWords),
+                                     [&](const Word& word) { return kind == word.text; });
+    MNIST_OPS_CHECK(known != std::end(kWords), op_, ": there is no layer '", kind,
+                    "' in this engine");
+    LayerSpec layer = known->layer;
+    int64_t n[9] = {};
+    if (known->reals != 0) layer.number = number<double>(words, line);
+    for (int i = 0; i < known->integers; ++i) n[i] = number<int64_t>(words, line);
+    if (layer.kind == Kind::kIdentity) return;
+    std::getline(words >> std::ws, name);
+    layer_ = std::string(op_) + ": layer '" + name + "' (" + kind + ")";
+    layer.in = layer.out = spec_.output;
+    layer.gradient = next_parameter_ > 0;
+    if (!fill(layer, n, line)) return;
     check_size(layer.out, layer_);
     spec_.output = layer.out;
     spec_.layers.push_back(layer);
+  }
+
+  template <typename V>
+  V number(std::istringstream& words, const std::string& line) const {
+    std::string word;
+    words >> word;
+    V value{};
+    const char* const end = word.data() + word.size();
+    const auto [stop, error] = std::from_chars(word.data(), end, value);
+    MNIST_OPS_CHECK(error == std::errc{} && stop == end, op_, ": the network's line '", line,
+                    "' has no number where one must be");
+    return value;
+  }
+
+  // Fills in what follows from the line's integers and the layer's input; false: it does nothing.
+  bool fill(LayerSpec& layer, const int64_t (&n)[9], const std::string& line) {
+    const Shape& in = layer.in;
+    const auto possible = [&](bool arguments) {
+      MNIST_OPS_CHECK(arguments, layer_, ": impossible arguments in '", line, "'");
+    };
+    switch (layer.kind) {
+      case Kind::kConv2d: {
+        expect_map(in);
+        const int64_t limit = int64_t{1} << 20;  // keeps every product clear of overflow
+        possible(n[0] > 0 && n[1] > 0 && n[2] > 0 && n[3] >= 0 && n[4] >= 0 && n[1] < limit &&
+                 n[2] < limit && n[3] < limit && n[4] < limit);
+        layer.window = {n[1], n[2], 1, 1, n[3], n[4]};
+        layer.out = {n[0], in.H + 2 * n[3] - n[1] + 1, in.W + 2 * n[4] - n[2] + 1, false};
+        MNIST_OPS_CHECK(layer.out.H > 0 && layer.out.W > 0, layer_, ": a kernel of (", n[1], ", ",
+                        n[2], ") does not fit into its input of ", in.text());
+        layer.weight = parameter({n[0], in.C, n[1], n[2]}, in);
+        if (n[5] != 0) layer.bias = parameter({n[0]}, in);
+        break;
+      }
+      case Kind::kLinear:
+        expect_vector(in);
+        possible(n[0] > 0);
+        layer.out = {n[0], 1, 1, true};
+        layer.weight = parameter({n[0], in.C}, in);
+        if (n[1] != 0) layer.bias = parameter({n[0]}, in);
+        break;
+      case Kind::kDropout:
+        MNIST_OPS_CHECK(layer.number >= 0 && layer.number < 1, layer_,
+                        ": p must be in [0, 1), got ", layer.number);
+        layer.first_uniform = spec_.uniforms;
+        spec_.uniforms += in.numel();
+        break;
+      case Kind::kFlatten:
+        layer.out = {in.numel(), 1, 1, true};
+        return !in.flat;
+      case Kind::kLogSoftmax:
+        MNIST_OPS_CHECK(std::isfinite(layer.number), layer_, ": beta must be finite, got ",
+                        layer.number);
+        expect_vector(in);
+        break;
+      case Kind::kSubtractiveNorm2d:
+        expect_map(in);
+        MNIST_OPS_CHECK(next_kernel_ < kernels_, layer_, ": its kernel was not given");
+        layer.kernel = static_cast<int64_t>(next_kernel_++);
+        break;
+      case Kind::kPool2d: {
+        expect_map(in);
+        const bool ceil_mode = n[6] != 0;
+        check_pool_arguments(op_,
+                             {layer.number, {n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, ceil_mode});
+        layer.window = {n[0], n[1], n[2], n[3], n[4], n[5]};
+        layer.count_padding = n[7] != 0;
+        layer.divisor = n[8];
+        layer.out = {in.C, pooled_size(in.H, n[0], n[2], n[4], ceil_mode),
+                     pooled_size(in.W, n[1], n[3], n[5], ceil_mode), false};
+        MNIST_OPS_CHECK(layer.out.H > 0 && layer.out.W > 0, layer_, ": kernel_size (", n[0], ", ",
+                        n[1], ") does not fit into its input of ", in.text());
+        const int64_t limit = int64_t{1} << 31;  // of what the GPU's program holds
+        possible(n[0] * n[1] < limit && n[8] > -limit && n[8] < limit);
+        break;
+      }
+      case Kind::kActivation:
+      case Kind::kIdentity:
+        break;
+    }
+    return true;
   }
 
   // The index of the next parameter, which must have this shape.
@@ -255,25 +233,11 @@ class NetworkReader {
     MNIST_OPS_CHECK(next_parameter_ < parameters_.size(), layer_,
                     ": its parameters were not given");
     const Tensor& tensor = parameters_[next_parameter_];
-    bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
     std::string text;
-    for (std::size_t d = 0; d < shape.size(); ++d) {
-      fits = fits && tensor.size(d) == shape[d];
-      text += (d ? ", " : "") + std::to_string(shape[d]);
-    }
-    MNIST_OPS_CHECK(fits, layer_, ": expected a parameter of (", text, ") for its input of ",
-                    in.text(), ", got ", shape_string(tensor));
-    trained_ = true;
+    for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    MNIST_OPS_CHECK(tensor.sizes().equals(shape), layer_, ": expected a parameter of (", text,
+                    ") for its input of ", in.text(), ", got ", shape_string(tensor));
     return static_cast<int64_t>(next_parameter_++);
-  }
-
-  Shape pooled(const Shape& in, const PoolArguments& a) const {
-    check_pool_arguments(op_, a);
-    const Shape out{in.C, pooled_size(in.H, a.kernel[0], a.stride[0], a.padding[0], a.ceil_mode),
-                    pooled_size(in.W, a.kernel[1], a.stride[1], a.padding[1], a.ceil_mode), false};
-    MNIST_OPS_CHECK(out.H > 0 && out.W > 0, layer_, ": kernel_size (", a.kernel[0], ", ",
-                    a.kernel[1], ") does not fit into its input of ", in.text());
-    return out;
   }
 
   // A map has elements, and so few that no product of sizes overflows.
@@ -295,53 +259,9 @@ class NetworkReader {
 
   const char* op_;
   const std::vector<Tensor>& parameters_;
-  const std::vector<Tensor>& kernels_;
   NetworkSpec spec_;
   std::string layer_;  // the one being added, for messages
-  std::size_t next_parameter_ = 0, next_kernel_ = 0;
-  bool trained_ = false;  // a layer with parameters was added
+  std::size_t kernels_, next_parameter_ = 0, next_kernel_ = 0;
 };
-
-// What both engines ask of their operators' arguments.
-inline void check_online_arguments(const char* op, const std::vector<Tensor>& parameters,
-                                   const Tensor& images, const Tensor& labels, int64_t loss) {
-  const auto is_float = [](const Tensor& tensor) {
-    return tensor.scalar_type() == ScalarType::Double || tensor.scalar_type() == ScalarType::Float;
-  };
-  const auto name_of = [](const Tensor& tensor) {
-    return torch::headeronly::toString(tensor.scalar_type());
-  };
-  MNIST_OPS_CHECK(!parameters.empty(), op, ": the network has no parameters");
-  MNIST_OPS_CHECK(is_float(parameters[0]), op, ": parameters must be float64 or float32, got ",
-                  name_of(parameters[0]));
-  MNIST_OPS_CHECK(images.dim() == 2 || images.dim() == 4, op,
-                  ": images must be (N, C, H, W) or (N, features), got the shape ",
-                  shape_string(images));
-  MNIST_OPS_CHECK(is_float(images), op, ": images must be float64 or float32, got ",
-                  name_of(images));
-  MNIST_OPS_CHECK(labels.dim() == 1 && labels.scalar_type() == ScalarType::Long &&
-                      labels.size(0) == images.size(0),
-                  op, ": labels must be int64 (", images.size(0), ",), got ", name_of(labels), " ",
-                  shape_string(labels));
-  MNIST_OPS_CHECK(loss >= 0 && loss <= 2, op, ": loss must be 0, 1 or 2, got ", loss);
-}
-
-// Dense tensors to train in, of which those that are copies go back at the end.
-inline std::vector<Tensor> dense_to_write(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& tensor : tensors) result.push_back(contiguous_to_write(tensor));
-  return result;
-}
-inline void copy_back(std::vector<Tensor>& tensors, const std::vector<Tensor>& dense) {
-  for (std::size_t i = 0; i < dense.size(); ++i) {
-    if (tensors[i].data_ptr() != dense[i].data_ptr()) torch::stable::copy_(tensors[i], dense[i]);
-  }
-}
-
-// The shape of one sample of images (N, C, H, W) or (N, features).
-inline Shape sample_shape(const Tensor& images) {
-  if (images.dim() == 2) return {images.size(1), 1, 1, true};
-  return {images.size(1), images.size(2), images.size(3), false};
-}
 
 }  // namespace mnist_ops::online

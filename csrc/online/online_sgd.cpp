@@ -6,6 +6,7 @@
 // cannot fail. What a step costs is in its convolutions (convolution.h says how they run) but for
 // about a tenth.
 
+#include "call.h"
 #include "convolution.h"
 #include "linear.h"
 #include "losses.h"
@@ -18,73 +19,38 @@ namespace {
 
 constexpr const char* kOp = "online_sgd";
 
-struct Settings {
-  Loss loss;
-  int64_t step;  // steps made before
-  double lr, lr_decay, weight_decay, momentum, dampening;
-  bool nesterov;
-  bool started;  // the velocities hold those of an earlier step
-  int64_t threads;
-};
-
 template <typename T>
 class Network {
  public:
-  Network(const std::string& network, const std::vector<Tensor>& parameters,
-          const std::vector<Tensor>& velocities, const std::vector<Tensor>& kernels,
-          const Tensor& images, const Settings& settings)
-      : settings_(settings),
-        workers_{settings.threads},
-        parameters_(dense_to_write(parameters)),
-        velocities_(dense_to_write(velocities)) {
-    const NetworkSpec spec =
-        NetworkReader(kOp, parameters_, kernels).read(network, sample_shape(images));
-    uniforms_ = spec.uniforms;
+  Network(const Call& call, int64_t threads) : call_(call), workers_{threads} {
     // An image of one channel stays as it is where a convolution reads it; otherwise it takes a
     // whole block like all other maps.
+    const NetworkSpec& spec = call.spec;
     const bool image = spec.layers[0].kind == Kind::kConv2d && spec.input.C == 1;
-    Map<T> map{spec.input, nullptr, nullptr, image ? 1 : kLanes<T>};
-    map.value = allocate(map.blocks() * map.block());
-    input_ = map;
-    for (const LayerSpec& layer : spec.layers) map = add(layer, map, kernels);
-    output_ = map;
+    output_ = input_ = new_map(spec.input, false, image ? 1 : kLanes<T>);
+    for (const LayerSpec& layer : spec.layers) output_ = add(layer, output_);
     plan();
   }
 
-  int64_t classes() const { return output_.shape.C; }
-  int64_t uniforms() const { return uniforms_; }
-
-  // Trains on count samples; pixels are those of one image.
+  // Trains on all samples of the call; settings: of formulas.h.
   template <typename I>
-  void run(const I* images, const int64_t* labels, const int64_t* order, int64_t count,
-           const double* uniform, T* losses, int64_t* predictions) {
-    for (auto& layer : layers_) layer->read_parameters();
-    Step<T> step{};
-    Update<T>& update = step.update;
-    update.weight_decay = static_cast<T>(settings_.weight_decay);
-    update.momentum = static_cast<T>(settings_.momentum);
-    update.keep = static_cast<T>(1.0 - settings_.dampening);
-    update.nesterov = settings_.nesterov;
-    const int64_t numel = input_.shape.C * input_.shape.pixels();
-    for (int64_t i = 0; i < count; ++i) {
-      const double t = static_cast<double>(settings_.step + i);
-      update.rate = static_cast<T>(settings_.lr / (1.0 + t * settings_.lr_decay));
-      update.first = i == 0 && !settings_.started;
-      step.uniform = uniform + i * uniforms_;
-      read_image(images + order[i] * numel);
+  void run(const double* settings, bool nesterov, T* losses, int64_t* predictions) {
+    for (auto& layer : layers_) layer->move_parameters(false);
+    const I* images = call_.images.template const_data_ptr<I>();
+    const int64_t* order = call_.order.template const_data_ptr<int64_t>();
+    const double* uniform = call_.uniform.template const_data_ptr<double>();
+    for (int64_t i = 0; i < call_.count; ++i) {
+      const Step<T> step{update_of_step<T>(settings, settings[kSteps], i, nesterov),
+                         uniform + i * call_.spec.uniforms};
+      read_image(images + order[i] * input_.shape.numel());
       forward(step);
-      predictions[i] = predicted_class(output_.value, classes());
-      losses[i] = loss_and_gradient(settings_.loss, output_.value, classes(), labels[order[i]],
-                                    output_.grad);
+      const int64_t classes = output_.shape.C;
+      predictions[i] = predicted_class(output_.value, classes);
+      losses[i] = loss_and_gradient(static_cast<Loss>(call_.loss), output_.value, classes,
+                                    call_.targets[i], output_.grad);
       backward(step);
     }
-    for (auto& layer : layers_) layer->write_parameters();
-  }
-
-  // Copies back what was not dense in the caller's tensors.
-  void finish(std::vector<Tensor>& parameters, std::vector<Tensor>& velocities) {
-    copy_back(parameters, parameters_);
-    copy_back(velocities, velocities_);
+    for (auto& layer : layers_) layer->move_parameters(true);
   }
 
  private:
@@ -101,8 +67,8 @@ class Network {
     return buffers_.back().data();
   }
 
-  Map<T> new_map(const Shape& shape, bool with_grad) {
-    Map<T> map{shape, nullptr, nullptr, kLanes<T>};
+  Map<T> new_map(const Shape& shape, bool with_grad, int64_t lanes = kLanes<T>) {
+    Map<T> map{shape, nullptr, nullptr, lanes};
     map.value = allocate(map.blocks() * map.block());
     if (with_grad) map.grad = allocate(map.blocks() * map.block());
     return map;
@@ -118,15 +84,11 @@ class Network {
 
   // The parameter with this index, or none.
   Parameter<T> parameter(int64_t index) {
-    Parameter<T> result;
-    if (index < 0) return result;
-    result.value = parameters_[index].template mutable_data_ptr<T>();
-    if (!velocities_.empty()) {
-      MNIST_OPS_CHECK(same_shape(velocities_[index], parameters_[index]), kOp,
-                      ": velocities must have the shapes of their parameters");
-      result.velocity = velocities_[index].template mutable_data_ptr<T>();
-    }
-    return result;
+    if (index < 0) return {};
+    const auto data = [&](const std::vector<Tensor>& tensors) {
+      return tensors.empty() ? nullptr : static_cast<T*>(tensors[index].data_ptr());
+    };
+    return {data(call_.parameters), data(call_.velocities)};
   }
 
   template <typename L, typename... Args>
@@ -135,45 +97,35 @@ class Network {
     return out;
   }
 
-  Map<T> add(const LayerSpec& layer, const Map<T>& in, const std::vector<Tensor>& kernels) {
+  Map<T> add(const LayerSpec& layer, const Map<T>& in) {
     const Parameter<T> weight = parameter(layer.weight), bias = parameter(layer.bias);
     switch (layer.kind) {
       case Kind::kConv2d:
-        return push<Convolution<T>>(in, new_map(layer.out, true), layer.convolution, weight, bias);
+        return push<Convolution<T>>(in, new_map(layer.out, true), layer.window, weight, bias);
       case Kind::kLinear:
         return push<Linear<T>>(in, new_map(layer.out, true), weight, bias);
-      case Kind::kTanh:
-        return push<Activation<T, ActivationKind::kTanh>>(in, same_map(in));
-      case Kind::kRelu:
-        return push<Activation<T, ActivationKind::kRelu>>(in, same_map(in));
-      case Kind::kSigmoid:
-        return push<Activation<T, ActivationKind::kSigmoid>>(in, same_map(in));
+      case Kind::kActivation:
+        return dispatch_activation(layer.activation, [&](auto tag) {
+          return push<Activation<T, decltype(tag)::value>>(in, same_map(in));
+        });
       case Kind::kDropout:
         return push<Dropout<T>>(in, same_map(in), layer.number, layer.first_uniform);
       case Kind::kSubtractiveNorm2d:
-        return push<SubtractiveNorm<T>>(in, same_map(in), kernels[layer.kernel]);
+        return push<SubtractiveNorm<T>>(in, same_map(in), call_.kernels[layer.kernel]);
       default:
         break;
     }
     // Layers before the first parameters need no gradient.
     const Map<T> out = new_map(layer.out, layer.gradient);
-    switch (layer.kind) {
-      case Kind::kFlatten:
-        return push<Flatten<T>>(in, out);
-      case Kind::kLogSoftmax:
-        return push<LogSoftmax<T>>(in, out, layer.number);
-      case Kind::kTorch7LogSoftmax:
-        return push<Torch7LogSoftmax<T>>(in, out);
-      case Kind::kMaxPool2d:
-        return push<MaxPooling<T>>(in, out, layer.pooling);
-      case Kind::kAvgPool2d:
-        return push<AveragePooling<T>>(in, out, layer.pooling, layer.count_padding, layer.divisor);
-      default:
-        break;
+    if (layer.kind == Kind::kFlatten) return push<Flatten<T>>(in, out);
+    if (layer.log_softmax == LogSoftmaxKind::kExact) {
+      return push<LogSoftmax<T>>(in, out, layer.number);
     }
-    dispatch_norm(layer.pooling.p, [&](auto norm) {
-      push<LpPooling<T, decltype(norm)::value>>(in, out, layer.pooling);
-    });
+    if (layer.log_softmax == LogSoftmaxKind::kTorch7) return push<Torch7LogSoftmax<T>>(in, out);
+    if (layer.pool == PoolKind::kMax) return push<MaxPooling<T>>(in, out, layer);
+    if (layer.pool == PoolKind::kAverage) return push<AveragePooling<T>>(in, out, layer);
+    dispatch_norm(layer.number,
+                  [&](auto norm) { push<LpPooling<T, decltype(norm)::value>>(in, out, layer); });
     return out;
   }
 
@@ -225,21 +177,16 @@ class Network {
 
   template <typename I>
   void read_image(const I* image) {
-    const int64_t pixels = input_.shape.pixels(), lanes = input_.lanes;
-    for (int64_t c = 0; c < input_.shape.C; ++c, image += pixels) {
-      T* to = input_.value + c / lanes * input_.block() + c % lanes;
-      for (int64_t p = 0; p < pixels; ++p) to[p * lanes] = static_cast<T>(image[p]);
-    }
+    input_.each_element(
+        [&](int64_t at, int64_t i) { input_.value[at] = static_cast<T>(image[i]); });
   }
 
-  Settings settings_;
+  const Call& call_;
   Workers workers_;
-  std::vector<Tensor> parameters_, velocities_;
   std::vector<Buffer<T>> buffers_;
   std::vector<std::unique_ptr<Layer<T>>> layers_;
   std::vector<Phase> forward_, backward_;
   Map<T> input_{}, output_{};
-  int64_t uniforms_ = 0;
 };
 
 std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
@@ -249,25 +196,9 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                                       double lr, double lr_decay, double weight_decay,
                                       double momentum, double dampening, bool nesterov,
                                       bool started, int64_t threads) {
-  check_online_arguments(kOp, parameters, images, labels, loss);
-  MNIST_OPS_CHECK(velocities.empty() || velocities.size() == parameters.size(), kOp,
-                  ": expected one velocity for each of ", parameters.size(), " parameters, got ",
-                  velocities.size());
-  const ScalarType dtype = parameters[0].scalar_type();
-  for (const auto* tensors : {&parameters, &velocities}) {
-    for (const Tensor& tensor : *tensors) {
-      MNIST_OPS_CHECK(tensor.scalar_type() == dtype && tensor.is_cpu(), kOp,
-                      ": parameters and velocities must all be ",
-                      torch::headeronly::toString(dtype), " tensors on the CPU");
-    }
-  }
   MNIST_OPS_CHECK(order.dim() == 1 && order.scalar_type() == ScalarType::Long, kOp,
                   ": order must be int64 (M,), got ",
                   torch::headeronly::toString(order.scalar_type()), " ", shape_string(order));
-  MNIST_OPS_CHECK(images.is_cpu() && labels.is_cpu() && order.is_cpu() && uniform.is_cpu(), kOp,
-                  ": images, labels, order and uniform must be on the CPU");
-  MNIST_OPS_CHECK((momentum != 0) == !velocities.empty(), kOp,
-                  ": velocities go with a momentum, and only with one");
   MNIST_OPS_CHECK(threads >= 1 && threads <= (1 << 20), kOp, ": threads must be in [1, 2^20], got ",
                   threads);
   // A step is counted in float64.
@@ -278,43 +209,22 @@ std::tuple<Tensor, Tensor> online_sgd(std::vector<Tensor> parameters,
                     ": lr, lr_decay, weight_decay, momentum and dampening must be finite, got ",
                     number);
   }
-  const Tensor pictures = contiguous_of(images);
-  const Tensor classes = contiguous_of(labels);
-  const Tensor sequence = contiguous_of(order);
-  const Tensor numbers = contiguous_of(uniform);
-  const int64_t count = sequence.numel();
-  const int64_t* indices = sequence.const_data_ptr<int64_t>();
-  const int64_t* targets = classes.const_data_ptr<int64_t>();
-
-  Tensor losses = new_tensor(parameters[0], {count});
-  Tensor predictions = new_tensor(order, {count});
-  const auto run = [&](auto element) {
+  Call call{kOp, 1, parameters, velocities, kernels, images, labels, order, uniform, loss};
+  call.prepare(network, momentum != 0);
+  const double settings[kSettings] = {
+      lr, lr_decay, weight_decay, momentum, dampening, static_cast<double>(step), 1.0 * started};
+  Tensor losses = new_tensor(parameters[0], {call.count});
+  Tensor predictions = new_tensor(order, {call.count});
+  int64_t* predicted = predictions.mutable_data_ptr<int64_t>();
+  dispatch_computed(parameters[0], [&](auto element) {
     using T = decltype(element);
-    Network<T> net(network, parameters, velocities, kernels, pictures,
-                   Settings{static_cast<Loss>(loss), step, lr, lr_decay, weight_decay, momentum,
-                            dampening, nesterov, started, threads});
-    for (int64_t i = 0; i < count; ++i) {
-      MNIST_OPS_CHECK(indices[i] >= 0 && indices[i] < images.size(0), kOp,
-                      ": order must be in [0, ", images.size(0), "), got ", indices[i],
-                      " at position ", i);
-      const int64_t target = targets[indices[i]];
-      MNIST_OPS_CHECK(target >= 0 && target < net.classes(), kOp, ": labels must be in [0, ",
-                      net.classes(), "), got ", target, " at position ", indices[i]);
-    }
-    MNIST_OPS_CHECK(
-        numbers.scalar_type() == ScalarType::Double && numbers.numel() == count * net.uniforms(),
-        kOp, ": dropout needs ", count * net.uniforms(), " float64 numbers, got ", numbers.numel());
-    const double* u = numbers.const_data_ptr<double>();
-    T* loss_of = losses.mutable_data_ptr<T>();
-    int64_t* predicted = predictions.mutable_data_ptr<int64_t>();
-    if (pictures.scalar_type() == ScalarType::Double) {
-      net.run(pictures.const_data_ptr<double>(), targets, indices, count, u, loss_of, predicted);
-    } else {
-      net.run(pictures.const_data_ptr<float>(), targets, indices, count, u, loss_of, predicted);
-    }
-    net.finish(parameters, velocities);
-  };
-  dispatch_computed(parameters[0], run);
+    Network<T> net(call, threads);
+    dispatch_computed(images, [&](auto pixel) {
+      net.template run<decltype(pixel)>(settings, nesterov, losses.mutable_data_ptr<T>(),
+                                        predicted);
+    });
+  });
+  call.finish(parameters, velocities);
   return {losses, predictions};
 }
 

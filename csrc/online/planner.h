@@ -14,7 +14,7 @@
 // A layer's update waits for the level after the one that reads the old weights.
 #pragma once
 
-#include "network_text.h"
+#include "call.h"
 #include "tiling.h"
 
 namespace mnist_ops::online {
@@ -25,22 +25,17 @@ struct Program {
   int64_t parameter_elements = 0;   // of all parameters, aligned
   int64_t workspace = 0;            // elements for one model, velocities not counted
   int64_t memory = 0;               // that a block needs, in numbers
-
-  struct Kernel {  // of a normalization, to be prepared before the first step
-    int64_t index;
-    BlurPlan blur;
-  };
-  std::vector<Kernel> kernels;
+  std::vector<BlurPlan> blurs;      // of the normalizations: their taps and coef come before a run
 };
 
 class Planner {
  public:
-  // sizes: of the parameters; kernels: (taps_h, taps_w, separable) of the normalizations; threads:
-  // of a block; memory: the numbers that a block can have in its own memory.
-  Planner(const char* op, const NetworkSpec& spec, const std::vector<int64_t>& sizes,
-          const std::vector<std::array<int64_t, 3>>& kernels, int32_t threads, int64_t memory)
-      : op_(op), spec_(spec), kernels_(kernels), threads_(threads), tiling_(threads, memory) {
-    for (const int64_t size : sizes) program_.parameters.push_back(allocate(size));
+  // threads: of a block; memory: the numbers that a block can have in its own memory.
+  Planner(const Call& call, int32_t threads, int64_t memory)
+      : call_(call), spec_(call.spec), threads_(threads), tiling_(threads, memory) {
+    for (std::size_t i = 0; i < call.parameters.size() / call.models; ++i) {
+      program_.parameters.push_back(allocate(call.parameters[i].numel()));
+    }
     program_.parameter_elements = program_.workspace;
   }
 
@@ -69,10 +64,8 @@ class Planner {
   struct Step {
     const LayerSpec* layer;
     Value in, out;
-    const LayerSpec* activation = nullptr;
-    const LayerSpec* pool = nullptr;
-    const LayerSpec* norm = nullptr;
-    const LayerSpec* flatten = nullptr;
+    ActivationKind activation = ActivationKind::kIdentity;
+    const LayerSpec *pool = nullptr, *norm = nullptr, *flatten = nullptr;
     int64_t y = kNowhere, pooled = kNowhere, flat = kNowhere;
     BlurPlan backward_blur{};
   };
@@ -80,36 +73,38 @@ class Planner {
   int64_t allocate(int64_t size) {
     const int64_t offset = program_.workspace;
     program_.workspace += (size + 31) / 32 * 32;
-    MNIST_OPS_CHECK(size < (int64_t{1} << 30), op_, ": the network is too large, ", size,
+    MNIST_OPS_CHECK(size < (int64_t{1} << 30), call_.op, ": the network is too large, ", size,
                     " numbers in one map or parameter");
     return offset;
   }
 
   int32_t warps() const { return threads_ / 32; }
 
-  // For a phase, or the head of one.
-  template <typename P>
-  void set_parameters(P& p, const LayerSpec& layer) const {
-    p.weight = program_.parameters[layer.weight];
-    p.bias = layer.bias < 0 ? kNowhere : program_.parameters[layer.bias];
+  // Where a parameter lies, if there is one.
+  int64_t offset_of(int64_t parameter) const {
+    return parameter < 0 ? kNowhere : program_.parameters[parameter];
   }
 
   const LayerSpec* peek(std::size_t i) const {
     return i < spec_.layers.size() ? &spec_.layers[i] : nullptr;
   }
 
-  static ActivationKind activation_of(const LayerSpec* layer) {
-    if (layer == nullptr) return ActivationKind::kIdentity;
-    switch (layer->kind) {
-      case Kind::kTanh:
-        return ActivationKind::kTanh;
-      case Kind::kRelu:
-        return ActivationKind::kRelu;
-      case Kind::kSigmoid:
-        return ActivationKind::kSigmoid;
-      default:
-        return ActivationKind::kIdentity;
-    }
+  // A phase of a layer: what follows from the layer alone, and a thread for each of its inputs.
+  Phase phase_of(Op op, const LayerSpec& layer) const {
+    const Window& w = layer.window;
+    Phase p;
+    p.op = op;
+    p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
+    p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+    p.kernel_h = narrow(w.kernel_h), p.kernel_w = narrow(w.kernel_w);
+    p.stride_h = narrow(w.stride_h), p.stride_w = narrow(w.stride_w);
+    p.padding_h = narrow(w.padding_h), p.padding_w = narrow(w.padding_w);
+    p.count_padding = layer.count_padding, p.divisor = narrow(layer.divisor);
+    p.activation = layer.activation, p.pool = layer.pool, p.log_softmax = layer.log_softmax;
+    p.number = layer.number, p.first_uniform = layer.first_uniform;
+    p.weight = offset_of(layer.weight), p.bias = offset_of(layer.bias);
+    p.tasks = ceil_div(layer.in.numel(), threads_);
+    return p;
   }
 
   // ------------------------------------------------------------------------------ emitting phases
@@ -134,27 +129,20 @@ class Planner {
     end_level();
   }
 
-  Phase elementwise(Op op, const Shape& shape) const {
-    Phase p;
-    p.op = op;
-    p.C = narrow(shape.C), p.H = narrow(shape.H), p.W = narrow(shape.W);
-    p.tasks = ceil_div(shape.numel(), threads_);
-    return p;
-  }
-
   // --------------------------------------------------------------------------------- normalization
 
-  BlurPlan new_blur(const LayerSpec& layer, bool adjoint) {
+  BlurPlan new_blur(const LayerSpec& layer) {
     BlurPlan b;
     b.C = narrow(layer.in.C), b.H = narrow(layer.in.H), b.W = narrow(layer.in.W);
-    const auto& kernel = kernels_[layer.kernel];
-    b.taps_h = narrow(kernel[0]), b.taps_w = narrow(kernel[1]), b.separable = kernel[2] != 0;
-    b.adjoint = adjoint;
-    b.taps = allocate(b.separable ? kernel[1] : kernel[0] * kernel[1]);
+    const Tensor& kernel = call_.kernels[layer.kernel];
+    b.separable = kernel.dim() == 1;
+    b.taps_h = narrow(kernel.size(0)), b.taps_w = narrow(kernel.size(kernel.dim() - 1));
+    b.taps = allocate(kernel.numel());
     b.coef = allocate(layer.in.pixels());
     b.sum = allocate(layer.in.pixels());
     b.mean = allocate(layer.in.pixels());
     b.source = small_plane(layer) ? MeanSource::kMap : MeanSource::kReady;
+    program_.blurs.push_back(b);
     return b;
   }
 
@@ -175,40 +163,28 @@ class Planner {
   }
 
   // Writes the map minus its blurred mean.
-  void emit_subtract(const BlurPlan& b, const Shape& shape, int64_t from, int64_t to) {
+  void emit_subtract(const BlurPlan& b, const LayerSpec& layer, int64_t from, int64_t to) {
     emit_mean(b, from);
-    Phase p = elementwise(Op::kSubtract, shape);
+    Phase p = phase_of(Op::kSubtract, layer);
     p.x = from, p.y = to, p.blur = b;
     emit_level(p);
   }
 
-  // The value as it is, where the next layer cannot subtract on reading.
-  void materialise(const Shape& shape) {
+  // The input of a layer that cannot subtract on reading.
+  void materialise(const LayerSpec& layer) {
     if (value_.blur.source == MeanSource::kNone) return;
-    const int64_t to = allocate(shape.numel());
-    emit_subtract(value_.blur, shape, value_.value, to);
+    const int64_t to = allocate(layer.in.numel());
+    emit_subtract(value_.blur, layer, value_.value, to);
     value_.value = to;
     value_.blur = {};
   }
 
   // ---------------------------------------------------------------------------------- convolution
 
-  Phase convolution_phase(Op op, const LayerSpec& layer) const {
-    Phase p;
-    p.op = op;
-    p.C = narrow(layer.in.C), p.H = narrow(layer.in.H), p.W = narrow(layer.in.W);
-    p.O = narrow(layer.out.C), p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
-    const ConvolutionOptions& o = layer.convolution;
-    p.kernel_h = narrow(o.kernel_h), p.kernel_w = narrow(o.kernel_w);
-    p.padding_h = narrow(o.padding_h), p.padding_w = narrow(o.padding_w);
-    set_parameters(p, layer);
-    return p;
-  }
-
   void forward_convolution(std::size_t i) {
     const LayerSpec& layer = spec_.layers[i];
     Step s{&layer, value_, {}};
-    Phase p = convolution_phase(Op::kConvolution, layer);
+    Phase p = phase_of(Op::kConvolution, layer);
     p.x = value_.value;
     emit_mean(value_.blur, value_.value);
     p.blur = value_.blur;
@@ -220,7 +196,7 @@ class Planner {
     s.activation = take_activation();
     s.pool = take_pool(layer.out);
     s.norm = take_norm();
-    p.activation = activation_of(s.activation);
+    p.activation = s.activation;
     p.y = s.y = allocate(layer.out.numel());
     tiling_.share_convolution(p);
     s.out = {s.y, allocate(layer.out.numel()), {}};
@@ -230,8 +206,7 @@ class Planner {
       s.out = {s.pooled, allocate(s.pool->out.numel()), {}};
     }
     if (s.norm != nullptr) {
-      s.out.blur = new_blur(*s.norm, false);
-      prepare(*s.norm, s.out.blur);
+      s.out.blur = new_blur(*s.norm);
       s.backward_blur = adjoint_of(s.out.blur);
       // All channels of a pixel are in one block: their sum costs nothing more.
       if (!p.split && s.pool != nullptr && s.out.blur.source == MeanSource::kMap) {
@@ -244,10 +219,6 @@ class Planner {
     steps_.push_back(s);
   }
 
-  void prepare(const LayerSpec& norm, const BlurPlan& blur) {
-    program_.kernels.push_back({norm.kernel, blur});
-  }
-
   BlurPlan adjoint_of(const BlurPlan& forward) {
     BlurPlan b = forward;
     b.adjoint = 1;
@@ -257,21 +228,24 @@ class Planner {
     return b;
   }
 
-  const LayerSpec* take_activation() {
+  ActivationKind take_activation() {
     const LayerSpec* layer = peek(next_);
-    if (activation_of(layer) == ActivationKind::kIdentity) return nullptr;
+    if (layer == nullptr || layer->kind != Kind::kActivation) return ActivationKind::kIdentity;
     ++next_;
-    return layer;
+    return layer->activation;
   }
 
   // An LP pooling with p = 2 whose windows are the tiles of 2 x 2.
   const LayerSpec* take_pool(const Shape& shape) {
     const LayerSpec* layer = peek(next_);
-    if (layer == nullptr || layer->kind != Kind::kLpPool2d) return nullptr;
-    const PoolArguments& a = layer->pooling;
-    if (a.p != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0) return nullptr;
-    for (int d = 0; d < 2; ++d) {
-      if (a.kernel[d] != 2 || a.stride[d] != 2 || a.padding[d] != 0) return nullptr;
+    if (layer == nullptr || layer->kind != Kind::kPool2d || layer->pool != PoolKind::kLp) {
+      return nullptr;
+    }
+    const Window& w = layer->window;
+    if (layer->number != 2.0 || shape.H % 2 != 0 || shape.W % 2 != 0 || w.kernel_h != 2 ||
+        w.kernel_w != 2 || w.stride_h != 2 || w.stride_w != 2 || w.padding_h != 0 ||
+        w.padding_w != 0) {
+      return nullptr;
     }
     ++next_;
     return layer;
@@ -289,17 +263,13 @@ class Planner {
   void backward_convolution(std::size_t index) {
     const Step& s = steps_[index];
     const LayerSpec& layer = *s.layer;
-    Phase update = convolution_phase(Op::kConvolutionUpdate, layer);
+    Phase update = phase_of(Op::kConvolutionUpdate, layer);
     update.x = s.in.value;
     update.tasks = update.O;
     update.dy = s.out.grad;
-    LocalPlan local;
-    local.present = s.activation != nullptr || s.pool != nullptr || s.norm != nullptr;
-    local.activation = activation_of(s.activation);
-    local.pooling = s.pool != nullptr;
-    local.y = s.y, local.pooled = s.pooled;
-    if (s.norm != nullptr) local.blur = s.backward_blur;
-    update.local = local;
+    const bool local =
+        s.activation != ActivationKind::kIdentity || s.pool != nullptr || s.norm != nullptr;
+    if (local) update.local = {1, s.pool != nullptr, s.activation, s.y, s.pooled, s.backward_blur};
     Phase gradient = update;
     gradient.op = Op::kConvolution;
     gradient.flip = 1;
@@ -315,12 +285,10 @@ class Planner {
     } else {
       alone = tiling_.tile_update(update) || tiling_.tile_first_update(update);
     }
-    if (local.present && !alone) {
-      Phase back;
-      back.op = Op::kLocalBackward;
-      back.C = update.O, back.H = update.OH, back.W = update.OW;
+    if (local && !alone) {
+      Phase back = phase_of(Op::kLocalBackward, layer);
       back.dy = s.out.grad;
-      back.local = local;
+      back.local = update.local;
       back.tasks = ceil_div(layer.out.numel(), threads_);
       back.dx = allocate(layer.out.numel());
       emit_level(back);
@@ -357,10 +325,8 @@ class Planner {
   }
 
   Phase linear_phase(Op op, const Step& s) const {
-    Phase p;
-    p.op = op;
-    p.C = narrow(s.layer->in.C), p.O = narrow(s.layer->out.C);
-    set_parameters(p, *s.layer);
+    Phase p = phase_of(op, *s.layer);
+    p.activation = s.activation;
     if (s.flatten != nullptr) {
       p.permute = 1;
       p.H = narrow(s.flatten->in.H), p.W = narrow(s.flatten->in.W);
@@ -372,16 +338,14 @@ class Planner {
     const LayerSpec& layer = spec_.layers[i];
     Step s{&layer, value_, {}};
     s.flatten = flatten;
+    if (backward_fits(layer)) s.activation = take_activation();
     Phase p = linear_phase(Op::kLinear, s);
-    p.x = value_.value;
-    s.flat = value_.value;
+    p.x = s.flat = value_.value;
     if (flatten != nullptr) {
       p.blur = value_.blur;
       emit_mean(value_.blur, value_.value);
       p.flat = s.flat = allocate(layer.in.C);
     }
-    if (backward_fits(layer)) s.activation = take_activation();
-    p.activation = activation_of(s.activation);
     p.y = s.y = allocate(layer.out.C);
     s.out = {s.y, allocate(layer.out.C), {}};
     // A block for an output where there are few of them and they are long.
@@ -395,15 +359,20 @@ class Planner {
   // Whether the gradient of the outputs fits into a block's memory beside kLinearBackward's sums.
   static bool backward_fits(const LayerSpec& layer) { return fits(layer.out.C + 64 * kColumns, 0); }
 
-  Phase linear_backward(const Step& s) const {
-    const LayerSpec& layer = *s.layer;
+  void backward_linear(const Step& s, bool last) {
     Phase p = linear_phase(Op::kLinearBackward, s);
     p.flat = s.flat, p.y = s.y, p.dy = s.out.grad;
-    p.activation = activation_of(s.activation);
     p.tasks = ceil_div(p.C, kColumns);
-    p.staged = backward_fits(layer);
-    if (layer.gradient) p.dx = s.in.grad;
-    return p;
+    p.staged = backward_fits(*s.layer);
+    if (s.layer->gradient) p.dx = s.in.grad;
+    if (last && head_ != nullptr) {
+      Phase update = phase_of(Op::kLinearUpdate, *head_);
+      update.flat = s.y, update.dy = head_plan_.grad;
+      update.tasks = ceil_div(head_->in.C * head_->out.C, threads_);
+      pending_.push_back(update);
+      p.head = head_plan_;
+    }
+    emit_level(p);
   }
 
   // ---------------------------------------------------------------------- the other layers
@@ -411,80 +380,47 @@ class Planner {
   void forward(std::size_t i) {
     const LayerSpec& layer = spec_.layers[i];
     if (fuse_head(i)) return;
-    switch (layer.kind) {
-      case Kind::kConv2d:
-        return forward_convolution(i);
-      case Kind::kLinear:
-        return forward_linear(i, nullptr);
-      case Kind::kFlatten:
-        if (fuses_flatten(layer)) return forward_linear(next_++, &layer);
-        break;
-      default:
-        break;
+    if (layer.kind == Kind::kConv2d) return forward_convolution(i);
+    if (layer.kind == Kind::kLinear) return forward_linear(i, nullptr);
+    if (layer.kind == Kind::kFlatten && fuses_flatten(layer)) {
+      return forward_linear(next_++, &layer);
     }
-    materialise(layer.in);
+    materialise(layer);
     Step s{&layer, value_, {}};
+    const int64_t grad = layer.gradient ? allocate(layer.out.numel()) : kNowhere;
     if (layer.kind == Kind::kSubtractiveNorm2d) {
-      s.out = {value_.value, layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
-      s.out.blur = new_blur(layer, false);
-      prepare(layer, s.out.blur);
-      s.backward_blur = adjoint_of(s.out.blur);
-      value_ = s.out;
-      if (value_.value == kImage) materialise(layer.out);
-      s.out.value = value_.value;
-      steps_.push_back(s);
-      return;
+      value_ = {value_.value, grad, new_blur(layer)};
+      s.backward_blur = adjoint_of(value_.blur);
+      if (value_.value == kImage) materialise(layer);
+      s.out = value_;
+    } else {
+      value_ = s.out = {allocate(layer.out.numel()), grad, {}};
+      Phase p = plain_phase(layer, false);
+      p.x = s.in.value, p.y = s.out.value;
+      emit_level(p);
     }
-    s.out = {
-        allocate(layer.out.numel()), layer.gradient ? allocate(layer.out.numel()) : kNowhere, {}};
-    Phase p = phase_of(layer, false);
-    p.x = value_.value, p.y = s.out.value;
-    emit_level(p);
-    value_ = s.out;
     steps_.push_back(s);
   }
 
   // A layer without parameters on its own.
-  Phase phase_of(const LayerSpec& layer, bool backward) const {
-    Phase p = elementwise(Op::kPermute, layer.in);
-    p.O = p.C, p.OH = narrow(layer.out.H), p.OW = narrow(layer.out.W);
+  Phase plain_phase(const LayerSpec& layer, bool backward) const {
+    Phase p = phase_of(Op::kPermute, layer);
     switch (layer.kind) {
-      case Kind::kTanh:
-      case Kind::kRelu:
-      case Kind::kSigmoid:
+      case Kind::kActivation:
         p.op = backward ? Op::kActivationBackward : Op::kActivation;
-        p.activation = activation_of(&layer);
         break;
       case Kind::kDropout:
         p.op = Op::kDropout;
         p.number = 1.0 - layer.number;
-        p.first_uniform = layer.first_uniform;
         break;
       case Kind::kLogSoftmax:
-      case Kind::kTorch7LogSoftmax:
         p.op = backward ? Op::kLogSoftmaxBackward : Op::kLogSoftmax;
-        p.log_softmax =
-            layer.kind == Kind::kLogSoftmax ? LogSoftmaxKind::kExact : LogSoftmaxKind::kTorch7;
-        p.number = layer.number;
         p.tasks = 1;
         break;
-      case Kind::kLpPool2d:
-      case Kind::kMaxPool2d:
-      case Kind::kAvgPool2d: {
-        const PoolArguments& a = layer.pooling;
+      case Kind::kPool2d:
         p.op = backward ? Op::kPoolBackward : Op::kPool;
-        p.pool = layer.kind == Kind::kMaxPool2d   ? PoolKind::kMax
-                 : layer.kind == Kind::kAvgPool2d ? PoolKind::kAverage
-                                                  : PoolKind::kLp;
-        p.number = a.p;
-        p.kernel_h = narrow(a.kernel[0]), p.kernel_w = narrow(a.kernel[1]);
-        p.stride_h = narrow(a.stride[0]), p.stride_w = narrow(a.stride[1]);
-        p.padding_h = narrow(a.padding[0]), p.padding_w = narrow(a.padding[1]);
-        p.count_padding = layer.count_padding;
-        p.divisor = narrow(layer.divisor);
-        p.tasks = ceil_div(backward ? layer.in.numel() : layer.out.numel(), threads_);
+        if (!backward) p.tasks = ceil_div(layer.out.numel(), threads_);
         break;
-      }
       default:
         p.flip = backward;
         break;
@@ -507,69 +443,46 @@ class Planner {
     if (last != nullptr && peek(i + 2) != nullptr) return false;
     HeadPlan h;
     if (last != nullptr) {
-      h.activation = activation_of(last);
-      if (last->kind == Kind::kLogSoftmax) h.log_softmax = LogSoftmaxKind::kExact;
-      if (last->kind == Kind::kTorch7LogSoftmax) h.log_softmax = LogSoftmaxKind::kTorch7;
+      if (last->kind != Kind::kActivation && last->kind != Kind::kLogSoftmax) return false;
+      h.activation = last->activation;
+      h.log_softmax = last->log_softmax;
       h.beta = last->number;
-      if (h.activation == ActivationKind::kIdentity && h.log_softmax == LogSoftmaxKind::kNone) {
-        return false;
-      }
       next_ = i + 2;
     }
     h.classes = narrow(layer.out.C);
-    set_parameters(h, layer);
+    h.weight = offset_of(layer.weight), h.bias = offset_of(layer.bias);
     h.grad = allocate(layer.out.C);
     h.staged = tiling_.take_memory(vectors + 64 + layer.in.C * layer.out.C);
-    head_ = h;
+    head_plan_ = h;
+    head_ = &layer;
     return true;
-  }
-
-  // The loss of the network's output, where no head is fused.
-  void emit_loss(const Step& last) {
-    Phase p;
-    p.op = Op::kLoss;
-    p.C = narrow(spec_.output.C);
-    p.tasks = 1;
-    p.x = value_.value;
-    p.dy = last.out.grad;
-    emit_level(p);
   }
 
   void backward(std::size_t index) {
     const Step& s = steps_[index];
     const LayerSpec& layer = *s.layer;
     const bool last = index + 1 == steps_.size();
-    if (last && head_.classes == 0) emit_loss(s);
-    if (layer.kind == Kind::kLinear) {
-      Phase p = linear_backward(s);
-      if (last && head_.classes > 0) {
-        p.head = head_;
-        Phase update;
-        update.op = Op::kLinearUpdate;
-        update.C = p.O, update.O = head_.classes;
-        update.weight = head_.weight, update.bias = head_.bias;
-        update.flat = s.y, update.dy = head_.grad;
-        update.tasks = ceil_div(int64_t{update.C} * update.O, threads_);
-        pending_.push_back(update);
-      }
+    if (last && head_ == nullptr) {
+      Phase p = phase_of(Op::kLoss, layer);
+      p.C = p.O;
+      p.tasks = 1;
+      p.x = s.out.value, p.dy = s.out.grad;
       emit_level(p);
-      return;
     }
+    if (layer.kind == Kind::kLinear) return backward_linear(s, last);
     if (layer.kind == Kind::kConv2d) return backward_convolution(index);
     if (!layer.gradient) return;
     if (layer.kind == Kind::kSubtractiveNorm2d) {
-      emit_subtract(s.backward_blur, layer.in, s.out.grad, s.in.grad);
-      return;
+      return emit_subtract(s.backward_blur, layer, s.out.grad, s.in.grad);
     }
-    Phase p = phase_of(layer, true);
+    Phase p = plain_phase(layer, true);
     p.x = s.in.value, p.y = s.out.value, p.dy = s.out.grad, p.dx = s.in.grad;
     if (p.op == Op::kDropout) p.x = s.out.grad, p.y = s.in.grad;
     emit_level(p);
   }
 
-  const char* op_;
+  const Call& call_;
   const NetworkSpec& spec_;
-  const std::vector<std::array<int64_t, 3>>& kernels_;
   int32_t threads_;
   Tiling tiling_;
   Program program_;
@@ -578,7 +491,8 @@ class Planner {
   std::size_t next_ = 0;
   int32_t levels_ = 0, level_tasks_ = 0;  // ended; tasks of the one that is being made
   std::vector<Phase> ready_, pending_;
-  HeadPlan head_{};
+  const LayerSpec* head_ = nullptr;  // that is fused
+  HeadPlan head_plan_{};
 };
 
 }  // namespace mnist_ops::online

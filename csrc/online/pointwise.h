@@ -31,8 +31,7 @@ class Activation final : public Layer<T> {
   }
 };
 
-// Torch7's dropout: kept where a uniform number is <= 1 - p, and scaled by 1 / (1 - p). The numbers
-// come drawn, one for each element in the order (c, h, w).
+// The random numbers come drawn, one for each element in the order (c, h, w).
 template <typename T>
 class Dropout final : public Layer<T> {
  public:
@@ -45,14 +44,9 @@ class Dropout final : public Layer<T> {
   bool local() const override { return true; }
 
   void prepare_forward(const Step<T>& step, const Workers&) override {
-    const int64_t pixels = this->in.shape.pixels();
     const double* uniform = step.uniform + first_;
-    for (int64_t c = 0; c < this->in.shape.C; ++c) {
-      T* to = factor_.data() + c / kLanes<T> * this->in.block() + c % kLanes<T>;
-      for (int64_t p = 0; p < pixels; ++p) {
-        to[p * kLanes<T>] = dropout_factor<T>(*uniform++, keep_);
-      }
-    }
+    this->in.each_element(
+        [&](int64_t at, int64_t i) { factor_.data()[at] = dropout_factor<T>(uniform[i], keep_); });
   }
 
   void forward(int64_t b) override { multiply(this->in.value, this->out.value, b); }

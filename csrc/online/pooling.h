@@ -11,12 +11,12 @@ namespace mnist_ops::online {
 
 // A block of channels as the images of lp_pool.h, its lanes innermost.
 template <typename T>
-PoolGeometry geometry_of(const Map<T>& in, const Map<T>& out, const PoolArguments& a) {
+PoolGeometry geometry_of(const Map<T>& in, const Map<T>& out, const Window& w) {
   PoolGeometry g{};
   g.H = in.shape.H, g.W = in.shape.W, g.OH = out.shape.H, g.OW = out.shape.W;
-  g.kernel_h = a.kernel[0], g.kernel_w = a.kernel[1];
-  g.stride_h = a.stride[0], g.stride_w = a.stride[1];
-  g.padding_h = a.padding[0], g.padding_w = a.padding[1];
+  g.kernel_h = w.kernel_h, g.kernel_w = w.kernel_w;
+  g.stride_h = w.stride_h, g.stride_w = w.stride_w;
+  g.padding_h = w.padding_h, g.padding_w = w.padding_w;
   g.N = 1, g.C = kLanes<T>;
   g.in_n = g.H * g.W * g.C, g.in_c = 1, g.in_h = g.W * g.C, g.in_w = g.C;
   g.out_n = g.OH * g.OW * g.C, g.out_c = 1, g.out_h = g.OW * g.C, g.out_w = g.C;
@@ -26,9 +26,9 @@ PoolGeometry geometry_of(const Map<T>& in, const Map<T>& out, const PoolArgument
 template <typename T>
 class Pooling : public Layer<T> {
  public:
-  Pooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
+  Pooling(const Map<T>& input, const Map<T>& output, const LayerSpec& layer)
       : Layer<T>(input, output),
-        g_(geometry_of(input, output, arguments)),
+        g_(geometry_of(input, output, layer.window)),
         disjoint_(g_.stride_h == g_.kernel_h && g_.stride_w == g_.kernel_w && g_.padding_h == 0 &&
                   g_.padding_w == 0 && g_.OH * g_.kernel_h == g_.H && g_.OW * g_.kernel_w == g_.W) {
   }
@@ -37,7 +37,7 @@ class Pooling : public Layer<T> {
 
  protected:
   // A window's elements [top, bottom) x [left, right).
-  struct Window {
+  struct Clipped {
     int64_t oh, ow, top, bottom, left, right;
   };
 
@@ -46,7 +46,7 @@ class Pooling : public Layer<T> {
   void each_window(const F& body) const {
     int64_t o = 0;
     for (int64_t oh = 0; oh < g_.OH; ++oh) {
-      Window w{oh, 0, g_.first_row(oh), g_.last_row(oh), 0, 0};
+      Clipped w{oh, 0, g_.first_row(oh), g_.last_row(oh), 0, 0};
       for (; w.ow < g_.OW; ++w.ow, o += kLanes<T>) {
         w.left = g_.first_column(w.ow), w.right = g_.last_column(w.ow);
         body(w, o);
@@ -56,7 +56,7 @@ class Pooling : public Layer<T> {
 
   // body(input offset) for every element of a window, in order.
   template <typename F>
-  MNIST_OPS_HD void each_element(const Window& w, const F& body) const {
+  MNIST_OPS_HD void each_element(const Clipped& w, const F& body) const {
     for (int64_t ih = w.top; ih < w.bottom; ++ih) {
       int64_t i = (ih * g_.W + w.left) * kLanes<T>;
       for (int64_t iw = w.left; iw < w.right; ++iw, i += kLanes<T>) body(i);
@@ -72,24 +72,24 @@ class Pooling : public Layer<T> {
 template <typename T, Norm norm>
 class LpPooling final : public Pooling<T> {
  public:
-  LpPooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments)
-      : Pooling<T>(input, output, arguments), p_(static_cast<T>(arguments.p)) {}
+  LpPooling(const Map<T>& input, const Map<T>& output, const LayerSpec& layer)
+      : Pooling<T>(input, output, layer), p_(static_cast<T>(layer.number)) {}
 
   bool needs_output() const override { return true; }
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     if constexpr (norm == Norm::kOne || norm == Norm::kTwo) {
       this->each_window([&](const auto& window, int64_t o) {
-        Vector<T> sum[kV] = {};
+        Vector<T> sum[kVectorsPerLine] = {};
         this->each_element(window, [&](int64_t i) {
-          for (int v = 0; v < kV; ++v) {
-            const Vector<T> a = load(x + i + v * kWidth);
+          for (int v = 0; v < kVectorsPerLine; ++v) {
+            const Vector<T> a = load(x + i + v * kWidth<T>);
             sum[v] += norm == Norm::kTwo ? a * a : a < T(0) ? -a : a;
           }
         });
-        for (int v = 0; v < kV; ++v) online::store(y + o + v * kWidth, sum[v]);
+        for (int v = 0; v < kVectorsPerLine; ++v) online::store(y + o + v * kWidth<T>, sum[v]);
       });
     }
     if constexpr (norm == Norm::kOne) return;
@@ -111,10 +111,8 @@ class LpPooling final : public Pooling<T> {
   }
 
   void backward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    const T* y = this->out.value + b * this->out.block();
-    T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T *x = this->in.value_of(b), *y = this->out.value_of(b);
+    T *dy = this->out.grad_of(b), *dx = this->in.grad_of(b);
     if constexpr (norm == Norm::kTwo) {
       // g / y once for each window; where y is so small that it could overflow, x / y first.
       const int64_t n = this->out.block();
@@ -125,11 +123,11 @@ class LpPooling final : public Pooling<T> {
         for (int64_t i = 0; i < n; ++i) dy[i] = y[i] == T(0) ? T(0) : dy[i] / y[i];
         if (!this->disjoint_) this->clear_gradient(dx);
         this->each_window([&](const auto& window, int64_t o) {
-          Vector<T> ratio[kV];
-          for (int v = 0; v < kV; ++v) ratio[v] = load(dy + o + v * kWidth);
+          Vector<T> ratio[kVectorsPerLine];
+          for (int v = 0; v < kVectorsPerLine; ++v) ratio[v] = load(dy + o + v * kWidth<T>);
           this->each_element(window, [&](int64_t i) {
-            for (int v = 0; v < kV; ++v) {
-              const int64_t at = i + v * kWidth;
+            for (int v = 0; v < kVectorsPerLine; ++v) {
+              const int64_t at = i + v * kWidth<T>;
               const Vector<T> slope = ratio[v] * load(x + at);
               online::store(dx + at, this->disjoint_ ? slope : slope + load(dx + at));
             }
@@ -149,8 +147,6 @@ class LpPooling final : public Pooling<T> {
   }
 
  private:
-  static constexpr int kV = kVectorsPerLine;
-  static constexpr int64_t kWidth = kLanes<T> / kV;
   T p_;
 };
 
@@ -163,57 +159,52 @@ class MaxPooling final : public Pooling<T> {
   bool needs_output() const override { return true; }
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     this->each_window([&](const auto& window, int64_t o) {
-      Vector<T> best[kV];
+      Vector<T> best[kVectorsPerLine];
       for (auto& vector : best) vector = splat(-std::numeric_limits<T>::infinity());
       this->each_element(window, [&](int64_t i) {
-        for (int v = 0; v < kV; ++v) {
-          const Vector<T> a = load(x + i + v * kWidth);
+        for (int v = 0; v < kVectorsPerLine; ++v) {
+          const Vector<T> a = load(x + i + v * kWidth<T>);
           best[v] = (a > best[v]) | (a != a) ? a : best[v];
         }
       });
-      for (int v = 0; v < kV; ++v) store(y + o + v * kWidth, best[v]);
+      for (int v = 0; v < kVectorsPerLine; ++v) store(y + o + v * kWidth<T>, best[v]);
     });
   }
 
   void backward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    const T* y = this->out.value + b * this->out.block();
-    const T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T *x = this->in.value_of(b), *y = this->out.value_of(b);
+    T *dy = this->out.grad_of(b), *dx = this->in.grad_of(b);
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
-      Vector<T> left[kV];  // the gradient until its element is found
-      for (int v = 0; v < kV; ++v) left[v] = load(dy + o + v * kWidth);
+      Vector<T> left[kVectorsPerLine];  // the gradient until its element is found
+      for (int v = 0; v < kVectorsPerLine; ++v) left[v] = load(dy + o + v * kWidth<T>);
       this->each_element(window, [&](int64_t i) {
-        for (int v = 0; v < kV; ++v) {
-          T* to = dx + i + v * kWidth;
-          const Vector<T> a = load(x + i + v * kWidth);
-          const auto found = (a == load(y + o + v * kWidth)) | (a != a);
+        for (int v = 0; v < kVectorsPerLine; ++v) {
+          T* to = dx + i + v * kWidth<T>;
+          const Vector<T> a = load(x + i + v * kWidth<T>);
+          const auto found = (a == load(y + o + v * kWidth<T>)) | (a != a);
           store(to, load(to) + (found ? left[v] : Vector<T>{}));
           left[v] = found ? Vector<T>{} : left[v];
         }
       });
     });
   }
-
- private:
-  static constexpr int kV = kVectorsPerLine;
-  static constexpr int64_t kWidth = kLanes<T> / kV;
 };
 
 template <typename T>
 class AveragePooling final : public Pooling<T> {
  public:
-  AveragePooling(const Map<T>& input, const Map<T>& output, const PoolArguments& arguments,
-                 bool count_padding, int64_t divisor)
-      : Pooling<T>(input, output, arguments), count_padding_(count_padding), divisor_(divisor) {}
+  AveragePooling(const Map<T>& input, const Map<T>& output, const LayerSpec& layer)
+      : Pooling<T>(input, output, layer),
+        count_padding_(layer.count_padding),
+        divisor_(layer.divisor) {}
 
   void forward(int64_t b) override {
-    const T* x = this->in.value + b * this->in.block();
-    T* y = this->out.value + b * this->out.block();
+    const T* x = this->in.value_of(b);
+    T* y = this->out.value_of(b);
     this->each_window([&](const auto& window, int64_t o) {
       T sum[kLanes<T>] = {};
       this->each_element(window, [&](int64_t i) {
@@ -225,8 +216,8 @@ class AveragePooling final : public Pooling<T> {
   }
 
   void backward(int64_t b) override {
-    const T* dy = this->out.grad + b * this->out.block();
-    T* dx = this->in.grad + b * this->in.block();
+    const T* dy = this->out.grad_of(b);
+    T* dx = this->in.grad_of(b);
     this->clear_gradient(dx);
     this->each_window([&](const auto& window, int64_t o) {
       const T divisor = window_divisor<T>(this->g_, window.oh, window.ow, count_padding_, divisor_);

@@ -40,9 +40,6 @@ enum class Op : int32_t {
   kLogSoftmaxBackward,  //
 };
 
-enum class PoolKind : int32_t { kLp, kMax, kAverage };
-enum class LogSoftmaxKind : int32_t { kNone, kExact, kTorch7 };
-
 constexpr int64_t kNowhere = -1;  // instead of an offset in the workspace
 constexpr int64_t kImage = -2;    // the sample's image
 

@@ -34,6 +34,8 @@ constexpr int kRegisters = 16;
 #endif
 
 constexpr int kVectorsPerLine = kLineBytes / kVectorBytes;
+template <typename T>
+constexpr int kWidth = kVectorBytes / sizeof(T);  // numbers in a vector
 
 // Rows of a register tile: accumulators [rows][vectors of a line], leaving room for a line of the
 // other operand and one broadcast number.
@@ -83,11 +85,10 @@ inline V fmadd(V a, V b, V c) {
 // Whether test(vector), a mask, holds for all n numbers; n is a multiple of a line.
 template <typename T, typename F>
 inline bool all_of(const T* x, int64_t n, const F& test) {
-  constexpr int kWidth = kVectorBytes / sizeof(T);
   auto all = test(load(x));
-  for (int64_t i = kWidth; i < n; i += kWidth) all &= test(load(x + i));
+  for (int64_t i = kWidth<T>; i < n; i += kWidth<T>) all &= test(load(x + i));
   bool result = true;
-  for (int l = 0; l < kWidth; ++l) result = result && all[l] != 0;
+  for (int l = 0; l < kWidth<T>; ++l) result = result && all[l] != 0;
   return result;
 }
 

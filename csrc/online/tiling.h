@@ -32,8 +32,7 @@ class Tiling {
 
   // Tiles a convolution, or its input's gradient, if its sizes allow it.
   bool tile_convolution(Phase& p) {
-    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
-    if (p.C > 4096 || p.OW > 4096 || p.padding_h < 0 || p.padding_w < 0) return false;
+    if (!has_tiles(p) || p.padding_h < 0 || p.padding_w < 0) return false;
     const int64_t taps = kTile * kTile, planes = mean_numbers(p.blur) + mean_numbers(p.local.blur);
     const int32_t pairs = ceil_div(p.OH, 2), chunks = p.C / kTileLanes;
     TilePlan best;
@@ -68,8 +67,7 @@ class Tiling {
   // Tiles a convolution's update: with all input channels a task, unless that leaves the device
   // with few of them.
   bool tile_update(Phase& p) {
-    if (p.kernel_h != kTile || p.kernel_w != kTile || p.C % kTileLanes != 0) return false;
-    if (p.C > 4096 || p.OW > 4096) return false;
+    if (!has_tiles(p)) return false;
     const int64_t planes = mean_numbers(p.local.blur);
     const int32_t chunks = p.C / kTileLanes, columns = (p.OW + 3) / 4 * 4;
     for (int32_t n = chunks; n > 0; --n) {  // of a task
@@ -118,6 +116,11 @@ class Tiling {
 
  private:
   int32_t warps() const { return threads_ / 32; }
+
+  static bool has_tiles(const Phase& p) {
+    return p.kernel_h == kTile && p.kernel_w == kTile && p.C % kTileLanes == 0 && p.C <= 4096 &&
+           p.OW <= 4096;
+  }
 
   // A convolution of few input channels: a task is some tiles of 2 x 2 outputs and all channels.
   bool tile_first_convolution(Phase& p) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -97,11 +96,6 @@ def layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]
         yield name or type(module).__name__, module
 
 
-def _number(value: float) -> str:
-    """A number as C++ streams read it, to the last bit."""
-    return "inf" if math.isinf(value) else repr(float(value))
-
-
 def line(name: str, module: Any, dtype: torch.dtype) -> str:
     """One layer in the engine's words; csrc/online/network_text.h lists them."""
     kind: type[nn.Module] = type(module)
@@ -141,7 +135,7 @@ def line(name: str, module: Any, dtype: torch.dtype) -> str:
         options = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
         p, *_ = check_windows(where, module.norm_type, *options, dtype)
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
-        return f"lp_pool2d {_number(p)} {pool()}"
+        return f"lp_pool2d {float(p)!r} {pool()}"
     if kind is nn.MaxPool2d:
         need(pair(where, "dilation", module.dilation) == [1, 1], f"has dilation {module.dilation}")
         need(not module.return_indices, "has return_indices")
@@ -156,10 +150,11 @@ def line(name: str, module: Any, dtype: torch.dtype) -> str:
         )
         return "flatten"
     if kind is torch7.Dropout:
-        return f"dropout {_number(module.p)}" if module.p > 0 else "identity"
+        return f"dropout {float(module.p)!r}" if module.p > 0 else "identity"
     if kind in (nn.LogSoftmax, ops_nn.LogSoftmax):
         need(module.dim in (1, -1), f"normalises dimension {module.dim}, not the classes (1 or -1)")
-        return f"log_softmax {_number(check_beta(where, getattr(module, 'beta', 1.0), dtype))}"
+        beta = check_beta(where, getattr(module, "beta", 1.0), dtype)
+        return f"log_softmax {float(beta)!r}"
     raise UnsupportedError(f"{where} is not one of the engine's layers")
 
 
