@@ -68,13 +68,12 @@ struct Columns {
 };
 
 // Blocks of a multiprocessor, as far as registers go.
-template <int kind, typename Arguments>
-constexpr int kColumnBlocks =
-    sizeof(typename Arguments::A) == 8                                                         ? 2
-    : kind == static_cast<int>(Kind::kNllGradient) || kind == static_cast<int>(Kind::kSoftmax) ? 3
-                                                                                               : 4;
+template <Kind kind, typename Arguments>
+constexpr int kColumnBlocks = sizeof(typename Arguments::A) == 8 ? 2
+                              : keeps_powers(kind)               ? 3
+                                                                 : 4;
 
-template <int kind, int n, typename Arguments>
+template <Kind kind, int n, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kColumnBlocks<kind, Arguments>)
     columns_kernel(Kind given, Arguments a) {
   using A = typename Arguments::A;
@@ -158,12 +157,51 @@ struct LongLine {
   }
 };
 
+// The largest of some scaled values v, and the sum of exp(factor (v - largest)).
+template <typename T>
+struct LongPart {
+  using A = opmath_t<T>;
+  A largest = -std::numeric_limits<A>::infinity();
+  double sum = 0;
+
+  // Several at once: one rescaling for all of them.
+  template <int count>
+  __device__ void add_all(const A (&values)[count], const Differences<A>& difference) {
+    A m = largest;
+#pragma unroll
+    for (int j = 0; j < count; ++j) m = values[j] > m ? values[j] : m;
+    if (m > largest) {
+      sum *= static_cast<double>(exp_for<T>(difference.of_scaled(largest, m)));
+      largest = m;
+    }
+    A part = A(0);
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      // The share of -inf is 0, not exp(-inf + inf).
+      if (values[j] != -std::numeric_limits<A>::infinity()) {
+        part += exp_for<T>(difference.of_scaled(values[j], m));
+      }
+    }
+    sum += static_cast<double>(part);
+  }
+
+  __device__ void merge(const LongPart& other, const Differences<A>& difference) {
+    const A m = other.largest > largest ? other.largest : largest;
+    // Equal infinities must not become NaN here: a part that holds nothing else counts for 0.
+    const auto share = [&](const LongPart& p) {
+      if (p.largest == m) return p.sum;
+      return p.sum * static_cast<double>(std::exp(difference.of_scaled(p.largest, m)));
+    };
+    sum = share(*this) + share(other);
+    largest = m;
+  }
+};
+
 template <int n, typename T>
 __global__ void __launch_bounds__(kLongBlock)
     forward_long_kernel(Kind kind, Forward<T> f, int width) {
   using A = opmath_t<T>;
-  using Part = Partial<A, double>;
-  __shared__ SharedBytes<sizeof(Part) * kLongBlock> shared;
+  alignas(kVectorBytes) __shared__ double shared[sizeof(LongPart<T>) / sizeof(double) * kLongBlock];
   const Differences<A>& difference = f.differences;
   // The same number of turns for every thread of a block: they meet at the barriers.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * width; first < f.g.outer * f.g.inner;
@@ -182,18 +220,19 @@ __global__ void __launch_bounds__(kLongBlock)
         }
       }
     };
-    Part whole;
+    LongPart<T> whole;
     line.each_turn(false, [&](int64_t start) {
       A values[kFlight * n];
       read(start, values);
-      whole.template add_all<T>(values, difference);
+      whole.add_all(values, difference);
     });
-    whole = line.combined(whole, shared.template as<Part>(),
-                          [&](Part& a, const Part& b) { a.merge(b, difference); });
-    whole.finish();
-    const A largest = whole.largest, sum = static_cast<A>(whole.sum);
+    whole = line.combined(whole, reinterpret_cast<LongPart<T>*>(shared),
+                          [&](auto& a, const auto& b) { a.merge(b, difference); });
+    const A largest = whole.largest;
+    // NaN where the largest is infinite, as it is when the exponentials are added up later.
+    const A sum = static_cast<A>(whole.sum) + (largest - largest);
     const auto sum_classes = over_classes<A>(line.packs * n, line.worker, line.workers, [&](A v) {
-      return line.combined(v, shared.template as<A>(), [](A& a, A other) { a += other; });
+      return line.combined(v, reinterpret_cast<A*>(shared), [](A& a, A other) { a += other; });
     });
     const int64_t known = line.inside() ? line.line : 0;  // one that there is
     if (kind == Kind::kNll) {
@@ -292,8 +331,8 @@ void launch_lines(const Launcher& launcher, Kind kind, const Arguments& a) {
   constexpr int n = kLinesOfPack<typename Arguments::Element>;
   const int columns = columns_of_block(kind, a);
   if (columns == 0) return launch_long<1>(launcher, kind, a);
-  dispatch_kind<Arguments, !kIsForward<Arguments>>(kind, [&](auto number) {
-    launcher.run(columns_kernel<decltype(number)::value, n, Arguments>, a.g.outer * a.g.inner / n,
+  dispatch_kind<Arguments, !Arguments::kIsForward>(kind, [&](auto tag) {
+    launcher.run(columns_kernel<decltype(tag)::value, n, Arguments>, a.g.outer * a.g.inner / n,
                  columns, columns, kind, a);
   });
 }
