@@ -252,8 +252,8 @@ struct SoftmaxBackward {
   using A = opmath_t<T>;
   SoftmaxGeometry g;
   A beta;
-  const T *grad, *out;
-  T* result;
+  const T *grad, *y;
+  T* out;
 };
 
 // The arguments that softmax_nll and its backward share. Classes are dimension 1, or 0 of a vector;

@@ -545,8 +545,8 @@ MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A beta) {
 template <bool log, typename T, typename A = opmath_t<T>>
 void gradients(const SoftmaxBackward<T>& b) {
   const SoftmaxGeometry& g = b.g;
-  const T *const go = b.grad, *const out = b.out;
-  T* const gi = b.result;
+  const T *const go = b.grad, *const out = b.y;
+  T* const gi = b.out;
   const A beta = b.beta;
   if (has_rows(g)) {
     for_each_block_of_rows<T>(g, [&](const RowBlock<A>& block) {

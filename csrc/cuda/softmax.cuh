@@ -3,37 +3,33 @@
 // Bound by memory; every operator is one launch. Each element is read once and written once
 // (softmax_nll: read once) where threads can hold a line in registers (softmax_held.cuh), in packs
 // of 16 bytes where rows, lines whose elements are neighbours, are aligned to that:
-//   tile     rows of up to 256 elements that are no packs (the reports' 10 classes): a block brings
-//            as many as its threads hold to shared memory, as one piece, and up to 32 lanes share a
-//            row; the next rows are on their way meanwhile; blocks add up their losses themselves
-//   even     the same for rows of 10 elements, a thread each
+//   tile     rows of up to 256 elements that are no packs: a block copies as many as its threads
+//            hold to shared memory, as one piece, and up to 32 lanes share a row (of the reports'
+//            10 classes a thread has one alone); the next rows are on their way meanwhile; blocks
+//            add up their losses themselves
 //   warp     rows of packs, of up to 1024 elements (512 in float64): up to 32 lanes share a row
 //   block    rows of up to 32768 elements (half of it for each of these: backward, which holds two
 //            numbers an element; float64; rows without packs): a block of as many threads as it
 //            takes
-//   cluster  where the device has them (compute capability 9.0) up to 8 blocks share a row of up to
-//            8 times as many elements
+//   cluster  from compute capability 9.0 on up to 8 blocks share a row of up to 8 times as many
 //   columns  lines of up to 256 elements that are not rows, packs of them side by side: a block
 //            takes 4 to 32 packs of lines, threadIdx.x across them, so that reads are coalesced,
 //            threadIdx.y shares out each line
 // and read twice elsewhere:
-//   long     rows that are longer, a block each, and other lines, 32 to 256 neighbouring ones a
-//            block; the second time from the end, whose elements are still in L2. A loss needs no
-//            second time, and its rows of more than 131072 elements come here.
+//   long     longer rows, a block each, and other lines, 32 to 256 neighbouring ones a block; the
+//            second time from the end, whose elements are still in L2. A loss needs no second time,
+//            and its rows of more than 131072 elements come here.
 // One pass finds the largest value and the sum together wherever more than a warp has a row.
 //
-// Sums are added in an order that depends on shape, alignment and kind of device alone. Where a
-// thread adds up more than it can hold in registers, it does so in float64, a few numbers at a
-// time.
+// Sums are added in an order that depends on shape, alignment and kind of device alone; more
+// numbers than a thread can hold in registers in float64, a few at a time.
 //
 // softmax_nll: the gradient is the softmax kernel with another store, so that the forward saves
 // nothing but what the mean divides by. Bytes of a row of 10 float32 scores: forward 48 (scores and
-// class; blocks add up the losses), backward 88 (those and the gradient). Rows that are not short
-// write their losses, which another kernel adds up. Rows of packs have targets of one class there:
-// smoothing and probabilities take the ways of rows without packs.
-//
-// softmax_nll: a target outside of [0, classes) gives NaN, as loss and as gradient of its row. To
-// refuse it, as the CPU does, the host would have to wait for the device.
+// class), backward 88 (those and the gradient). Rows that are not short write their losses, which
+// another kernel adds up. Targets that are not one class take the ways of rows without packs. A
+// class outside of [0, classes) gives NaN, as loss and as gradient of its row: to refuse it, as the
+// CPU does, the host would have to wait for the device.
 #pragma once
 
 #include "../softmax.h"
@@ -64,11 +60,8 @@ __device__ __forceinline__ Kind kind_of(Kind given) {
 // and with 2 bytes an element the exact one would be the bound, not memory.
 template <typename T>
 __device__ __forceinline__ opmath_t<T> exp_for(opmath_t<T> x) {
-  if constexpr (!std::is_same_v<T, opmath_t<T>>) {
-    return two_to_the(x * 1.442695041f);
-  } else {
-    return std::exp(x);
-  }
+  if constexpr (!std::is_same_v<T, opmath_t<T>>) return two_to_the(x * 1.442695041f);
+  return std::exp(x);
 }
 
 // The logarithm of a sum. In float64 the library's own one is called, and registers are spilled
@@ -98,25 +91,16 @@ struct Powers {
 
   // Of a difference of scaled values.
   __device__ __forceinline__ A operator()(A difference) const {
-    if constexpr (kFast) {
-      return two_to_the(factor * difference);
-    } else {
-      return std::exp(factor * difference);
-    }
+    if constexpr (kFast) return two_to_the(factor * difference);
+    return std::exp(factor * difference);
   }
   __device__ __forceinline__ A quotient(A share, A sum) const {
-    if constexpr (kFast) {
-      return share * reciprocal(sum);
-    } else {
-      return share / sum;
-    }
+    if constexpr (kFast) return share * reciprocal(sum);
+    return share / sum;
   }
   __device__ __forceinline__ A log(A sum) const {
-    if constexpr (kHalf) {
-      return log2_of(sum) * 0.6931471806f;
-    } else {
-      return log_of(sum);
-    }
+    if constexpr (kHalf) return log2_of(sum) * 0.6931471806f;
+    return log_of(sum);
   }
 };
 
@@ -156,7 +140,7 @@ bool has_aligned_packs(Kind kind, const Arguments& a) {
   if constexpr (Arguments::kIsForward) {
     return are_aligned(a.in, kind == Kind::kNll ? a.in : a.out);
   } else {
-    return are_aligned(a.grad, a.out, a.result);
+    return are_aligned(a.grad, a.y, a.out);
   }
 }
 // Whether lines have no targets but those that are one class. Kernels for others hold more.

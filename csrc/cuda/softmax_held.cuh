@@ -79,20 +79,14 @@ struct RawPack {
     words = load_pack<kWords>(reinterpret_cast<const Word*>(from));
   }
 
-  __device__ __forceinline__ void unpack(opmath_t<T> (&values)[n]) const {
+  __device__ __forceinline__ opmath_t<T> operator[](int i) const {
     if constexpr (std::is_same_v<T, BFloat16> && n % 2 == 0) {
-      // They are the upper halves of numbers: one instruction each.
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        values[2 * i] = elementary::bits_as<float>(words.values[i] << 16);
-        values[2 * i + 1] = elementary::bits_as<float>(words.values[i] & 0xffff0000u);
-      }
-    } else {
-      Pack<T, n> pack;
-      std::memcpy(&pack, &words, sizeof(pack));
-#pragma unroll
-      for (int j = 0; j < n; ++j) values[j] = static_cast<opmath_t<T>>(pack.values[j]);
+      const uint32_t word = words.values[i / 2];  // the upper halves of floats: one instruction
+      return elementary::bits_as<float>(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     }
+    Pack<T, n> pack;
+    std::memcpy(&pack, &words, sizeof(pack));
+    return static_cast<opmath_t<T>>(pack.values[i]);
   }
 };
 
@@ -131,7 +125,10 @@ struct Held {
   }
   __device__ __forceinline__ void take(const Raw& raw) {
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) raw.packs[k].unpack(values[k]);
+    for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) values[k][j] = raw.packs[k][j];
+    }
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
@@ -146,16 +143,18 @@ struct Held {
     }
   }
 
-  // Calls body(value, its line, its place in it). What is missing may be left out, where a warp
-  // misses it together as a rule.
-  template <typename F>
-  __device__ __forceinline__ void each(const F& body) {
+  // Calls body(value, its line, its place in it, what others hold there). What is missing is left
+  // out where a warp misses it together as a rule and a branch is less than the work.
+  template <typename F, typename... Others>
+  __device__ __forceinline__ void each(const F& body, const Others&... others) {
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = worker + k * workers;
-      if (m == n && !has(i)) continue;
+      if (sizeof...(others) == 0 && m == n && !has(i)) continue;
 #pragma unroll
-      for (int j = 0; j < n; ++j) body(values[k][j], m == 1 ? 0 : j, m == 1 ? i * n + j : i);
+      for (int j = 0; j < n; ++j) {
+        body(values[k][j], m == 1 ? 0 : j, m == 1 ? i * n + j : i, others.values[k][j]...);
+      }
     }
   }
 };
@@ -288,14 +287,17 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
     group.sum(sum);
   }
   if (m > 1) read_targets();
-  if (!place.inside && (!has_target(kind) || one_class))
-    return;  // else classes are added up together
+  // Where targets are not one class, all threads of the group add up the classes.
+  if (!place.inside && (!has_target(kind) || one_class)) return;
   const auto sum_classes =
       over_classes<A>(place.inside ? place.size : 0, held.worker, held.workers, [&](A v) {
         A values[1] = {v};
         group.sum(values);
         return values[0];
       });
+  const auto target_of = [&](int j) {
+    return LineTarget<T>(f.targets, f.g, known_of_line[j].target, place.offset + j);
+  };
   A term[m];  // what every element of a line has to do with
 #pragma unroll
   for (int j = 0; j < m; ++j) {
@@ -308,7 +310,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
       loss = c.counts ? c.weight * (term[j] - difference(c.x, largest[j])) : c.weight;
       divisor = c.weight;
     } else {
-      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
+      const LineTarget<T> target = target_of(j);
       loss = target.loss(difference, in + j, largest[j], term[j], sum_classes);
       divisor = target.divisor();
     }
@@ -336,8 +338,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
     LineGradient<T> gradients[m];
 #pragma unroll
     for (int j = 0; j < m; ++j) {
-      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
-      gradients[j] = {target, known_of_line[j].beta_g, sum_classes};
+      gradients[j] = {target_of(j), known_of_line[j].beta_g, sum_classes};
     }
     held.each([&](A& v, int j, int i) {
       if (i < place.size) v = gradients[j](v * term[j], i);
@@ -348,31 +349,18 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
 
 template <int kLoads, int n, int m, typename T, typename Group>
 __device__ __forceinline__ void backward_held(Kind kind, const Backward<T>& b, const T* grad,
-                                              const T* out, T* result, const Place& place,
+                                              const T* y, T* out, const Place& place,
                                               const Group& group) {
   using A = opmath_t<T>;
   Held<kLoads, n, m, Group::kWhole, T> grads(b.g, place, group), ys(b.g, place, group);
-  const auto raw_grads = grads.read(grad, T(0)), raw_ys = ys.read(out, T(0));
+  const auto raw_grads = grads.read(grad, T(0)), raw_ys = ys.read(y, T(0));
   grads.take(raw_grads);
   ys.take(raw_ys);
   A sum[m] = {};
-#pragma unroll
-  for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      sum[j % m] += gradient_term(kind, grads.values[k][j], ys.values[k][j]);
-    }
-  }
+  grads.each([&](A g, int j, int, A y) { sum[j] += gradient_term(kind, g, y); }, ys);
   group.sum(sum);
-#pragma unroll
-  for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      A& g = grads.values[k][j];
-      g = gradient_value<T>(kind, g, ys.values[k][j], sum[j % m], b.beta);
-    }
-  }
-  if (place.inside) grads.store(result);
+  grads.each([&](A& g, int j, int, A y) { g = gradient_value<T>(kind, g, y, sum[j], b.beta); }, ys);
+  if (place.inside) grads.store(out);
 }
 
 // Lines in global memory.
@@ -390,7 +378,7 @@ template <Kind compiled, int kLoads, int n, int m, typename T, typename Group>
 __device__ __forceinline__ void compute_held(Kind given, const Backward<T>& b, const Place& place,
                                              const Group& group) {
   backward_held<kLoads, n, m>(kind_of<compiled>(given), b, b.grad + place.offset,
-                              b.out + place.offset, b.result + place.offset, place, group);
+                              b.y + place.offset, b.out + place.offset, place, group);
 }
 
 }  // namespace mnist_ops::cuda

@@ -122,8 +122,7 @@ struct LongLine {
     worker = thread / width;
     workers = static_cast<int>(blockDim.x) / width;
     if (line >= g.outer * g.inner) return;  // and no packs
-    const int64_t outer = line / g.inner;
-    offset = outer * g.size * g.inner + (line - outer * g.inner);
+    offset = column_offset<1>(g, line);
     packs = g.size / n;
   }
 
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kLongBlock)
 #pragma unroll
       for (int k = 0; k < kFlight; ++k) {
         const int64_t i = start + k * line.workers, at = line.offset + i * line.step;
-        if (i < line.packs) body(at, load_pack<n>(b.grad + at), load_pack<n>(b.out + at));
+        if (i < line.packs) body(at, load_pack<n>(b.grad + at), load_pack<n>(b.y + at));
       }
     };
     double total = 0;
@@ -302,19 +301,10 @@ __global__ void __launch_bounds__(kLongBlock)
           grads.values[j] = static_cast<T>(gradient_value<T>(
               kind, static_cast<A>(grads.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
         }
-        store_pack(b.result + at, grads);
+        store_pack(b.out + at, grads);
       });
     });
   }
-}
-
-template <int n, typename T>
-auto* long_kernel(const Forward<T>&) {
-  return forward_long_kernel<n, T>;
-}
-template <int n, typename T>
-auto* long_kernel(const Backward<T>&) {
-  return backward_long_kernel<n, T>;
 }
 
 }  // namespace
@@ -322,8 +312,15 @@ auto* long_kernel(const Backward<T>&) {
 template <int n, typename Arguments>
 void launch_long(const Launcher& launcher, Kind kind, const Arguments& a) {
   const int width = a.g.inner == 1 ? 1 : a.g.size < 64 ? kThreads : kWarp;
-  launcher.run_blocks(long_kernel<n>(a), ceil_div(a.g.outer * a.g.inner, width),
-                      n > 1 ? kLongBlock : kThreads, kind, a, width);
+  const auto run = [&](auto* kernel) {
+    launcher.run_blocks(kernel, ceil_div(a.g.outer * a.g.inner, width),
+                        n > 1 ? kLongBlock : kThreads, kind, a, width);
+  };
+  if constexpr (Arguments::kIsForward) {
+    run(forward_long_kernel<n, typename Arguments::Element>);
+  } else {
+    run(backward_long_kernel<n, typename Arguments::Element>);
+  }
 }
 
 template <typename Arguments>

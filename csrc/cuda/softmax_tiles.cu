@@ -54,19 +54,18 @@ __device__ __forceinline__ void end_tile(const T* from, T* to, int count, bool a
   });
 }
 
-// Where the losses of a thread go: in twos, so that fewer become float64.
-template <typename T>
+// Where the losses of a thread go: in twos, so that fewer become float64. Of a gradient there are
+// none.
+template <typename Arguments>
 struct Losses {
-  using A = opmath_t<T>;
-  const Forward<T>& f;
+  using A = typename Arguments::A;
+  const Arguments& f;
   LossSum sum = {0, 0};
   A loss = A(0), divisor = A(0);
 
-  __device__ __forceinline__ explicit Losses(const Forward<T>& arguments) : f(arguments) {}
-
   __device__ __forceinline__ void add(int64_t line, A of_line, A its_divisor) {
     if (f.sums == nullptr) {
-      f.out[line] = static_cast<T>(of_line);
+      f.out[line] = static_cast<typename Arguments::Element>(of_line);
     } else {
       loss += of_line;
       divisor += its_divisor;
@@ -87,11 +86,6 @@ struct Losses {
   }
 };
 
-struct NoLosses {
-  template <typename Arguments>
-  __device__ __forceinline__ explicit NoLosses(const Arguments&) {}
-};
-
 constexpr int kTileLoads = 8;  // elements of a thread
 static_assert(kTileLoads * kWarp == kMostShortRow);
 
@@ -105,15 +99,6 @@ bool has_kernel(Kind kind, const Arguments& a) {
 }
 template <typename T>
 constexpr int kRowsAlone = sizeof(T) == 2 ? 2 : 1;  // of half types more bytes are on their way so
-
-template <typename T>
-__device__ __forceinline__ T* results_of(const Forward<T>& f) {
-  return f.out;
-}
-template <typename T>
-__device__ __forceinline__ T* results_of(const Backward<T>& b) {
-  return b.result;
-}
 
 // Blocks of a multiprocessor at least.
 template <int size, typename Arguments>
@@ -157,10 +142,10 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<kSize, Arguments>)
       }
     } else {
       begin_tile(a.grad + base * size, to, rows * size, aligned);
-      begin_tile(a.out + base * size, to + room, rows * size, aligned);
+      begin_tile(a.y + base * size, to + room, rows * size, aligned);
     }
   };
-  std::conditional_t<kForward, Losses<T>, NoLosses> losses(a);
+  Losses<Arguments> losses{a};
   const int64_t step = static_cast<int64_t>(gridDim.x) * rows_of_tile;
   int64_t base = static_cast<int64_t>(blockIdx.x) * rows_of_tile;
   T *here = shared, *there = shared + (kForward ? 1 : 2) * room;
@@ -192,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<kSize, Arguments>)
     if constexpr (kForward) losses.end_turn();
     if (kind != Kind::kNll) {
       __syncthreads();
-      end_tile<kWhole>(here, results_of(a) + base * size, rows * size, aligned);
+      end_tile<kWhole>(here, a.out + base * size, rows * size, aligned);
     }
     std::swap(here, there);
   }
@@ -201,42 +186,39 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<kSize, Arguments>)
 
 struct Tiles {
   int lanes, rows;  // lanes of a row, rows of a tile
-  int64_t count;
+  int64_t blocks;
 };
+// Several tiles for a block, so that it reads the next one meanwhile, where there are enough for
+// all; but more blocks than the device holds at once: multiprocessors are not equally fast.
 template <typename Arguments>
 Tiles tiles_of(Kind kind, const Arguments& a) {
+  constexpr int64_t kTilesOfBlock = 16;
   const int lanes = lanes_for(ceil_div(a.g.size, kTileLoads));
   const int rows =
       has_kernel(kind, a) ? kRowsAlone<typename Arguments::Element> * kThreads : kThreads / lanes;
-  return {lanes, rows, ceil_div(a.g.outer, rows)};
-}
-
-constexpr int64_t kTilesOfBlock = 16;
-
-// Several tiles for a block, so that it reads the next one meanwhile, where there are enough for
-// all; but more blocks than the device holds at once: multiprocessors are not equally fast.
-int64_t blocks_for(int64_t tiles) {
-  const int64_t all = int64_t{2048 / kThreads} * multiprocessor_count();
-  return std::min(tiles, std::max(all, ceil_div(tiles, kTilesOfBlock)));
+  const int64_t tiles = ceil_div(a.g.outer, rows);
+  const int64_t resident = int64_t{2048 / kThreads} * multiprocessor_count();
+  return {lanes, rows, std::min(tiles, std::max(resident, ceil_div(tiles, kTilesOfBlock)))};
 }
 
 }  // namespace
 
 template <typename T>
 int64_t blocks_of_tiles(const Forward<T>& f) {
-  return blocks_for(tiles_of(Kind::kNll, f).count);
+  return tiles_of(Kind::kNll, f).blocks;
 }
 
 template <typename Arguments>
 void launch_tiles(const Launcher& launcher, Kind kind, const Arguments& a) {
+  using T = typename Arguments::Element;
   const Tiles tiles = tiles_of(kind, a);
+  const int64_t buffers = Arguments::kIsForward ? 2 : 4;
+  const int64_t bytes = buffers * tiles.rows * a.g.size * static_cast<int64_t>(sizeof(T));
   const auto run = [&](auto* kernel) {
-    const int64_t bytes = tiles.rows * a.g.size * sizeof(typename Arguments::Element);
-    launcher.run_blocks_with_shared(kernel, blocks_for(tiles.count), kThreads,
-                                    (Arguments::kIsForward ? 2 : 4) * bytes, kind, a, tiles.lanes,
+    launcher.run_blocks_with_shared(kernel, tiles.blocks, kThreads, bytes, kind, a, tiles.lanes,
                                     has_aligned_packs(kind, a));
   };
-  if constexpr (Arguments::kIsForward && sizeof(typename Arguments::A) == 4) {
+  if constexpr (Arguments::kIsForward && !std::is_same_v<T, double>) {
     if (has_kernel(kind, a)) {
       return dispatch_kind<Arguments>(
           kind, [&](auto tag) { run(tile_kernel<decltype(tag)::value, kClasses, Arguments>); });
