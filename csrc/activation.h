@@ -5,14 +5,14 @@
 #include "elementary.h"
 #include "sigmoid.h"
 
+#include <type_traits>
+
 namespace mnist_ops {
 
 enum class ActivationKind : int32_t { kIdentity, kTanh, kRelu, kSigmoid };
 
 template <ActivationKind kind>
-struct ActivationTag {
-  static constexpr ActivationKind value = kind;
-};
+using ActivationTag = std::integral_constant<ActivationKind, kind>;
 
 // Calls body with the activation's tag, so that each activation is compiled on its own.
 template <typename F>

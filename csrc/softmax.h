@@ -202,7 +202,16 @@ struct LineGradient {
 
 // ------------------------------------------------------------------------- what kernels are given
 
-enum class SoftmaxKind { kSoftmax, kLogSoftmax, kNll, kNllGradient };
+// kAny stands for one of the others in a CUDA kernel that is told which one it is.
+enum class SoftmaxKind { kSoftmax, kLogSoftmax, kNll, kNllGradient, kAny };
+
+MNIST_OPS_HD constexpr bool has_target(SoftmaxKind kind) {
+  return kind == SoftmaxKind::kNll || kind == SoftmaxKind::kNllGradient;
+}
+// Whether a kind keeps the exponentials.
+MNIST_OPS_HD constexpr bool keeps_powers(SoftmaxKind kind) {
+  return kind == SoftmaxKind::kSoftmax || kind == SoftmaxKind::kNllGradient;
+}
 
 struct LossSum {
   double losses, divisor;
@@ -210,6 +219,7 @@ struct LossSum {
 
 template <typename T>
 struct SoftmaxForward {
+  static constexpr bool kIsForward = true;
   using Element = T;
   using A = opmath_t<T>;
   SoftmaxGeometry g;
@@ -237,75 +247,89 @@ struct SoftmaxForward {
 
 template <typename T>
 struct SoftmaxBackward {
+  static constexpr bool kIsForward = false;
   using Element = T;
   using A = opmath_t<T>;
   SoftmaxGeometry g;
   A beta;
-  const T *grad, *out;
-  T* result;
+  const T *grad, *y;
+  T* out;
 };
 
-// The arguments that softmax_nll and its backward share, checked. Classes are dimension 1, or 0 of
-// a vector; the other dimensions are those of the lines.
+// The arguments that softmax_nll and its backward share. Classes are dimension 1, or 0 of a vector;
+// the other dimensions are those of the lines.
 struct NllArguments {
-  Tensor x, target;  // dense, in one order
+  const char* op;
+  Tensor x, target;  // as given; after check() dense, in one order
   std::optional<Tensor> weight;
-  std::vector<int64_t> lines;
   double beta;
+  Reduction reduction;
   int64_t ignored;
   double smoothing;
-  Reduction reduction;
-  SoftmaxGeometry g;
+  std::vector<int64_t> lines = {};
+  SoftmaxGeometry g = {};
 
-  NllArguments(const char* op, const Tensor& input, const Tensor& given_target,
-               const std::optional<Tensor>& given_weight, double given_beta,
-               const std::string& reduction_name, int64_t ignore_index, double label_smoothing)
-      : x(input),
-        target(given_target),
-        weight(given_weight),
-        beta(given_beta),
-        ignored(ignore_index),
-        smoothing(label_smoothing),
-        reduction(reduction_named(op, reduction_name)) {
+  void check() {
     using torch::headeronly::toString;
-    MNIST_OPS_CHECK(input.dim() >= 1, op,
+    MNIST_OPS_CHECK(x.dim() >= 1, op,
                     ": input must be (C), (N, C) or (N, C, d1, ...), got a scalar");
-    const int64_t class_dim = input.dim() == 1 ? 0 : 1, classes = input.size(class_dim);
-    for (int64_t d = 0; d < input.dim(); ++d) {
-      if (d != class_dim) lines.push_back(input.size(d));
+    const int64_t class_dim = x.dim() == 1 ? 0 : 1, classes = x.size(class_dim);
+    for (int64_t d = 0; d < x.dim(); ++d) {
+      if (d != class_dim) lines.push_back(x.size(d));
     }
-    const ScalarType wide = type_to_compute_in(input);
     if (are_classes()) {
       MNIST_OPS_CHECK(target.sizes().equals(lines), op,
                       ": target must have the shape of input without its class dimension, got ",
-                      shape_string(target), " for an input of ", shape_string(input));
-      MNIST_OPS_CHECK(target.device() == input.device(), op,
+                      shape_string(target), " for an input of ", shape_string(x));
+      MNIST_OPS_CHECK(target.device() == x.device(), op,
                       ": target and input are on different devices");
     } else {
-      MNIST_OPS_CHECK(target.scalar_type() == input.scalar_type(), op,
+      MNIST_OPS_CHECK(target.scalar_type() == x.scalar_type(), op,
                       ": target must be int64 class indices or have the dtype of input, ",
-                      toString(input.scalar_type()), ", got ", toString(target.scalar_type()));
-      check_like(op, "target", target, "input", input);
+                      toString(x.scalar_type()), ", got ", toString(target.scalar_type()));
+      check_like(op, "target", target, "input", x);
       MNIST_OPS_CHECK(ignored < 0, op,
                       ": ignore_index must be negative where target has probabilities, got ",
                       ignored);
     }
-    MNIST_OPS_CHECK(classes > 0, op, ": input has no classes, its shape is ", shape_string(input));
+    MNIST_OPS_CHECK(classes > 0, op, ": input has no classes, its shape is ", shape_string(x));
     if (weight) {
       MNIST_OPS_CHECK(weight->dim() == 1 && weight->size(0) == classes, op,
                       ": weight must have the shape (", classes, "), got ", shape_string(*weight));
-      MNIST_OPS_CHECK(weight->scalar_type() == wide, op, ": weight must be ", toString(wide),
-                      ", got ", toString(weight->scalar_type()));
-      MNIST_OPS_CHECK(weight->device() == input.device(), op,
+      check_is_wide("weight", *weight);
+      MNIST_OPS_CHECK(weight->device() == x.device(), op,
                       ": weight and input are on different devices");
       weight = contiguous_of(*weight);
     }
     MNIST_OPS_CHECK(smoothing >= 0 && smoothing <= 1, op,
                     ": label_smoothing must be in [0, 1], got ", smoothing);
-    check_beta(op, input, beta);
-    x = dense(input, is_channels_last(input));
+    check_beta(op, x, beta);
+    x = dense(x, is_channels_last(x));
     target = are_classes() ? contiguous_of(target) : in_memory_order_of(x, target);
     g = softmax_geometry(x, class_dim);
+  }
+
+  void check_is_wide(const char* name, const Tensor& tensor) const {
+    using torch::headeronly::toString;
+    const ScalarType wide = type_to_compute_in(x);
+    MNIST_OPS_CHECK(tensor.scalar_type() == wide, op, ": ", name, " must be ", toString(wide),
+                    ", got ", toString(tensor.scalar_type()));
+  }
+
+  void check_gradient(const Tensor& grad_loss, const Tensor& total) const {
+    using torch::headeronly::toString;
+    const auto shape = reduction == Reduction::kNone ? lines : std::vector<int64_t>{};
+    MNIST_OPS_CHECK(grad_loss.sizes().equals(shape), op,
+                    ": grad_loss must have the shape of the loss, got ", shape_string(grad_loss));
+    MNIST_OPS_CHECK(grad_loss.scalar_type() == x.scalar_type(), op,
+                    ": grad_loss must have the dtype of input, ", toString(x.scalar_type()),
+                    ", got ", toString(grad_loss.scalar_type()));
+    MNIST_OPS_CHECK(grad_loss.device() == x.device() && total.device() == x.device(), op,
+                    ": grad_loss, total and input are on different devices");
+    if (reduction != Reduction::kMean) return;
+    MNIST_OPS_CHECK(total.dim() == 0, op, ": total must be a scalar, got the shape ",
+                    shape_string(total));
+    check_is_wide("total", total);
   }
 
   bool are_classes() const { return target.scalar_type() == ScalarType::Long; }
@@ -324,32 +348,36 @@ struct NllArguments {
   }
 };
 
-// The operators of one backend. Kernels has static functions, of which each is also told a tensor
-// on whose device it is to work:
-//   forward<kind, T>(tensor, SoftmaxForward<T>), backward<kind, T>(tensor, SoftmaxBackward<T>),
-//   check_targets(op, targets, classes, ignored), which may leave it to the kernels to make NaN,
+// The operators of one backend. Kernels has static functions, of which each but check_targets is
+// also told a tensor on whose device it is to work:
+//   run<kind>(tensor, arguments), which are SoftmaxForward<T> or SoftmaxBackward<T>,
+//   check_targets(NllArguments), which may leave it to the kernels to make NaN,
 //   nll<T>(losses, SoftmaxForward<T>, loss, total): the losses of softmax_nll, or where loss is not
 //     null their sum, or where total is not null their mean and what that is divided by
 template <typename Kernels>
 struct SoftmaxOperators {
-  template <SoftmaxKind kind>
-  static Tensor forward(const char* op, const Tensor& input, int64_t dim, double beta) {
+  using Kind = SoftmaxKind;
+
+  template <Kind kind>
+  static Tensor forward(const Tensor& input, int64_t dim, double beta) {
+    const char* op = kind == Kind::kSoftmax ? "softmax" : "log_softmax";
     dim = checked_dim(op, input, dim);
     check_beta(op, input, beta);
     Tensor output = new_like(input);
     const Tensor x = in_memory_order_of(output, input);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      Kernels::template forward<kind, T>(
-          output, {softmax_geometry(output, dim), Differences<opmath_t<T>>(beta),
-                   x.const_data_ptr<T>(), output.mutable_data_ptr<T>()});
+      Kernels::template run<kind>(
+          output, SoftmaxForward<T>{softmax_geometry(output, dim), Differences<opmath_t<T>>(beta),
+                                    x.const_data_ptr<T>(), output.mutable_data_ptr<T>()});
     });
     return output;
   }
 
-  template <SoftmaxKind kind>
-  static Tensor backward(const char* op, const Tensor& grad_output, const Tensor& output,
-                         int64_t dim, double beta) {
+  template <Kind kind>
+  static Tensor backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
+                         double beta) {
+    const char* op = kind == Kind::kSoftmax ? "softmax_backward" : "log_softmax_backward";
     dim = checked_dim(op, output, dim);
     check_like(op, "grad_output", grad_output, "output", output);
     check_beta(op, output, beta);
@@ -358,32 +386,12 @@ struct SoftmaxOperators {
     const Tensor grad = in_memory_order_of(grad_input, grad_output);
     dispatch_floating(op, output.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      Kernels::template backward<kind, T>(
-          grad_input,
-          {softmax_geometry(grad_input, dim), static_cast<opmath_t<T>>(beta),
-           grad.const_data_ptr<T>(), y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>()});
+      Kernels::template run<kind>(
+          grad_input, SoftmaxBackward<T>{softmax_geometry(grad_input, dim),
+                                         static_cast<opmath_t<T>>(beta), grad.const_data_ptr<T>(),
+                                         y.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>()});
     });
     return grad_input;
-  }
-
-  static Tensor softmax(const Tensor& input, int64_t dim, double beta) {
-    return forward<SoftmaxKind::kSoftmax>("softmax", input, dim, beta);
-  }
-  static Tensor log_softmax(const Tensor& input, int64_t dim, double beta) {
-    return forward<SoftmaxKind::kLogSoftmax>("log_softmax", input, dim, beta);
-  }
-  static Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
-                                 double beta) {
-    return backward<SoftmaxKind::kSoftmax>("softmax_backward", grad_output, output, dim, beta);
-  }
-  static Tensor log_softmax_backward(const Tensor& grad_output, const Tensor& output, int64_t dim,
-                                     double beta) {
-    return backward<SoftmaxKind::kLogSoftmax>("log_softmax_backward", grad_output, output, dim,
-                                              beta);
-  }
-
-  static void check_targets(const char* op, const NllArguments& a) {
-    if (a.are_classes()) Kernels::check_targets(op, a.target, a.x.size(a.x.dim() > 1), a.ignored);
   }
 
   static std::tuple<Tensor, Tensor> softmax_nll(const Tensor& input, const Tensor& target,
@@ -391,8 +399,11 @@ struct SoftmaxOperators {
                                                 std::string reduction, int64_t ignore_index,
                                                 double label_smoothing) {
     const char* op = "softmax_nll";
-    const NllArguments a(op, input, target, weight, beta, reduction, ignore_index, label_smoothing);
-    check_targets(op, a);
+    NllArguments a{op,           input,          target,
+                   weight,       beta,           reduction_named(op, reduction),
+                   ignore_index, label_smoothing};
+    a.check();
+    Kernels::check_targets(a);
     const bool mean = a.reduction == Reduction::kMean;
     Tensor losses = new_tensor(a.x, a.lines), loss = losses;
     // A scalar where it is needed, else without elements.
@@ -414,9 +425,12 @@ struct SoftmaxOperators {
                                      std::string reduction, int64_t ignore_index,
                                      double label_smoothing) {
     const char* op = "softmax_nll_backward";
-    const NllArguments a(op, input, target, weight, beta, reduction, ignore_index, label_smoothing);
-    check_gradient(op, grad_loss, total, a);
-    check_targets(op, a);
+    NllArguments a{op,           input,          target,
+                   weight,       beta,           reduction_named(op, reduction),
+                   ignore_index, label_smoothing};
+    a.check();
+    a.check_gradient(grad_loss, total);
+    Kernels::check_targets(a);
     const Tensor grad = contiguous_of(grad_loss);
     Tensor grad_input = new_like(a.x);
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
@@ -424,35 +438,16 @@ struct SoftmaxOperators {
       SoftmaxForward<T> f = a.kernel_arguments<T>(grad_input);
       f.grad = {grad.const_data_ptr<T>(), a.reduction == Reduction::kNone ? 1 : 0,
                 a.reduction == Reduction::kMean ? total.const_data_ptr<opmath_t<T>>() : nullptr};
-      Kernels::template forward<SoftmaxKind::kNllGradient, T>(grad_input, f);
+      Kernels::template run<Kind::kNllGradient>(grad_input, f);
     });
     return grad_input;
   }
 
-  static void check_gradient(const char* op, const Tensor& grad_loss, const Tensor& total,
-                             const NllArguments& a) {
-    using torch::headeronly::toString;
-    const auto shape = a.reduction == Reduction::kNone ? a.lines : std::vector<int64_t>{};
-    MNIST_OPS_CHECK(grad_loss.sizes().equals(shape), op,
-                    ": grad_loss must have the shape of the loss, got ", shape_string(grad_loss));
-    MNIST_OPS_CHECK(grad_loss.scalar_type() == a.x.scalar_type(), op,
-                    ": grad_loss must have the dtype of input, ", toString(a.x.scalar_type()),
-                    ", got ", toString(grad_loss.scalar_type()));
-    MNIST_OPS_CHECK(grad_loss.device() == a.x.device() && total.device() == a.x.device(), op,
-                    ": grad_loss, total and input are on different devices");
-    if (a.reduction != Reduction::kMean) return;
-    MNIST_OPS_CHECK(total.dim() == 0, op, ": total must be a scalar, got the shape ",
-                    shape_string(total));
-    const ScalarType wide = type_to_compute_in(a.x);
-    MNIST_OPS_CHECK(total.scalar_type() == wide, op, ": total must be ", toString(wide), ", got ",
-                    toString(total.scalar_type()));
-  }
-
   static void register_all(torch::stable::detail::StableLibrary& m) {
-    m.impl("softmax", TORCH_BOX(&SoftmaxOperators::softmax));
-    m.impl("softmax_backward", TORCH_BOX(&SoftmaxOperators::softmax_backward));
-    m.impl("log_softmax", TORCH_BOX(&SoftmaxOperators::log_softmax));
-    m.impl("log_softmax_backward", TORCH_BOX(&SoftmaxOperators::log_softmax_backward));
+    m.impl("softmax", TORCH_BOX(&SoftmaxOperators::forward<Kind::kSoftmax>));
+    m.impl("softmax_backward", TORCH_BOX(&SoftmaxOperators::backward<Kind::kSoftmax>));
+    m.impl("log_softmax", TORCH_BOX(&SoftmaxOperators::forward<Kind::kLogSoftmax>));
+    m.impl("log_softmax_backward", TORCH_BOX(&SoftmaxOperators::backward<Kind::kLogSoftmax>));
     m.impl("softmax_nll", TORCH_BOX(&SoftmaxOperators::softmax_nll));
     m.impl("softmax_nll_backward", TORCH_BOX(&SoftmaxOperators::softmax_nll_backward));
   }

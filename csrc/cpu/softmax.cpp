@@ -545,8 +545,8 @@ MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A beta) {
 template <bool log, typename T, typename A = opmath_t<T>>
 void gradients(const SoftmaxBackward<T>& b) {
   const SoftmaxGeometry& g = b.g;
-  const T *const go = b.grad, *const out = b.out;
-  T* const gi = b.result;
+  const T *const go = b.grad, *const out = b.y;
+  T* const gi = b.out;
   const A beta = b.beta;
   if (has_rows(g)) {
     for_each_block_of_rows<T>(g, [&](const RowBlock<A>& block) {
@@ -590,24 +590,24 @@ void gradients(const SoftmaxBackward<T>& b) {
 
 struct Kernels {
   template <SoftmaxKind kind, typename T>
-  static void forward(const Tensor&, const SoftmaxForward<T>& f) {
-    cpu::forward<kind>(f);
+  static void run(const Tensor&, const SoftmaxForward<T>& f) {
+    forward<kind>(f);
   }
-
   template <SoftmaxKind kind, typename T>
-  static void backward(const Tensor&, const SoftmaxBackward<T>& b) {
+  static void run(const Tensor&, const SoftmaxBackward<T>& b) {
     gradients<kind == SoftmaxKind::kLogSoftmax>(b);
   }
 
-  static void check_targets(const char* op, const Tensor& target, int64_t classes,
-                            int64_t ignored) {
-    const int64_t* t = target.const_data_ptr<int64_t>();
+  static void check_targets(const NllArguments& a) {
+    if (!a.are_classes()) return;
+    const int64_t* t = a.target.const_data_ptr<int64_t>();
+    const int64_t count = a.target.numel(), classes = a.g.size, ignored = a.ignored;
     const auto is_one = [=](int64_t i) { return (t[i] >= 0 && t[i] < classes) || t[i] == ignored; };
     bool all = true;
-    for (int64_t i = 0; i < target.numel(); ++i) all &= is_one(i);
+    for (int64_t i = 0; i < count; ++i) all &= is_one(i);
     if (all) return;
-    for (int64_t i = 0; i < target.numel(); ++i) {
-      MNIST_OPS_CHECK(is_one(i), op, ": target must be in [0, ", classes, ") or ignore_index, ",
+    for (int64_t i = 0; i < count; ++i) {
+      MNIST_OPS_CHECK(is_one(i), a.op, ": target must be in [0, ", classes, ") or ignore_index, ",
                       ignored, ", got ", t[i], " at position ", i);
     }
   }
@@ -617,7 +617,7 @@ struct Kernels {
   template <typename T>
   static void nll(const Tensor& losses, const SoftmaxForward<T>& f, Tensor* loss, Tensor* total) {
     using A = opmath_t<T>;
-    cpu::forward<SoftmaxKind::kNll>(f);
+    forward<SoftmaxKind::kNll>(f);
     if (loss == nullptr) return;
     const T* values = losses.const_data_ptr<T>();
     const int64_t count = losses.numel();

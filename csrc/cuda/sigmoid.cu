@@ -11,32 +11,24 @@
 namespace mnist_ops::cuda {
 namespace {
 
-// result = f(a), or f(a, b).
+// result = f(a), or f(a, b), of elements of type T.
 struct Sigmoid {
   static constexpr bool kTwoInputs = false;
-  template <typename A>
-  __device__ A operator()(A x, A) const {
-    return elementary::sigmoid(x);
-  }
-};
-
-// The same for half types, whose rounding hides that of the fast instructions: with 4 bytes an
-// element the exact ones would be the bound, not memory.
-struct HalfSigmoid {
-  static constexpr bool kTwoInputs = false;
-  __device__ float operator()(float x, float) const {
+  template <typename T, typename A>
+  static __device__ A value(A x, A) {
 #if defined(__CUDA_ARCH__)
-    return __fdividef(1.0f, 1.0f + __expf(-x));
-#else
-    return 1.0f / (1.0f + std::exp(-x));
+    // The rounding of half types hides that of the fast instructions: with 4 bytes an element the
+    // exact ones would be the bound, not memory.
+    if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));
 #endif
+    return elementary::sigmoid(x);
   }
 };
 
 struct SigmoidGradient {
   static constexpr bool kTwoInputs = true;
-  template <typename A>
-  __device__ A operator()(A grad, A y) const {
+  template <typename T, typename A>
+  static __device__ A value(A grad, A y) {
     return sigmoid_gradient(grad, y);
   }
 };
@@ -49,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
                T* __restrict__ out) {
   using A = opmath_t<T>;
   const auto value = [](T from_a, T from_b) {
-    return static_cast<T>(F{}(static_cast<A>(from_a), static_cast<A>(from_b)));
+    return static_cast<T>(F::template value<T>(static_cast<A>(from_a), static_cast<A>(from_b)));
   };
   const int64_t packs = count / n;
   constexpr int64_t kTile = int64_t{kThreads} * kFlight;
@@ -108,8 +100,7 @@ Tensor sigmoid(const Tensor& input) {
   dispatch_floating("sigmoid", input.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* in = x.const_data_ptr<T>();
-    using F = std::conditional_t<std::is_same_v<T, opmath_t<T>>, Sigmoid, HalfSigmoid>;
-    map<F>(launcher, input.numel(), in, in, output.mutable_data_ptr<T>());
+    map<Sigmoid>(launcher, input.numel(), in, in, output.mutable_data_ptr<T>());
   });
   return output;
 }

@@ -48,49 +48,38 @@ struct Kernels {
     return a.g.inner == 1 && a.g.size <= kMostShortRow && !has_packs(kind, a);
   }
 
-  template <typename Arguments>
-  static void run(const Tensor& tensor, Kind kind, const Arguments& a) {
+  template <Kind kind, typename Arguments>
+  static void run(const Tensor& tensor, const Arguments& a) {
     const Launcher launcher(tensor);
     if (are_short_rows(kind, a)) return launch_tiles(launcher, kind, a);
     return a.g.inner == 1 ? launch_rows(launcher, kind, a) : launch_lines(launcher, kind, a);
   }
-  template <Kind kind, typename T>
-  static void forward(const Tensor& tensor, const Forward<T>& f) {
-    run(tensor, kind, f);
-  }
-  template <Kind kind, typename T>
-  static void backward(const Tensor& tensor, const Backward<T>& b) {
-    run(tensor, kind, b);
-  }
 
-  // To find out the host would have to wait for the device.
-  static void check_targets(const char*, const Tensor&, int64_t, int64_t) {}
+  // They make NaN.
+  static void check_targets(const NllArguments&) {}
 
   template <typename T>
   static void nll(const Tensor& losses, Forward<T> f, Tensor* loss, Tensor* total) {
-    if (loss == nullptr) return forward<Kind::kNll>(losses, f);
+    if (loss == nullptr) return run<Kind::kNll>(losses, f);
     // Blocks that add up losses: of the kernel that computes them, else of the one above, which has
     // several only where there are more losses than a few for each thread.
     const int64_t count = losses.numel();
-    const int64_t added = are_short_rows(Kind::kNll, f) ? blocks_of_tiles(f) : 0;
-    const int64_t blocks =
-        added > 0 ? added : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
-    const Tensor sums = new_tensor(losses, {2 * blocks}, ScalarType::Double);
+    const bool adds = are_short_rows(Kind::kNll, f);
+    f.blocks = adds ? blocks_of_tiles(f)
+                    : std::clamp<int64_t>(ceil_div(count, 4 * kSumBlock), 1, kSumBlock);
+    const Tensor sums = new_tensor(losses, {2 * f.blocks}, ScalarType::Double);
     auto* const parts = reinterpret_cast<LossSum*>(sums.mutable_data_ptr<double>());
-    if (added > 0) f.sums = parts, f.blocks = blocks;
-    forward<Kind::kNll>(losses, f);
+    if (adds) f.sums = parts;
+    run<Kind::kNll>(losses, f);
     f.sums = parts;
-    f.blocks = blocks;
     const Launcher launcher(losses);
-    const auto run = [&](int64_t grid, int64_t items, const LossSum* from) {
-      T* const result = loss->mutable_data_ptr<T>();
-      opmath_t<T>* const divisor =
-          total == nullptr ? nullptr : total->mutable_data_ptr<opmath_t<T>>();
-      launcher.run_blocks(sum_losses_kernel<T>, grid, kSumBlock, items, f, from, result, divisor);
+    const auto add_up = [&](int64_t blocks, int64_t items, const LossSum* from) {
+      opmath_t<T>* const divisor = total ? total->mutable_data_ptr<opmath_t<T>>() : nullptr;
+      launcher.run_blocks(sum_losses_kernel<T>, blocks, kSumBlock, items, f, from,
+                          loss->mutable_data_ptr<T>(), divisor);
     };
-    const LossSum* const none = nullptr;
-    if (added == 0) run(blocks, count, none);
-    if (added > 0 || blocks > 1) run(1, blocks, parts);
+    if (!adds) add_up(f.blocks, count, nullptr);
+    if (adds || f.blocks > 1) add_up(1, f.blocks, parts);
   }
 };
 

@@ -22,22 +22,10 @@ constexpr int kMostResident = 4;
 constexpr int kMostResident = 5;
 #endif
 
-// The largest value of so many neighbouring threads of a warp.
-template <typename A>
-__device__ __forceinline__ A largest_of_lanes(A value, int lanes) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    if (distance < lanes) {
-      value = larger(value, __shfl_xor_sync(kWholeWarp, value, distance));
-    }
-  }
-  return value;
-}
-
 // Neighbouring threads of a warp, a power of two of them, share a line.
-template <bool one_class>
+template <bool one_class, bool whole = false>
 struct Lanes {
-  static constexpr bool kParts = false, kWhole = false, kOneClass = one_class;
+  static constexpr bool kParts = false, kWhole = whole, kOneClass = one_class;
   int lanes;
 
   __device__ __forceinline__ int worker() const {
@@ -47,7 +35,7 @@ struct Lanes {
 
   template <typename A>
   __device__ __forceinline__ void largest(A (&values)[1]) const {
-    values[0] = largest_of_lanes(values[0], lanes);
+    values[0] = lane_max(values[0], lanes);
   }
   template <typename A>
   __device__ __forceinline__ void sum(A (&values)[1]) const {
@@ -55,15 +43,10 @@ struct Lanes {
   }
 };
 
-// A thread has a line.
-struct Alone {
-  static constexpr bool kParts = false, kWhole = true, kOneClass = true;
-  __device__ __forceinline__ int worker() const { return 0; }
-  __device__ __forceinline__ int workers() const { return 1; }
-  template <typename A>
-  __device__ __forceinline__ void largest(A (&)[1]) const {}
-  template <typename A>
-  __device__ __forceinline__ void sum(A (&)[1]) const {}
+// The largest of some scaled values v, and the sum of exp(factor (v - largest)).
+template <typename A>
+struct Part {
+  A largest, sum;
 };
 
 // The first of a group's lines, and the first element of it. Threads without a line, which are not
@@ -96,20 +79,14 @@ struct RawPack {
     words = load_pack<kWords>(reinterpret_cast<const Word*>(from));
   }
 
-  __device__ __forceinline__ void unpack(opmath_t<T> (&values)[n]) const {
+  __device__ __forceinline__ opmath_t<T> operator[](int i) const {
     if constexpr (std::is_same_v<T, BFloat16> && n % 2 == 0) {
-      // They are the upper halves of numbers: one instruction each.
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        values[2 * i] = elementary::bits_as<float>(words.values[i] << 16);
-        values[2 * i + 1] = elementary::bits_as<float>(words.values[i] & 0xffff0000u);
-      }
-    } else {
-      Pack<T, n> pack;
-      std::memcpy(&pack, &words, sizeof(pack));
-#pragma unroll
-      for (int j = 0; j < n; ++j) values[j] = static_cast<opmath_t<T>>(pack.values[j]);
+      const uint32_t word = words.values[i / 2];  // the upper halves of floats: one instruction
+      return elementary::bits_as<float>(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     }
+    Pack<T, n> pack;
+    std::memcpy(&pack, &words, sizeof(pack));
+    return static_cast<opmath_t<T>>(pack.values[i]);
   }
 };
 
@@ -148,7 +125,10 @@ struct Held {
   }
   __device__ __forceinline__ void take(const Raw& raw) {
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k) raw.packs[k].unpack(values[k]);
+    for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) values[k][j] = raw.packs[k][j];
+    }
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
@@ -163,26 +143,21 @@ struct Held {
     }
   }
 
-  // Calls body(value, its line, its place in it). What is missing may be left out, where a warp
-  // misses it together as a rule.
-  template <typename F>
-  __device__ __forceinline__ void each(const F& body) {
+  // Calls body(value, its line, its place in it, what others hold there). What is missing is left
+  // out where a warp misses it together as a rule and a branch is less than the work.
+  template <typename F, typename... Others>
+  __device__ __forceinline__ void each(const F& body, const Others&... others) {
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
       const int i = worker + k * workers;
-      if (m == n && !has(i)) continue;
+      if (sizeof...(others) == 0 && m == n && !has(i)) continue;
 #pragma unroll
-      for (int j = 0; j < n; ++j) body(values[k][j], m == 1 ? 0 : j, m == 1 ? i * n + j : i);
+      for (int j = 0; j < n; ++j) {
+        body(values[k][j], m == 1 ? 0 : j, m == 1 ? i * n + j : i, others.values[k][j]...);
+      }
     }
   }
 };
-
-template <typename Group, typename A>
-__device__ __forceinline__ A sum_of(const Group& group, A value) {
-  A values[1] = {value};
-  group.sum(values);
-  return values[0];
-}
 
 // What is read of a line beside its elements, before them.
 template <typename A>
@@ -194,20 +169,13 @@ template <typename T, typename A = opmath_t<T>>
 __device__ __forceinline__ A beta_g_of(Kind kind, const Forward<T>& f, int64_t line) {
   return kind == Kind::kNllGradient ? f.differences.beta * f.grad[line] : A(0);
 }
-template <typename T, typename A = opmath_t<T>>
-__device__ __forceinline__ Known<A> known_of(Kind kind, const Forward<T>& f, int64_t line) {
-  Known<A> known;  // the target first: it takes longest
-  if (kind == Kind::kNll || kind == Kind::kNllGradient) known.target = f.class_of(line);
-  known.beta_g = beta_g_of(kind, f, line);
-  return known;
-}
-// The same with what beta_g is where lines share one gradient.
+// shared, if it is not null: beta_g where lines share one gradient.
 template <typename T, typename A = opmath_t<T>>
 __device__ __forceinline__ Known<A> known_of(Kind kind, const Forward<T>& f, int64_t line,
-                                             A shared) {
-  Known<A> known{0, shared};
-  if (kind == Kind::kNll || kind == Kind::kNllGradient) known.target = f.class_of(line);
-  if (f.grad.step != 0) known.beta_g = beta_g_of(kind, f, line);
+                                             const A* shared = nullptr) {
+  Known<A> known;
+  if (has_target(kind)) known.target = f.class_of(line);  // first: it takes longest
+  known.beta_g = shared && f.grad.step == 0 ? *shared : beta_g_of(kind, f, line);
   return known;
 }
 
@@ -236,7 +204,7 @@ __device__ __forceinline__ Chosen<opmath_t<T>> chosen_of(Kind kind, const Forwar
 }
 
 // known(j) is what is known of line j; sink(j, loss, divisor) is where its loss goes.
-template <int compiled, int kLoads, int n, int m, typename T, typename Group, typename KnownOf,
+template <Kind compiled, int kLoads, int n, int m, typename T, typename Group, typename KnownOf,
           typename Sink>
 __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, const T* in, T* out,
                                              const Place& place, const Group& group,
@@ -244,8 +212,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
   using A = opmath_t<T>;
   constexpr A kMissing = -std::numeric_limits<A>::infinity();
   const Kind kind = kind_of<compiled>(given);
-  const bool has_target = kind == Kind::kNll || kind == Kind::kNllGradient;
-  const bool one_class = has_target && (Group::kOneClass || f.targets.one_class());
+  const bool one_class = has_target(kind) && (Group::kOneClass || f.targets.one_class());
   const Differences<A>& difference = f.differences;
   const Powers<T, compiled> powers(difference);
   Held<kLoads, n, m, Group::kWhole, T> held(f.g, place, group);
@@ -256,7 +223,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
   const auto read_targets = [&] {
 #pragma unroll
     for (int j = 0; j < m; ++j) {
-      if (has_target) known_of_line[j] = known(j);
+      if (has_target(kind)) known_of_line[j] = known(j);
       if (one_class) chosen[j] = chosen_of<m>(kind, f, known_of_line[j].target, in + j);
     }
   };
@@ -310,7 +277,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
     });
   }
   if constexpr (Group::kParts) {
-    const Partial<A> whole = group.merge({largest[0], sum[0]}, difference);
+    const Part<A> whole = group.merge({largest[0], sum[0]}, difference);
     if (largest[0] != whole.largest) {
       share *= std::exp(difference.of_scaled(largest[0], whole.largest));
     }
@@ -320,13 +287,21 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
     group.sum(sum);
   }
   if (m > 1) read_targets();
-  if (!place.inside && (!has_target || one_class)) return;  // else classes are added up together
-  const auto sum_classes = over_classes<A>(place.inside ? place.size : 0, held.worker, held.workers,
-                                           [&](A v) { return sum_of(group, v); });
+  // Where targets are not one class, all threads of the group add up the classes.
+  if (!place.inside && (!has_target(kind) || one_class)) return;
+  const auto sum_classes =
+      over_classes<A>(place.inside ? place.size : 0, held.worker, held.workers, [&](A v) {
+        A values[1] = {v};
+        group.sum(values);
+        return values[0];
+      });
+  const auto target_of = [&](int j) {
+    return LineTarget<T>(f.targets, f.g, known_of_line[j].target, place.offset + j);
+  };
   A term[m];  // what every element of a line has to do with
 #pragma unroll
   for (int j = 0; j < m; ++j) {
-    if (Group::kParts) sum[j] += largest[j] - largest[j];  // as Partial::finish() does
+    if (Group::kParts) sum[j] += largest[j] - largest[j];  // NaN where the largest is infinite
     term[j] = keeps_powers(kind) ? powers.quotient(share, sum[j]) : powers.log(sum[j]);
     if (kind != Kind::kNll) continue;
     A loss, divisor;
@@ -335,7 +310,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
       loss = c.counts ? c.weight * (term[j] - difference(c.x, largest[j])) : c.weight;
       divisor = c.weight;
     } else {
-      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
+      const LineTarget<T> target = target_of(j);
       loss = target.loss(difference, in + j, largest[j], term[j], sum_classes);
       divisor = target.divisor();
     }
@@ -363,8 +338,7 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
     LineGradient<T> gradients[m];
 #pragma unroll
     for (int j = 0; j < m; ++j) {
-      const LineTarget<T> target(f.targets, f.g, known_of_line[j].target, place.offset + j);
-      gradients[j] = {target, known_of_line[j].beta_g, sum_classes};
+      gradients[j] = {target_of(j), known_of_line[j].beta_g, sum_classes};
     }
     held.each([&](A& v, int j, int i) {
       if (i < place.size) v = gradients[j](v * term[j], i);
@@ -375,35 +349,22 @@ __device__ __forceinline__ void forward_held(Kind given, const Forward<T>& f, co
 
 template <int kLoads, int n, int m, typename T, typename Group>
 __device__ __forceinline__ void backward_held(Kind kind, const Backward<T>& b, const T* grad,
-                                              const T* out, T* result, const Place& place,
+                                              const T* y, T* out, const Place& place,
                                               const Group& group) {
   using A = opmath_t<T>;
   Held<kLoads, n, m, Group::kWhole, T> grads(b.g, place, group), ys(b.g, place, group);
-  const auto raw_grads = grads.read(grad, T(0)), raw_ys = ys.read(out, T(0));
+  const auto raw_grads = grads.read(grad, T(0)), raw_ys = ys.read(y, T(0));
   grads.take(raw_grads);
   ys.take(raw_ys);
   A sum[m] = {};
-#pragma unroll
-  for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      sum[j % m] += gradient_term(kind, grads.values[k][j], ys.values[k][j]);
-    }
-  }
+  grads.each([&](A g, int j, int, A y) { sum[j] += gradient_term(kind, g, y); }, ys);
   group.sum(sum);
-#pragma unroll
-  for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-    for (int j = 0; j < n; ++j) {
-      A& g = grads.values[k][j];
-      g = gradient_value<T>(kind, g, ys.values[k][j], sum[j % m], b.beta);
-    }
-  }
-  if (place.inside) grads.store(result);
+  grads.each([&](A& g, int j, int, A y) { g = gradient_value<T>(kind, g, y, sum[j], b.beta); }, ys);
+  if (place.inside) grads.store(out);
 }
 
 // Lines in global memory.
-template <int compiled, int kLoads, int n, int m, typename T, typename Group>
+template <Kind compiled, int kLoads, int n, int m, typename T, typename Group>
 __device__ __forceinline__ void compute_held(Kind given, const Forward<T>& f, const Place& place,
                                              const Group& group) {
   using A = opmath_t<T>;
@@ -413,11 +374,11 @@ __device__ __forceinline__ void compute_held(Kind given, const Forward<T>& f, co
   forward_held<compiled, kLoads, n, m>(given, f, f.in + place.offset, f.out + place.offset, place,
                                        group, known, sink);
 }
-template <int compiled, int kLoads, int n, int m, typename T, typename Group>
+template <Kind compiled, int kLoads, int n, int m, typename T, typename Group>
 __device__ __forceinline__ void compute_held(Kind given, const Backward<T>& b, const Place& place,
                                              const Group& group) {
   backward_held<kLoads, n, m>(kind_of<compiled>(given), b, b.grad + place.offset,
-                              b.out + place.offset, b.result + place.offset, place, group);
+                              b.y + place.offset, b.out + place.offset, place, group);
 }
 
 }  // namespace mnist_ops::cuda

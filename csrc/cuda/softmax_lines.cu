@@ -68,13 +68,12 @@ struct Columns {
 };
 
 // Blocks of a multiprocessor, as far as registers go.
-template <int kind, typename Arguments>
-constexpr int kColumnBlocks =
-    sizeof(typename Arguments::A) == 8                                                         ? 2
-    : kind == static_cast<int>(Kind::kNllGradient) || kind == static_cast<int>(Kind::kSoftmax) ? 3
-                                                                                               : 4;
+template <Kind kind, typename Arguments>
+constexpr int kColumnBlocks = sizeof(typename Arguments::A) == 8 ? 2
+                              : keeps_powers(kind)               ? 3
+                                                                 : 4;
 
-template <int kind, int n, typename Arguments>
+template <Kind kind, int n, typename Arguments>
 __global__ void __launch_bounds__(kThreads, kColumnBlocks<kind, Arguments>)
     columns_kernel(Kind given, Arguments a) {
   using A = typename Arguments::A;
@@ -123,8 +122,7 @@ struct LongLine {
     worker = thread / width;
     workers = static_cast<int>(blockDim.x) / width;
     if (line >= g.outer * g.inner) return;  // and no packs
-    const int64_t outer = line / g.inner;
-    offset = outer * g.size * g.inner + (line - outer * g.inner);
+    offset = column_offset<1>(g, line);
     packs = g.size / n;
   }
 
@@ -158,12 +156,51 @@ struct LongLine {
   }
 };
 
+// The largest of some scaled values v, and the sum of exp(factor (v - largest)).
+template <typename T>
+struct LongPart {
+  using A = opmath_t<T>;
+  A largest = -std::numeric_limits<A>::infinity();
+  double sum = 0;
+
+  // Several at once: one rescaling for all of them.
+  template <int count>
+  __device__ void add_all(const A (&values)[count], const Differences<A>& difference) {
+    A m = largest;
+#pragma unroll
+    for (int j = 0; j < count; ++j) m = values[j] > m ? values[j] : m;
+    if (m > largest) {
+      sum *= static_cast<double>(exp_for<T>(difference.of_scaled(largest, m)));
+      largest = m;
+    }
+    A part = A(0);
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      // The share of -inf is 0, not exp(-inf + inf).
+      if (values[j] != -std::numeric_limits<A>::infinity()) {
+        part += exp_for<T>(difference.of_scaled(values[j], m));
+      }
+    }
+    sum += static_cast<double>(part);
+  }
+
+  __device__ void merge(const LongPart& other, const Differences<A>& difference) {
+    const A m = other.largest > largest ? other.largest : largest;
+    // Equal infinities must not become NaN here: a part that holds nothing else counts for 0.
+    const auto share = [&](const LongPart& p) {
+      if (p.largest == m) return p.sum;
+      return p.sum * static_cast<double>(std::exp(difference.of_scaled(p.largest, m)));
+    };
+    sum = share(*this) + share(other);
+    largest = m;
+  }
+};
+
 template <int n, typename T>
 __global__ void __launch_bounds__(kLongBlock)
     forward_long_kernel(Kind kind, Forward<T> f, int width) {
   using A = opmath_t<T>;
-  using Part = Partial<A, double>;
-  __shared__ SharedBytes<sizeof(Part) * kLongBlock> shared;
+  alignas(kVectorBytes) __shared__ double shared[sizeof(LongPart<T>) / sizeof(double) * kLongBlock];
   const Differences<A>& difference = f.differences;
   // The same number of turns for every thread of a block: they meet at the barriers.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * width; first < f.g.outer * f.g.inner;
@@ -182,18 +219,19 @@ __global__ void __launch_bounds__(kLongBlock)
         }
       }
     };
-    Part whole;
+    LongPart<T> whole;
     line.each_turn(false, [&](int64_t start) {
       A values[kFlight * n];
       read(start, values);
-      whole.template add_all<T>(values, difference);
+      whole.add_all(values, difference);
     });
-    whole = line.combined(whole, shared.template as<Part>(),
-                          [&](Part& a, const Part& b) { a.merge(b, difference); });
-    whole.finish();
-    const A largest = whole.largest, sum = static_cast<A>(whole.sum);
+    whole = line.combined(whole, reinterpret_cast<LongPart<T>*>(shared),
+                          [&](auto& a, const auto& b) { a.merge(b, difference); });
+    const A largest = whole.largest;
+    // NaN where the largest is infinite, as it is when the exponentials are added up later.
+    const A sum = static_cast<A>(whole.sum) + (largest - largest);
     const auto sum_classes = over_classes<A>(line.packs * n, line.worker, line.workers, [&](A v) {
-      return line.combined(v, shared.template as<A>(), [](A& a, A other) { a += other; });
+      return line.combined(v, reinterpret_cast<A*>(shared), [](A& a, A other) { a += other; });
     });
     const int64_t known = line.inside() ? line.line : 0;  // one that there is
     if (kind == Kind::kNll) {
@@ -239,7 +277,7 @@ __global__ void __launch_bounds__(kLongBlock)
 #pragma unroll
       for (int k = 0; k < kFlight; ++k) {
         const int64_t i = start + k * line.workers, at = line.offset + i * line.step;
-        if (i < line.packs) body(at, load_pack<n>(b.grad + at), load_pack<n>(b.out + at));
+        if (i < line.packs) body(at, load_pack<n>(b.grad + at), load_pack<n>(b.y + at));
       }
     };
     double total = 0;
@@ -263,19 +301,10 @@ __global__ void __launch_bounds__(kLongBlock)
           grads.values[j] = static_cast<T>(gradient_value<T>(
               kind, static_cast<A>(grads.values[j]), static_cast<A>(ys.values[j]), sum, b.beta));
         }
-        store_pack(b.result + at, grads);
+        store_pack(b.out + at, grads);
       });
     });
   }
-}
-
-template <int n, typename T>
-auto* long_kernel(const Forward<T>&) {
-  return forward_long_kernel<n, T>;
-}
-template <int n, typename T>
-auto* long_kernel(const Backward<T>&) {
-  return backward_long_kernel<n, T>;
 }
 
 }  // namespace
@@ -283,8 +312,15 @@ auto* long_kernel(const Backward<T>&) {
 template <int n, typename Arguments>
 void launch_long(const Launcher& launcher, Kind kind, const Arguments& a) {
   const int width = a.g.inner == 1 ? 1 : a.g.size < 64 ? kThreads : kWarp;
-  launcher.run_blocks(long_kernel<n>(a), ceil_div(a.g.outer * a.g.inner, width),
-                      n > 1 ? kLongBlock : kThreads, kind, a, width);
+  const auto run = [&](auto* kernel) {
+    launcher.run_blocks(kernel, ceil_div(a.g.outer * a.g.inner, width),
+                        n > 1 ? kLongBlock : kThreads, kind, a, width);
+  };
+  if constexpr (Arguments::kIsForward) {
+    run(forward_long_kernel<n, typename Arguments::Element>);
+  } else {
+    run(backward_long_kernel<n, typename Arguments::Element>);
+  }
 }
 
 template <typename Arguments>
@@ -292,8 +328,8 @@ void launch_lines(const Launcher& launcher, Kind kind, const Arguments& a) {
   constexpr int n = kLinesOfPack<typename Arguments::Element>;
   const int columns = columns_of_block(kind, a);
   if (columns == 0) return launch_long<1>(launcher, kind, a);
-  dispatch_kind<Arguments, !kIsForward<Arguments>>(kind, [&](auto number) {
-    launcher.run(columns_kernel<decltype(number)::value, n, Arguments>, a.g.outer * a.g.inner / n,
+  dispatch_kind<Arguments, !Arguments::kIsForward>(kind, [&](auto tag) {
+    launcher.run(columns_kernel<decltype(tag)::value, n, Arguments>, a.g.outer * a.g.inner / n,
                  columns, columns, kind, a);
   });
 }

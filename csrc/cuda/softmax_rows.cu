@@ -16,14 +16,13 @@ struct Exchange {
 
 // Of `count` parts, up to 32 of them, by a whole warp. A part of -inf alone counts for 0.
 template <typename A>
-__device__ __forceinline__ Partial<A> merged(const A* largest, const A* sums, int count,
-                                             const Differences<A>& difference) {
+__device__ __forceinline__ Part<A> merged(const A* largest, const A* sums, int count,
+                                          const Differences<A>& difference) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const A mine = lane < count ? largest[lane] : -std::numeric_limits<A>::infinity();
-  A sum = lane < count ? sums[lane] : A(0);
   const A whole = lane_max(mine, kWarp);
-  if (mine != whole) sum *= std::exp(difference.of_scaled(mine, whole));
-  return {whole, lane_sum(sum, kWarp)};
+  const A share = mine == whole ? A(1) : std::exp(difference.of_scaled(mine, whole));
+  return {whole, lane_sum(lane < count ? sums[lane] * share : A(0), kWarp)};
 }
 
 // The threads of `parts` blocks, of which this one is the part-th. The barriers of a cluster are in
@@ -47,17 +46,17 @@ struct Blocks {
   __device__ __forceinline__ int workers() const { return parts * static_cast<int>(blockDim.x); }
 
   __device__ __forceinline__ void largest(A (&values)[1]) const {
-    values[0] = largest_of_lanes(values[0], kWarp);
+    values[0] = lane_max(values[0], kWarp);
   }
-  __device__ __forceinline__ Partial<A> merge(const Partial<A>& mine,
-                                              const Differences<A>& difference) const {
+  __device__ __forceinline__ Part<A> merge(const Part<A>& mine,
+                                           const Differences<A>& difference) const {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
     const A sum = lane_sum(mine.sum, kWarp);
     __syncthreads();  // whoever read shared before is done
     if (thread % kWarp == 0) shared.largest[warp] = mine.largest, shared.sums[warp] = sum;
     __syncthreads();
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    Partial<A> whole = merged(shared.largest, shared.sums, warps, difference);
+    Part<A> whole = merged(shared.largest, shared.sums, warps, difference);
     if (parts > 1) {
       cluster_wait();  // all of them are there and have read what came before
       if (thread < parts) {
@@ -76,17 +75,15 @@ struct Blocks {
   }
 };
 
-template <int kind, int kLoads, int n, typename Arguments>
-constexpr int kResident = 1;
-// What holds 32 elements a thread needs more.
-template <int kind, int kLoads, int n, typename T>
-constexpr int kResident<kind, kLoads, n, Forward<T>> =
-    sizeof(T) == 8                      ? 1
-    : sizeof(T) == 4 || kLoads * n > 16 ? 4
-                                        : kMostResident;
+// Blocks of a multiprocessor at least. What holds 32 elements a thread needs more registers.
+template <int elements, typename Arguments>
+constexpr int kResident =
+    !Arguments::kIsForward || sizeof(typename Arguments::A) == 8 ? 1
+    : sizeof(typename Arguments::Element) == 4 || elements > 16  ? 4
+                                                                 : kMostResident;
 
-template <int kind, int kLoads, int n, typename Arguments>
-__global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, Arguments>)
+template <Kind kind, int kLoads, int n, typename Arguments>
+__global__ void __launch_bounds__(kThreads, kResident<kLoads * n, Arguments>)
     warp_kernel(Kind given, Arguments a, int shift) {
   // Rows for which a thread holds this much have a whole warp.
   const int lanes = kLoads * n > 16 ? kWarp : 1 << shift;
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kind, kLoads, n, Arguments
 constexpr int kMostThreads = 1024;  // of a block
 
 // `parts` neighbouring blocks, a cluster, take a row.
-template <int kind, int kLoads, int n, typename Arguments>
+template <Kind kind, int kLoads, int n, typename Arguments>
 __global__ void __launch_bounds__(kMostThreads) block_kernel(Kind given, Arguments a, int parts) {
   using A = typename Arguments::A;
   auto& shared = *reinterpret_cast<Exchange<A>*>(dynamic_shared_memory());
@@ -129,11 +126,11 @@ void launch(const Launcher& launcher, Kind given, const Arguments& a) {
   using A = typename Arguments::A;
   // What 64 registers a thread are enough for; an element a load takes more of them, and so does
   // the exponential in float64.
-  constexpr int kElements = (n == 1 ? 16 : 32) / (kIsForward<Arguments> ? 1 : 2);
+  constexpr int kElements = (n == 1 ? 16 : 32) / (Arguments::kIsForward ? 1 : 2);
   constexpr int kLoads = (std::is_same_v<A, double> ? std::min(kElements / 2, 8) : kElements) / n;
   const int64_t rows = a.g.outer, size = a.g.size, workers = ceil_div(size, n * kLoads);
-  dispatch_kind<Arguments, n == 1>(given, [&](auto number) {
-    constexpr int kind = decltype(number)::value;
+  dispatch_kind<Arguments, n == 1>(given, [&](auto tag) {
+    constexpr Kind kind = decltype(tag)::value;
     if constexpr (n > 1) {
       const auto warp = [&](auto loads) {
         constexpr int kHeld = decltype(loads)::value / n;

@@ -54,19 +54,18 @@ __device__ __forceinline__ void end_tile(const T* from, T* to, int count, bool a
   });
 }
 
-// Where the losses of a thread go: in twos, so that fewer become float64.
-template <typename T>
+// Where the losses of a thread go: in twos, so that fewer become float64. Of a gradient there are
+// none.
+template <typename Arguments>
 struct Losses {
-  using A = opmath_t<T>;
-  const Forward<T>& f;
+  using A = typename Arguments::A;
+  const Arguments& f;
   LossSum sum = {0, 0};
   A loss = A(0), divisor = A(0);
 
-  __device__ __forceinline__ explicit Losses(const Forward<T>& arguments) : f(arguments) {}
-
   __device__ __forceinline__ void add(int64_t line, A of_line, A its_divisor) {
     if (f.sums == nullptr) {
-      f.out[line] = static_cast<T>(of_line);
+      f.out[line] = static_cast<typename Arguments::Element>(of_line);
     } else {
       loss += of_line;
       divisor += its_divisor;
@@ -87,206 +86,145 @@ struct Losses {
   }
 };
 
-struct NoLosses {
-  template <typename Arguments>
-  __device__ __forceinline__ explicit NoLosses(const Arguments&) {}
-};
-
 constexpr int kTileLoads = 8;  // elements of a thread
 static_assert(kTileLoads * kWarp == kMostShortRow);
 
-// Rows of any size. The next rows are on their way meanwhile. Rows follow each other in shared
-// memory as they do outside: sizes that are no multiple of a pack put the threads of a warp on
-// different banks, or on few equal ones.
+// Rows of the reports' 10 classes, forward, have kernels of their own, but for float64 and where
+// targets are not one class: a thread takes rows alone.
+constexpr int kClasses = 10;
 template <typename Arguments>
-__global__ void __launch_bounds__(kThreads)
-    tile_kernel(Kind kind, Arguments a, int lanes, bool aligned) {
+bool has_kernel(Kind kind, const Arguments& a) {
+  return Arguments::kIsForward && sizeof(typename Arguments::A) == 4 && a.g.size == kClasses &&
+         has_one_class(kind, a);
+}
+template <typename T>
+constexpr int kRowsAlone = sizeof(T) == 2 ? 2 : 1;  // of half types more bytes are on their way so
+
+// Blocks of a multiprocessor at least.
+template <int size, typename Arguments>
+constexpr int kTileBlocks = size > 0                             ? kMostResident
+                            : !Arguments::kIsForward             ? 0
+                            : sizeof(typename Arguments::A) == 8 ? 2
+                                                                 : 3;
+
+// Rows of any size, or of kSize elements, an even number of them, with threads that have a row
+// alone. The next rows are on their way meanwhile. Rows follow each other in shared memory as they
+// do outside: sizes that are no multiple of a pack put the threads of a warp on different banks, or
+// on few equal ones.
+template <Kind compiled, int kSize, typename Arguments>
+__global__ void __launch_bounds__(kThreads, kTileBlocks<kSize, Arguments>)
+    tile_kernel(Kind given, Arguments a, int lanes_of_row, bool aligned) {
   using T = typename Arguments::Element;
   using A = typename Arguments::A;
-  constexpr bool kForward = kIsForward<Arguments>;
-  const Lanes<false> group{lanes};
-  const int size = static_cast<int>(a.g.size);
-  const int rows = kThreads / lanes, room = rows * size;  // of a tile
+  constexpr bool kForward = Arguments::kIsForward, kAlone = kSize > 0;
+  constexpr int kTurns = kAlone ? kRowsAlone<T> : 1, kWhole = kTurns * kThreads * kSize;
+  const Kind kind = kind_of<compiled>(given);
+  const int size = kAlone ? kSize : static_cast<int>(a.g.size), lanes = kAlone ? 1 : lanes_of_row;
+  const int rows_of_turn = kThreads / lanes, rows_of_tile = kTurns * rows_of_turn;
+  const int room = rows_of_tile * size;
   const int mine = static_cast<int>(threadIdx.x) / lanes;
-  const auto elements_from = [&](int64_t base) {
+  const auto rows_from = [&](int64_t base) {
     const int64_t left = a.g.outer - base;
-    return size * static_cast<int>(left < 0 ? 0 : left < rows ? left : rows);
+    return static_cast<int>(left < 0 ? 0 : left < rows_of_tile ? left : rows_of_tile);
   };
   A beta_g = A(0);
   if constexpr (kForward) beta_g = beta_g_of(kind, a, 0);
+  T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
+  Known<A> next[kTurns];
   const auto begin = [&](int64_t base, T* to) {
-    const int count = elements_from(base);
-    Known<A> known;
+    const int rows = rows_from(base);
     if constexpr (kForward) {
-      begin_tile(a.in + base * size, to, count, aligned);
-      if (base + mine < a.g.outer) known = known_of(kind, a, base + mine, beta_g);
+      begin_tile<kWhole>(a.in + base * size, to, rows * size, aligned);
+#pragma unroll
+      for (int k = 0; k < kTurns; ++k) {
+        const int row = k * rows_of_turn + mine;
+        if (row < rows) next[k] = known_of(kind, a, base + row, &beta_g);
+      }
     } else {
-      begin_tile(a.grad + base * size, to, count, aligned);
-      begin_tile(a.out + base * size, to + room, count, aligned);
+      begin_tile(a.grad + base * size, to, rows * size, aligned);
+      begin_tile(a.y + base * size, to + room, rows * size, aligned);
     }
-    return known;
   };
-  std::conditional_t<kForward, Losses<T>, NoLosses> losses(a);
-  T* tile = reinterpret_cast<T*>(dynamic_shared_memory());
-  T* next_tile = tile + (kForward ? room : 2 * room);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * rows;
-  int64_t base = static_cast<int64_t>(blockIdx.x) * rows;
-  Known<A> next = begin(base, tile);
+  Losses<Arguments> losses{a};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * rows_of_tile;
+  int64_t base = static_cast<int64_t>(blockIdx.x) * rows_of_tile;
+  T *here = shared, *there = shared + (kForward ? 1 : 2) * room;
+  begin(base, here);
   for (; base < a.g.outer; base += step) {
-    const Known<A> known = next;
     wait_for_copies();
+    Known<A> known[kTurns];
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) known[k] = next[k];
     __syncthreads();  // and the tile before this one is no longer read
-    next = begin(base + step, next_tile);
-    const Place place = place_of_row(size, base + mine, a.g.outer);
-    T *const x = tile + mine * size, *to = nullptr;
-    if constexpr (kForward) {
-      to = kind == Kind::kNll ? nullptr : a.out;
-      forward_held<kAnyKind, kTileLoads, 1, 1>(
-          kind, a, x, x, place, group, [&](int) { return known; },
-          [&](int, A loss, A divisor) { losses.add(place.line, loss, divisor); });
-      losses.end_turn();
-    } else {
-      to = a.result;
-      backward_held<kTileLoads, 1, 1>(kind, a, x, x + room, x, place, group);
+    begin(base + step, there);
+    const int rows = rows_from(base);
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int row = k * rows_of_turn + mine;
+      if (kAlone && row >= rows) break;
+      T* const x = here + row * size;
+      const bool inside = row < rows;
+      const Place place{size, base + row, inside ? (base + row) * size : 0, inside};
+      const Lanes<kAlone, kAlone> group{lanes};
+      if constexpr (kForward) {
+        forward_held<compiled, kAlone ? kSize / 2 : kTileLoads, kAlone ? 2 : 1, 1>(
+            given, a, x, x, place, group, [&](int) { return known[k]; },
+            [&](int, A loss, A divisor) { losses.add(place.line, loss, divisor); });
+      } else {
+        backward_held<kTileLoads, 1, 1>(kind, a, x, x + room, x, place, group);
+      }
     }
-    if (to != nullptr) {
+    if constexpr (kForward) losses.end_turn();
+    if (kind != Kind::kNll) {
       __syncthreads();
-      end_tile(tile, to + base * size, elements_from(base), aligned);
+      end_tile<kWhole>(here, a.out + base * size, rows * size, aligned);
     }
-    std::swap(tile, next_tile);
+    std::swap(here, there);
   }
   if constexpr (kForward) losses.write();
 }
 
-// Rows of kSize elements, an even number of them, forward, whose targets are one class: a thread
-// takes kRows of a tile.
-template <typename T>
-constexpr int kRows = sizeof(T) == 2 ? 2 : 1;  // of half types more bytes are on their way so
-template <int compiled, int kSize, typename T>
-__global__ void __launch_bounds__(kThreads, kMostResident)
-    even_rows_kernel(Kind given, Forward<T> f, bool aligned) {
-  using A = opmath_t<T>;
-  constexpr int kTile = kRows<T> * kThreads, kRoom = kTile * kSize;
-  const Kind kind = kind_of<compiled>(given);
-  const bool has_target = kind == Kind::kNll || kind == Kind::kNllGradient;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int whole_tiles = static_cast<int>(f.g.outer / kTile);
-  const int rows_of_rest = static_cast<int>(f.g.outer % kTile);
-  const auto rows_of = [&](int tile) {
-    return tile < whole_tiles ? kTile : tile == whole_tiles ? rows_of_rest : 0;
-  };
-  const A beta_g = beta_g_of(kind, f, 0);
-  T* const shared = reinterpret_cast<T*>(dynamic_shared_memory());
-  Known<A> next[kRows<T>];
-  const auto begin = [&](int tile, int rows, T* to) {
-    const int64_t base = int64_t{tile} * kTile;
-    begin_tile<kRoom>(f.in + base * kSize, to, rows * kSize, aligned);
-    if (!has_target) return;
-    if (rows == kTile) {
-#pragma unroll
-      for (int k = 0; k < kRows<T>; ++k) {
-        next[k] = known_of(kind, f, base + (k * kThreads + thread), beta_g);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRows<T>; ++k) {
-        const int row = k * kThreads + thread;
-        if (row < rows) next[k] = known_of(kind, f, base + row, beta_g);
-      }
-    }
-  };
-  Losses<T> losses(f);
-  const int step = static_cast<int>(gridDim.x);
-  int tile = static_cast<int>(blockIdx.x), rows = rows_of(tile), at = 0;
-  begin(tile, rows, shared);
-  while (rows > 0) {
-    wait_for_copies();
-    Known<A> known[kRows<T>];
-#pragma unroll
-    for (int k = 0; k < kRows<T>; ++k) known[k] = next[k];
-    __syncthreads();  // and the tile before this one is no longer read
-    const int next_rows = rows_of(tile + step);
-    begin(tile + step, next_rows, shared + (kRoom - at));
-    const int64_t base = int64_t{tile} * kTile;
-#pragma unroll
-    for (int k = 0; k < kRows<T>; ++k) {
-      const int row = k * kThreads + thread;
-      if (row >= rows) break;
-      T* const x = shared + at + row * kSize;
-      const Place place{kSize, base + row, 0, true};
-      forward_held<compiled, kSize / 2, 2, 1>(
-          given, f, x, x, place, Alone{}, [&](int) { return known[k]; },
-          [&](int, A loss, A divisor) { losses.add(place.line, loss, divisor); });
-    }
-    losses.end_turn();
-    if (kind != Kind::kNll) {
-      __syncthreads();
-      end_tile<kRoom>(shared + at, f.out + base * kSize, rows * kSize, aligned);
-    }
-    at = kRoom - at;
-    tile += step;
-    rows = next_rows;
-  }
-  losses.write();
-}
-
-// Rows of the reports' 10 classes have kernels of their own, but for float64.
-constexpr int kClasses = 10;
-template <typename T>
-bool has_kernel(Kind kind, const Forward<T>& f) {
-  return !std::is_same_v<T, double> && f.g.size == kClasses && has_one_class(kind, f);
-}
-template <typename T>
-bool has_kernel(Kind, const Backward<T>&) {
-  return false;
-}
-
 struct Tiles {
   int lanes, rows;  // lanes of a row, rows of a tile
-  int64_t count;
+  int64_t blocks;
 };
-template <typename Arguments>
-Tiles tiles_of(Kind kind, const Arguments& a) {
-  const int lanes = lanes_for(ceil_div(a.g.size, kTileLoads));
-  const int rows =
-      has_kernel(kind, a) ? kRows<typename Arguments::Element> * kThreads : kThreads / lanes;
-  return {lanes, rows, ceil_div(a.g.outer, rows)};
-}
-
-constexpr int64_t kTilesOfBlock = 16;
-
 // Several tiles for a block, so that it reads the next one meanwhile, where there are enough for
 // all; but more blocks than the device holds at once: multiprocessors are not equally fast.
-int64_t blocks_for(int64_t tiles) {
-  const int64_t all = int64_t{2048 / kThreads} * multiprocessor_count();
-  return std::min(tiles, std::max(all, ceil_div(tiles, kTilesOfBlock)));
+template <typename Arguments>
+Tiles tiles_of(Kind kind, const Arguments& a) {
+  constexpr int64_t kTilesOfBlock = 16;
+  const int lanes = lanes_for(ceil_div(a.g.size, kTileLoads));
+  const int rows =
+      has_kernel(kind, a) ? kRowsAlone<typename Arguments::Element> * kThreads : kThreads / lanes;
+  const int64_t tiles = ceil_div(a.g.outer, rows);
+  const int64_t resident = int64_t{2048 / kThreads} * multiprocessor_count();
+  return {lanes, rows, std::min(tiles, std::max(resident, ceil_div(tiles, kTilesOfBlock)))};
 }
 
 }  // namespace
 
 template <typename T>
 int64_t blocks_of_tiles(const Forward<T>& f) {
-  return blocks_for(tiles_of(Kind::kNll, f).count);
+  return tiles_of(Kind::kNll, f).blocks;
 }
 
 template <typename Arguments>
 void launch_tiles(const Launcher& launcher, Kind kind, const Arguments& a) {
   using T = typename Arguments::Element;
-  constexpr bool kForward = kIsForward<Arguments>;
   const Tiles tiles = tiles_of(kind, a);
-  const auto run = [&](auto* kernel, const auto&... arguments) {
-    const int64_t bytes = tiles.rows * a.g.size * static_cast<int64_t>(sizeof(T));
-    launcher.run_blocks_with_shared(kernel, blocks_for(tiles.count), kThreads,
-                                    (kForward ? 2 : 4) * bytes, kind, a, arguments...,
+  const int64_t buffers = Arguments::kIsForward ? 2 : 4;
+  const int64_t bytes = buffers * tiles.rows * a.g.size * static_cast<int64_t>(sizeof(T));
+  const auto run = [&](auto* kernel) {
+    launcher.run_blocks_with_shared(kernel, tiles.blocks, kThreads, bytes, kind, a, tiles.lanes,
                                     has_aligned_packs(kind, a));
   };
-  if constexpr (kForward && !std::is_same_v<T, double>) {
+  if constexpr (Arguments::kIsForward && !std::is_same_v<T, double>) {
     if (has_kernel(kind, a)) {
       return dispatch_kind<Arguments>(
-          kind, [&](auto number) { run(even_rows_kernel<decltype(number)::value, kClasses, T>); });
+          kind, [&](auto tag) { run(tile_kernel<decltype(tag)::value, kClasses, Arguments>); });
     }
   }
-  run(tile_kernel<Arguments>, tiles.lanes);
+  run(tile_kernel<Kind::kAny, 0, Arguments>);
 }
 
 #define MNIST_OPS_SOFTMAX(T)                                                          \

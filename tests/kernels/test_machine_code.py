@@ -72,8 +72,7 @@ PACKED = (
     Packed(rf"(warp|block)_kernel<[013], \w+, {N}, Softmax(Forward|Backward)<{TYPE}> ?>"),
     Packed(rf"columns_kernel<[013], {N}, SoftmaxForward<{TYPE}> ?>"),
     Packed(rf"columns_kernel<4, {N}, SoftmaxBackward<{TYPE}> ?>"),
-    Packed(rf"tile_kernel<Softmax(Forward|Backward)<{TYPE}> ?>", rest=True),
-    Packed(rf"even_rows_kernel<[013], \w+, {TYPE}>", rest=True),
+    Packed(rf"tile_kernel<[0134], \w+, Softmax(Forward|Backward)<{TYPE}> ?>", rest=True),
     Packed(f"forward_long_kernel<{N}, {TYPE}>", rest=True),
     Packed(f"backward_long_kernel<{N}, {TYPE}>"),
     # stage.cu; a few narrow stores are those of the rest of a map; four activations of two packs
