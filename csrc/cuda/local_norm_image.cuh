@@ -24,10 +24,6 @@ constexpr int kLaneGroups = kLast ? 8 : 4;
 template <bool kLast>
 constexpr int kLaneColumns = kWarp / kLaneGroups<kLast>;
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Where a block has what in shared memory, in elements of A: multiples of four. A flat plane has a
 // value for each pixel.
 //   in       the plane that is blurred, its rows with zeros before and behind them, so that the
@@ -183,22 +179,12 @@ struct ImageBlock {
     const PlaneLayout& at = a.at;
     for (int i = thread; i < at.size; i += threads) planes[i] = A(0);
     __syncthreads();
-    A *weight = planes + at.weight, *flipped = planes + at.flipped, *coef = planes + at.coef;
-    const int lines = a.separable ? 1 : a.taps_h, taps = lines * a.taps_w;
-    // The same sum for everyone, in the order of one.
-    double sum = 0;
-    for (int i = thread % kWarp; i < taps; i += kWarp) sum += a.kernel[i];
-    sum = lane_sum(sum, kWarp);
-    for (int i = thread; i < taps; i += threads) {
-      const int row = i / a.taps_w, column = i % a.taps_w;
-      const A normalised = static_cast<A>(a.kernel[i] / sum);
-      weight[row * at.taps_pitch + column] = normalised;
-      flipped[(lines - 1 - row) * at.taps_pitch + a.taps_w - 1 - column] = normalised;
-    }
+    normalize_kernel(a.kernel, a.separable ? 1 : a.taps_h, a.taps_w, at.taps_pitch,
+                     planes + at.weight, planes + at.flipped);
     for (int p = thread; p < a.HW; p += threads) planes[place_of(p)] = A(1);
     __syncthreads();
     blur(false, [&](A of_ones, int p, int) {
-      coef[p] = kExact ? of_ones : A(1) / of_ones;
+      planes[at.coef + p] = kExact ? of_ones : A(1) / of_ones;
       return false;
     });
   }

@@ -277,26 +277,24 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for (int i = thread; i < side * kGroups; i += kThreads) {
       const A* x = tile + i / kGroups * kSide + i % kGroups * 4;
-      A sums[4] = {};
-      correlate_four([&](int k) { return load_four(x + k); }, weights, taps, sums);
-      store_four(blurred_rows + 4 * i, sums);
+      store_pack(blurred_rows + 4 * i,
+                 correlate_four([&](int k) { return load_pack<4>(x + k); }, weights, taps));
     }
     __syncthreads();
     for (int i = thread; i < kTileSide * kGroups; i += kThreads) {
       const int row = i / kTileSide * 4;
       const int64_t h = top + row, w = left + i % kTileSide;
       const A* x = blurred_rows + row * kTileSide + i % kTileSide;
-      A sums[4] = {};
-      correlate_four(
-          [&](int k) -> Four<A> {
+      const Pack<A, 4> sums = correlate_four(
+          [&](int k) -> Pack<A, 4> {
             const A* from = x + k * kTileSide;
             return {from[0], from[kTileSide], from[2 * kTileSide], from[3 * kTileSide]};
           },
-          weights, taps, sums);
+          weights, taps);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (h + j < g.H && w < g.W) {
-          finish(s, step, sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
+          finish(s, step, sums.values[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
         }
       }
     }
