@@ -47,8 +47,8 @@ inline StageArguments stage_arguments(const char* op, const Images& input, const
           pool_geometry(op, input, pool)};
 }
 
-// The operators of one backend. fused(), if it has that, does a whole stage, or nothing
-// where it has no kernel for it. There, and where it has not, its operators for the
+// The operators of one backend. fused() and fused_backward(), if it has them, do a whole stage, or
+// nothing where they have no kernel for it. There, and where it has not, its operators for the
 // three steps run one after the other on images_at_once(); between them everything is in the type
 // to compute in: half types are rounded once here, too.
 template <typename Backend>
@@ -61,7 +61,7 @@ struct StageOperators {
     const StageArguments arguments =
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     if (x.data.numel() == 0) return new_pooled(x, arguments.geometry);
-    if constexpr (requires { &Backend::fused; }) {
+    if constexpr (requires { Backend::fused; }) {
       if (const auto output = Backend::fused(op, nullptr, x, kernel, arguments)) return *output;
     }
     std::optional<Tensor> output;
@@ -89,8 +89,9 @@ struct StageOperators {
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, arguments.geometry);
     if (x.data.numel() == 0) return empty_images(x, x.H, x.W);
-    if constexpr (requires { &Backend::fused; }) {
-      if (const auto grad = Backend::fused(op, &grad_z, x, kernel, arguments)) return *grad;
+    if constexpr (requires { Backend::fused_backward; }) {
+      const auto grad = Backend::fused_backward(op, &grad_z, x, kernel, arguments);
+      if (grad) return *grad;
     }
     Tensor grad_input = empty_images(x, x.H, x.W);
     each_part(x, arguments, [&](const Images& a, const PoolGeometry& g, int64_t first) {

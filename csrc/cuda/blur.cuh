@@ -41,6 +41,23 @@ __device__ __forceinline__ void normalize_kernel(const double* kernel, int lines
   }
 }
 
+// What the taps inside the image sum to when centred on a pixel.
+template <typename A>
+__device__ __forceinline__ A coefficient_at(const BlurGeometry& g, const A* weight, int64_t pixel) {
+  const Taps rows = taps_inside(pixel / g.W, g.H, g.taps_h);
+  const Taps columns = taps_inside(pixel % g.W, g.W, g.taps_w);
+  A sum = A(0), row = A(0);
+  for (int64_t k = columns.first; g.separable && k < columns.last; ++k) row += weight[k];
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    if (g.separable) {
+      sum += row * weight[i];
+    } else {
+      for (int64_t k = columns.first; k < columns.last; ++k) sum += weight[i * g.taps_w + k];
+    }
+  }
+  return sum;
+}
+
 // One pixel of the correlation of a plane with taps_h x taps_w weights.
 template <typename A>
 __device__ __forceinline__ A correlated(const A* plane, const BlurGeometry& g, const A* weight,

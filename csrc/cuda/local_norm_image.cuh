@@ -104,7 +104,7 @@ struct ImageArguments {
 
 // Elements of a pack, and the pixels that they belong to. In NHWC 16 bytes, all of one pixel.
 template <bool kLast, typename T>
-constexpr int kTablePack = kLast ? kPackSize<T> : kImagePack<T>;
+constexpr int kTablePack = kLast ? kPackSize<T> : kShortPack<T>;
 
 // A block's work on its image. kLast: NHWC. kPacked: all packs are whole, and those of NCHW have
 // parts of one channel.
@@ -150,10 +150,8 @@ struct ImageBlock {
     return int64_t{image} * a.size + int64_t{rank()} * a.piece;
   }
   __device__ __forceinline__ int count() const {
-    return min_of(a.piece, a.size - rank() * a.piece);
+    return std::min(a.piece, a.size - rank() * a.piece);
   }
-
-  __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
 
   // Planes, and what a plane's values are divided by.
   __device__ __forceinline__ A* in() const { return planes; }
@@ -259,10 +257,10 @@ struct ImageBlock {
 
   // Of this block. Columns are counted from its first one.
   __device__ __forceinline__ int columns() const {
-    return kLast ? min_of(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
+    return kLast ? std::min(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
   }
   __device__ __forceinline__ int entries() const {
-    return kLast ? a.plan.entries : min_of(a.plan.entries - share_begin(), a.plan.share);
+    return kLast ? a.plan.entries : std::min(a.plan.entries - share_begin(), a.plan.share);
   }
 
   // body(column) for the columns of this thread, and for numbers of columns that there are none of
@@ -285,7 +283,7 @@ struct ImageBlock {
     int at = first_pack(column);
 #pragma unroll(kLast || !kPacked ? 1 : 4)
     for (int left = packs; left > 0; --left, at += step) {
-      body(at, kPacked ? n : min_of(n, end - at));
+      body(at, kPacked || end - at > n ? n : end - at);
     }
   }
   __device__ __forceinline__ int first_pack(int column) const {

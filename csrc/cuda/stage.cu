@@ -40,18 +40,10 @@
 namespace mnist_ops::cuda {
 namespace {
 
-// How exact an activation is to be.
-enum class Precision {
-  kFull,    // as in activation.h
-  kSingle,  // 3 units in the last place of float32
-  kCoarse,  // 2^-11 of the value: a quarter of bfloat16's last place
-};
-
-// What activations are computed to.
+// Activations of float64 are those of activation.h. Others are within 3 units in the last place of
+// float32, or, for bfloat16, 2^-11 of the value: a quarter of its last place.
 template <typename T>
-constexpr Precision kPrecision = std::is_same_v<T, double>     ? Precision::kFull
-                                 : std::is_same_v<T, BFloat16> ? Precision::kCoarse
-                                                               : Precision::kSingle;
+constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
 
 // tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial. Without its sign, maybe.
 template <bool with_sign>
@@ -65,32 +57,20 @@ __device__ __forceinline__ float tanh_of_parts(float x, float far) {
   return std::fabs(x) < 0.575f ? near : with_sign ? std::copysign(far, x) : far;
 }
 
-template <Precision precision, bool with_sign>
-__device__ __forceinline__ float fast_tanh(float x) {
-  if constexpr (precision == Precision::kCoarse) {
-    return approximate_tanh(x);
-  } else {
-    // 1 - 2 / (exp(2 |x|) + 1).
-    const float size = std::fabs(x);
-    return tanh_of_parts<with_sign>(
-        x, elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f));
-  }
-}
-
-// act(x) and act'(x) for the gradients of half types, by way of e = exp(-2 |x|), or of exp(-|x|):
-// the slope of a saturated unit keeps its digits, where 1 - tanh^2 would have none.
 struct Activated {
   float value, slope;
 };
 
-template <ActivationKind kind, Precision precision>
+// act(x) and act'(x) for the gradients of half types, by way of e = exp(-2 |x|), or of exp(-|x|):
+// the slope of a saturated unit keeps its digits, where 1 - tanh^2 would have none.
+template <ActivationKind kind, bool coarse>
 __device__ __forceinline__ Activated activated(float x) {
   const float size = std::fabs(x);
   if constexpr (kind == ActivationKind::kTanh) {
     // 4 e, r = 1 / (1 + e), 4 e r.
     const float e = two_to_the(elementary::fmadd(size, -2.88539008f, 2.0f));
     const float r = reciprocal(elementary::fmadd(e, 0.25f, 1.0f)), er = e * r, slope = er * r;
-    if constexpr (precision == Precision::kCoarse) {
+    if constexpr (coarse) {
       const float far = elementary::fmadd(er, -0.5f, 1.0f);
       return {size < 0x1p-6f ? x : std::copysign(far, x), slope};
     }
@@ -102,14 +82,16 @@ __device__ __forceinline__ Activated activated(float x) {
   }
 }
 
-// with_sign: or else the sign may be any, for who takes squares.
-template <ActivationKind kind, Precision precision, bool with_sign, typename A>
+// act(x). with_sign: or else the sign may be any, for who takes squares.
+template <ActivationKind kind, typename T, bool with_sign, typename A>
 __device__ __forceinline__ A fast_activation(A x) {
-  if constexpr (precision == Precision::kFull) {
-    return activation_value<kind>(x);
-  } else if constexpr (kind == ActivationKind::kTanh) {
-    return fast_tanh<precision, with_sign>(x);
-  } else if constexpr (kind == ActivationKind::kSigmoid && precision == Precision::kCoarse) {
+  constexpr bool kFast = std::is_same_v<A, float>;
+  if constexpr (kFast && kind == ActivationKind::kTanh) {
+    if constexpr (kCoarse<T>) return approximate_tanh(x);
+    // 1 - 2 / (exp(2 |x|) + 1).
+    const float inverse = reciprocal(two_to_the(std::fabs(x) * 2.88539008f) + 1.0f);
+    return tanh_of_parts<with_sign>(x, elementary::fmadd(-2.0f, inverse, 1.0f));
+  } else if constexpr (kFast && kind == ActivationKind::kSigmoid && kCoarse<T>) {
     return reciprocal(two_to_the(x * -1.44269504f) + 1.0f);
   } else {
     return activation_value<kind>(x);
@@ -169,8 +151,7 @@ struct Tile {
 
   // Where in the image the pack-th one lies, from the first.
   static __device__ __forceinline__ int32_t offset(const Fused<T>& s, int pack) {
-    if (!channels_last) return pack * s.g.W;
-    return (pack / 2 * s.g.W + pack % 2) * s.g.C;
+    return channels_last ? (pack / 2 * s.g.W + pack % 2) * s.g.C : pack * s.g.W;
   }
 
   __device__ __forceinline__ void read(const Fused<T>& s, const T* x) {
@@ -278,7 +259,6 @@ template <bool channels_last, int n, typename T, typename M, typename A>
 __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<M, A>& m,
                                            Tiles<channels_last, n, T>& tiles, const T* x,
                                            const T* following) {
-  constexpr Precision precision = kPrecision<T>;
   constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
   dispatch_activation(s.activation, [&](auto tag) {
     tiles.each_column(s, [&](int32_t column) {
@@ -289,7 +269,7 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
         for (int j = 0; j < kWindows; ++j) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            a[j][k] = fast_activation<decltype(tag)::value, precision, false>(tile.at(j, k));
+            a[j][k] = fast_activation<decltype(tag)::value, T, false>(tile.at(j, k));
           }
         }
         Pack<A, kWindows> norms;
@@ -299,10 +279,9 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
         } else {
 #pragma unroll
           for (int j = 0; j < kWindows; ++j) {
-            const A scale = scaled_square_sum(a[j], sums[j]), norm = root(sums[j]);
-            norms.values[j] = scale == A(1)  ? norm
-                              : scale < A(1) ? norm * kLarge<A>
-                                             : norm * (A(1) / kLarge<A>);
+            const A scale = scaled_square_sum(a[j], sums[j]);
+            const A inverse = scale < A(1) ? kLarge<A> : A(1) / kLarge<A>;
+            norms.values[j] = root(sums[j]) * (scale == A(1) ? scale : inverse);
           }
         }
         store_pack(m.map[0] + map_place<channels_last, kWindows>(s, column, entry), norms);
@@ -345,10 +324,10 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
           for (int k = 0; k < 4; ++k) {
             const A value = tile.at(j, k);
             if constexpr (by_slope) {
-              const Activated both = activated<kind, kPrecision<T>>(value);
+              const Activated both = activated<kind, kCoarse<T>>(value);
               a[j][k] = both.value, slopes[j][k] = both.slope;
             } else {
-              a[j][k] = fast_activation<kind, kPrecision<T>, true>(value);
+              a[j][k] = fast_activation<kind, T, true>(value);
             }
           }
         }
@@ -393,23 +372,17 @@ constexpr int kTileBlocks = std::is_same_v<T, double>                       ? 1
                             : backward || (channels_last && sizeof(T) == 4) ? 2
                                                                             : 3;
 
-// Where the image lies that a block takes after this one, at x; nullptr behind the last.
-template <typename T>
-__device__ __forceinline__ const T* following_image(const Fused<T>& s, const T* x, int64_t image) {
-  return image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
-}
-
 template <bool channels_last, int n, typename T>
 __global__ void __launch_bounds__(kMostTileThreads<false, channels_last, T>,
                                   kTileBlocks<false, channels_last, T>)
     tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
-  using A = opmath_t<T>;
-  const auto m = shared_memory<A>(s);
+  const auto m = shared_memory<opmath_t<T>>(s);
   Tiles<channels_last, n, T> tiles(s, input + blockIdx.x * int64_t{s.g.in_n});
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
     const T* const x = input + image * s.g.in_n;
-    const T* const following = following_image(s, x, image);
+    const T* const following =
+        image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
     pool_tiles(s, m, tiles, x, following);
     if constexpr (channels_last) {
       __syncthreads();
@@ -435,7 +408,8 @@ __global__ void __launch_bounds__(kMostTileThreads<true, channels_last, T>,
   int turn = 0;
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x, turn ^= 1) {
     const T* const x = input + image * s.g.in_n;
-    const T* const following = following_image(s, x, image);
+    const T* const following =
+        image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
     const T* map = turn != 0 ? m.map[1] : m.map[0];
     wait_for_copies();
     __syncthreads();
@@ -525,16 +499,6 @@ std::optional<Fused<T>> fused_of(const StageArguments& arguments, bool channels_
   return s;
 }
 
-// Calls body with the layout and the pack of a kernel, as Numbers.
-template <typename T, typename F>
-void dispatch_tiles(bool channels_last, int pack, const F& body) {
-  if (channels_last) return body(Number<1>{}, Number<kShortPack<T>>{});
-  if constexpr (kShortPack<T> == 4) {
-    if (pack == 4) return body(Number<0>{}, Number<4>{});
-  }
-  body(Number<0>{}, Number<2>{});
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     activate_kernel(int64_t count, ActivationKind activation, const T* __restrict__ x,
@@ -555,7 +519,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_output: nullptr in the forward pass.
+// The whole stage, or nothing where there is no kernel for it. grad_output: of the backward pass.
 template <bool backward>
 std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const Images& x,
                                 const Tensor& kernel, const StageArguments& arguments) {
@@ -575,7 +539,7 @@ std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const
       launcher.run_clusters_with_shared(kernel_of_images, s->N, 1, s->threads, s->shared_bytes(),
                                         *s, inputs..., out);
     };
-    dispatch_tiles<T>(x.channels_last, s->pack, [&](auto layout, auto number) {
+    const auto launch_for = [&](auto layout, auto number) {
       constexpr bool kLast = decltype(layout)::value != 0;
       constexpr int n = decltype(number)::value;
       if constexpr (backward) {
@@ -583,17 +547,21 @@ std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const
       } else {
         launch(tile_forward_kernel<kLast, n, T>, in);
       }
-    });
+    };
+    if (x.channels_last) {
+      launch_for(Number<1>{}, Number<kShortPack<T>>{});
+    } else if (s->pack != 2) {
+      launch_for(Number<0>{}, Number<kShortPack<T>>{});
+    } else {
+      launch_for(Number<0>{}, Number<2>{});
+    }
   });
   return result;
 }
 
 struct Backend {
-  static std::optional<Tensor> fused(const char* op, const Tensor* grad_output, const Images& x,
-                                     const Tensor& kernel, const StageArguments& arguments) {
-    return (grad_output ? run_fused<true> : run_fused<false>)(op, grad_output, x, kernel,
-                                                              arguments);
-  }
+  static constexpr auto fused = &run_fused<false>;
+  static constexpr auto fused_backward = &run_fused<true>;
 
   static int64_t images_at_once(const Images& x) { return x.N; }
 
