@@ -57,8 +57,8 @@ struct MeanBands {
   bool separable;
   int64_t pairs;
 
-  int64_t column_weights() const { return pairs * columns.taps * columns.size; }
-  int64_t row_weights() const { return pairs * rows.taps * rows.size; }
+  MNIST_OPS_HD int64_t column_weights() const { return pairs * columns.taps * columns.size; }
+  MNIST_OPS_HD int64_t row_weights() const { return pairs * rows.taps * rows.size; }
 
   // The weights of pair a, from the kernel's values and what they sum to.
   MNIST_OPS_HD double column_weight(const double* values, double sum, int64_t a, int64_t d,

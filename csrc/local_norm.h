@@ -67,33 +67,6 @@ MNIST_OPS_HD A divisor_gradient(A q, A s, A coef, A threshold) {
   return s != s ? s : A(0);
 }
 
-// coef of the pixel (h, w) of an image of H x W, from the normalised kernel: what its taps inside
-// the image sum to.
-template <typename A>
-MNIST_OPS_HD A coefficient_at(int64_t h, int64_t w, int64_t H, int64_t W, const A* weight,
-                              int64_t taps_h, int64_t taps_w, bool separable) {
-  A sum = A(0);
-  if (separable) {
-    A row = A(0);
-    for (int64_t k = 0; k < taps_w; ++k) {
-      const int64_t j = w + k - taps_w / 2;
-      if (j >= 0 && j < W) row += weight[k];
-    }
-    for (int64_t k = 0; k < taps_h; ++k) {
-      const int64_t i = h + k - taps_h / 2;
-      if (i >= 0 && i < H) sum += row * weight[k];
-    }
-    return sum;
-  }
-  for (int64_t kh = 0; kh < taps_h; ++kh) {
-    for (int64_t kw = 0; kw < taps_w; ++kw) {
-      const int64_t i = h + kh - taps_h / 2, j = w + kw - taps_w / 2;
-      if (i >= 0 && i < H && j >= 0 && j < W) sum += weight[kh * taps_w + kw];
-    }
-  }
-  return sum;
-}
-
 // ----------------------------------------------------------------------------- checks
 
 inline void check_norm_kernel(const char* op, const Tensor& kernel, const Tensor& input) {
@@ -137,48 +110,41 @@ inline Tensor kernel_in_double(const Tensor& kernel) {
 // backward(op, grad_output, input, kernel, options).
 template <auto forward, auto backward>
 struct LocalNormOperators {
-  static Tensor subtractive_norm2d(const Tensor& input, const Tensor& kernel) {
+  static Tensor subtractive(const Tensor& input, const Tensor& kernel) {
     return forward("subtractive_norm2d", input, kernel, {LocalNorm::kSubtractive, 0, 0});
   }
 
-  static Tensor subtractive_norm2d_backward(const Tensor& grad_output, const Tensor& kernel) {
+  static Tensor subtractive_backward(const Tensor& grad_output, const Tensor& kernel) {
     // Linear: the gradient does not depend on the input.
     return backward("subtractive_norm2d_backward", grad_output, grad_output, kernel,
                     {LocalNorm::kSubtractive, 0, 0});
   }
 
-  static Tensor divisive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
-                                double value) {
-    return forward("divisive_norm2d", input, kernel, {LocalNorm::kDivisive, threshold, value});
-  }
+  template <LocalNorm kind>
+  struct Dividing {  // divisive, contrastive
+    static constexpr bool kDivisive = kind == LocalNorm::kDivisive;
 
-  static Tensor divisive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
-                                         const Tensor& kernel, double threshold, double value) {
-    return backward("divisive_norm2d_backward", grad_output, input, kernel,
-                    {LocalNorm::kDivisive, threshold, value});
-  }
+    static Tensor run(const Tensor& input, const Tensor& kernel, double threshold, double value) {
+      return forward(kDivisive ? "divisive_norm2d" : "contrastive_norm2d", input, kernel,
+                     {kind, threshold, value});
+    }
 
-  static Tensor contrastive_norm2d(const Tensor& input, const Tensor& kernel, double threshold,
-                                   double value) {
-    return forward("contrastive_norm2d", input, kernel,
-                   {LocalNorm::kContrastive, threshold, value});
-  }
-
-  static Tensor contrastive_norm2d_backward(const Tensor& grad_output, const Tensor& input,
-                                            const Tensor& kernel, double threshold, double value) {
-    return backward("contrastive_norm2d_backward", grad_output, input, kernel,
-                    {LocalNorm::kContrastive, threshold, value});
-  }
+    static Tensor run_backward(const Tensor& grad_output, const Tensor& input, const Tensor& kernel,
+                               double threshold, double value) {
+      return backward(kDivisive ? "divisive_norm2d_backward" : "contrastive_norm2d_backward",
+                      grad_output, input, kernel, {kind, threshold, value});
+    }
+  };
 
   static void register_all(torch::stable::detail::StableLibrary& m) {
-    m.impl("subtractive_norm2d", TORCH_BOX(&LocalNormOperators::subtractive_norm2d));
-    m.impl("subtractive_norm2d_backward",
-           TORCH_BOX(&LocalNormOperators::subtractive_norm2d_backward));
-    m.impl("divisive_norm2d", TORCH_BOX(&LocalNormOperators::divisive_norm2d));
-    m.impl("divisive_norm2d_backward", TORCH_BOX(&LocalNormOperators::divisive_norm2d_backward));
-    m.impl("contrastive_norm2d", TORCH_BOX(&LocalNormOperators::contrastive_norm2d));
-    m.impl("contrastive_norm2d_backward",
-           TORCH_BOX(&LocalNormOperators::contrastive_norm2d_backward));
+    using Divisive = Dividing<LocalNorm::kDivisive>;
+    using Contrastive = Dividing<LocalNorm::kContrastive>;
+    m.impl("subtractive_norm2d", TORCH_BOX(&subtractive));
+    m.impl("subtractive_norm2d_backward", TORCH_BOX(&subtractive_backward));
+    m.impl("divisive_norm2d", TORCH_BOX(&Divisive::run));
+    m.impl("divisive_norm2d_backward", TORCH_BOX(&Divisive::run_backward));
+    m.impl("contrastive_norm2d", TORCH_BOX(&Contrastive::run));
+    m.impl("contrastive_norm2d_backward", TORCH_BOX(&Contrastive::run_backward));
   }
 };
 

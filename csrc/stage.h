@@ -61,8 +61,8 @@ struct StageOperators {
     const StageArguments arguments =
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     if (x.data.numel() == 0) return new_pooled(x, arguments.geometry);
-    if constexpr (requires { &Backend::fused; }) {
-      if (const auto output = Backend::fused(op, x, kernel, arguments)) return *output;
+    if constexpr (requires { Backend::fused; }) {
+      if (const auto output = Backend::fused(op, nullptr, x, kernel, arguments)) return *output;
     }
     std::optional<Tensor> output;
     each_part(x, arguments, [&](const Images& a, const PoolGeometry& g, int64_t first) {
@@ -89,8 +89,9 @@ struct StageOperators {
         stage_arguments(op, x, kernel, activation, {p, kernel_size, stride, padding, ceil_mode});
     Tensor grad_z = pooled_like(op, "grad_output", grad_output, x, arguments.geometry);
     if (x.data.numel() == 0) return empty_images(x, x.H, x.W);
-    if constexpr (requires { &Backend::fused_backward; }) {
-      if (const auto grad = Backend::fused_backward(op, grad_z, x, kernel, arguments)) return *grad;
+    if constexpr (requires { Backend::fused_backward; }) {
+      const auto grad = Backend::fused_backward(op, &grad_z, x, kernel, arguments);
+      if (grad) return *grad;
     }
     Tensor grad_input = empty_images(x, x.H, x.W);
     each_part(x, arguments, [&](const Images& a, const PoolGeometry& g, int64_t first) {

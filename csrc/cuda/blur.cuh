@@ -1,9 +1,10 @@
-// The blur of a plane: its geometry, one pixel, four neighbouring results at a time.
+// The blur of a plane: its geometry, the kernel, one pixel, four neighbouring results at a time.
 #pragma once
 
 #include "../local_norm.h"
 
 #include "memory.cuh"
+#include "reduce.cuh"
 
 namespace mnist_ops::cuda {
 
@@ -23,6 +24,40 @@ __device__ __forceinline__ Taps taps_inside(int64_t i, int64_t size, int64_t tap
   return {i < radius ? radius - i : 0, i + radius < size ? taps : size + radius - i};
 }
 
+// The kernel divided by its sum, and the same flipped: lines of `taps`, `pitch` elements apart, by
+// all threads of a block in a row. Each warp adds up for itself, in the same order.
+template <typename A>
+__device__ __forceinline__ void normalize_kernel(const double* kernel, int lines, int taps,
+                                                 int pitch, A* weight, A* flipped) {
+  const int thread = static_cast<int>(threadIdx.x), count = lines * taps;
+  double sum = 0;
+  for (int i = thread % kWarp; i < count; i += kWarp) sum += kernel[i];
+  sum = lane_sum(sum, kWarp);
+  for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
+    const int line = i / taps, k = i % taps;
+    const A normalized = static_cast<A>(kernel[i] / sum);
+    weight[line * pitch + k] = normalized;
+    flipped[(lines - 1 - line) * pitch + taps - 1 - k] = normalized;
+  }
+}
+
+// What the taps inside the image sum to when centred on a pixel.
+template <typename A>
+__device__ __forceinline__ A coefficient_at(const BlurGeometry& g, const A* weight, int64_t pixel) {
+  const Taps rows = taps_inside(pixel / g.W, g.H, g.taps_h);
+  const Taps columns = taps_inside(pixel % g.W, g.W, g.taps_w);
+  A sum = A(0), row = A(0);
+  for (int64_t k = columns.first; g.separable && k < columns.last; ++k) row += weight[k];
+  for (int64_t i = rows.first; i < rows.last; ++i) {
+    if (g.separable) {
+      sum += row * weight[i];
+    } else {
+      for (int64_t k = columns.first; k < columns.last; ++k) sum += weight[i * g.taps_w + k];
+    }
+  }
+  return sum;
+}
+
 // One pixel of the correlation of a plane with taps_h x taps_w weights.
 template <typename A>
 __device__ __forceinline__ A correlated(const A* plane, const BlurGeometry& g, const A* weight,
@@ -39,83 +74,48 @@ __device__ __forceinline__ A correlated(const A* plane, const BlurGeometry& g, c
   return sum;
 }
 
-// Four values, by instructions of 16 bytes.
-template <typename A>
-struct Four {
-  A values[4];
-};
-
-template <typename A>
-__device__ __forceinline__ Four<A> load_four(const A* from) {
-  Four<A> four;
-  constexpr int n = sizeof(A) == 8 ? 2 : 4;
-#pragma unroll
-  for (int i = 0; i < 4; i += n) {
-    const Pack<A, n> pack = load_pack<n>(from + i);
-#pragma unroll
-    for (int j = 0; j < n; ++j) four.values[i + j] = pack.values[j];
-  }
-  return four;
-}
-
-template <typename A>
-__device__ __forceinline__ void store_four(A* to, const A (&values)[4]) {
-  constexpr int n = sizeof(A) == 8 ? 2 : 4;
-#pragma unroll
-  for (int i = 0; i < 4; i += n) {
-    Pack<A, n> pack;
-#pragma unroll
-    for (int j = 0; j < n; ++j) pack.values[j] = values[i + j];
-    store_pack(to + i, pack);
-  }
-}
-
-// sums[j] += sum over k of x[j + k] * taps[k] for an odd number of taps; x(k) are four values from
-// index k on. No tap is padded with zero, which an infinite value would make NaN.
-template <typename A, typename Load>
-__device__ __forceinline__ void correlate_four(const Load& x, const A* taps, int count,
-                                               A (&sums)[4]) {
-  Four<A> here = x(0);
-  int k = 0;
-#pragma unroll 1
-  for (; k + 4 <= count; k += 4) {
-    const Four<A> next = x(k + 4), weight = load_four(taps + k);
-    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
-                         next.values[0], next.values[1], next.values[2], next.values[3]};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
-    }
-    here = next;
-  }
-  // One or three are left.
-  const Four<A> weight = load_four(taps + k);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) sums[j] += here.values[j] * weight.values[0];
-  if (count - k == 1) return;
-  const Four<A> next = x(k + 4);
-  const A window[6] = {here.values[0], here.values[1], here.values[2],
-                       here.values[3], next.values[0], next.values[1]};
-#pragma unroll
-  for (int i = 1; i < 3; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[j] += window[i + j] * weight.values[i];
-  }
-}
-
-// The sum over k of x[k step] taps[k]; four loads at a time are under way.
+// The sum over k of x[k step] taps[k]; four loads at a time are under way. `taps` are read in packs
+// of four.
 template <typename A>
 __device__ __forceinline__ A correlated(const A* x, int step, const A* taps, int count) {
   A sum = A(0);
   for (int k = 0; k < count; k += 4, x += 4 * step) {
-    const Four<A> weight = load_four(taps + k);
+    const Pack<A, 4> weight = load_pack<4>(taps + k);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (k + i < count) sum += x[i * step] * weight.values[i];
     }
   }
   return sum;
+}
+
+// For j of 0 to 3 the sum over k of x[j + k] taps[k], of an odd number of taps; x(k) are four
+// values from index k on. No tap is padded with zero, which an infinite value would make NaN.
+template <typename A, typename Load>
+__device__ __forceinline__ Pack<A, 4> correlate_four(const Load& x, const A* taps, int count) {
+  Pack<A, 4> sums{}, here = x(0);
+  const auto add = [&](int k, auto number) {
+    constexpr int n = decltype(number)::value;
+    const Pack<A, 4> weight = load_pack<4>(taps + k);
+    const Pack<A, 4> next = n > 1 ? x(k + 4) : Pack<A, 4>{};
+    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
+                         next.values[0], next.values[1], next.values[2], next.values[3]};
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums.values[j] += window[i + j] * weight.values[i];
+    }
+    here = next;
+  };
+  int k = 0;
+#pragma unroll 1
+  for (; k + 4 <= count; k += 4) add(k, Number<4>{});
+  if (count - k == 1) {
+    add(k, Number<1>{});
+  } else {
+    add(k, Number<3>{});
+  }
+  return sums;
 }
 
 }  // namespace mnist_ops::cuda

@@ -6,33 +6,29 @@
 
 #include "../local_mean.h"
 
-#include "reduce.cuh"
+#include "blur.cuh"
 
 namespace mnist_ops::cuda {
 namespace {
 
-// Every block adds up the kernel for itself, so that one launch does.
+// The tables of the columns' and of the rows' weights, one behind the other. Every block adds up
+// the kernel for itself, so that one launch does.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     weights_kernel(const __grid_constant__ MeanBands bands, int64_t values_count,
-                   int64_t column_count, int64_t row_count, const double* __restrict__ values,
-                   A* __restrict__ columns, A* __restrict__ rows) {
+                   const double* __restrict__ values, A* __restrict__ weights) {
   __shared__ double shared[kThreads / kWarp];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < values_count; i += kThreads) sum += values[i];
   sum = block_sum<kThreads>(sum, shared);
-  for (int64_t i = first_item<int64_t>(); i < column_count + row_count;
-       i += item_stride<int64_t>()) {
-    const bool of_columns = i < column_count;
-    const Band& band = of_columns ? bands.columns : bands.rows;
-    const int64_t index = of_columns ? i : i - column_count;
+  const int64_t of_columns = bands.column_weights(), count = of_columns + bands.row_weights();
+  for (int64_t i = first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
+    const Band& band = i < of_columns ? bands.columns : bands.rows;
+    const int64_t index = i < of_columns ? i : i - of_columns;
     const int64_t line = quotient(index, band.size), a = quotient(line, band.taps);
     const int64_t at = index - line * band.size, d = line - a * band.taps;
-    if (of_columns) {
-      columns[index] = static_cast<A>(bands.column_weight(values, sum, a, d, at));
-    } else {
-      rows[index] = static_cast<A>(bands.row_weight(values, sum, a, d, at));
-    }
+    weights[i] = static_cast<A>(i < of_columns ? bands.column_weight(values, sum, a, d, at)
+                                               : bands.row_weight(values, sum, a, d, at));
   }
 }
 
@@ -46,13 +42,6 @@ struct Along {
   __device__ __forceinline__ A weight(int64_t a, int64_t d, int64_t i) const {
     return weights == nullptr ? A(1) : weights[(a * taps + d) * size + i];
   }
-  // The taps [first, last) at pixel i that meet the image.
-  __device__ __forceinline__ int64_t first(int64_t i) const {
-    return i < taps / 2 ? taps / 2 - i : 0;
-  }
-  __device__ __forceinline__ int64_t last(int64_t i) const {
-    return i + taps / 2 < size ? taps : size + taps / 2 - i;
-  }
 };
 
 template <typename From, typename To, typename A>
@@ -64,16 +53,18 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t column = quotient(i, width.step), row = quotient(column, width.size);
     const int64_t w = column - row * width.size;
     const int64_t h = row - quotient(row, height.size) * height.size;
+    const Taps rows = taps_inside(h, height.size, height.taps);
+    const Taps columns = taps_inside(w, width.size, width.taps);
     A sum = A(0);
     for (int64_t a = 0; a < pairs; ++a) {
 #pragma unroll 1
-      for (int64_t d = height.first(h); d < height.last(h); ++d) {
+      for (int64_t d = rows.first; d < rows.last; ++d) {
         const A of_row = height.weight(a, d, h);
         if (of_row == A(0)) continue;  // not looked at: infinity times 0 were NaN
         const From* const from = in + i + (d - height.taps / 2) * height.step;
         A row_sum = A(0);
 #pragma unroll 4
-        for (int64_t e = width.first(w); e < width.last(w); ++e) {
+        for (int64_t e = columns.first; e < columns.last; ++e) {
           row_sum +=
               width.weight(a, e, w) * static_cast<A>(from[(e - width.taps / 2) * width.step]);
         }
@@ -91,19 +82,19 @@ Tensor means(const char* op, const Images& x, const Tensor& kernel, const MeanBa
   if (count == 0) return output;
   const ScalarType dtype = type_to_compute_in(x.data);
   const Tensor values = kernel_in_double(kernel);
-  const int64_t column_count = bands.column_weights(), row_count = bands.row_weights();
-  Tensor weights = new_tensor(x.data, {column_count + row_count}, dtype);
+  const int64_t weights_count = bands.column_weights() + bands.row_weights();
+  Tensor weights = new_tensor(x.data, {weights_count}, dtype);
   Tensor between = new_tensor(x.data, {bands.separable ? count : 0}, dtype);
   dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using A = opmath_t<T>;
-    A *const columns = weights.mutable_data_ptr<A>(), *const rows = columns + column_count;
-    launcher.run_over(weights_kernel<A>, column_count + row_count, bands, values.numel(),
-                      column_count, row_count, values.const_data_ptr<double>(), columns, rows);
+    A* const columns = weights.mutable_data_ptr<A>();
+    launcher.run_over(weights_kernel<A>, weights_count, bands, values.numel(),
+                      values.const_data_ptr<double>(), columns);
     const int64_t inner = x.channels_last ? x.C : 1;
     const Along<A> high{x.H, x.W * inner}, wide{x.W, inner};
     const Along<A> height{high.size, high.step, bands.columns.taps, columns};
-    const Along<A> width{wide.size, wide.step, bands.rows.taps, rows};
+    const Along<A> width{wide.size, wide.step, bands.rows.taps, columns + bands.column_weights()};
     const T* const in = x.data.const_data_ptr<T>();
     T* const out = output.mutable_data_ptr<T>();
     if (!bands.separable) {

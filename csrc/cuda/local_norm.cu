@@ -25,49 +25,43 @@
 namespace mnist_ops::cuda {
 namespace {
 
-template <typename T>
-void run(const NormCall<T>& call) {
-  if (!run_images(call)) run_steps(call);
+// Forward, or backward from a gradient.
+Tensor normalize(const char* op, const Tensor* grad_output, const Tensor& input,
+                 const Tensor& kernel, const LocalNormOptions& options) {
+  const Images x = images_of(op, "input", input);
+  check_norm_kernel(op, kernel, input);
+  check_norm_thresholds(op, options, input.scalar_type());
+  if (grad_output) check_like(op, "grad_output", *grad_output, "input", input);
+  const Tensor grad = grad_output ? dense(*grad_output, x.channels_last) : x.data;
+  const Launcher launcher(input);
+  Tensor result = empty_images(x, x.H, x.W);
+  dispatch_floating(op, input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    if (result.numel() == 0) return;
+    const T *in = x.data.const_data_ptr<T>(), *go = grad.const_data_ptr<T>();
+    const bool adjoint = grad_output && options.kind == LocalNorm::kSubtractive;
+    const NormCall<T> call{launcher,
+                           x,
+                           kernel,
+                           options,
+                           adjoint,
+                           grad_output && !adjoint ? go : nullptr,
+                           adjoint ? go : in,
+                           result.mutable_data_ptr<T>()};
+    if (!run_images(call)) run_steps(call);
+  });
+  return result;
 }
 
 Tensor forward(const char* op, const Tensor& input, const Tensor& kernel,
                const LocalNormOptions& options) {
-  const Images x = images_of(op, "input", input);
-  check_norm_kernel(op, kernel, input);
-  check_norm_thresholds(op, options, input.scalar_type());
-  const Launcher launcher(input);
-  Tensor output = empty_images(x, x.H, x.W);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    if (output.numel() == 0) return;
-    run<T>({launcher, x, kernel, options, false, nullptr, x.data.const_data_ptr<T>(),
-            output.mutable_data_ptr<T>()});
-  });
-  return output;
+  return normalize(op, nullptr, input, kernel, options);
 }
 
 Tensor backward(const char* op, const Tensor& grad_output, const Tensor& input,
                 const Tensor& kernel, const LocalNormOptions& options) {
-  const Images x = images_of(op, "input", input);
-  check_norm_kernel(op, kernel, input);
-  check_norm_thresholds(op, options, input.scalar_type());
-  check_like(op, "grad_output", grad_output, "input", input);
-  const Tensor grad = dense(grad_output, x.channels_last);
-  const Launcher launcher(input);
-  Tensor grad_input = empty_images(x, x.H, x.W);
-  dispatch_floating(op, input.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    if (grad_input.numel() == 0) return;
-    const T* go = grad.const_data_ptr<T>();
-    T* gi = grad_input.mutable_data_ptr<T>();
-    const bool adjoint = options.kind == LocalNorm::kSubtractive;
-    run<T>({launcher, x, kernel, options, adjoint, adjoint ? nullptr : go,
-            adjoint ? go : x.data.const_data_ptr<T>(), gi});
-  });
-  return grad_input;
+  return normalize(op, &grad_output, input, kernel, options);
 }
-
-using Operators = LocalNormOperators<&forward, &backward>;
 
 }  // namespace
 
@@ -80,7 +74,7 @@ Tensor subtractive_norm2d_backward(const char* op, const Tensor& grad, const Ten
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ops, CUDA, m) {
-  Operators::register_all(m);
+  LocalNormOperators<&forward, &backward>::register_all(m);
 }
 
 }  // namespace mnist_ops::cuda

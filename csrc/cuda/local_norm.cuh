@@ -122,11 +122,6 @@ struct ChannelSums {
   }
 };
 
-// Neighbouring elements that a thread reads at a time and adds to as many sums: no more than 16
-// bytes of a plane.
-template <typename T>
-constexpr int kImagePack = sizeof(T) == 8 ? 2 : 4;
-
 // What stands in a plane that others are divided by: itself if exact, or else its reciprocal,
 // finite so that 0 stays 0.
 template <bool kExact, typename A>
@@ -339,12 +334,45 @@ struct NormCall {
   }
 };
 
-// In local_norm_plan.cuh: whether the images went into shared memory.
+// In local_norm_image.cu: whether the images went into shared memory.
 template <typename T>
 bool run_images(const NormCall<T>& call);
 
 // In local_norm_steps.cu: images of any size.
 template <typename T>
 void run_steps(const NormCall<T>& call);
+
+// What the steps work on: planes of all images in global memory, N * H * W numbers each.
+template <typename A>
+struct Planes {
+  int64_t N, C, HW;
+  BlurGeometry geometry;
+  LocalNorm kind;
+  A threshold, value, root_of_least;
+  A *weight, *flipped;  // of the kernel
+  A* coef;              // of one image
+  A* flags;             // of images: not 0 where they are out of range; null where none is ever
+  A* in;                // a sum over channels, to be blurred
+  A* scratch;           // blurred along rows
+  A *mean, *d;          // what is subtracted, what divides
+  A *q, *grads;         // of the gradient: sums over channels of grad * x and of grad
+  A *b, *centred, *t;   // of the gradient: see finish()
+};
+
+template <typename T>
+struct Steps : Planes<opmath_t<T>> {
+  static constexpr bool adjoint = false;  // of subtractive: repair has no part in it
+  bool channels_last;
+  const T* grad;  // null in the forward
+  const T* input;
+  T* out;
+
+  MNIST_OPS_HD int64_t stride_c() const { return channels_last ? 1 : this->HW; }
+  MNIST_OPS_HD int64_t stride_pixel() const { return channels_last ? this->C : 1; }
+};
+
+// In local_norm_repair.cu: after the last step, images that the steps found out of range once more.
+template <typename T>
+void repair(const Launcher& launcher, const Steps<T>& steps);
 
 }  // namespace mnist_ops::cuda

@@ -24,10 +24,6 @@ constexpr int kLaneGroups = kLast ? 8 : 4;
 template <bool kLast>
 constexpr int kLaneColumns = kWarp / kLaneGroups<kLast>;
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Where a block has what in shared memory, in elements of A: multiples of four. A flat plane has a
 // value for each pixel.
 //   in       the plane that is blurred, its rows with zeros before and behind them, so that the
@@ -108,7 +104,7 @@ struct ImageArguments {
 
 // Elements of a pack, and the pixels that they belong to. In NHWC 16 bytes, all of one pixel.
 template <bool kLast, typename T>
-constexpr int kTablePack = kLast ? kPackSize<T> : kImagePack<T>;
+constexpr int kTablePack = kLast ? kPackSize<T> : kShortPack<T>;
 
 // A block's work on its image. kLast: NHWC. kPacked: all packs are whole, and those of NCHW have
 // parts of one channel.
@@ -154,10 +150,8 @@ struct ImageBlock {
     return int64_t{image} * a.size + int64_t{rank()} * a.piece;
   }
   __device__ __forceinline__ int count() const {
-    return min_of(a.piece, a.size - rank() * a.piece);
+    return std::min(a.piece, a.size - rank() * a.piece);
   }
-
-  __device__ __forceinline__ static int min_of(int x, int y) { return x < y ? x : y; }
 
   // Planes, and what a plane's values are divided by.
   __device__ __forceinline__ A* in() const { return planes; }
@@ -183,22 +177,12 @@ struct ImageBlock {
     const PlaneLayout& at = a.at;
     for (int i = thread; i < at.size; i += threads) planes[i] = A(0);
     __syncthreads();
-    A *weight = planes + at.weight, *flipped = planes + at.flipped, *coef = planes + at.coef;
-    const int lines = a.separable ? 1 : a.taps_h, taps = lines * a.taps_w;
-    // The same sum for everyone, in the order of one.
-    double sum = 0;
-    for (int i = thread % kWarp; i < taps; i += kWarp) sum += a.kernel[i];
-    sum = lane_sum(sum, kWarp);
-    for (int i = thread; i < taps; i += threads) {
-      const int row = i / a.taps_w, column = i % a.taps_w;
-      const A normalised = static_cast<A>(a.kernel[i] / sum);
-      weight[row * at.taps_pitch + column] = normalised;
-      flipped[(lines - 1 - row) * at.taps_pitch + a.taps_w - 1 - column] = normalised;
-    }
+    normalize_kernel(a.kernel, a.separable ? 1 : a.taps_h, a.taps_w, at.taps_pitch,
+                     planes + at.weight, planes + at.flipped);
     for (int p = thread; p < a.HW; p += threads) planes[place_of(p)] = A(1);
     __syncthreads();
     blur(false, [&](A of_ones, int p, int) {
-      coef[p] = kExact ? of_ones : A(1) / of_ones;
+      planes[at.coef + p] = kExact ? of_ones : A(1) / of_ones;
       return false;
     });
   }
@@ -273,10 +257,10 @@ struct ImageBlock {
 
   // Of this block. Columns are counted from its first one.
   __device__ __forceinline__ int columns() const {
-    return kLast ? min_of(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
+    return kLast ? std::min(a.plan.columns - share_begin(), a.plan.share) : a.plan.columns;
   }
   __device__ __forceinline__ int entries() const {
-    return kLast ? a.plan.entries : min_of(a.plan.entries - share_begin(), a.plan.share);
+    return kLast ? a.plan.entries : std::min(a.plan.entries - share_begin(), a.plan.share);
   }
 
   // body(column) for the columns of this thread, and for numbers of columns that there are none of
@@ -299,7 +283,7 @@ struct ImageBlock {
     int at = first_pack(column);
 #pragma unroll(kLast || !kPacked ? 1 : 4)
     for (int left = packs; left > 0; --left, at += step) {
-      body(at, kPacked ? n : min_of(n, end - at));
+      body(at, kPacked || end - at > n ? n : end - at);
     }
   }
   __device__ __forceinline__ int first_pack(int column) const {

@@ -1,7 +1,7 @@
 // Local normalization of images whose squares left the range of the type that computes: a block
 // each, in global memory, from the input on.
 
-#include "local_norm_steps.cuh"
+#include "local_norm.cuh"
 
 namespace mnist_ops::cuda {
 namespace {

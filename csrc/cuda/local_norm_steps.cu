@@ -13,7 +13,7 @@
 // (quotient()): memory is what they wait for. What planes are for is an argument, not a kernel of
 // its own: they are 1/C of the data.
 
-#include "local_norm_steps.cuh"
+#include "local_norm.cuh"
 
 namespace mnist_ops::cuda {
 namespace {
@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   for (int64_t i = first_item<int64_t>(); i < s.HW; i += item_stride<int64_t>()) {
-    s.coef[i] =
-        coefficient_at(i / g.W, i % g.W, g.H, g.W, s.weight, g.taps_h, g.taps_w, g.separable);
+    s.coef[i] = coefficient_at(g, s.weight, i);
   }
   if (s.flags == nullptr) return;
   for (int64_t i = first_item<int64_t>(); i < s.N; i += item_stride<int64_t>()) s.flags[i] = A(0);
@@ -53,28 +52,8 @@ __device__ __forceinline__ int64_t block_number(bool descending) {
   return descending ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 }
 
-// The sums of n neighbours in memory from element i on: of one channel, or of the channels of one
-// pixel.
-template <bool kGradient, int n, typename T, typename A>
-__device__ __forceinline__ void add_pack(const Steps<T>& s, bool squares, int64_t i,
-                                         const A (&mean)[n], A (&sums)[n][3]) {
-  const Pack<T, n> xs = load_pack<n>(s.input + i);
-  const Pack<T, n> gs = kGradient ? load_pack<n>(s.grad + i) : xs;
-#pragma unroll
-  for (int j = 0; j < n; ++j) {
-    const A z = static_cast<A>(xs.values[j]) - mean[j];
-    if constexpr (kGradient) {
-      const A grad = static_cast<A>(gs.values[j]);
-      sums[j][0] += z * z;
-      sums[j][1] += grad * z;
-      sums[j][2] += grad;
-    } else {
-      sums[j][0] += squares ? z * z : z;
-    }
-  }
-}
-
-// The same for the channels first, first + step, ... of n pixels of which the first element is i.
+// Adds up the channels first, first + step, ... of n neighbours in memory of which the first
+// element is i: pixels of one channel, or the channels of one pixel.
 template <bool kGradient, int n, typename T, typename A>
 __device__ __forceinline__ void add_channels(const Steps<T>& s, bool squares, int64_t i,
                                              int64_t first, int64_t step, const A (&mean)[n],
@@ -82,7 +61,20 @@ __device__ __forceinline__ void add_channels(const Steps<T>& s, bool squares, in
   const int64_t stride = s.stride_c();
 #pragma unroll 4
   for (int64_t c = first; c < s.C; c += step) {
-    add_pack<kGradient>(s, squares, i + c * stride, mean, sums);
+    const Pack<T, n> xs = load_pack<n>(s.input + i + c * stride);
+    const Pack<T, n> gs = kGradient ? load_pack<n>(s.grad + i + c * stride) : xs;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const A z = static_cast<A>(xs.values[j]) - mean[j];
+      if constexpr (kGradient) {
+        const A grad = static_cast<A>(gs.values[j]);
+        sums[j][0] += z * z;
+        sums[j][1] += grad * z;
+        sums[j][2] += grad;
+      } else {
+        sums[j][0] += squares ? z * z : z;
+      }
+    }
   }
 }
 
@@ -277,26 +269,24 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for (int i = thread; i < side * kGroups; i += kThreads) {
       const A* x = tile + i / kGroups * kSide + i % kGroups * 4;
-      A sums[4] = {};
-      correlate_four([&](int k) { return load_four(x + k); }, weights, taps, sums);
-      store_four(blurred_rows + 4 * i, sums);
+      store_pack(blurred_rows + 4 * i,
+                 correlate_four([&](int k) { return load_pack<4>(x + k); }, weights, taps));
     }
     __syncthreads();
     for (int i = thread; i < kTileSide * kGroups; i += kThreads) {
       const int row = i / kTileSide * 4;
       const int64_t h = top + row, w = left + i % kTileSide;
       const A* x = blurred_rows + row * kTileSide + i % kTileSide;
-      A sums[4] = {};
-      correlate_four(
-          [&](int k) -> Four<A> {
+      const Pack<A, 4> sums = correlate_four(
+          [&](int k) -> Pack<A, 4> {
             const A* from = x + k * kTileSide;
             return {from[0], from[kTileSide], from[2 * kTileSide], from[3 * kTileSide]};
           },
-          weights, taps, sums);
+          weights, taps);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (h + j < g.H && w < g.W) {
-          finish(s, step, sums[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
+          finish(s, step, sums.values[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
         }
       }
     }
@@ -311,7 +301,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int n, typename T, typename A>
 __device__ __forceinline__ void of_neighbours(const Steps<T>& s, const A* plane, int64_t pixel,
                                               A otherwise, A (&values)[n]) {
-  constexpr int m = n == 1 ? 1 : kImagePack<T>;
+  constexpr int m = n == 1 ? 1 : kShortPack<T>;
 #pragma unroll
   for (int i = 0; i < n; i += m) {
     Pack<A, m> pack;
@@ -376,107 +366,99 @@ __global__ void __launch_bounds__(kThreads)
 
 // The steps on one batch of images, with the planes that they need.
 template <typename T>
-class Problem {
- public:
+struct Problem {
   using A = opmath_t<T>;
 
-  explicit Problem(const NormCall<T>& call) : launcher_(call.launcher) {
+  explicit Problem(const NormCall<T>& call) : launcher(call.launcher) {
     const Images& images = call.images;
     const LocalNormOptions& options = call.options;
     const int64_t HW = images.H * images.W, pixels = images.N * HW;
     const Tensor values = kernel_in_double(call.kernel);
-    const int64_t taps = ceil_div(values.numel(), 4) * 4;  // what follows begins with a pack
+    const int64_t taps = round_up(values.numel(), 4);  // what follows begins with a pack
     const bool divides = options.kind != LocalNorm::kSubtractive;
     const bool gradient = call.grad != nullptr;
     const bool both = gradient && options.kind == LocalNorm::kContrastive;
     const int64_t planes = both ? 9 : gradient ? 7 : divides ? 4 : 3;
-    workspace_ = new_tensor(images.data, {2 * taps + HW + planes * pixels + images.N},
-                            type_to_compute_in(images.data));
-    A* end = workspace_.mutable_data_ptr<A>();
+    workspace = new_tensor(images.data, {2 * taps + HW + planes * pixels + images.N},
+                           type_to_compute_in(images.data));
+    A* end = workspace.mutable_data_ptr<A>();
     const auto take = [&](int64_t count, bool needed = true) {
       A* const begin = end;
       if (needed) end += count;
       return needed ? begin : nullptr;
     };
-    s_.N = images.N, s_.C = images.C, s_.HW = HW;
-    s_.geometry = call.geometry();
-    s_.kind = options.kind;
-    s_.threshold = static_cast<A>(options.threshold), s_.value = static_cast<A>(options.value);
-    s_.root_of_least = root_of_least<A>(images.C);
-    s_.weight = take(taps), s_.flipped = take(taps), s_.coef = take(HW);
-    s_.in = take(pixels), s_.scratch = take(pixels), s_.mean = take(pixels);
-    s_.d = take(pixels, divides);
-    s_.q = take(pixels, gradient), s_.grads = take(pixels, gradient);
-    s_.b = take(pixels, gradient);
-    s_.centred = take(pixels, both);
-    s_.t = both ? take(pixels) : s_.mean;  // the subtractive gradient has no mean
-    s_.flags = take(images.N, divides && kLeavesRange<T>);
-    s_.channels_last = images.channels_last;
-    s_.grad = call.grad, s_.input = call.input, s_.out = call.out;
-    launcher_.run_over(prepare_kernel<A>, std::max(HW, images.N), planes_of(s_),
-                       values.const_data_ptr<double>());
+    s.N = images.N, s.C = images.C, s.HW = HW;
+    s.geometry = call.geometry();
+    s.kind = options.kind;
+    s.threshold = static_cast<A>(options.threshold), s.value = static_cast<A>(options.value);
+    s.root_of_least = root_of_least<A>(images.C);
+    s.weight = take(taps), s.flipped = take(taps), s.coef = take(HW);
+    s.in = take(pixels), s.scratch = take(pixels), s.mean = take(pixels);
+    s.d = take(pixels, divides);
+    s.q = take(pixels, gradient), s.grads = take(pixels, gradient);
+    s.b = take(pixels, gradient);
+    s.centred = take(pixels, both);
+    s.t = both ? take(pixels) : s.mean;  // the subtractive gradient has no mean
+    s.flags = take(images.N, divides && kLeavesRange<T>);
+    s.channels_last = images.channels_last;
+    s.grad = call.grad, s.input = call.input, s.out = call.out;
+    launcher.run_over(prepare_kernel<A>, std::max(HW, images.N), s,
+                      values.const_data_ptr<double>());
   }
 
   // Every pass over the data begins where the one before ended.
   void reduce(Sums what) {
-    const int64_t pixels = s_.N * s_.HW;
-    if (s_.channels_last) {
-      const int lanes = lanes_for(s_.C);
-      launcher_.run(reduce_channels_kernel<T>, pixels, kThreads / lanes, kThreads, s_, what,
-                    descending_, lanes);
+    const int64_t pixels = s.N * s.HW;
+    if (s.channels_last) {
+      const int lanes = lanes_for(s.C);
+      launcher.run(reduce_channels_kernel<T>, pixels, kThreads / lanes, kThreads, s, what,
+                   descending, lanes);
     } else {
       // Whole warps side by side, and up to eight of them for the channels.
-      constexpr int n = kImagePack<T>;
-      const int across = kThreads / std::min(lanes_for(s_.C), kThreads / kWarp);
-      const bool packs = s_.HW % n == 0 && are_aligned(s_.grad, s_.input);
-      launcher_.run(packs ? reduce_planes_kernel<n, T> : reduce_planes_kernel<1, T>,
-                    packs ? pixels / n : pixels, across, across, s_, what, descending_);
+      constexpr int n = kShortPack<T>;
+      const int across = kThreads / std::min(lanes_for(s.C), kThreads / kWarp);
+      const bool packs = s.HW % n == 0 && are_aligned(s.grad, s.input);
+      launcher.run(packs ? reduce_planes_kernel<n, T> : reduce_planes_kernel<1, T>,
+                   packs ? pixels / n : pixels, across, across, s, what, descending);
     }
-    descending_ = !descending_;
+    descending = !descending;
   }
 
   // Blurs a plane and finishes it; adjoint: with the flipped kernel.
   void blur(const A* in, bool adjoint, Finish step) const {
-    const BlurGeometry& g = s_.geometry;
-    const int64_t pixels = s_.N * s_.HW;
-    const A* weight = adjoint ? s_.flipped : s_.weight;
+    const BlurGeometry& g = s.geometry;
+    const int64_t pixels = s.N * s.HW;
+    const A* weight = adjoint ? s.flipped : s.weight;
     if (g.separable && g.taps_w / 2 <= kTileRadius) {
       const int64_t tiles = ceil_div(g.H, kTileSide) * ceil_div(g.W, kTileSide);
-      launcher_.run(blur_tile_kernel<A>, s_.N * tiles, 1, kThreads, planes_of(s_), step, in,
-                    weight);
+      launcher.run(blur_tile_kernel<A>, s.N * tiles, 1, kThreads, s, step, in, weight);
       return;
     }
     const int64_t one = 1;
     if (g.separable) {
-      launcher_.run_over(blur_kernel<A>, pixels, planes_of(s_), Finish::kRows, in, weight, one,
-                         g.taps_w);
-      in = s_.scratch;
+      launcher.run_over(blur_kernel<A>, pixels, s, Finish::kRows, in, weight, one, g.taps_w);
+      in = s.scratch;
     }
-    launcher_.run_over(blur_kernel<A>, pixels, planes_of(s_), step, in, weight, g.taps_h,
-                       g.separable ? one : g.taps_w);
+    launcher.run_over(blur_kernel<A>, pixels, s, step, in, weight, g.taps_h,
+                      g.separable ? one : g.taps_w);
   }
 
   void apply() const {
     constexpr int n = kPackSize<T>;
-    const int64_t size = s_.N * s_.C * s_.HW;
-    const bool packs = (s_.channels_last ? s_.C : s_.HW) % n == 0 &&
-                       are_aligned(s_.grad, s_.input, static_cast<const T*>(s_.out));
-    launcher_.run_over(packs ? apply_kernel<n, T> : apply_kernel<1, T>, packs ? size / n : size, s_,
-                       descending_);
+    const int64_t size = s.N * s.C * s.HW;
+    const bool packs = (s.channels_last ? s.C : s.HW) % n == 0 &&
+                       are_aligned(s.grad, s.input, static_cast<const T*>(s.out));
+    launcher.run_over(packs ? apply_kernel<n, T> : apply_kernel<1, T>, packs ? size / n : size, s,
+                      descending);
     if constexpr (kLeavesRange<T>) {
-      if (s_.flags) repair(launcher_, s_);
+      if (s.flags) repair(launcher, s);
     }
   }
 
-  const Steps<T>& planes() const { return s_; }
-
- private:
-  static const Planes<A>& planes_of(const Steps<T>& steps) { return steps; }
-
-  const Launcher& launcher_;
-  Tensor workspace_;
-  Steps<T> s_{};
-  bool descending_ = false;
+  const Launcher& launcher;
+  Tensor workspace;
+  Steps<T> s{};  // kernels that need no images take its planes alone
+  bool descending = false;
 };
 
 }  // namespace
@@ -486,7 +468,7 @@ class Problem {
 template <typename T>
 void run_steps(const NormCall<T>& call) {
   Problem<T> problem(call);
-  const Steps<T>& s = problem.planes();
+  const Steps<T>& s = problem.s;
   if (call.adjoint) {
     problem.reduce(Sums::kQuotient);
     problem.blur(s.in, true, Finish::kAdjoint);

@@ -1,6 +1,8 @@
 // Neighbouring elements in packs of up to 16 bytes: loads, stores, copies to shared memory.
 #pragma once
 
+#include "../elementary.h"
+
 #include "launch.cuh"
 
 #include <cstddef>
@@ -11,26 +13,31 @@ namespace mnist_ops::cuda {
 
 constexpr size_t kVectorBytes = 16;
 
-// Neighbouring elements that are read or written by one instruction.
+// Neighbouring elements that are read or written by one instruction, or by one for each 16 bytes.
 template <typename T, int n>
-struct alignas(sizeof(T) * n) Pack {
+struct alignas(sizeof(T) * n < kVectorBytes ? sizeof(T) * n : kVectorBytes) Pack {
   T values[n];
 };
 
 template <typename T>
 constexpr int kPackSize = static_cast<int>(kVectorBytes / sizeof(T));
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
-}
+// The same where four of them are enough: more would seldom divide the width of a map, and as many
+// numbers of a plane, in the type to compute in, have 16 bytes.
+template <typename T>
+constexpr int kShortPack = kPackSize<T> < 4 ? kPackSize<T> : 4;
 
 // Whether packs can be used: a tensor may begin anywhere in its storage.
 template <typename... Pointers>
 bool are_aligned(const Pointers*... pointers) {
-  return (is_aligned(pointers) && ...);
+  return (... && (reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0));
 }
 
-// As few instructions as there are 16 bytes. The address is a multiple of the pack's size.
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
+// The address is a multiple of the pack's size, or of 16 bytes.
 template <int n, typename T>
 __device__ __forceinline__ Pack<T, n> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, n>*>(from);
@@ -92,6 +99,30 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
   }
 }
 #endif
+
+// A pack as it was read. Elements of 16 bits nvcc would unpack at once, and wait for them, where
+// they are to be read ahead.
+template <typename T, int n>
+struct PackedWords {
+  static constexpr int kWords = static_cast<int>(sizeof(T)) * n / 4;
+  Pack<uint32_t, kWords> words;
+
+  __device__ __forceinline__ void load(const T* from) {
+    words = load_pack<kWords>(reinterpret_cast<const uint32_t*>(from));
+  }
+
+  // Element i in the type to compute in.
+  __device__ __forceinline__ opmath_t<T> at(int i) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float: one instruction
+      const uint32_t word = words.values[i / 2];
+      return elementary::bits_as<float>(i % 2 != 0 ? word & 0xffff0000u : word << 16);
+    } else {
+      Pack<T, n> pack;
+      std::memcpy(&pack, &words, sizeof(pack));
+      return static_cast<opmath_t<T>>(pack.values[i]);
+    }
+  }
+};
 
 // From memory to shared memory, without waiting for it where the device can: it is there after
 // wait_for_copies(), for this thread's own copies, and a barrier, for the others'.

@@ -40,18 +40,10 @@
 namespace mnist_ops::cuda {
 namespace {
 
-// How exact an activation is to be.
-enum class Precision {
-  kFull,    // as in activation.h
-  kSingle,  // 3 units in the last place of float32
-  kCoarse,  // 2^-11 of the value: a quarter of bfloat16's last place
-};
-
-// What activations are computed to.
+// Activations of float64 are those of activation.h. Others are within 3 units in the last place of
+// float32, or, for bfloat16, 2^-11 of the value: a quarter of its last place.
 template <typename T>
-constexpr Precision kPrecision = std::is_same_v<T, double>     ? Precision::kFull
-                                 : std::is_same_v<T, BFloat16> ? Precision::kCoarse
-                                                               : Precision::kSingle;
+constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
 
 // tanh(x), given |tanh(x)|, or, where that cancelled, by a polynomial. Without its sign, maybe.
 template <bool with_sign>
@@ -65,32 +57,20 @@ __device__ __forceinline__ float tanh_of_parts(float x, float far) {
   return std::fabs(x) < 0.575f ? near : with_sign ? std::copysign(far, x) : far;
 }
 
-template <Precision precision, bool with_sign>
-__device__ __forceinline__ float fast_tanh(float x) {
-  if constexpr (precision == Precision::kCoarse) {
-    return approximate_tanh(x);
-  } else {
-    // 1 - 2 / (exp(2 |x|) + 1).
-    const float size = std::fabs(x);
-    return tanh_of_parts<with_sign>(
-        x, elementary::fmadd(-2.0f, reciprocal(two_to_the(size * 2.88539008f) + 1.0f), 1.0f));
-  }
-}
-
-// act(x) and act'(x) for the gradients of half types, by way of e = exp(-2 |x|), or of exp(-|x|):
-// the slope of a saturated unit keeps its digits, where 1 - tanh^2 would have none.
 struct Activated {
   float value, slope;
 };
 
-template <ActivationKind kind, Precision precision>
+// act(x) and act'(x) for the gradients of half types, by way of e = exp(-2 |x|), or of exp(-|x|):
+// the slope of a saturated unit keeps its digits, where 1 - tanh^2 would have none.
+template <ActivationKind kind, bool coarse>
 __device__ __forceinline__ Activated activated(float x) {
   const float size = std::fabs(x);
   if constexpr (kind == ActivationKind::kTanh) {
     // 4 e, r = 1 / (1 + e), 4 e r.
     const float e = two_to_the(elementary::fmadd(size, -2.88539008f, 2.0f));
     const float r = reciprocal(elementary::fmadd(e, 0.25f, 1.0f)), er = e * r, slope = er * r;
-    if constexpr (precision == Precision::kCoarse) {
+    if constexpr (coarse) {
       const float far = elementary::fmadd(er, -0.5f, 1.0f);
       return {size < 0x1p-6f ? x : std::copysign(far, x), slope};
     }
@@ -102,14 +82,16 @@ __device__ __forceinline__ Activated activated(float x) {
   }
 }
 
-// with_sign: or else the sign may be any, for who takes squares.
-template <ActivationKind kind, Precision precision, bool with_sign, typename A>
+// act(x). with_sign: or else the sign may be any, for who takes squares.
+template <ActivationKind kind, typename T, bool with_sign, typename A>
 __device__ __forceinline__ A fast_activation(A x) {
-  if constexpr (precision == Precision::kFull) {
-    return activation_value<kind>(x);
-  } else if constexpr (kind == ActivationKind::kTanh) {
-    return fast_tanh<precision, with_sign>(x);
-  } else if constexpr (kind == ActivationKind::kSigmoid && precision == Precision::kCoarse) {
+  constexpr bool kFast = std::is_same_v<A, float>;
+  if constexpr (kFast && kind == ActivationKind::kTanh) {
+    if constexpr (kCoarse<T>) return approximate_tanh(x);
+    // 1 - 2 / (exp(2 |x|) + 1).
+    const float inverse = reciprocal(two_to_the(std::fabs(x) * 2.88539008f) + 1.0f);
+    return tanh_of_parts<with_sign>(x, elementary::fmadd(-2.0f, inverse, 1.0f));
+  } else if constexpr (kFast && kind == ActivationKind::kSigmoid && kCoarse<T>) {
     return reciprocal(two_to_the(x * -1.44269504f) + 1.0f);
   } else {
     return activation_value<kind>(x);
@@ -160,45 +142,21 @@ struct Tile {
   // So many are read before the first of them is used: 32 bytes in half types, too.
   static constexpr int kAtOnce = sizeof(T) == 2 && !channels_last ? 2 : 1;
 
-  // A pack as it was read. Of elements of 16 bits nvcc would unpack what it has read at once, and
-  // wait for it, where it is to be read ahead.
-  using Words = Pack<uint32_t, static_cast<int>(sizeof(Pack<T, n>) / 4)>;
-  struct Raw {
-    Words words[kPacks];
-  };
-
-  Raw raw;
+  PackedWords<T, n> packs[kPacks];
 
   // Element k, 0 to 3, of window j.
   __device__ __forceinline__ A at(int j, int k) const {
-    const Words& words = raw.words[channels_last ? k : k / 2];
-    const int i = channels_last ? j : 2 * j + k % 2;
-    if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float: one instruction
-      const uint32_t word = words.values[i / 2];
-      const uint32_t bits = i % 2 != 0 ? word & 0xffff0000u : word << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof(value));
-      return value;
-    } else {
-      Pack<T, n> pack;
-      std::memcpy(&pack, &words, sizeof(pack));
-      return static_cast<A>(pack.values[i]);
-    }
+    return channels_last ? packs[k].at(j) : packs[k / 2].at(2 * j + k % 2);
   }
 
   // Where in the image the pack-th one lies, from the first.
   static __device__ __forceinline__ int32_t offset(const Fused<T>& s, int pack) {
-    if (!channels_last) return pack * s.g.W;
-    return (pack / 2 * s.g.W + pack % 2) * s.g.C;
+    return channels_last ? (pack / 2 * s.g.W + pack % 2) * s.g.C : pack * s.g.W;
   }
 
-  static __device__ __forceinline__ Raw read(const Fused<T>& s, const T* x) {
-    Raw raw;
+  __device__ __forceinline__ void read(const Fused<T>& s, const T* x) {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      raw.words[k] = *reinterpret_cast<const Words*>(x + offset(s, k));
-    }
-    return raw;
+    for (int k = 0; k < kPacks; ++k) packs[k].load(x + offset(s, k));
   }
 
   // Windows of numbers in its place.
@@ -225,7 +183,7 @@ struct Tiles {
   static constexpr int kAtOnce = Tile::kAtOnce;
 
   const Share share;
-  typename Tile::Raw tiles[kAtOnce];
+  Tile tiles[kAtOnce];
 
   // Of the first image.
   __device__ __forceinline__ Tiles(const Fused<T>& s, const T* x) : share(s.tiles) {
@@ -253,7 +211,7 @@ struct Tiles {
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       const int32_t entry = first + k * share.entry_step;
-      tiles[k] = Tile::read(s, x + place(s, base, entry < s.tiles.entries ? entry : first));
+      tiles[k].read(s, x + place(s, base, entry < s.tiles.entries ? entry : first));
     }
   }
 
@@ -273,7 +231,7 @@ struct Tiles {
 #pragma unroll 1
     for (int32_t first = share.group, next; first < s.tiles.entries; first = next) {
       next = first + kAtOnce * step;
-      typename Tile::Raw now[kAtOnce];
+      Tile now[kAtOnce];
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) now[k] = tiles[k];
       if (next < s.tiles.entries) {
@@ -285,7 +243,7 @@ struct Tiles {
       }
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
-        if (first + k * step < s.tiles.entries) body(Tile{now[k]}, first + k * step);
+        if (first + k * step < s.tiles.entries) body(now[k], first + k * step);
       }
     }
   }
@@ -301,7 +259,6 @@ template <bool channels_last, int n, typename T, typename M, typename A>
 __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<M, A>& m,
                                            Tiles<channels_last, n, T>& tiles, const T* x,
                                            const T* following) {
-  constexpr Precision precision = kPrecision<T>;
   constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
   dispatch_activation(s.activation, [&](auto tag) {
     tiles.each_column(s, [&](int32_t column) {
@@ -312,7 +269,7 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
         for (int j = 0; j < kWindows; ++j) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            a[j][k] = fast_activation<decltype(tag)::value, precision, false>(tile.at(j, k));
+            a[j][k] = fast_activation<decltype(tag)::value, T, false>(tile.at(j, k));
           }
         }
         Pack<A, kWindows> norms;
@@ -322,10 +279,9 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
         } else {
 #pragma unroll
           for (int j = 0; j < kWindows; ++j) {
-            const A scale = scaled_square_sum(a[j], sums[j]), norm = root(sums[j]);
-            norms.values[j] = scale == A(1)  ? norm
-                              : scale < A(1) ? norm * kLarge<A>
-                                             : norm * (A(1) / kLarge<A>);
+            const A scale = scaled_square_sum(a[j], sums[j]);
+            const A inverse = scale < A(1) ? kLarge<A> : A(1) / kLarge<A>;
+            norms.values[j] = root(sums[j]) * (scale == A(1) ? scale : inverse);
           }
         }
         store_pack(m.map[0] + map_place<channels_last, kWindows>(s, column, entry), norms);
@@ -368,10 +324,10 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
           for (int k = 0; k < 4; ++k) {
             const A value = tile.at(j, k);
             if constexpr (by_slope) {
-              const Activated both = activated<kind, kPrecision<T>>(value);
+              const Activated both = activated<kind, kCoarse<T>>(value);
               a[j][k] = both.value, slopes[j][k] = both.slope;
             } else {
-              a[j][k] = fast_activation<kind, kPrecision<T>, true>(value);
+              a[j][k] = fast_activation<kind, T, true>(value);
             }
           }
         }
@@ -416,23 +372,17 @@ constexpr int kTileBlocks = std::is_same_v<T, double>                       ? 1
                             : backward || (channels_last && sizeof(T) == 4) ? 2
                                                                             : 3;
 
-// Where the image lies that a block takes after this one, at x; nullptr behind the last.
-template <typename T>
-__device__ __forceinline__ const T* following_image(const Fused<T>& s, const T* x, int64_t image) {
-  return image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
-}
-
 template <bool channels_last, int n, typename T>
 __global__ void __launch_bounds__(kMostTileThreads<false, channels_last, T>,
                                   kTileBlocks<false, channels_last, T>)
     tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
-  using A = opmath_t<T>;
-  const auto m = shared_memory<A>(s);
+  const auto m = shared_memory<opmath_t<T>>(s);
   Tiles<channels_last, n, T> tiles(s, input + blockIdx.x * int64_t{s.g.in_n});
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
     const T* const x = input + image * s.g.in_n;
-    const T* const following = following_image(s, x, image);
+    const T* const following =
+        image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
     pool_tiles(s, m, tiles, x, following);
     if constexpr (channels_last) {
       __syncthreads();
@@ -458,7 +408,8 @@ __global__ void __launch_bounds__(kMostTileThreads<true, channels_last, T>,
   int turn = 0;
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x, turn ^= 1) {
     const T* const x = input + image * s.g.in_n;
-    const T* const following = following_image(s, x, image);
+    const T* const following =
+        image + gridDim.x < s.N ? x + gridDim.x * int64_t{s.g.in_n} : nullptr;
     const T* map = turn != 0 ? m.map[1] : m.map[0];
     wait_for_copies();
     __syncthreads();
@@ -478,108 +429,74 @@ __global__ void __launch_bounds__(kMostTileThreads<true, channels_last, T>,
   }
 }
 
-// How many elements, neighbours of a row or channels, a thread takes at once; 0 where windows of
-// 2 x 2 with p = 2, the networks', do not make up the image, or packs its rows or pixels.
-template <typename T>
-int tile_pack(const StageArguments& arguments, bool channels_last, const T* image) {
+// The stage for one kernel, but for the weights; nothing where it is none of 2 x 2 windows with
+// p = 2, the networks', that make up the image, where packs do not make up the image's rows or
+// pixels, and where a block cannot hold a map. grad: of the backward pass, whose maps are its
+// images; forward nullptr, which is aligned, as a new output is.
+template <bool backward, typename T>
+std::optional<Fused<T>> fused_of(const StageArguments& arguments, bool channels_last,
+                                 const Tensor& kernel, const T* image, const T* grad) {
+  constexpr int n = kShortPack<T>;
   const PoolGeometry& g = arguments.geometry;
+  const int64_t taps = kernel.numel();
   if (arguments.p != 2.0 || g.kernel_h != 2 || g.kernel_w != 2 || g.stride_h != 2 ||
       g.stride_w != 2 || g.padding_h != 0 || g.padding_w != 0 || g.H != 2 * g.OH ||
-      g.W != 2 * g.OW) {
-    return 0;
+      g.W != 2 * g.OW || kernel.dim() != 1) {
+    return std::nullopt;
   }
-  for (int n = kNeighbours<T>; n >= (channels_last ? kNeighbours<T> : 2); n /= 2) {
-    const bool aligned = reinterpret_cast<uintptr_t>(image) % (n * sizeof(T)) == 0;
-    if (aligned && (channels_last ? g.C : g.W) % n == 0) return n;
+  // Or else every size of Fused is far below 2^31, and the divisions are exact.
+  const auto too_many = [](int64_t a, int64_t b) {
+    constexpr int64_t kMost = 65535;
+    return a > kMost || b > kMost || a * b > kMost;
+  };
+  if (!fits_narrow(g, 1) || too_many(g.OH, g.OW) || too_many(g.C + n, g.OH * g.OW) ||
+      too_many(g.OH + taps, g.OW + taps)) {
+    return std::nullopt;
   }
-  return 0;
-}
-
-// The stage for one kernel; where the weights are is left to be said. map: a tensor of the output's
-// shape, which is what the maps of the backward pass hold; pack: what tile_pack said. The geometry
-// must fit into 32 bits.
-template <typename T>
-Fused<T> fused_of(const StageArguments& arguments, bool channels_last, bool backward,
-                  const Tensor& kernel, const T* map, int pack, int threads) {
-  constexpr int n = kNeighbours<T>;
-  const PoolGeometry& g = arguments.geometry;
+  const auto begins_with_pack = [](const T* tensor, int pack) {
+    return reinterpret_cast<uintptr_t>(tensor) % (pack * sizeof(T)) == 0;
+  };
   Fused<T> s{};
+  s.pack = n;
+  while (!begins_with_pack(image, s.pack) || (channels_last ? g.C : g.W) % s.pack != 0) {
+    s.pack /= 2;
+    if (channels_last || s.pack < 2) return std::nullopt;
+  }
   s.N = g.N;
   s.g = narrow(g);
   s.activation = arguments.activation;
-  s.channels_last = channels_last;
-  s.taps = static_cast<int32_t>(kernel.numel());
+  s.taps = static_cast<int32_t>(taps);
   const int32_t pixels = s.pixels();
+  s.tiles = channels_last ? Table{s.g.C / s.pack, pixels} : Table{s.g.OH * (s.g.W / s.pack), s.g.C};
+  s.threads =
+      channels_last ? kMostTileThreads<backward, true, T> : kMostTileThreads<backward, false, T>;
+  if (s.tiles.columns < s.threads) {  // none that would find nothing to do
+    const int64_t each = ceil_div(s.tiles.entries, s.tiles.groups(s.threads));
+    s.threads =
+        static_cast<int32_t>(round_up(ceil_div(s.tiles.entries, each) * s.tiles.columns, kWarp));
+  }
   // The smallest number of channels that are packs, in NCHW.
   const int32_t whole = channels_last ? 1 : std::lcm(pixels, n) / pixels;
-  s.map_pack = s.g.C % whole == 0 && reinterpret_cast<uintptr_t>(map) % (n * sizeof(T)) == 0;
+  s.map_pack = s.g.C % whole == 0 && begins_with_pack(grad, n);
   const int32_t map_pack = s.map_pack ? n : 1;
   if (channels_last) {
-    s.tiles = {s.g.C / pack, pixels};
     s.packs = {s.g.C / map_pack, pixels};
-    s.sums = std::max(1, std::min(s.g.C / n, threads / pixels));
+    s.sums = std::max(1, std::min(s.g.C / n, s.threads / pixels));
   } else {
     const int32_t channels = s.map_pack ? whole : 1;
-    s.tiles = {s.g.OH * (s.g.W / pack), s.g.C};
     s.packs = {channels * pixels / map_pack, s.g.C / channels};
-    s.sums = backward ? s.packs.groups(threads) * channels : s.tiles.groups(threads);
+    s.sums = backward ? s.packs.groups(s.threads) * channels : s.tiles.groups(s.threads);
   }
-  const int32_t map_size = channels_last ? pixels * s.step_pixel() : s.map_size();
-  const auto size = static_cast<int32_t>(backward ? sizeof(T) : sizeof(opmath_t<T>));
-  s.map_bytes = static_cast<int32_t>(ceil_div(map_size * size, 16) * 16);
-  s.by_unit_row = Divider(s.g.W / pack);
+  const int64_t map_size = int64_t{pixels} * (channels_last ? s.step_pixel() : s.g.C);
+  constexpr auto kSize = static_cast<int64_t>(backward ? sizeof(T) : sizeof(opmath_t<T>));
+  s.map_bytes = static_cast<int32_t>(round_up(map_size * kSize, 16));
+  s.by_unit_row = Divider(s.g.W / s.pack);
   s.by_width = Divider(g.OW);
   s.by_pixels = Divider(pixels);
   s.maps = backward ? 2 : 1;
   if (s.shared_bytes() > shared_memory_limit()) s.maps = 1;
-  return s;
-}
-
-// Threads of a block: none that would find nothing to do.
-template <typename T>
-int tile_threads(const StageArguments& arguments, bool channels_last, bool backward, int pack) {
-  const PoolGeometry& g = arguments.geometry;
-  const int64_t most =
-      channels_last
-          ? (backward ? kMostTileThreads<true, true, T> : kMostTileThreads<false, true, T>)
-          : (backward ? kMostTileThreads<true, false, T> : kMostTileThreads<false, false, T>);
-  const int64_t columns = channels_last ? g.C / pack : g.OH * (g.W / pack);
-  const int64_t entries = channels_last ? g.OH * g.OW : g.C;
-  if (columns >= most) return static_cast<int>(most);
-  const int64_t each = ceil_div(entries, std::min(entries, most / columns));
-  return static_cast<int>(ceil_div(ceil_div(entries, each) * columns, kWarp) * kWarp);
-}
-
-// The same if a block can hold an image; every size that Fused has is then far below 2^31, and the
-// divisions are exact.
-template <typename T>
-std::optional<Fused<T>> fused_in_block(const StageArguments& arguments, bool channels_last,
-                                       bool backward, const Tensor& kernel, const T* map, int pack,
-                                       int threads) {
-  const PoolGeometry& g = arguments.geometry;
-  constexpr int64_t kMost = 65535;
-  const auto product = [](int64_t a, int64_t b) {
-    return a > kMost || b > kMost ? kMost + 1 : a * b;
-  };
-  const int64_t pixels = product(g.OH, g.OW);
-  if (kernel.dim() != 1 || !fits_narrow(g, 1) || kernel.numel() > kMost ||
-      product(g.C + kNeighbours<T>, pixels) > kMost ||
-      product(g.OH + kernel.numel(), g.OW + kernel.numel()) > kMost) {
-    return std::nullopt;
-  }
-  const Fused<T> s = fused_of<T>(arguments, channels_last, backward, kernel, map, pack, threads);
   if (s.shared_bytes() > shared_memory_limit()) return std::nullopt;
   return s;
-}
-
-// Calls body with the layout and the pack of a kernel, as Numbers.
-template <typename T, typename F>
-void dispatch_tiles(bool channels_last, int pack, const F& body) {
-  if (channels_last) return body(Number<1>{}, Number<kNeighbours<T>>{});
-  if constexpr (kNeighbours<T> == 4) {
-    if (pack == 4) return body(Number<0>{}, Number<4>{});
-  }
-  body(Number<0>{}, Number<2>{});
 }
 
 template <typename T>
@@ -602,58 +519,49 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Backend {
-  static std::optional<Tensor> fused(const char* op, const Images& x, const Tensor& kernel,
-                                     const StageArguments& arguments) {
-    std::optional<Tensor> output;
-    dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const T* in = x.data.const_data_ptr<T>();
-      const int pack = tile_pack<T>(arguments, x.channels_last, in);
-      if (pack == 0) return;
-      const int threads = tile_threads<T>(arguments, x.channels_last, false, pack);
-      // A new tensor is aligned, as nullptr is.
-      auto s = fused_in_block<T>(arguments, x.channels_last, false, kernel, nullptr, pack, threads);
-      if (!s) return;
-      const Launcher launcher(x.data);
-      const Tensor weights = kernel_in_double(kernel);
-      s->kernel = weights.const_data_ptr<double>();
-      output = new_pooled(x, arguments.geometry);
-      T* out = output->mutable_data_ptr<T>();
-      dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-        launcher.run_clusters_with_shared(
-            tile_forward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s->N, 1,
-            threads, s->shared_bytes(), *s, in, out);
-      });
-    });
-    return output;
-  }
+// The whole stage, or nothing where there is no kernel for it. grad_output: of the backward pass.
+template <bool backward>
+std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const Images& x,
+                                const Tensor& kernel, const StageArguments& arguments) {
+  std::optional<Tensor> result;
+  dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* in = x.data.const_data_ptr<T>();
+    const T* grad = backward ? grad_output->const_data_ptr<T>() : nullptr;
+    auto s = fused_of<backward>(arguments, x.channels_last, kernel, in, grad);
+    if (!s) return;
+    const Launcher launcher(x.data);
+    const Tensor weights = kernel_in_double(kernel);
+    s->kernel = weights.const_data_ptr<double>();
+    result = backward ? empty_images(x, x.H, x.W) : new_pooled(x, arguments.geometry);
+    T* out = result->mutable_data_ptr<T>();
+    const auto launch = [&](auto* kernel_of_images, const auto&... inputs) {
+      launcher.run_clusters_with_shared(kernel_of_images, s->N, 1, s->threads, s->shared_bytes(),
+                                        *s, inputs..., out);
+    };
+    const auto launch_for = [&](auto layout, auto number) {
+      constexpr bool kLast = decltype(layout)::value != 0;
+      constexpr int n = decltype(number)::value;
+      if constexpr (backward) {
+        launch(tile_backward_kernel<kLast, n, T>, grad, in);
+      } else {
+        launch(tile_forward_kernel<kLast, n, T>, in);
+      }
+    };
+    if (x.channels_last) {
+      launch_for(Number<1>{}, Number<kShortPack<T>>{});
+    } else if (s->pack != 2) {
+      launch_for(Number<0>{}, Number<kShortPack<T>>{});
+    } else {
+      launch_for(Number<0>{}, Number<2>{});
+    }
+  });
+  return result;
+}
 
-  static std::optional<Tensor> fused_backward(const char* op, const Tensor& grad_output,
-                                              const Images& x, const Tensor& kernel,
-                                              const StageArguments& arguments) {
-    std::optional<Tensor> grad_input;
-    dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
-      using T = decltype(element);
-      const T *in = x.data.const_data_ptr<T>(), *grad = grad_output.const_data_ptr<T>();
-      const int pack = tile_pack<T>(arguments, x.channels_last, in);  // new tensors are aligned
-      if (pack == 0) return;
-      const int threads = tile_threads<T>(arguments, x.channels_last, true, pack);
-      auto s = fused_in_block<T>(arguments, x.channels_last, true, kernel, grad, pack, threads);
-      if (!s) return;
-      const Launcher launcher(x.data);
-      const Tensor weights = kernel_in_double(kernel);
-      s->kernel = weights.const_data_ptr<double>();
-      grad_input = empty_images(x, x.H, x.W);
-      T* to = grad_input->mutable_data_ptr<T>();
-      dispatch_tiles<T>(x.channels_last, pack, [&](auto layout, auto n) {
-        launcher.run_clusters_with_shared(
-            tile_backward_kernel<decltype(layout)::value != 0, decltype(n)::value, T>, s->N, 1,
-            threads, s->shared_bytes(), *s, grad, in, to);
-      });
-    });
-    return grad_input;
-  }
+struct Backend {
+  static constexpr auto fused = &run_fused<false>;
+  static constexpr auto fused_backward = &run_fused<true>;
 
   static int64_t images_at_once(const Images& x) { return x.N; }
 

@@ -4,16 +4,10 @@
 
 #include "../stage.h"
 
-#include "memory.cuh"
-#include "reduce.cuh"
+#include "blur.cuh"
 #include "window.cuh"
 
 namespace mnist_ops::cuda {
-
-// Neighbours that one thread takes at once: 16 bytes, or 8 in half types, where more of them would
-// seldom divide the width of a map.
-template <typename T>
-constexpr int kNeighbours = kPackSize<T> < 4 ? kPackSize<T> : 4;
 
 // The packs of an image, or of a map, as a table. In NCHW a column has the same pixels in each of
 // its entries, which are channels, or as many channels as it takes for the next entry to begin with
@@ -56,7 +50,8 @@ struct Fused {
   int64_t N;
   PoolGeometryOf<int32_t> g;  // of one image
   ActivationKind activation;
-  bool channels_last;
+  int32_t pack,
+      threads;  // that a thread takes at once: neighbours of a row or channels; of a block
   const double* kernel;
   int32_t taps;        // of a separable kernel
   bool map_pack;       // whether tensors of the output's shape are read and written in packs
@@ -66,16 +61,16 @@ struct Fused {
   Table tiles, packs;  // of the image and of a map
   Divider by_unit_row, by_width, by_pixels;  // by_unit_row: tiles of a row in NCHW
 
-  static constexpr int kNear = kNeighbours<T>;
+  static constexpr int kNear = kShortPack<T>;
 
   MNIST_OPS_HD int32_t pixels() const { return g.OH * g.OW; }
-  MNIST_OPS_HD int32_t map_size() const { return g.C * pixels(); }
   // In shared memory. In NHWC an odd distance between pixels, in packs, keeps the threads that add
   // up their channels in different banks.
   MNIST_OPS_HD int32_t step_pixel() const { return kNear * ((g.C / kNear) | 1); }
-  // The mean, or, before it is known, the planes of sums. Rounded up to whole packs, like all that
-  // lies in front of what is accessed in packs.
+  // Rounded up to whole packs, like all that lies in front of what is accessed in packs. The mean,
+  // or, before it is known, the planes of sums; the weights.
   MNIST_OPS_HD int32_t mean_size() const { return (sums * pixels() + 3) / 4 * 4; }
+  MNIST_OPS_HD int32_t weight_size() const { return (taps + 3) / 4 * 4; }
   // A plane with zeros left and right of it; with zeros above and below, of what its rows gave; the
   // shares of its rows and columns in coef.
   MNIST_OPS_HD int32_t padded_w() const { return g.OW + taps - 1; }
@@ -84,7 +79,7 @@ struct Fused {
   MNIST_OPS_HD int32_t coef_size() const { return g.OH + g.OW; }
   int64_t shared_bytes() const {
     const int64_t size =
-        int64_t{mean_size()} + padded_size() + rows_size() + coef_size() + 2 * taps;
+        int64_t{mean_size()} + 2 * weight_size() + padded_size() + rows_size() + coef_size();
     return int64_t{maps} * map_bytes + size * static_cast<int64_t>(sizeof(A));
   }
 };
@@ -94,10 +89,10 @@ template <typename M, typename A>
 struct SharedMemory {
   M* map[2];     // pooled, or the gradients with respect to that of this image and the next
   A* mean;       // what is subtracted; before it is known, sums over groups of channels
+  A* weight[2];  // normalized, [adjoint]
   A* padded;     // the sum over channels, zeros left and right
   A* rows;       // blurred along the rows, zeros above and below
   A* inverse;    // of the kernel's share of each row, then of each column, times C
-  A* weight[2];  // normalised, [adjoint]
 };
 
 template <typename M, typename T, typename A = opmath_t<T>>
@@ -107,68 +102,30 @@ __device__ SharedMemory<M, A> shared_memory(const Fused<T>& s) {
   m.map[0] = reinterpret_cast<M*>(begin);
   m.map[1] = reinterpret_cast<M*>(begin + (s.maps - 1) * s.map_bytes);
   m.mean = reinterpret_cast<A*>(begin + s.maps * s.map_bytes);
-  m.padded = m.mean + s.mean_size();
+  m.weight[0] = m.mean + s.mean_size();
+  m.weight[1] = m.weight[0] + s.weight_size();
+  m.padded = m.weight[1] + s.weight_size();
   m.rows = m.padded + s.padded_size();
   m.inverse = m.rows + s.rows_size();
-  m.weight[0] = m.inverse + s.coef_size();
-  m.weight[1] = m.weight[0] + s.taps;
   return m;
 }
 
-// The sum of the weights inside the image, along one dimension, for its index-th pixel.
-template <typename A>
-__device__ A weight_inside(const A* weight, int32_t taps, int32_t index, int32_t size) {
-  A sum = A(0);
-  for (int32_t k = 0; k < taps; ++k) {
-    const int32_t i = index + k - taps / 2;
-    if (i >= 0 && i < size) sum += weight[k];
-  }
-  return sum;
-}
-
-// Zeros around the planes, by all threads, and the weights, by one warp; then what a mean is
-// multiplied by, so that no image waits for a division. A barrier must follow.
+// The weights, and zeros around the planes; then what a mean is multiplied by, so that no image
+// waits for a division. A barrier must follow.
 template <typename T, typename M, typename A>
 __device__ void prepare(const Fused<T>& s, const SharedMemory<M, A>& m) {
   for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
     m.padded[i] = A(0);
   }
-  if (threadIdx.x < kWarp) {
-    const int32_t lane = this_thread();
-    double sum = 0;
-    for (int32_t i = lane; i < s.taps; i += kWarp) sum += s.kernel[i];
-    const double total = lane_sum(sum, kWarp);
-    for (int32_t i = lane; i < s.taps; i += kWarp) {
-      const A weight = static_cast<A>(s.kernel[i] / total);
-      m.weight[0][i] = weight;
-      m.weight[1][s.taps - 1 - i] = weight;
-    }
-  }
+  normalize_kernel(s.kernel, 1, s.taps, s.taps, m.weight[0], m.weight[1]);
   __syncthreads();
   const int32_t OH = s.g.OH, OW = s.g.OW;
   for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
-    const A inside = weight_inside(m.weight[0], s.taps, i < OH ? i : i - OH, i < OH ? OH : OW);
+    const Taps taps = taps_inside(i < OH ? i : i - OH, i < OH ? OH : OW, s.taps);
+    A inside = A(0);
+    for (int64_t k = taps.first; k < taps.last; ++k) inside += m.weight[0][k];
     m.inverse[i] = A(1) / (i < OH ? inside : inside * static_cast<A>(s.g.C));
   }
-}
-
-// sum over k of term(k), a number from shared memory and a factor: eight of them are on their way
-// before the first is added.
-template <typename A, typename F>
-__device__ __forceinline__ A sum_of(int32_t count, const F& term) {
-  constexpr int kAtOnce = 8;
-  A sum = A(0);
-#pragma unroll 1
-  for (int32_t first = 0; first < count; first += kAtOnce) {
-    Pack<A, 2> terms[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      terms[k] = first + k < count ? term(first + k) : Pack<A, 2>{};
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) sum += terms[k].values[0] * terms[k].values[1];
-  }
-  return sum;
 }
 
 // A pack of numbers in the type of a tensor: half types two by an instruction.
@@ -201,9 +158,26 @@ __device__ __forceinline__ Pack<T, n> rounded(const A (&values)[n]) {
 template <typename T, typename F>
 __device__ __forceinline__ void with_map_pack(const Fused<T>& s, const F& body) {
   if (s.map_pack) {
-    body(Number<kNeighbours<T>>{});
+    body(Number<kShortPack<T>>{});
   } else {
     body(Number<1>{});
+  }
+}
+
+// Calls body(column, share, each) for this thread's columns of packs of a map, given by their first
+// element; each(use) calls use(where in the map in shared memory, where in the tensor, entry) for
+// the packs of one.
+template <bool channels_last, int n, typename T, typename F>
+__device__ __forceinline__ void each_map_column(const Fused<T>& s, const F& body) {
+  const Share share(s.packs);
+  const int32_t size = s.packs.columns * n, step = channels_last ? s.step_pixel() : size;
+  for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
+    body(column * n, share, [&](const auto& use) {
+#pragma unroll 4
+      for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
+        use(entry * step + column * n, entry * size + column * n, entry);
+      }
+    });
   }
 }
 
@@ -213,7 +187,7 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
                                              const M* map) {
   const int32_t pixels = s.pixels();
   if constexpr (channels_last) {
-    constexpr int n = kNeighbours<T>;
+    constexpr int n = kShortPack<T>;
     for (int32_t i = this_thread(); i < s.sums * pixels; i += block_threads()) {
       const auto group = static_cast<int32_t>(s.by_pixels.quotient(static_cast<uint32_t>(i)));
       const M* from = map + (i - group * pixels) * s.step_pixel();
@@ -231,18 +205,15 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
   } else {
     with_map_pack(s, [&](auto number) {
       constexpr int n = decltype(number)::value;
-      const Share share(s.packs);
-      const int32_t size = s.packs.columns * n;
-      for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
+      each_map_column<channels_last, n>(s, [&](int32_t column, const Share& share, auto each) {
         Pack<A, n> sum{};
-#pragma unroll 4
-        for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
-          const Pack<M, n> pack = load_pack<n>(map + entry * size + column * n);
+        each([&](int32_t from, int32_t, int32_t) {
+          const Pack<M, n> pack = load_pack<n>(map + from);
 #pragma unroll
           for (int j = 0; j < n; ++j) sum.values[j] += static_cast<A>(pack.values[j]);
-        }
-        store_pack(m.mean + share.group * size + column * n, sum);
-      }
+        });
+        store_pack(m.mean + share.group * s.packs.columns * n + column, sum);
+      });
     });
   }
 }
@@ -264,40 +235,21 @@ __device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<
   const auto inverse = [&](int32_t h, int32_t w) { return m.inverse[h] * m.inverse[OH + w]; };
   __syncthreads();
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    const A sum =
-        sum_of<A>(s.sums, [&](int32_t k) { return Pack<A, 2>{m.mean[k * pixels + pixel], A(1)}; });
+    A sum = A(0);
+#pragma unroll 4
+    for (int32_t k = 0; k < s.sums; ++k) sum += m.mean[k * pixels + pixel];
     m.padded[h * s.padded_w() + w + radius] = adjoint ? sum * inverse(h, w) : sum;
   });
   __syncthreads();
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    const A* in = m.padded + h * s.padded_w() + w;
-    m.rows[pixel + radius * OW] =
-        sum_of<A>(s.taps, [&](int32_t k) { return Pack<A, 2>{in[k], weight[k]}; });
+    m.rows[pixel + radius * OW] = correlated(m.padded + h * s.padded_w() + w, 1, weight, s.taps);
   });
   __syncthreads();
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    const A blurred =
-        sum_of<A>(s.taps, [&](int32_t k) { return Pack<A, 2>{m.rows[k * OW + pixel], weight[k]}; });
+    const A blurred = correlated(m.rows + pixel, OW, weight, s.taps);
     m.mean[pixel] = adjoint ? blurred : blurred * inverse(h, w);
   });
   __syncthreads();
-}
-
-// Calls body(where in the map in shared memory, where in the tensor, entry) for this thread's packs
-// of a map, a column after the other, and begin(column) before each of them.
-template <bool channels_last, int n, typename T, typename Begin, typename F>
-__device__ __forceinline__ void each_map_pack(const Fused<T>& s, const Begin& begin,
-                                              const F& body) {
-  const Share share(s.packs);
-  const int32_t step = channels_last ? s.step_pixel() : s.packs.columns * n;
-  const int32_t size = s.packs.columns * n;
-  for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
-    begin(column * n);
-#pragma unroll 4
-    for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
-      body(entry * step + column * n, entry * size + column * n, entry);
-    }
-  }
 }
 
 template <bool channels_last, typename T, typename A>
@@ -305,26 +257,24 @@ __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<
                                           const A* map, T* output) {
   with_map_pack(s, [&](auto number) {
     constexpr int n = decltype(number)::value;
-    A mean[n];
-    each_map_pack<channels_last, n>(
-        s,
-        [&](int32_t first) {
-          if constexpr (!channels_last) {
+    each_map_column<channels_last, n>(s, [&](int32_t column, const Share&, auto each) {
+      A mean[n];
+      if constexpr (!channels_last) {
 #pragma unroll
-            for (int j = 0; j < n; ++j) {
-              mean[j] = m.mean[s.by_pixels.remainder(static_cast<uint32_t>(first + j))];
-            }
-          }
-        },
-        [&](int32_t from, int32_t to, int32_t entry) {
-          const Pack<A, n> pack = load_pack<n>(map + from);
-          A result[n];
+        for (int j = 0; j < n; ++j) {
+          mean[j] = m.mean[s.by_pixels.remainder(static_cast<uint32_t>(column + j))];
+        }
+      }
+      each([&](int32_t from, int32_t to, int32_t entry) {
+        const Pack<A, n> pack = load_pack<n>(map + from);
+        A result[n];
 #pragma unroll
-          for (int j = 0; j < n; ++j) {
-            result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
-          }
-          store_pack(output + to, rounded<T>(result));
-        });
+        for (int j = 0; j < n; ++j) {
+          result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
+        }
+        store_pack(output + to, rounded<T>(result));
+      });
+    });
   });
 }
 
@@ -333,9 +283,9 @@ template <bool channels_last, typename T>
 __device__ __forceinline__ void copy_map(const Fused<T>& s, T* map, const T* input) {
   with_map_pack(s, [&](auto number) {
     constexpr int n = decltype(number)::value;
-    each_map_pack<channels_last, n>(
-        s, [](int32_t) {},
-        [&](int32_t to, int32_t from, int32_t) { copy_pack<n>(map + to, input + from); });
+    each_map_column<channels_last, n>(s, [&](int32_t, const Share&, auto each) {
+      each([&](int32_t to, int32_t from, int32_t) { copy_pack<n>(map + to, input + from); });
+    });
   });
 }
 
