@@ -122,7 +122,8 @@ struct LongLine {
     worker = thread / width;
     workers = static_cast<int>(blockDim.x) / width;
     if (line >= g.outer * g.inner) return;  // and no packs
-    offset = column_offset<1>(g, line);
+    const int64_t outer = line / g.inner;
+    offset = outer * g.size * g.inner + (line - outer * g.inner);
     packs = g.size / n;
   }
 
