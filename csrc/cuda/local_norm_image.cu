@@ -57,12 +57,6 @@ __global__ void __launch_bounds__((kMostImageThreads<T>), 2)
   if (kHasBulkCopies && block.thread == 0) wait_for_bulk_stores();
 }
 
-// Elements of shared memory for so many of an image.
-template <typename T>
-int64_t room_for(int64_t elements) {
-  return round_up(elements, kPackSize<T>);
-}
-
 template <bool gradient, bool kLast, typename T>
 ImagePlan plan_images(const Multiprocessors& device, const Images& images, const BlurGeometry& g,
                       int64_t kinds) {
@@ -92,8 +86,8 @@ ImagePlan plan_images(const Multiprocessors& device, const Images& images, const
     const int most_slots = over(plan.share, 2 * kLaneGroups<kLast>);  // two entries a thread
     plan.slots = kLast ? 1 : std::clamp(warps / plan.column_warps, 1, most_slots);
     plan.sums = plan.slots * channels;
-    const int64_t room = room_for<T>(int64_t{plan.share} * (kLast ? C : plan.entry_step));
-    plan.bytes = kInputs * room * static_cast<int64_t>(sizeof(T)) +
+    plan.piece = int64_t{plan.share} * (kLast ? C : plan.entry_step);
+    plan.bytes = kInputs * round_up(plan.piece, kPackSize<T>) * static_cast<int64_t>(sizeof(T)) +
                  PlaneLayout(g, gradient, kinds * plan.sums * HW).size *
                      static_cast<int64_t>(sizeof(opmath_t<T>));
     return plan.bytes <= device.shared_per_block ? plan : ImagePlan{};
@@ -147,9 +141,8 @@ bool run(const NormCall<T>& call) {
   const ImagePlan plan =
       plan_images<gradient, kLast, T>(multiprocessors(kernel_of_images), images, g, kinds);
   if (plan.cluster == 0) return false;
-  const int64_t piece = int64_t{plan.share} * (kLast ? images.C : plan.entry_step);
   const bool aligned = images.C * HW % kPackSize<T> == 0 &&
-                       (plan.cluster == 1 || piece % kPackSize<T> == 0) &&
+                       (plan.cluster == 1 || plan.piece % kPackSize<T> == 0) &&
                        are_aligned(call.grad, call.input, call.out);
   const Tensor values = kernel_in_double(call.kernel);
   const ImageArguments<T> a{.plan = plan,
@@ -165,8 +158,8 @@ bool run(const NormCall<T>& call) {
                             .taps_h = static_cast<int>(g.taps_h),
                             .taps_w = static_cast<int>(g.taps_w),
                             .size = static_cast<int>(images.C * HW),
-                            .piece = static_cast<int>(piece),
-                            .room = static_cast<int>(room_for<T>(piece)),
+                            .piece = static_cast<int>(plan.piece),
+                            .room = static_cast<int>(round_up(plan.piece, kPackSize<T>)),
                             .by_W = Divider(g.W),
                             .by_HW = Divider(HW),
                             .at = PlaneLayout(g, gradient, kinds * plan.sums * HW),

@@ -72,7 +72,8 @@ constexpr int kMaxTaps = 512;  // of a kernel that shared memory holds
 struct ImagePlan {
   int cluster = 0;                      // blocks of an image; none where it can not be done
   int log_cluster = 0;                  // to the base of two
-  int share = 0;                        // entries or (NHWC) columns of a block
+  int share = 0;                        // entries or (NHWC) columns of a block,
+  int64_t piece = 0;                    // and their elements
   int columns = 0, entries = 0;         // of the table
   int column_step = 0, entry_step = 0;  // in elements
   int column_warps = 0, slots = 0;
@@ -205,18 +206,15 @@ struct ImageBlock {
   // barrier, which load() ends with. What store() reads must not change before the next load().
   __device__ __forceinline__ void load(T* x, T* grad, int image, bool parity) const {
     const int64_t first = begin(image);
-    if constexpr (kHasBulkCopies) {
-      if (a.aligned) {
-        if (thread == 0) {
-          const int bytes = count() * static_cast<int>(sizeof(T));
-          wait_for_bulk_stores();
-          expect_bytes(arrival(), gradient ? 2 * bytes : bytes);
-          bulk_load(x, a.input + first, bytes, arrival());
-          if constexpr (gradient) bulk_load(grad, a.grad + first, bytes, arrival());
-        }
-        wait_for_bytes(arrival(), parity);
-        return;
+    if (kHasBulkCopies && a.aligned) {
+      if (thread == 0) {
+        const int bytes = count() * static_cast<int>(sizeof(T));
+        wait_for_bulk_stores();
+        expect_bytes(arrival(), gradient ? 2 * bytes : bytes);
+        bulk_load(x, a.input + first, bytes, arrival());
+        if constexpr (gradient) bulk_load(grad, a.grad + first, bytes, arrival());
       }
+      return wait_for_bytes(arrival(), parity);
     }
     copy<true>(x, a.input + first);
     if constexpr (gradient) copy<true>(grad, a.grad + first);
@@ -225,13 +223,11 @@ struct ImageBlock {
   }
   __device__ __forceinline__ void store(int image, const T* x) const {
     T* const to = a.out + begin(image);
-    if constexpr (kHasBulkCopies) {
-      if (a.aligned) {
-        order_bulk_store();
-        __syncthreads();
-        if (thread == 0) bulk_store(to, x, count() * static_cast<int>(sizeof(T)));
-        return;
-      }
+    if (kHasBulkCopies && a.aligned) {
+      order_bulk_store();
+      __syncthreads();
+      if (thread == 0) bulk_store(to, x, count() * static_cast<int>(sizeof(T)));
+      return;
     }
     __syncthreads();
     copy<false>(to, x);

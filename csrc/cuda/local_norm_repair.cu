@@ -14,18 +14,12 @@ struct MemoryBlock {
   using A = opmath_t<T>;
   static constexpr bool kExact = true;
 
+  static constexpr int threads = kThreads;
+
   const Steps<T>& a;
   int64_t image, HW;
-  int thread, threads;
   Units<A>* shared;
-
-  __device__ MemoryBlock(const Steps<T>& steps, int64_t number, Units<A>* of_block)
-      : a(steps),
-        image(number),
-        HW(steps.HW),
-        thread(static_cast<int>(threadIdx.x)),
-        threads(kThreads),
-        shared(of_block) {}
+  int thread = static_cast<int>(threadIdx.x);
 
   __device__ A* in() const { return a.in + image * HW; }
   __device__ A* mean() const { return a.mean + image * HW; }
@@ -85,12 +79,12 @@ struct MemoryBlock {
     T* const out = a.out + image * a.C * HW;
 #pragma unroll 1
     for (int64_t p = thread; p < HW; p += threads) {
-      const A of[3] = {plane0[p], plane1[p], gradient ? plane2[p] : A(0)};
+      const A offset = gradient ? plane2[p] : A(0);
 #pragma unroll 1
       for (int64_t c = 0; c < a.C; ++c) {
         const int64_t i = c * a.stride_c() + p * a.stride_pixel();
         out[i] = static_cast<T>(result(gradient ? static_cast<A>(grad[i]) : A(0),
-                                       static_cast<A>(x[i]), of[0], of[1], of[2]));
+                                       static_cast<A>(x[i]), plane0[p], plane1[p], offset));
       }
     }
   }
@@ -103,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) repair_kernel(const __grid_constant_
     if (s.flags[image] == opmath_t<T>(0)) continue;
     __syncthreads();  // before the units of the image before are overwritten
     if (threadIdx.x == 0) units = {};
-    const MemoryBlock<T> block(s, image, &units);
+    const MemoryBlock<T> block{s, image, s.HW, &units};
     for (int64_t p = threadIdx.x; p < s.HW && s.kind == LocalNorm::kDivisive; p += kThreads) {
       block.mean()[p] = 0;
     }

@@ -50,8 +50,8 @@ struct Fused {
   int64_t N;
   PoolGeometryOf<int32_t> g;  // of one image
   ActivationKind activation;
-  int32_t pack,
-      threads;  // that a thread takes at once: neighbours of a row or channels; of a block
+  int32_t pack;     // elements that a thread takes at once: neighbours of a row, or channels
+  int32_t threads;  // of a block
   const double* kernel;
   int32_t taps;        // of a separable kernel
   bool map_pack;       // whether tensors of the output's shape are read and written in packs
@@ -154,30 +154,29 @@ __device__ __forceinline__ Pack<T, n> rounded(const A (&values)[n]) {
   return pack;
 }
 
-// Calls body with how many neighbours of a tensor of the map's shape are read or written at once.
-template <typename T, typename F>
-__device__ __forceinline__ void with_map_pack(const Fused<T>& s, const F& body) {
-  if (s.map_pack) {
-    body(Number<kShortPack<T>>{});
-  } else {
-    body(Number<1>{});
-  }
-}
-
-// Calls body(column, share, each) for this thread's columns of packs of a map, given by their first
-// element; each(use) calls use(where in the map in shared memory, where in the tensor, entry) for
-// the packs of one.
-template <bool channels_last, int n, typename T, typename F>
+// Calls body(number, column, share, each) for this thread's columns of packs of a map: of a number
+// of neighbours, by which a tensor of the map's shape is read and written; given by the column's
+// first element. each(use) calls use(where in the map in shared memory, where in the tensor, entry)
+// for its packs.
+template <bool channels_last, typename T, typename F>
 __device__ __forceinline__ void each_map_column(const Fused<T>& s, const F& body) {
   const Share share(s.packs);
-  const int32_t size = s.packs.columns * n, step = channels_last ? s.step_pixel() : size;
-  for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
-    body(column * n, share, [&](const auto& use) {
+  const auto columns_of_packs = [&](auto number) {
+    constexpr int n = decltype(number)::value;
+    const int32_t size = s.packs.columns * n, step = channels_last ? s.step_pixel() : size;
+    for (int32_t column = share.column; column < s.packs.columns; column += share.column_step) {
+      body(number, column * n, share, [&](const auto& use) {
 #pragma unroll 4
-      for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
-        use(entry * step + column * n, entry * size + column * n, entry);
-      }
-    });
+        for (int32_t entry = share.group; entry < s.packs.entries; entry += share.entry_step) {
+          use(entry * step + column * n, entry * size + column * n, entry);
+        }
+      });
+    }
+  };
+  if (s.map_pack) {
+    columns_of_packs(Number<kShortPack<T>>{});
+  } else {
+    columns_of_packs(Number<1>{});
   }
 }
 
@@ -203,18 +202,17 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
       m.mean[i] = sum[0];
     }
   } else {
-    with_map_pack(s, [&](auto number) {
-      constexpr int n = decltype(number)::value;
-      each_map_column<channels_last, n>(s, [&](int32_t column, const Share& share, auto each) {
-        Pack<A, n> sum{};
-        each([&](int32_t from, int32_t, int32_t) {
-          const Pack<M, n> pack = load_pack<n>(map + from);
+    each_map_column<channels_last>(
+        s, [&](auto number, int32_t column, const Share& share, auto each) {
+          constexpr int n = decltype(number)::value;
+          Pack<A, n> sum{};
+          each([&](int32_t from, int32_t, int32_t) {
+            const Pack<M, n> pack = load_pack<n>(map + from);
 #pragma unroll
-          for (int j = 0; j < n; ++j) sum.values[j] += static_cast<A>(pack.values[j]);
+            for (int j = 0; j < n; ++j) sum.values[j] += static_cast<A>(pack.values[j]);
+          });
+          store_pack(m.mean + share.group * s.packs.columns * n + column, sum);
         });
-        store_pack(m.mean + share.group * s.packs.columns * n + column, sum);
-      });
-    });
   }
 }
 
@@ -255,25 +253,23 @@ __device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<
 template <bool channels_last, typename T, typename A>
 __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A, A>& m,
                                           const A* map, T* output) {
-  with_map_pack(s, [&](auto number) {
+  each_map_column<channels_last>(s, [&](auto number, int32_t column, const Share&, auto each) {
     constexpr int n = decltype(number)::value;
-    each_map_column<channels_last, n>(s, [&](int32_t column, const Share&, auto each) {
-      A mean[n];
-      if constexpr (!channels_last) {
+    A mean[n];
+    if constexpr (!channels_last) {
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-          mean[j] = m.mean[s.by_pixels.remainder(static_cast<uint32_t>(column + j))];
-        }
+      for (int j = 0; j < n; ++j) {
+        mean[j] = m.mean[s.by_pixels.remainder(static_cast<uint32_t>(column + j))];
       }
-      each([&](int32_t from, int32_t to, int32_t entry) {
-        const Pack<A, n> pack = load_pack<n>(map + from);
-        A result[n];
+    }
+    each([&](int32_t from, int32_t to, int32_t entry) {
+      const Pack<A, n> pack = load_pack<n>(map + from);
+      A result[n];
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-          result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
-        }
-        store_pack(output + to, rounded<T>(result));
-      });
+      for (int j = 0; j < n; ++j) {
+        result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
+      }
+      store_pack(output + to, rounded<T>(result));
     });
   });
 }
@@ -281,10 +277,9 @@ __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<
 // Without waiting for it: see copy_pack.
 template <bool channels_last, typename T>
 __device__ __forceinline__ void copy_map(const Fused<T>& s, T* map, const T* input) {
-  with_map_pack(s, [&](auto number) {
-    constexpr int n = decltype(number)::value;
-    each_map_column<channels_last, n>(s, [&](int32_t, const Share&, auto each) {
-      each([&](int32_t to, int32_t from, int32_t) { copy_pack<n>(map + to, input + from); });
+  each_map_column<channels_last>(s, [&](auto number, int32_t, const Share&, auto each) {
+    each([&](int32_t to, int32_t from, int32_t) {
+      copy_pack<decltype(number)::value>(map + to, input + from);
     });
   });
 }
