@@ -1,10 +1,49 @@
 // Windows a batch at a time: how they are grouped, gathered from an image and scattered back.
 #pragma once
 
-#include "fours.h"
 #include "windows.h"
 
 namespace mnist_ops::cpu {
+
+// even[j] = x[2 j], odd[j] = x[2 j + 1].
+template <typename A>
+inline void split_pairs(const A* x, A* even, A* odd, int64_t count) {
+  const auto plainly = [=] {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) even[j] = x[2 * j], odd[j] = x[2 * j + 1];
+  };
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto eight = [&](int64_t j) {
+      _mm256_storeu_ps(even + j, swap_middle(every_other(x + 2 * j, false)));
+      _mm256_storeu_ps(odd + j, swap_middle(every_other(x + 2 * j, true)));
+    };
+    return by_eights(count, eight, plainly);
+  }
+#endif
+  plainly();
+}
+
+// The reverse.
+template <typename A>
+inline void join_pairs(const A* even, const A* odd, A* x, int64_t count) {
+  const auto plainly = [=] {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) x[2 * j] = even[j], x[2 * j + 1] = odd[j];
+  };
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const auto eight = [&](int64_t j) {
+      const __m256 a = _mm256_loadu_ps(even + j), b = _mm256_loadu_ps(odd + j);
+      const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+      _mm256_storeu_ps(x + 2 * j, _mm256_permute2f128_ps(low, high, 0x20));
+      _mm256_storeu_ps(x + 2 * j + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    };
+    return by_eights(count, eight, plainly);
+  }
+#endif
+  plainly();
+}
 
 // How windows are grouped. `inner` numbers lie side by side at each pixel: 1, or all channels.
 struct Grouping {
@@ -30,11 +69,15 @@ struct Grouping {
   bool fits() const { return taps <= (int64_t{1} << 18) / capacity; }
   // No element lies in two windows.
   bool disjoint() const { return g.stride_h >= g.kernel_h && g.stride_w >= g.kernel_w; }
-  // 2 x 2 windows that fours.h takes, side by side or channel by channel.
-  bool fours() const {
-    return g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 && g.stride_w == 2 &&
-           g.padding_h == 0 && g.padding_w == 0 && 2 * g.OH <= g.H && 2 * g.OW <= g.W &&
-           (inner > 1 ? inner : g.OW) >= kPack<float>;
+  // Two rows of an image make a row of windows.
+  bool two_by_two() const {
+    return in_pairs() && g.kernel_w == 2 && g.kernel_h == 2 && g.stride_h == 2 &&
+           g.padding_h == 0 && 2 * g.OH <= g.H;
+  }
+  // Two times two pixels with their channels make one.
+  bool pixels_by_four() const {
+    return inner > 1 && g.kernel_h == 2 && g.kernel_w == 2 && g.stride_h == 2 && g.stride_w == 2 &&
+           g.padding_h == 0 && g.padding_w == 0 && 2 * g.OH <= g.H && 2 * g.OW <= g.W;
   }
   // Every element of the image lies in one window.
   bool tiles() const {
@@ -49,15 +92,6 @@ struct Grouping {
       for (int64_t ow = 0; ow < g.OW; ow += columns) {
         body(oh, std::min(rows, last - oh), ow, std::min(columns, g.OW - ow));
       }
-    }
-  }
-
-  // body(oh, ow, columns) for the windows of a batch that fours.h takes at once.
-  template <typename F>
-  void each_four(int64_t oh, int64_t n_rows, int64_t ow, int64_t n_columns, const F& body) const {
-    const int64_t step = inner == 1 ? n_columns : 1;
-    for (int64_t r = oh; r < oh + n_rows; ++r) {
-      for (int64_t w = ow; w < ow + n_columns; w += step) body(r, w, step);
     }
   }
 

@@ -10,7 +10,8 @@
 // any norm. So the loops over a batch are plain ones without strides, borders or remainders,
 // whatever the windows look like, and all of it stays in the first-level cache. Backward the same
 // elements are replaced by their gradients and go back to where they came from. The reports'
-// windows (2 x 2, p = 2, float32) are not gathered, but stay in registers (fours.h).
+// windows (2 x 2, p = 2, float32) are not gathered, but stay in registers: in NHWC, and in NCHW
+// where the processor has AVX2.
 //
 // A band of rows of the input's gradient belongs to one thread, and an element gets its windows'
 // shares in their order: the same bits with any number of threads. Windows across the border of two
@@ -30,7 +31,9 @@ int64_t power_cost(double p) {
 template <typename T>
 void forward_batches(const Grouping& all, double norm_type, const T* input, T* output) {
   using A = opmath_t<T>;
-  const bool fours = std::is_same_v<T, float> && norm_type == 2 && all.fours();
+  constexpr bool in_place = std::is_same_v<T, float>;  // the type that has such loops
+  const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two();
+  const bool fours = norm_type == 2 && all.pixels_by_four();
   const PoolGeometry& g = all.g;
   const A p = static_cast<A>(norm_type);
   const int64_t cost = all.inner * g.OW * all.taps * power_cost(norm_type);
@@ -52,14 +55,18 @@ void forward_batches(const Grouping& all, double norm_type, const T* input, T* o
         convert(y, out + oh * g.out_h + ow * all.inner, count);
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-        if constexpr (std::is_same_v<T, float>) {
-          if (fours) {
-            all.each_four(oh, rows, ow, columns, [&](int64_t r, int64_t w, int64_t windows) {
-              const T* const x = image + 2 * r * g.in_h + 2 * w * g.in_w;
-              T* const to = out + r * g.out_h + w * g.out_w;
-              const auto norms = all.inner == 1 ? norms_of_fours<true> : norms_of_fours<false>;
-              if (!norms(x, x + g.in_h, to, windows * all.inner)) gathered(r, 1, w, windows);
-            });
+        if constexpr (in_place) {
+          if (pairs || fours) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = image + 2 * r * g.in_h;
+              T* const to = out + r * g.out_h;
+              if (pairs) pair_norms(upper, upper + g.in_h, to, g.OW);
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const T* const left = upper + 2 * w * g.in_w;
+                if (pixel_norms(left, left + g.in_h, to + w * g.out_w, all.inner)) continue;
+                gathered(r, 1, w, 1);
+              }
+            }
             return;
           }
         }
@@ -74,7 +81,9 @@ template <typename T>
 void backward_batches(const Grouping& all, double norm_type, const T* grad_output, const T* input,
                       const T* output, T* grad_input) {
   using A = opmath_t<T>;
-  const bool fours = std::is_same_v<T, float> && norm_type == 2 && all.fours() && all.tiles();
+  constexpr bool in_place = std::is_same_v<T, float>;  // the type that has such loops
+  const bool pairs = kHasPairs && norm_type == 2 && all.two_by_two() && all.tiles();
+  const bool fours = norm_type == 2 && all.pixels_by_four() && all.tiles();
   constexpr bool kDirect = std::is_same_v<T, A>;  // no conversion after the last addition
   constexpr int64_t kBand = 16384;                // elements of a band, or a few windows' rows
   const PoolGeometry& g = all.g;
@@ -109,18 +118,24 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
         all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
-        if constexpr (std::is_same_v<T, float>) {
-          if (fours) {
-            all.each_four(oh, rows, ow, columns, [&](int64_t r, int64_t w, int64_t windows) {
-              const int64_t i = 2 * r * width + 2 * w * all.inner, o = r * g.out_h + w * all.inner;
-              A* const gradients = gx + i - top * width;
-              const auto pass =
-                  all.inner == 1 ? gradients_of_fours<true> : gradients_of_fours<false>;
-              if (!pass(in + i, in + i + width, out + o, go + o, gradients, gradients + width,
-                        windows * all.inner)) {
-                gathered(r, 1, w, windows);
+        if constexpr (in_place) {
+          if (pairs || fours) {
+            for (int64_t r = oh; r < oh + rows; ++r) {
+              const T* const upper = in + 2 * r * g.in_h;
+              const int64_t o = r * g.out_h;
+              A* const to = gx + (2 * r - top) * width;
+              if (pairs) {
+                pair_gradients(upper, upper + width, out + o, go + o, to, to + width, g.OW);
               }
-            });
+              for (int64_t w = ow; fours && w < ow + columns; ++w) {
+                const int64_t left = 2 * w * all.inner, at = o + w * all.inner;
+                if (pixel_gradients(upper + left, upper + width + left, out + at, go + at,
+                                    to + left, to + width + left, all.inner)) {
+                  continue;
+                }
+                gathered(r, 1, w, 1);
+              }
+            }
             return;
           }
         }
