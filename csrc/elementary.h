@@ -186,22 +186,21 @@ struct Quotient {
   static constexpr A kScale = std::is_same_v<A, float> ? A(0x1p-76) : A(0x1p-538);
   static constexpr A kTwiceItsLog2 = std::is_same_v<A, float> ? A(-152) : A(-1076);
 
-  A value;
+  A value, up, down, log2_of_scale;  // numbers, not a condition: loops over quotients vectorise
   bool is_tiny;
 
   MNIST_OPS_HD Quotient(A size, A divisor) {
-    is_tiny = size < divisor * kTiny && divisor <= std::numeric_limits<A>::max();
-    value = (is_tiny ? size * (A(1) / kScale) : size) / (is_tiny ? divisor * kScale : divisor);
+    is_tiny = (size < divisor * kTiny) & (divisor <= std::numeric_limits<A>::max());
+    up = is_tiny ? A(1) / kScale : A(1);
+    down = is_tiny ? kScale : A(1);
+    log2_of_scale = is_tiny ? kTwiceItsLog2 : A(0);
+    value = (size * up) / (divisor * down);
   }
 
-  MNIST_OPS_HD A log2_of_scale() const { return is_tiny ? kTwiceItsLog2 : A(0); }
   // The quotient, 0 where it underflows; and x factor^2 / quotient, which may be in range where
   // neither the square nor the quotient is.
-  MNIST_OPS_HD A plain() const { return is_tiny ? value * kScale * kScale : value; }
-  MNIST_OPS_HD A divide(A x, A factor) const {
-    const A scaled = is_tiny ? factor * (A(1) / kScale) : factor;
-    return x / value * scaled * scaled;
-  }
+  MNIST_OPS_HD A plain() const { return value * down * down; }
+  MNIST_OPS_HD A divide(A x, A factor) const { return x / value * (factor * up) * (factor * up); }
 };
 
 // The logarithm to base 2 of a positive, finite number: its whole part, and the fraction, in
@@ -268,7 +267,7 @@ MNIST_OPS_HD A log(A x, A log2_of_factor = A(0)) {
 }
 template <typename A>
 MNIST_OPS_HD A log(const Quotient<A>& x) {
-  return log(x.value, x.log2_of_scale());
+  return log(x.value, x.log2_of_scale);
 }
 
 // x^p for finite x >= 0, and 0 for x = 0 whatever p is. The logarithm's whole part is multiplied by
@@ -294,7 +293,7 @@ MNIST_OPS_HD A power(A x, A p, A log2_of_factor = A(0)) {
 }
 template <typename A>
 MNIST_OPS_HD A power(const Quotient<A>& x, A p) {
-  return power(x.value, p, x.log2_of_scale());
+  return power(x.value, p, x.log2_of_scale);
 }
 
 // -------------------------------------------------------------------------------------------- tanh

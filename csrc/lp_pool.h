@@ -151,7 +151,7 @@ template <typename T>
 MNIST_OPS_HD T raised_quotient(T size, T divisor, T p) {
   const elementary::Quotient<T> r(size, divisor);
   if (!r.is_tiny || p >= T(2)) return raised(size / divisor, p);
-  const T factor = std::exp2(p * (r.log2_of_scale() / T(2)));
+  const T factor = std::exp2(p * (r.log2_of_scale / T(2)));
   return raised(r.value, p) * factor * factor;
 }
 
