@@ -176,8 +176,8 @@ MNIST_OPS_HD A sigmoid(A x) {
   return x != x ? x : result;
 }
 
-// size / divisor of two sizes as value * scale^2: no quotient but 0 underflows. scale is 1 where
-// nothing does.
+// size / divisor of two sizes as value * down^2: no quotient but 0 underflows. down is 1 where
+// nothing does, and up its inverse.
 template <typename A>
 struct Quotient {
   // For every size and divisor of the type with a quotient below kTiny, size / kScale,

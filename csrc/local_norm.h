@@ -104,6 +104,16 @@ inline Tensor kernel_in_double(const Tensor& kernel) {
   return contiguous_of(converted(kernel, ScalarType::Double));
 }
 
+// What a kernel is divided by.
+inline double kernel_sum(const char* op, const Tensor& kernel_in_double) {
+  const double* values = kernel_in_double.const_data_ptr<double>();
+  double sum = 0;
+  for (int64_t i = 0; i < kernel_in_double.numel(); ++i) sum += values[i];
+  MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
+                  ": the kernel's sum must be finite and not 0, got ", sum);
+  return sum;
+}
+
 // ----------------------------------------------------------------------------- operators
 
 // The operators of one backend, given its forward(op, input, kernel, options) and

@@ -66,6 +66,9 @@ struct PowerWindow {
     const A root = square_root();
     return has_scale() ? largest * root * root : largest * p;
   }
+  // share(grad) factor()^2 is grad dy/dx but for sign(x) s^(p-1).
+  MNIST_OPS_HD A share(A grad) const { return has_scale() ? grad / powers : grad; }
+  MNIST_OPS_HD A factor() const { return has_scale() ? square_root() : A(1); }
   // ln(S / n) and n / S, for divergence().
   MNIST_OPS_HD A shift() const { return elementary::log(powers / count); }
   MNIST_OPS_HD A scale() const { return count / powers; }

@@ -14,16 +14,6 @@ inline long double fused_fmadd(long double a, long double b, long double c) {
   return a * b + c;
 }
 
-// What a kernel is divided by.
-inline double kernel_sum(const char* op, const Tensor& kernel_in_double) {
-  const double* values = kernel_in_double.const_data_ptr<double>();
-  double sum = 0;
-  for (int64_t i = 0; i < kernel_in_double.numel(); ++i) sum += values[i];
-  MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, op,
-                  ": the kernel's sum must be finite and not 0, got ", sum);
-  return sum;
-}
-
 // Correlation of a plane with the normalised kernel, and its adjoint.
 template <typename A>
 struct Blur {

@@ -121,8 +121,8 @@ struct PowerBatch {
       const PowerWindow<A> measured = window(j);
       shift[j] = measured.shift();
       scale[j] = measured.scale();
-      share[j] = measured.has_scale() ? grad[j] / powers[j] : grad[j];
-      factor[j] = measured.has_scale() ? measured.square_root() : A(1);
+      share[j] = measured.share(grad[j]);
+      factor[j] = measured.factor();
     }
     A* const x = taps;
     const A *const keep = kept, *const m = largest, *const of_window = p, *const count = counts;
@@ -300,9 +300,7 @@ struct PowerLine {
     const A* const keep = kept.data();
     const A p = window.p, largest = window.largest, count = window.count;
     const A shift = window.shift(), scale = window.scale();
-    const bool scaled = window.has_scale();
-    const A share = scaled ? grad / window.powers : grad;
-    const A factor = scaled ? window.square_root() : A(1);
+    const A share = window.share(grad), factor = window.factor();
     window.divergences = sum([=](int64_t i) {
       const A value = x[i];
       const Quotient<A> s(magnitude(value), largest);

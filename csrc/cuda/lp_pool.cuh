@@ -98,10 +98,6 @@ inline int common_window(const PoolGeometry& g) {
   return common ? static_cast<int>(k) : 0;
 }
 
-// Packs of up to four elements: what `pairs` take, but for 2x2 windows with p = 2.
-template <typename T>
-constexpr int kFew = kPackSize<T> < 4 ? kPackSize<T> : 4;
-
 // Calls body with n and the sizes in packs of n where rows of the input consist of those, and gives
 // whether they do. NCHW.
 template <typename T, int n, typename F>
@@ -121,7 +117,7 @@ bool dispatch_pairs(const PoolGeometry& g, bool aligned, const F& body) {
     return dispatch_pack_of_row<T, n>(g, aligned, body) ||
            (half < n && dispatch_pack_of_row<T, half>(g, aligned, body));
   } else {
-    return dispatch_pack_of_row<T, kFew<T>>(g, aligned, body);
+    return dispatch_pack_of_row<T, kShortPack<T>>(g, aligned, body);
   }
 }
 

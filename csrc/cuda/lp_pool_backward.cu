@@ -170,7 +170,7 @@ bool backward_packs(const Launcher& launcher, const PoolGeometry& g, bool channe
       });
     }
     if constexpr (norm == Norm::kTwo) {
-      return dispatch_pack_of_row<T, kFew<T>>(
+      return dispatch_pack_of_row<T, kShortPack<T>>(
           g, aligned, [&](auto pack, const PairGeometry& pairs) {
             run(backward_threes_kernel<decltype(pack)::value, T>, pairs);
           });

@@ -100,27 +100,34 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, n>& pack) {
 }
 #endif
 
-// A pack as it was read. Elements of 16 bits nvcc would unpack at once, and wait for them, where
-// they are to be read ahead.
+// A pack as it is in memory, in words: elements of 16 bits nvcc would take apart at once, and wait
+// for them, where they are read ahead or a pack may be missing.
 template <typename T, int n>
-struct PackedWords {
-  static constexpr int kWords = static_cast<int>(sizeof(T)) * n / 4;
-  Pack<uint32_t, kWords> words;
+struct RawPack {
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
+  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  Pack<Word, kWords> words;
 
+  __device__ __forceinline__ void fill(T value) {
+    Pack<T, n> pack;
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.values[j] = value;
+    std::memcpy(&words, &pack, sizeof(pack));
+  }
   __device__ __forceinline__ void load(const T* from) {
-    words = load_pack<kWords>(reinterpret_cast<const uint32_t*>(from));
+    words = load_pack<kWords>(reinterpret_cast<const Word*>(from));
   }
 
   // Element i in the type to compute in.
-  __device__ __forceinline__ opmath_t<T> at(int i) const {
-    if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float: one instruction
-      const uint32_t word = words.values[i / 2];
-      return elementary::bits_as<float>(i % 2 != 0 ? word & 0xffff0000u : word << 16);
-    } else {
-      Pack<T, n> pack;
-      std::memcpy(&pack, &words, sizeof(pack));
-      return static_cast<opmath_t<T>>(pack.values[i]);
+  __device__ __forceinline__ opmath_t<T> operator[](int i) const {
+    if constexpr (std::is_same_v<T, BFloat16> && n % 2 == 0) {
+      const uint32_t word = words.values[i / 2];  // the upper halves of floats: one instruction
+      return elementary::bits_as<float>(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
     }
+    Pack<T, n> pack;
+    std::memcpy(&pack, &words, sizeof(pack));
+    return static_cast<opmath_t<T>>(pack.values[i]);
   }
 };
 

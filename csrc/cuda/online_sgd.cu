@@ -179,10 +179,7 @@ class Engine {
     std::vector<T> taps;
     for (const Tensor& kernel : call_.kernels) {
       const double* values = kernel.const_data_ptr<double>();
-      double sum = 0;
-      for (int64_t i = 0; i < kernel.numel(); ++i) sum += values[i];
-      MNIST_OPS_CHECK(std::isfinite(sum) && sum != 0, kOp,
-                      ": the kernel's sum must be finite and not 0, got ", sum);
+      const double sum = kernel_sum(kOp, kernel);
       for (int64_t i = 0; i < kernel.numel(); ++i) taps.push_back(static_cast<T>(values[i] / sum));
     }
     return taps;

@@ -60,36 +60,6 @@ __device__ __forceinline__ Place place_of_row(int size, int64_t row, int64_t row
   return row < rows ? Place{size, row, row * size, true} : Place{size, 0, 0, false};
 }
 
-// A pack as it is in memory, in words: of 16-bit elements nvcc would take apart every one where a
-// pack may be missing.
-template <typename T, int n>
-struct RawPack {
-  static constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
-  using Word = std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t>;
-  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
-  Pack<Word, kWords> words;
-
-  __device__ __forceinline__ void fill(T value) {
-    Pack<T, n> pack;
-#pragma unroll
-    for (int j = 0; j < n; ++j) pack.values[j] = value;
-    std::memcpy(&words, &pack, sizeof(pack));
-  }
-  __device__ __forceinline__ void load(const T* from) {
-    words = load_pack<kWords>(reinterpret_cast<const Word*>(from));
-  }
-
-  __device__ __forceinline__ opmath_t<T> operator[](int i) const {
-    if constexpr (std::is_same_v<T, BFloat16> && n % 2 == 0) {
-      const uint32_t word = words.values[i / 2];  // the upper halves of floats: one instruction
-      return elementary::bits_as<float>(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
-    }
-    Pack<T, n> pack;
-    std::memcpy(&pack, &words, sizeof(pack));
-    return static_cast<opmath_t<T>>(pack.values[i]);
-  }
-};
-
 // What a worker holds: kLoads packs of n elements, of one line (m = 1), or of n lines side by side
 // (m = n) with an element of each. Packs beyond the end are missing.
 template <int kLoads, int n, int m, bool whole, typename T>

@@ -7,9 +7,7 @@ namespace {
 
 // -------------------------------------------------------- lines side by side, held in registers
 
-constexpr int kHeld = 4;  // packs of a thread, of so many lines
-template <typename T>
-constexpr int kLinesOfPack = kPackSize<T> < 4 ? kPackSize<T> : 4;
+constexpr int kHeld = 4;  // packs of a thread, of kShortPack lines
 constexpr int kFewestPacks = 4;
 constexpr int64_t kColumnElements = kHeld * (kThreads / kFewestPacks);
 
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks<kind, Arguments>)
 // How many packs of lines a block takes side by side where it holds them, 0 if it cannot.
 template <typename Arguments>
 int columns_of_block(Kind kind, const Arguments& a) {
-  if (a.g.inner % kLinesOfPack<typename Arguments::Element> != 0 || a.g.size > kColumnElements ||
+  if (a.g.inner % kShortPack<typename Arguments::Element> != 0 || a.g.size > kColumnElements ||
       !has_aligned_packs(kind, a)) {
     return 0;
   }
@@ -326,7 +324,7 @@ void launch_long(const Launcher& launcher, Kind kind, const Arguments& a) {
 
 template <typename Arguments>
 void launch_lines(const Launcher& launcher, Kind kind, const Arguments& a) {
-  constexpr int n = kLinesOfPack<typename Arguments::Element>;
+  constexpr int n = kShortPack<typename Arguments::Element>;
   const int columns = columns_of_block(kind, a);
   if (columns == 0) return launch_long<1>(launcher, kind, a);
   dispatch_kind<Arguments, !Arguments::kIsForward>(kind, [&](auto tag) {

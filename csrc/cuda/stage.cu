@@ -142,11 +142,11 @@ struct Tile {
   // So many are read before the first of them is used: 32 bytes in half types, too.
   static constexpr int kAtOnce = sizeof(T) == 2 && !channels_last ? 2 : 1;
 
-  PackedWords<T, n> packs[kPacks];
+  RawPack<T, n> packs[kPacks];
 
   // Element k, 0 to 3, of window j.
   __device__ __forceinline__ A at(int j, int k) const {
-    return channels_last ? packs[k].at(j) : packs[k / 2].at(2 * j + k % 2);
+    return channels_last ? packs[k][j] : packs[k / 2][2 * j + k % 2];
   }
 
   // Where in the image the pack-th one lies, from the first.

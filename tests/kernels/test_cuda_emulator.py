@@ -370,9 +370,9 @@ def test_quotients_below_the_range(
     limits = torch.finfo(dtype)
     exponents = torch.rand(8, 2, 2, 2, dtype=torch.float64) * 1.8 - 0.9
     x = (exponents * math.log(limits.max) * (0.8 if average is None else 1)).exp().to(dtype)
-    name, norm = ("lp_pool2d", p) if average is None else ("lp_pool2d_tensor_p", None)
+    name = "lp_pool2d" if average is None else "lp_pool2d_tensor_p"
     rest = ([2, 2], [2, 2], [0, 0], False, *(() if average is None else (average,)))
-    powers = torch.full((2,), p, dtype=dtype) if norm is None else norm
+    powers = p if average is None else torch.full((2,), p, dtype=dtype)
     y = getattr(torch.ops.mnist_ops, name)(x, powers, *rest)
     grad = torch.ones_like(y)
     inputs = (grad, x, y, powers) if average is None else (grad, x, powers)
