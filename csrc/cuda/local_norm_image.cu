@@ -26,7 +26,6 @@
 #include "local_norm_image.cuh"
 
 #include <bit>
-#include <numeric>
 
 namespace mnist_ops::cuda {
 namespace {
@@ -35,12 +34,11 @@ namespace {
 template <typename T>
 constexpr int kMostImageThreads = sizeof(T) == 8 ? 224 : 448;
 
-template <bool gradient, bool kLast, bool kPacked, typename T>
+template <bool gradient, bool kLast, int n, typename T>
 __global__ void __launch_bounds__((kMostImageThreads<T>), 2)
     image_kernel(const __grid_constant__ ImageArguments<T> a) {
   using A = opmath_t<T>;
-  const ImageBlock<gradient, kLast, kPacked, T> block(
-      a, reinterpret_cast<A*>(dynamic_shared_memory()));
+  const ImageBlock<gradient, kLast, n, T> block(a, reinterpret_cast<A*>(dynamic_shared_memory()));
   T* const x = reinterpret_cast<T*>(block.planes + a.at.size);
   T* const g = gradient ? x + a.room : nullptr;
   const int stride = static_cast<int>(gridDim.x >> a.plan.log_cluster);
@@ -57,19 +55,17 @@ __global__ void __launch_bounds__((kMostImageThreads<T>), 2)
   if (kHasBulkCopies && block.thread == 0) wait_for_bulk_stores();
 }
 
-template <bool gradient, bool kLast, typename T>
+template <bool gradient, bool kLast, int n, typename T>
 ImagePlan plan_images(const Multiprocessors& device, const Images& images, const BlurGeometry& g,
                       int64_t kinds) {
-  constexpr int kInputs = gradient ? 2 : 1, n = kTablePack<kLast, T>;
+  constexpr int kInputs = gradient ? 2 : 1;
   // Long before any overflow, and more than shared memory would hold.
   if (images.N > int64_t{1} << 30 || images.H * images.W > int64_t{1} << 14 ||
       images.C > int64_t{1} << 24 || g.taps_h * g.taps_w > kMaxTaps) {
     return {};
   }
   const int C = static_cast<int>(images.C), HW = static_cast<int>(images.H * images.W);
-  const int channels = kLast ? 1 : n / std::gcd(n, HW);  // of an entry of NCHW
-  const int columns = kLast ? HW : channels * HW / n;
-  const int entries = kLast ? (C + n - 1) / n : (C + channels - 1) / channels;
+  const int columns = kLast ? HW : HW / n, entries = kLast ? C / n : C;
   const auto over = [](int a, int b) { return (a + b - 1) / b; };
   // For blocks that have so much of an image, and no more threads than that, but for one warp.
   const auto plan_for = [&](int cluster, int threads) -> ImagePlan {
@@ -79,26 +75,25 @@ ImagePlan plan_images(const Multiprocessors& device, const Images& images, const
                    .columns = columns,
                    .entries = entries,
                    .column_step = kLast ? C : n,
-                   .entry_step = kLast ? n : channels * HW};
+                   .entry_step = kLast ? n : HW};
     const int across = over(kLast ? plan.share : columns, kLaneColumns<kLast>);
     const int warps = std::max(threads / kWarp, 1);
     plan.column_warps = over(across, over(across, warps));
     const int most_slots = over(plan.share, 2 * kLaneGroups<kLast>);  // two entries a thread
     plan.slots = kLast ? 1 : std::clamp(warps / plan.column_warps, 1, most_slots);
-    plan.sums = plan.slots * channels;
     plan.piece = int64_t{plan.share} * (kLast ? C : plan.entry_step);
     plan.bytes = kInputs * round_up(plan.piece, kPackSize<T>) * static_cast<int64_t>(sizeof(T)) +
-                 PlaneLayout(g, gradient, kinds * plan.sums * HW).size *
+                 PlaneLayout(g, gradient, kinds * plan.slots * HW).size *
                      static_cast<int64_t>(sizeof(opmath_t<T>));
     return plan.bytes <= device.shared_per_block ? plan : ImagePlan{};
   };
   // No more blocks of an image than it takes, as they all blur; but a multiprocessor should have
   // two or more of them, which load and store while another one computes, and all multiprocessors
-  // should have work. Where the last entry is not whole one block takes all. Of a block's numbers
-  // of threads that one which keeps most of them busy on a multiprocessor.
+  // should have work. Of a block's numbers of threads that one which keeps most of them busy on a
+  // multiprocessor.
   ImagePlan plan;
   for (int cluster = 1; cluster <= device.largest_cluster; cluster *= 2) {
-    if (cluster > (kLast ? columns : entries) || (cluster > 1 && C % channels != 0)) break;
+    if (cluster > (kLast ? columns : entries)) break;
     const int64_t needed = ceil_div(images.N * cluster, device.count);
     int64_t busy = 0, resident = 0;
     for (const int share : {2, 1, 4}) {  // of the most threads
@@ -119,7 +114,7 @@ ImagePlan plan_images(const Multiprocessors& device, const Images& images, const
   return plan;
 }
 
-template <bool gradient, bool kLast, typename T>
+template <bool gradient, bool kLast, int n, typename T>
 bool run(const NormCall<T>& call) {
   using A = opmath_t<T>;
   const Images& images = call.images;
@@ -135,11 +130,9 @@ bool run(const NormCall<T>& call) {
   const int64_t HW = images.H * images.W;
   const int64_t kinds =
       options.kind == LocalNorm::kSubtractive ? 1 : ChannelSums<gradient, A>::kKinds;
-  auto* const kernel_of_images = (kLast ? images.C : HW) % kTablePack<kLast, T> == 0
-                                     ? image_kernel<gradient, kLast, true, T>
-                                     : image_kernel<gradient, kLast, false, T>;
+  auto* const kernel_of_images = image_kernel<gradient, kLast, n, T>;
   const ImagePlan plan =
-      plan_images<gradient, kLast, T>(multiprocessors(kernel_of_images), images, g, kinds);
+      plan_images<gradient, kLast, n, T>(multiprocessors(kernel_of_images), images, g, kinds);
   if (plan.cluster == 0) return false;
   const bool aligned = images.C * HW % kPackSize<T> == 0 &&
                        (plan.cluster == 1 || plan.piece % kPackSize<T> == 0) &&
@@ -161,8 +154,7 @@ bool run(const NormCall<T>& call) {
                             .piece = static_cast<int>(plan.piece),
                             .room = static_cast<int>(round_up(plan.piece, kPackSize<T>)),
                             .by_W = Divider(g.W),
-                            .by_HW = Divider(HW),
-                            .at = PlaneLayout(g, gradient, kinds * plan.sums * HW),
+                            .at = PlaneLayout(g, gradient, kinds * plan.slots * HW),
                             .threshold = static_cast<A>(options.threshold),
                             .value = static_cast<A>(options.value),
                             .root_of_least = root_of_least<A>(images.C),
@@ -178,12 +170,19 @@ bool run(const NormCall<T>& call) {
 
 }  // namespace
 
+template <bool kLast, typename T>
+bool run_in_packs(const NormCall<T>& call) {
+  constexpr int n = kTablePack<kLast, T>;
+  const Images& images = call.images;
+  if (n > 1 && (kLast ? images.C : images.H * images.W) % n == 0) {
+    return call.grad ? run<true, kLast, n>(call) : run<false, kLast, n>(call);
+  }
+  return call.grad ? run<true, kLast, 1>(call) : run<false, kLast, 1>(call);
+}
+
 template <typename T>
 bool run_images(const NormCall<T>& call) {
-  if (call.images.channels_last) {
-    return call.grad ? run<true, true>(call) : run<false, true>(call);
-  }
-  return call.grad ? run<true, false>(call) : run<false, false>(call);
+  return call.images.channels_last ? run_in_packs<true>(call) : run_in_packs<false>(call);
 }
 
 #define MNIST_OPS_IMAGES(T) template bool run_images<T>(const NormCall<T>&);

@@ -14,11 +14,10 @@ namespace mnist_ops::cuda {
 // over channels are added up from all blocks' shares; the blur, of one plane, is every block's own.
 //
 // An image is a table of packs. Those of a column have the same pixels: in NHWC a column is a pixel
-// and its entries are the packs of its channels; in NCHW an entry is a channel, or as many channels
-// as it takes for the next one to begin with a pack, and a column is a pack of it. kLaneGroups
-// threads of a warp share the entries of a column: in NCHW a warp has 8 columns next to each other,
-// in NHWC 8 threads share a pixel, so that a quarter of a warp reads 128 bytes in a row. `slots`
-// warps share the entries of the same columns (NCHW).
+// and its entries are the packs of its channels; in NCHW an entry is a channel, and a column is a
+// pack of it. kLaneGroups threads of a warp share the entries of a column: in NCHW a warp has 8
+// columns next to each other, in NHWC 8 threads share a pixel, so that a quarter of a warp reads
+// 128 bytes in a row. `slots` warps share the entries of the same columns (NCHW).
 template <bool kLast>
 constexpr int kLaneGroups = kLast ? 8 : 4;
 template <bool kLast>
@@ -76,9 +75,8 @@ struct ImagePlan {
   int64_t piece = 0;                    // and their elements
   int columns = 0, entries = 0;         // of the table
   int column_step = 0, entry_step = 0;  // in elements
-  int column_warps = 0, slots = 0;
-  int sums = 0;       // partial sums of a pixel in a block
-  int64_t bytes = 0;  // of shared memory
+  int column_warps = 0, slots = 0;      // slots: partial sums of a pixel in a block, too
+  int64_t bytes = 0;                    // of shared memory
 
   int threads() const { return kWarp * column_warps * slots; }
 };
@@ -94,7 +92,7 @@ struct ImageArguments {
   int size;   // elements of an image
   int piece;  // elements of a block's share, of the last one at most
   int room;   // elements of shared memory that it takes
-  Divider by_W, by_HW;
+  Divider by_W;
   PlaneLayout at;
   opmath_t<T> threshold, value, root_of_least, by_channels;
   const double* kernel;
@@ -103,22 +101,23 @@ struct ImageArguments {
   T* out;
 };
 
-// Elements of a pack, and the pixels that they belong to. In NHWC 16 bytes, all of one pixel.
+// Elements of a pack where rows of them make up a channel's pixels or, in NHWC, a pixel's channels.
+// Elsewhere, and in float64, a pack is one element.
 template <bool kLast, typename T>
-constexpr int kTablePack = kLast ? kPackSize<T> : kShortPack<T>;
+constexpr int kTablePack = sizeof(T) == 8 ? 1
+                           : kLast        ? kPackSize<T>
+                                          : kShortPack<T>;
 
-// A block's work on its image. kLast: NHWC. kPacked: all packs are whole, and those of NCHW have
-// parts of one channel.
-template <bool gradient, bool kLast, bool kPacked, typename T>
+// A block's work on its image. kLast: NHWC; n: elements of a pack.
+template <bool gradient, bool kLast, int n, typename T>
 struct ImageBlock {
   using Element = T;
   using Data = T*;  // which the result takes the place of
   using A = opmath_t<T>;
   using Sums = ChannelSums<gradient, A>;
-  static constexpr int n = kTablePack<kLast, T>;
-  static constexpr int m = kLast ? 1 : n;         // pixels of a pack
-  static constexpr int w = kLast ? 2 : n;         // sums that a thread adds to in turn
-  static constexpr bool kExact = sizeof(A) == 8;  // coef and d; or they are reciprocals
+  static constexpr int m = kLast ? 1 : n;           // pixels of a pack
+  static constexpr int w = kLast && n > 1 ? 2 : m;  // sums that a thread adds to in turn
+  static constexpr bool kExact = sizeof(A) == 8;    // coef and d; or they are reciprocals
   static constexpr int kGroups = kLaneGroups<kLast>, kColumns = kLaneColumns<kLast>;
 
   const ImageArguments<T>& a;
@@ -270,50 +269,23 @@ struct ImageBlock {
     }
   }
 
-  // body(at, count) for this thread's packs of a column: where one begins, how many of its elements
-  // there are.
+  // body(at) for this thread's packs of a column: where one begins.
   template <typename Body>
   __device__ __forceinline__ void each_pack(int column, const Body& body) const {
     const int step = kGroups * a.plan.slots * a.plan.entry_step;
-    const int end = kLast ? (column + 1) * a.plan.column_step : count();
     int at = first_pack(column);
-#pragma unroll(kLast || !kPacked ? 1 : 4)
-    for (int left = packs; left > 0; --left, at += step) {
-      body(at, kPacked || end - at > n ? n : end - at);
-    }
+#pragma unroll(kLast&& n > 1 ? 1 : 4)
+    for (int left = packs; left > 0; --left, at += step) body(at);
   }
   __device__ __forceinline__ int first_pack(int column) const {
     return column * a.plan.column_step + group * a.plan.entry_step;
   }
 
-  __device__ __forceinline__ static Pack<T, n> take(const T* from, int count) {
-    if constexpr (kPacked) {
-      return load_pack<n>(from);
-    } else {
-      Pack<T, n> pack;
-#pragma unroll
-      for (int j = 0; j < n; ++j) pack.values[j] = j < count ? from[j] : T(0);
-      return pack;
-    }
-  }
-
-  // The pixel of a column's j-th.
-  __device__ __forceinline__ int pixel_of(int column, int j) const {
-    if constexpr (kLast) return share_begin() + column;
-    if constexpr (kPacked) return column * n + j;
-    return static_cast<int>(a.by_HW.remainder(static_cast<uint32_t>(column * n + j)));
-  }
-
   // The values of a plane for the pixels of a column.
   __device__ __forceinline__ void of_column(const A* plane, int column, A (&values)[m]) const {
-    if constexpr (!kLast && kPacked) {
-      const Pack<A, m> pack = load_pack<m>(plane + column * n);
+    const Pack<A, m> pack = load_pack<m>(plane + (kLast ? share_begin() + column : column * n));
 #pragma unroll
-      for (int j = 0; j < m; ++j) values[j] = pack.values[j];
-    } else {
-#pragma unroll
-      for (int j = 0; j < m; ++j) values[j] = plane[pixel_of(column, j)];
-    }
+    for (int j = 0; j < m; ++j) values[j] = pack.values[j];
   }
 
   // ------------------------------------------------------------------------------------ sums
@@ -335,15 +307,15 @@ struct ImageBlock {
   __device__ __forceinline__ void sum_pixels(const T* grad, const T* x, const Use& use) const {
     const ImagePlan& plan = a.plan;
     A* const partial = planes + a.at.scratch;
-    const int size = plan.sums * a.HW;  // of all sums of a kind
+    const int size = plan.slots * a.HW;  // of all sums of a kind
     add_columns<kind>(grad, x);
     __syncthreads();
     const auto total_of = [&](int terms, const auto& first_of) {
       return merged<kind>(terms, [&](int i, int k) { return first_of(i)[k * size]; });
     };
     if (plan.cluster > 1) {  // a block's own first, for others to read one number a pixel
-      for (int p = thread; p < a.HW && plan.sums > 1; p += threads) {
-        const Sums total = total_of(plan.sums, [&](int i) { return partial + i * a.HW + p; });
+      for (int p = thread; p < a.HW && plan.slots > 1; p += threads) {
+        const Sums total = total_of(plan.slots, [&](int i) { return partial + i * a.HW + p; });
 #pragma unroll
         for (int k = 0; k < Sums::kKinds; ++k) {
           if (Sums::has(kind, k)) partial[k * size + p] = total.of[k];
@@ -355,7 +327,7 @@ struct ImageBlock {
       const A* const mine = partial + p;
       // Of this block's slots; of the block that has the pixel; of all blocks.
       if (plan.cluster == 1) {
-        use(p, place_of(p), total_of(plan.sums, [&](int i) { return mine + i * a.HW; }));
+        use(p, place_of(p), total_of(plan.slots, [&](int i) { return mine + i * a.HW; }));
       } else if constexpr (kLast) {
         use(p, place_of(p), total_of(1, [&](int) { return cluster_peer(mine, p / plan.share); }));
       } else {
@@ -418,15 +390,15 @@ struct ImageBlock {
   __device__ __forceinline__ void add_columns(const T* grad, const T* x) const {
     constexpr bool kAboutMean = kind == LocalNorm::kContrastive;
     const A scale = units().lift * units().part;
-    A* const partial = planes + a.at.scratch + (kLast ? 0 : slot * a.plan.entry_step);
-    const int size = a.plan.sums * a.HW;
+    A* const partial = planes + a.at.scratch + slot * a.HW;
+    const int size = a.plan.slots * a.HW;
     each_column([&](int column) {
       const bool inside = column < columns();
       Sums sums[w];
       A centre[w] = {};
       if (inside && packs > 0) {
         if constexpr (kAboutMean) {
-          const Pack<T, n> xs = take(x + first_pack(column), n);
+          const Pack<T, n> xs = load_pack<n>(x + first_pack(column));
 #pragma unroll
           for (int j = 0; j < w; ++j) {
             // In NHWC all sums are of one pixel, and about one number.
@@ -434,20 +406,18 @@ struct ImageBlock {
             centre[j] = std::abs(value) <= Range<A>::kLargest ? value : A(0);
           }
         }
-        each_pack(column, [&](int at, int count) {
-          const Pack<T, n> xs = take(x + at, count);
+        each_pack(column, [&](int at) {
+          const Pack<T, n> xs = load_pack<n>(x + at);
           Pack<T, n> gs{};
-          if constexpr (gradient) gs = take(grad + at, count);
+          if constexpr (gradient) gs = load_pack<n>(grad + at);
 #pragma unroll
           for (int j = 0; j < n; ++j) {
-            if (!kPacked && j >= count) continue;
-            Sums& own = sums[j % w];
-            own.template add_one<kind>(gradient ? static_cast<A>(gs.values[j]) : A(0),
-                                       static_cast<A>(xs.values[j]) * scale - centre[j % w]);
-            if (!kPacked && kAboutMean) own.of[kNumber] += A(1);
+            sums[j % w].template add_one<kind>(
+                gradient ? static_cast<A>(gs.values[j]) : A(0),
+                static_cast<A>(xs.values[j]) * scale - centre[j % w]);
           }
         });
-        if constexpr (kPacked && kAboutMean) {
+        if constexpr (kAboutMean) {
 #pragma unroll
           for (int j = 0; j < w; ++j) sums[j].of[kNumber] = static_cast<A>(packs * (n / w));
         }
@@ -461,7 +431,7 @@ struct ImageBlock {
       for (int j = 0; j < m; ++j) {
         Sums& own = sums[j];
         if constexpr (kAboutMean) {
-          if (!kPacked || j == 0) {  // or it is the same for all of them
+          if (j == 0) {  // it is the same for all of them
             number = over_lanes(own.of[kNumber]);
             by_own = inverse(own.of[kNumber]), by_all = inverse(number);
           }
@@ -548,23 +518,16 @@ struct ImageBlock {
         for (int j = 0; j < m; ++j) of[1][j] = A(1);
       }
       if constexpr (gradient) of_column(plane2, column, of[2]);
-      each_pack(column, [&](int at, int count) {
-        Pack<T, n> xs = take(x + at, count), gs{};
-        if constexpr (gradient) gs = take(grad + at, count);
+      each_pack(column, [&](int at) {
+        Pack<T, n> xs = load_pack<n>(x + at), gs{};
+        if constexpr (gradient) gs = load_pack<n>(grad + at);
 #pragma unroll
         for (int j = 0; j < n; ++j) {
           xs.values[j] = static_cast<T>(result(gradient ? static_cast<A>(gs.values[j]) : A(0),
                                                static_cast<A>(xs.values[j]), of[0][j % m],
                                                of[1][j % m], of[2][j % m]));
         }
-        if constexpr (kPacked) {
-          store_pack(x + at, xs);
-        } else {
-#pragma unroll
-          for (int j = 0; j < n; ++j) {
-            if (j < count) x[at + j] = xs.values[j];
-          }
-        }
+        store_pack(x + at, xs);
       });
     });
     store(units().image, x);
