@@ -41,19 +41,24 @@ __device__ __forceinline__ void normalize_kernel(const double* kernel, int lines
   }
 }
 
-// What the taps inside the image sum to when centred on a pixel.
+// What the taps inside the image sum to when centred on a pixel: the blur of a plane of ones. The
+// kernel's lines are `pitch` elements apart.
 template <typename A>
-__device__ __forceinline__ A coefficient_at(const BlurGeometry& g, const A* weight, int64_t pixel) {
-  const Taps rows = taps_inside(pixel / g.W, g.H, g.taps_h);
-  const Taps columns = taps_inside(pixel % g.W, g.W, g.taps_w);
+__device__ __forceinline__ A coefficient_at(const BlurGeometry& g, const A* weight, int64_t pitch,
+                                            int64_t pixel) {
+  const int64_t h = quotient(pixel, g.W), w = pixel - h * g.W;
+  const Taps rows = taps_inside(h, g.H, g.taps_h), columns = taps_inside(w, g.W, g.taps_w);
   A sum = A(0), row = A(0);
-  for (int64_t k = columns.first; g.separable && k < columns.last; ++k) row += weight[k];
+#pragma unroll 1
   for (int64_t i = rows.first; i < rows.last; ++i) {
-    if (g.separable) {
-      sum += row * weight[i];
-    } else {
-      for (int64_t k = columns.first; k < columns.last; ++k) sum += weight[i * g.taps_w + k];
+    if (!g.separable || i == rows.first) {
+      row = A(0);
+#pragma unroll 1
+      for (int64_t k = columns.first; k < columns.last; ++k) {
+        row += weight[(g.separable ? 0 : i * pitch) + k];
+      }
     }
+    sum += g.separable ? row * weight[i] : row;
   }
   return sum;
 }
@@ -75,10 +80,11 @@ __device__ __forceinline__ A correlated(const A* plane, const BlurGeometry& g, c
 }
 
 // The sum over k of x[k step] taps[k]; four loads at a time are under way. `taps` are read in packs
-// of four.
+// of four. Unrolled further, a loop over fewer than 16 taps runs in the remainder of it.
 template <typename A>
 __device__ __forceinline__ A correlated(const A* x, int step, const A* taps, int count) {
   A sum = A(0);
+#pragma unroll 1
   for (int k = 0; k < count; k += 4, x += 4 * step) {
     const Pack<A, 4> weight = load_pack<4>(taps + k);
 #pragma unroll

@@ -179,12 +179,12 @@ struct ImageBlock {
     __syncthreads();
     normalize_kernel(a.kernel, a.separable ? 1 : a.taps_h, a.taps_w, at.taps_pitch,
                      planes + at.weight, planes + at.flipped);
-    for (int p = thread; p < a.HW; p += threads) planes[place_of(p)] = A(1);
     __syncthreads();
-    blur(false, [&](A of_ones, int p, int) {
-      planes[at.coef + p] = kExact ? of_ones : A(1) / of_ones;
-      return false;
-    });
+    const BlurGeometry g{a.H, a.W, a.taps_h, a.taps_w, a.separable};
+    for (int p = thread; p < a.HW; p += threads) {
+      const A coef = coefficient_at(g, planes + at.weight, at.taps_pitch, p);
+      planes[at.coef + p] = kExact ? coef : A(1) / coef;
+    }
   }
 
   __device__ __forceinline__ int row_of(int p) const {
@@ -294,7 +294,7 @@ struct ImageBlock {
   // place in the plane `in`. Ends with a barrier.
   template <bool /* gradient, as of the block */, typename Use>
   __device__ __forceinline__ void reduce(const T* grad, const T* x, const Use& use) const {
-    if (a.kind == LocalNorm::kSubtractive) {
+    if (!gradient && a.kind == LocalNorm::kSubtractive) {  // its gradient is a forward
       sum_pixels<LocalNorm::kSubtractive>(grad, x, use);
     } else if (a.kind == LocalNorm::kDivisive) {
       sum_pixels<LocalNorm::kDivisive>(grad, x, use);

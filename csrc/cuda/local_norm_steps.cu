@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   for (int64_t i = first_item<int64_t>(); i < s.HW; i += item_stride<int64_t>()) {
-    s.coef[i] = coefficient_at(g, s.weight, i);
+    s.coef[i] = coefficient_at(g, s.weight, g.taps_w, i);
   }
   if (s.flags == nullptr) return;
   for (int64_t i = first_item<int64_t>(); i < s.N; i += item_stride<int64_t>()) s.flags[i] = A(0);
