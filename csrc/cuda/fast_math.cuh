@@ -34,8 +34,4 @@ MNIST_OPS_APPROXIMATE(approximate_root, "sqrt.approx.ftz", std::sqrt(x))
 MNIST_OPS_APPROXIMATE(approximate_tanh, "tanh.approx", elementary::tanh(x))  // within 2^-11
 #undef MNIST_OPS_APPROXIMATE
 
-__device__ __forceinline__ double reciprocal_root(double x) {
-  return 1.0 / std::sqrt(x);
-}
-
 }  // namespace mnist_ops::cuda

@@ -29,8 +29,8 @@
 //   backward, NCHW        77        67
 //             NHWC        84        67
 //
-// Elsewhere the three operators do (../stage.h). They move three to four times as much, and nothing
-// measured asks for more than the networks' windows. No atomics either way.
+// Elsewhere, and in float64, the three operators do (../stage.h). They move three to four times as
+// much, and nothing measured asks for more than the networks' windows. No atomics either way.
 
 #include "fast_math.cuh"
 #include "stage.cuh"
@@ -40,8 +40,8 @@
 namespace mnist_ops::cuda {
 namespace {
 
-// Activations of float64 are those of activation.h. Others are within 3 units in the last place of
-// float32, or, for bfloat16, 2^-11 of the value: a quarter of its last place.
+// Activations are within 3 units in the last place of float32, or, for bfloat16, 2^-11 of the
+// value: a quarter of its last place.
 template <typename T>
 constexpr bool kCoarse = std::is_same_v<T, BFloat16>;
 
@@ -83,40 +83,38 @@ __device__ __forceinline__ Activated activated(float x) {
 }
 
 // act(x). with_sign: or else the sign may be any, for who takes squares.
-template <ActivationKind kind, typename T, bool with_sign, typename A>
-__device__ __forceinline__ A fast_activation(A x) {
-  constexpr bool kFast = std::is_same_v<A, float>;
-  if constexpr (kFast && kind == ActivationKind::kTanh) {
+template <ActivationKind kind, typename T, bool with_sign>
+__device__ __forceinline__ float fast_activation(float x) {
+  if constexpr (kind == ActivationKind::kTanh) {
     if constexpr (kCoarse<T>) return approximate_tanh(x);
     // 1 - 2 / (exp(2 |x|) + 1).
     const float inverse = reciprocal(two_to_the(std::fabs(x) * 2.88539008f) + 1.0f);
     return tanh_of_parts<with_sign>(x, elementary::fmadd(-2.0f, inverse, 1.0f));
-  } else if constexpr (kFast && kind == ActivationKind::kSigmoid && kCoarse<T>) {
+  } else if constexpr (kind == ActivationKind::kSigmoid && kCoarse<T>) {
     return reciprocal(two_to_the(x * -1.44269504f) + 1.0f);
   } else {
     return activation_value<kind>(x);
   }
 }
 
-// For windows whose sum of squares is beyond the range of A, or has lost digits: the sum of squares
-// of the elements times a power of two, which is returned: what their norm is larger by.
-template <typename A>
-constexpr A kLarge = std::is_same_v<A, float> ? A(0x1p100) : A(0x1p600);
-template <typename A>
-__device__ __forceinline__ A scaled_square_sum(const A (&a)[4], A& sum) {
-  const A scale = is_safe_square_sum(sum) ? A(1) : sum > A(1) ? A(1) / kLarge<A> : kLarge<A>;
-  sum = A(0);
+// For windows whose sum of squares is out of range, or has lost digits: the sum of squares of the
+// elements times a power of two, which is returned: what their norm is larger by.
+constexpr float kLarge = 0x1p100f;
+__device__ __forceinline__ float scaled_square_sum(const float (&a)[4], float& sum) {
+  const float scale = is_safe_square_sum(sum) ? 1.0f : sum > 1.0f ? 1.0f / kLarge : kLarge;
+  sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const A scaled = a[k] * scale;
+    const float scaled = a[k] * scale;
     sum += scaled * scaled;
   }
   return scale;
 }
 
 // The sums of squares of windows, and whether all of them are as they should be.
-template <int kWindows, typename A>
-__device__ __forceinline__ bool square_sums(const A (&a)[kWindows][4], A (&sums)[kWindows]) {
+template <int kWindows>
+__device__ __forceinline__ bool square_sums(const float (&a)[kWindows][4],
+                                            float (&sums)[kWindows]) {
   bool safe = true;
 #pragma unroll
   for (int j = 0; j < kWindows; ++j) {
@@ -126,17 +124,9 @@ __device__ __forceinline__ bool square_sums(const A (&a)[kWindows][4], A (&sums)
   return safe;
 }
 
-__device__ __forceinline__ float root(float sum) {
-  return approximate_root(sum);
-}
-__device__ __forceinline__ double root(double sum) {
-  return std::sqrt(sum);
-}
-
 // What one thread takes at once. NCHW: n neighbours of two rows. NHWC: n channels of four pixels.
 template <bool channels_last, int n, typename T>
 struct Tile {
-  using A = opmath_t<T>;
   static constexpr int kPacks = channels_last ? 4 : 2;
   static constexpr int kWindows = channels_last ? n : n / 2;
   // So many are read before the first of them is used: 32 bytes in half types, too.
@@ -145,7 +135,7 @@ struct Tile {
   RawPack<T, n> packs[kPacks];
 
   // Element k, 0 to 3, of window j.
-  __device__ __forceinline__ A at(int j, int k) const {
+  __device__ __forceinline__ float at(int j, int k) const {
     return channels_last ? packs[k][j] : packs[k / 2][2 * j + k % 2];
   }
 
@@ -161,10 +151,10 @@ struct Tile {
 
   // Windows of numbers in its place.
   static __device__ __forceinline__ void store(const Fused<T>& s, T* x,
-                                               const A (&values)[kWindows][4]) {
+                                               const float (&values)[kWindows][4]) {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      A pack[n];
+      float pack[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         pack[i] = channels_last ? values[i][k] : values[i / 2][2 * k + i % 2];
@@ -255,16 +245,16 @@ __device__ __forceinline__ int32_t map_place(const Fused<T>& s, int32_t column, 
   return column * kWindows + entry * (channels_last ? s.step_pixel() : s.pixels());
 }
 
-template <bool channels_last, int n, typename T, typename M, typename A>
-__device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<M, A>& m,
+template <bool channels_last, int n, typename T>
+__device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory<float>& m,
                                            Tiles<channels_last, n, T>& tiles, const T* x,
                                            const T* following) {
   constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
   dispatch_activation(s.activation, [&](auto tag) {
     tiles.each_column(s, [&](int32_t column) {
-      [[maybe_unused]] Pack<A, kWindows> sum{};
+      [[maybe_unused]] Pack<float, kWindows> sum{};
       tiles.each(s, x, following, column, [&](const auto& tile, int32_t entry) {
-        A a[kWindows][4], sums[kWindows];
+        float a[kWindows][4], sums[kWindows];
 #pragma unroll
         for (int j = 0; j < kWindows; ++j) {
 #pragma unroll
@@ -272,16 +262,16 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
             a[j][k] = fast_activation<decltype(tag)::value, T, false>(tile.at(j, k));
           }
         }
-        Pack<A, kWindows> norms;
+        Pack<float, kWindows> norms;
         if (square_sums(a, sums)) [[likely]] {
 #pragma unroll
-          for (int j = 0; j < kWindows; ++j) norms.values[j] = root(sums[j]);
+          for (int j = 0; j < kWindows; ++j) norms.values[j] = approximate_root(sums[j]);
         } else {
 #pragma unroll
           for (int j = 0; j < kWindows; ++j) {
-            const A scale = scaled_square_sum(a[j], sums[j]);
-            const A inverse = scale < A(1) ? kLarge<A> : A(1) / kLarge<A>;
-            norms.values[j] = root(sums[j]) * (scale == A(1) ? scale : inverse);
+            const float scale = scaled_square_sum(a[j], sums[j]);
+            const float inverse = scale < 1.0f ? kLarge : 1.0f / kLarge;
+            norms.values[j] = approximate_root(sums[j]) * (scale == 1.0f ? scale : inverse);
           }
         }
         store_pack(m.map[0] + map_place<channels_last, kWindows>(s, column, entry), norms);
@@ -297,8 +287,8 @@ __device__ __forceinline__ void pool_tiles(const Fused<T>& s, const SharedMemory
   });
 }
 
-template <bool channels_last, int n, typename T, typename A>
-__device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<T, A>& m,
+template <bool channels_last, int n, typename T>
+__device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemory<T>& m,
                                              const T* map, Tiles<channels_last, n, T>& tiles,
                                              const T* x, const T* following, T* gx) {
   constexpr int kWindows = Tile<channels_last, n, T>::kWindows;
@@ -308,7 +298,7 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
     constexpr bool by_slope = bounded && sizeof(T) == 2;
     tiles.each_column(s, [&](int32_t column) {
       const int32_t from = tiles.column_place(s, column);
-      [[maybe_unused]] A means[kWindows] = {};
+      [[maybe_unused]] float means[kWindows] = {};
       if constexpr (!channels_last) {
 #pragma unroll
         for (int j = 0; j < kWindows; ++j) means[j] = m.mean[column * kWindows + j];
@@ -316,13 +306,13 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
       tiles.each(s, x, following, column, [&](const auto& tile, int32_t entry) {
         const auto grads =
             load_pack<kWindows>(map + map_place<channels_last, kWindows>(s, column, entry));
-        A a[kWindows][4], sums[kWindows];
-        A slopes[kWindows][4] = {};
+        float a[kWindows][4], sums[kWindows];
+        float slopes[kWindows][4] = {};
 #pragma unroll
         for (int j = 0; j < kWindows; ++j) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const A value = tile.at(j, k);
+            const float value = tile.at(j, k);
             if constexpr (by_slope) {
               const Activated both = activated<kind, kCoarse<T>>(value);
               a[j][k] = both.value, slopes[j][k] = both.slope;
@@ -332,29 +322,29 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
           }
         }
         const auto unpool = [&](int j, const auto& times) {
-          const A grad =
-              static_cast<A>(grads.values[j]) - (channels_last ? m.mean[entry] : means[j]);
+          const float grad =
+              static_cast<float>(grads.values[j]) - (channels_last ? m.mean[entry] : means[j]);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const A grad_a = times(grad, a[j][k]);
+            const float grad_a = times(grad, a[j][k]);
             a[j][k] = by_slope ? grad_a * slopes[j][k] : activation_gradient<kind>(grad_a, a[j][k]);
           }
         };
         if (square_sums(a, sums)) [[likely]] {
 #pragma unroll
           for (int j = 0; j < kWindows; ++j) {
-            const A inverse = reciprocal_root(sums[j]);
+            const float inverse = reciprocal_root(sums[j]);
             // |a| <= 1, and no gradient is so large that 1e15 times it overflows: see SafeNorm.
-            unpool(j, [&](A grad, A value) {
+            unpool(j, [&](float grad, float value) {
               return bounded ? value * (grad * inverse) : grad * (value * inverse);
             });
           }
         } else {
 #pragma unroll
           for (int j = 0; j < kWindows; ++j) {
-            const A scale = scaled_square_sum(a[j], sums[j]);
-            const A inverse = sums[j] == A(0) ? A(0) : reciprocal_root(sums[j]);
-            unpool(j, [&](A grad, A value) { return grad * (value * scale * inverse); });
+            const float scale = scaled_square_sum(a[j], sums[j]);
+            const float inverse = sums[j] == 0.0f ? 0.0f : reciprocal_root(sums[j]);
+            unpool(j, [&](float grad, float value) { return grad * (value * scale * inverse); });
           }
         }
         tile.store(s, gx + tiles.place(s, from, entry), a);
@@ -368,15 +358,13 @@ __device__ __forceinline__ void unpool_tiles(const Fused<T>& s, const SharedMemo
 template <bool backward, bool channels_last, typename T>
 constexpr int kMostTileThreads = backward && !(channels_last && sizeof(T) == 4) ? 448 : 320;
 template <bool backward, bool channels_last, typename T>
-constexpr int kTileBlocks = std::is_same_v<T, double>                       ? 1
-                            : backward || (channels_last && sizeof(T) == 4) ? 2
-                                                                            : 3;
+constexpr int kTileBlocks = backward || (channels_last && sizeof(T) == 4) ? 2 : 3;
 
 template <bool channels_last, int n, typename T>
 __global__ void __launch_bounds__(kMostTileThreads<false, channels_last, T>,
                                   kTileBlocks<false, channels_last, T>)
     tile_forward_kernel(Fused<T> s, const T* __restrict__ input, T* __restrict__ output) {
-  const auto m = shared_memory<opmath_t<T>>(s);
+  const auto m = shared_memory<float>(s);
   Tiles<channels_last, n, T> tiles(s, input + blockIdx.x * int64_t{s.g.in_n});
   prepare(s, m);
   for (int64_t image = blockIdx.x; image < s.N; image += gridDim.x) {
@@ -488,7 +476,7 @@ std::optional<Fused<T>> fused_of(const StageArguments& arguments, bool channels_
     s.sums = backward ? s.packs.groups(s.threads) * channels : s.tiles.groups(s.threads);
   }
   const int64_t map_size = int64_t{pixels} * (channels_last ? s.step_pixel() : s.g.C);
-  constexpr auto kSize = static_cast<int64_t>(backward ? sizeof(T) : sizeof(opmath_t<T>));
+  constexpr auto kSize = static_cast<int64_t>(backward ? sizeof(T) : sizeof(float));
   s.map_bytes = static_cast<int32_t>(round_up(map_size * kSize, 16));
   s.by_unit_row = Divider(s.g.W / s.pack);
   s.by_width = Divider(g.OW);
@@ -519,6 +507,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <bool backward, typename T>
+std::optional<Tensor> run_fused(const Tensor* grad_output, const Images& x, const Tensor& kernel,
+                                const StageArguments& arguments) {
+  const T* in = x.data.const_data_ptr<T>();
+  const T* grad = backward ? grad_output->const_data_ptr<T>() : nullptr;
+  auto s = fused_of<backward>(arguments, x.channels_last, kernel, in, grad);
+  if (!s) return std::nullopt;
+  const Launcher launcher(x.data);
+  const Tensor weights = kernel_in_double(kernel);
+  s->kernel = weights.const_data_ptr<double>();
+  Tensor result = backward ? empty_images(x, x.H, x.W) : new_pooled(x, arguments.geometry);
+  T* out = result.mutable_data_ptr<T>();
+  const auto launch = [&](auto* kernel_of_images, const auto&... inputs) {
+    launcher.run_clusters_with_shared(kernel_of_images, s->N, 1, s->threads, s->shared_bytes(), *s,
+                                      inputs..., out);
+  };
+  const auto launch_for = [&](auto layout, auto number) {
+    constexpr bool kLast = decltype(layout)::value != 0;
+    constexpr int n = decltype(number)::value;
+    if constexpr (backward) {
+      launch(tile_backward_kernel<kLast, n, T>, grad, in);
+    } else {
+      launch(tile_forward_kernel<kLast, n, T>, in);
+    }
+  };
+  if (x.channels_last) {
+    launch_for(Number<1>{}, Number<kShortPack<T>>{});
+  } else if (s->pack != 2) {
+    launch_for(Number<0>{}, Number<kShortPack<T>>{});
+  } else {
+    launch_for(Number<0>{}, Number<2>{});
+  }
+  return result;
+}
+
 // The whole stage, or nothing where there is no kernel for it. grad_output: of the backward pass.
 template <bool backward>
 std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const Images& x,
@@ -526,34 +549,8 @@ std::optional<Tensor> run_fused(const char* op, const Tensor* grad_output, const
   std::optional<Tensor> result;
   dispatch_floating(op, x.data.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const T* in = x.data.const_data_ptr<T>();
-    const T* grad = backward ? grad_output->const_data_ptr<T>() : nullptr;
-    auto s = fused_of<backward>(arguments, x.channels_last, kernel, in, grad);
-    if (!s) return;
-    const Launcher launcher(x.data);
-    const Tensor weights = kernel_in_double(kernel);
-    s->kernel = weights.const_data_ptr<double>();
-    result = backward ? empty_images(x, x.H, x.W) : new_pooled(x, arguments.geometry);
-    T* out = result->mutable_data_ptr<T>();
-    const auto launch = [&](auto* kernel_of_images, const auto&... inputs) {
-      launcher.run_clusters_with_shared(kernel_of_images, s->N, 1, s->threads, s->shared_bytes(),
-                                        *s, inputs..., out);
-    };
-    const auto launch_for = [&](auto layout, auto number) {
-      constexpr bool kLast = decltype(layout)::value != 0;
-      constexpr int n = decltype(number)::value;
-      if constexpr (backward) {
-        launch(tile_backward_kernel<kLast, n, T>, grad, in);
-      } else {
-        launch(tile_forward_kernel<kLast, n, T>, in);
-      }
-    };
-    if (x.channels_last) {
-      launch_for(Number<1>{}, Number<kShortPack<T>>{});
-    } else if (s->pack != 2) {
-      launch_for(Number<0>{}, Number<kShortPack<T>>{});
-    } else {
-      launch_for(Number<0>{}, Number<2>{});
+    if constexpr (!std::is_same_v<T, double>) {
+      result = run_fused<backward, T>(grad_output, x, kernel, arguments);
     }
   });
   return result;

@@ -44,9 +44,9 @@ struct Share {
   }
 };
 
+// A stage in float32 or a half type, computed in float32.
 template <typename T>
 struct Fused {
-  using A = opmath_t<T>;
   int64_t N;
   PoolGeometryOf<int32_t> g;  // of one image
   ActivationKind activation;
@@ -80,28 +80,28 @@ struct Fused {
   int64_t shared_bytes() const {
     const int64_t size =
         int64_t{mean_size()} + 2 * weight_size() + padded_size() + rows_size() + coef_size();
-    return int64_t{maps} * map_bytes + size * static_cast<int64_t>(sizeof(A));
+    return int64_t{maps} * map_bytes + size * int64_t{sizeof(float)};
   }
 };
 
-// M: the type of the maps, that to compute in of a pooled one, the tensor's of a gradient.
-template <typename M, typename A>
+// M: the type of the maps, float of a pooled one, the tensor's of a gradient.
+template <typename M>
 struct SharedMemory {
-  M* map[2];     // pooled, or the gradients with respect to that of this image and the next
-  A* mean;       // what is subtracted; before it is known, sums over groups of channels
-  A* weight[2];  // normalized, [adjoint]
-  A* padded;     // the sum over channels, zeros left and right
-  A* rows;       // blurred along the rows, zeros above and below
-  A* inverse;    // of the kernel's share of each row, then of each column, times C
+  M* map[2];         // pooled, or the gradients with respect to that of this image and the next
+  float* mean;       // what is subtracted; before it is known, sums over groups of channels
+  float* weight[2];  // normalized, [adjoint]
+  float* padded;     // the sum over channels, zeros left and right
+  float* rows;       // blurred along the rows, zeros above and below
+  float* inverse;    // of the kernel's share of each row, then of each column, times C
 };
 
-template <typename M, typename T, typename A = opmath_t<T>>
-__device__ SharedMemory<M, A> shared_memory(const Fused<T>& s) {
-  SharedMemory<M, A> m;
+template <typename M, typename T>
+__device__ SharedMemory<M> shared_memory(const Fused<T>& s) {
+  SharedMemory<M> m;
   unsigned char* const begin = dynamic_shared_memory();
   m.map[0] = reinterpret_cast<M*>(begin);
   m.map[1] = reinterpret_cast<M*>(begin + (s.maps - 1) * s.map_bytes);
-  m.mean = reinterpret_cast<A*>(begin + s.maps * s.map_bytes);
+  m.mean = reinterpret_cast<float*>(begin + s.maps * s.map_bytes);
   m.weight[0] = m.mean + s.mean_size();
   m.weight[1] = m.weight[0] + s.weight_size();
   m.padded = m.weight[1] + s.weight_size();
@@ -112,25 +112,25 @@ __device__ SharedMemory<M, A> shared_memory(const Fused<T>& s) {
 
 // The weights, and zeros around the planes; then what a mean is multiplied by, so that no image
 // waits for a division. A barrier must follow.
-template <typename T, typename M, typename A>
-__device__ void prepare(const Fused<T>& s, const SharedMemory<M, A>& m) {
+template <typename T, typename M>
+__device__ void prepare(const Fused<T>& s, const SharedMemory<M>& m) {
   for (int32_t i = this_thread(); i < s.padded_size() + s.rows_size(); i += block_threads()) {
-    m.padded[i] = A(0);
+    m.padded[i] = 0.0f;
   }
   normalize_kernel(s.kernel, 1, s.taps, s.taps, m.weight[0], m.weight[1]);
   __syncthreads();
   const int32_t OH = s.g.OH, OW = s.g.OW;
   for (int32_t i = this_thread(); i < s.coef_size(); i += block_threads()) {
     const Taps taps = taps_inside(i < OH ? i : i - OH, i < OH ? OH : OW, s.taps);
-    A inside = A(0);
+    float inside = 0.0f;
     for (int64_t k = taps.first; k < taps.last; ++k) inside += m.weight[0][k];
-    m.inverse[i] = A(1) / (i < OH ? inside : inside * static_cast<A>(s.g.C));
+    m.inverse[i] = 1.0f / (i < OH ? inside : inside * static_cast<float>(s.g.C));
   }
 }
 
 // A pack of numbers in the type of a tensor: half types two by an instruction.
-template <typename T, int n, typename A>
-__device__ __forceinline__ Pack<T, n> rounded(const A (&values)[n]) {
+template <typename T, int n>
+__device__ __forceinline__ Pack<T, n> rounded(const float (&values)[n]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr bool in_pairs = sizeof(T) == 2 && n % 2 == 0;
 #else
@@ -181,8 +181,8 @@ __device__ __forceinline__ void each_map_column(const Fused<T>& s, const F& body
 }
 
 // From the map to sums over some of its channels. A barrier must be before and after it.
-template <bool channels_last, typename T, typename M, typename A>
-__device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemory<M, A>& m,
+template <bool channels_last, typename T, typename M>
+__device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemory<M>& m,
                                              const M* map) {
   const int32_t pixels = s.pixels();
   if constexpr (channels_last) {
@@ -190,12 +190,12 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
     for (int32_t i = this_thread(); i < s.sums * pixels; i += block_threads()) {
       const auto group = static_cast<int32_t>(s.by_pixels.quotient(static_cast<uint32_t>(i)));
       const M* from = map + (i - group * pixels) * s.step_pixel();
-      A sum[n] = {};
+      float sum[n] = {};
 #pragma unroll 4
       for (int32_t c = group * n; c < s.g.C; c += s.sums * n) {
         const Pack<M, n> pack = load_pack<n>(from + c);
 #pragma unroll
-        for (int j = 0; j < n; ++j) sum[j] += static_cast<A>(pack.values[j]);
+        for (int j = 0; j < n; ++j) sum[j] += static_cast<float>(pack.values[j]);
       }
 #pragma unroll
       for (int j = 1; j < n; ++j) sum[0] += sum[j];
@@ -205,11 +205,11 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
     each_map_column<channels_last>(
         s, [&](auto number, int32_t column, const Share& share, auto each) {
           constexpr int n = decltype(number)::value;
-          Pack<A, n> sum{};
+          Pack<float, n> sum{};
           each([&](int32_t from, int32_t, int32_t) {
             const Pack<M, n> pack = load_pack<n>(map + from);
 #pragma unroll
-            for (int j = 0; j < n; ++j) sum.values[j] += static_cast<A>(pack.values[j]);
+            for (int j = 0; j < n; ++j) sum.values[j] += static_cast<float>(pack.values[j]);
           });
           store_pack(m.mean + share.group * s.packs.columns * n + column, sum);
         });
@@ -218,11 +218,11 @@ __device__ __forceinline__ void sum_channels(const Fused<T>& s, const SharedMemo
 
 // From the sums to the plane that is subtracted: the mean or, adjoint, the share of its gradient.
 // Begins and ends with a barrier.
-template <bool adjoint, typename T, typename M, typename A>
-__device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<M, A>& m) {
+template <bool adjoint, typename T, typename M>
+__device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<M>& m) {
   const int32_t pixels = s.pixels(), OH = s.g.OH, OW = s.g.OW;
   const int32_t radius = s.taps / 2;
-  const A* weight = m.weight[adjoint];
+  const float* weight = m.weight[adjoint];
   const auto each_pixel = [&](const auto& body) {
 #pragma unroll 1
     for (int32_t pixel = this_thread(); pixel < pixels; pixel += block_threads()) {
@@ -233,7 +233,7 @@ __device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<
   const auto inverse = [&](int32_t h, int32_t w) { return m.inverse[h] * m.inverse[OH + w]; };
   __syncthreads();
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    A sum = A(0);
+    float sum = 0.0f;
 #pragma unroll 4
     for (int32_t k = 0; k < s.sums; ++k) sum += m.mean[k * pixels + pixel];
     m.padded[h * s.padded_w() + w + radius] = adjoint ? sum * inverse(h, w) : sum;
@@ -244,18 +244,18 @@ __device__ __forceinline__ void blur_sums(const Fused<T>& s, const SharedMemory<
   });
   __syncthreads();
   each_pixel([&](int32_t pixel, int32_t h, int32_t w) {
-    const A blurred = correlated(m.rows + pixel, OW, weight, s.taps);
+    const float blurred = correlated(m.rows + pixel, OW, weight, s.taps);
     m.mean[pixel] = adjoint ? blurred : blurred * inverse(h, w);
   });
   __syncthreads();
 }
 
-template <bool channels_last, typename T, typename A>
-__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<A, A>& m,
-                                          const A* map, T* output) {
+template <bool channels_last, typename T>
+__device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<float>& m,
+                                          const float* map, T* output) {
   each_map_column<channels_last>(s, [&](auto number, int32_t column, const Share&, auto each) {
     constexpr int n = decltype(number)::value;
-    A mean[n];
+    float mean[n];
     if constexpr (!channels_last) {
 #pragma unroll
       for (int j = 0; j < n; ++j) {
@@ -263,8 +263,8 @@ __device__ __forceinline__ void write_map(const Fused<T>& s, const SharedMemory<
       }
     }
     each([&](int32_t from, int32_t to, int32_t entry) {
-      const Pack<A, n> pack = load_pack<n>(map + from);
-      A result[n];
+      const Pack<float, n> pack = load_pack<n>(map + from);
+      float result[n];
 #pragma unroll
       for (int j = 0; j < n; ++j) {
         result[j] = pack.values[j] - (channels_last ? m.mean[entry] : mean[j]);
