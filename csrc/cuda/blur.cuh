@@ -1,4 +1,4 @@
-// The blur of a plane: its geometry, the kernel, one pixel, four neighbouring results at a time.
+// The blur of a plane: its geometry, the kernel, one pixel.
 #pragma once
 
 #include "../local_norm.h"
@@ -93,35 +93,6 @@ __device__ __forceinline__ A correlated(const A* x, int step, const A* taps, int
     }
   }
   return sum;
-}
-
-// For j of 0 to 3 the sum over k of x[j + k] taps[k], of an odd number of taps; x(k) are four
-// values from index k on. No tap is padded with zero, which an infinite value would make NaN.
-template <typename A, typename Load>
-__device__ __forceinline__ Pack<A, 4> correlate_four(const Load& x, const A* taps, int count) {
-  Pack<A, 4> sums{}, here = x(0);
-  const auto add = [&](int k, auto number) {
-    constexpr int n = decltype(number)::value;
-    const Pack<A, 4> weight = load_pack<4>(taps + k);
-    const Pack<A, 4> next = n > 1 ? x(k + 4) : Pack<A, 4>{};
-    const A window[8] = {here.values[0], here.values[1], here.values[2], here.values[3],
-                         next.values[0], next.values[1], next.values[2], next.values[3]};
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sums.values[j] += window[i + j] * weight.values[i];
-    }
-    here = next;
-  };
-  int k = 0;
-#pragma unroll 1
-  for (; k + 4 <= count; k += 4) add(k, Number<4>{});
-  if (count - k == 1) {
-    add(k, Number<1>{});
-  } else {
-    add(k, Number<3>{});
-  }
-  return sums;
 }
 
 }  // namespace mnist_ops::cuda

@@ -1,13 +1,13 @@
 // Local normalization step by step, of images of any size: each step is a kernel for all images.
 //   prepare   the kernel divided by its sum, and the coef plane
 //   reduce    sums over channels, several in one pass over the data
-//   blur      rows and columns of a tile by way of shared memory; the same launch finishes the
-//             plane (divides by coef, takes the root, applies the threshold, ...). Long kernels:
-//             rows, then columns; 2-D kernels at once
+//   blur      rows, then columns; 2-D kernels at once. The last launch finishes the plane (divides
+//   by
+//             coef, takes the root, applies the threshold, ...)
 //   apply     from planes back to every channel
 //   repair    images whose squares left the range once more, a block each
-// Launches: subtractive 4 forward and backward; divisive 5 and 6; contrastive 7 and 9, repair among
-// them, which float16 does not need.
+// Launches: subtractive 5 forward and backward; divisive 6 and 8; contrastive 9 and 13, repair
+// among them, which float16 does not need.
 //
 // The passes over the data have indices in 64 bits and divide in 32 where the numbers allow it
 // (quotient()): memory is what they wait for. What planes are for is an argument, not a kernel of
@@ -226,74 +226,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Both steps of a separable kernel at once, for a tile of the plane: the tile with its surroundings
-// comes to shared memory, zeros where the image ends, is blurred along rows and then along columns.
-// Up to kTileRadius the surroundings are 1.3 to 2.5 times the tile, and neighbouring tiles find
-// them in L2.
-constexpr int kTileSide = 32;
-constexpr int kTileRadius = 10;
-
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    blur_tile_kernel(const __grid_constant__ Planes<A> s, Finish step, const A* __restrict__ in,
-                     const A* __restrict__ weight) {
-  const BlurGeometry& g = s.geometry;
-  constexpr int kSide = kTileSide + 2 * kTileRadius, kMost = 2 * kTileRadius + 4;
-  constexpr int kGroups = kTileSide / 4;  // of four neighbours, along either dimension
-  alignas(kVectorBytes) __shared__ A tile[kSide * kSide];
-  alignas(kVectorBytes) __shared__ A blurred_rows[(kSide + 4) * kTileSide];
-  alignas(kVectorBytes) __shared__ A weights[kMost];
-  const int taps = static_cast<int>(g.taps_w), radius = taps / 2;
-  const int side = kTileSide + 2 * radius;
-  const int64_t down = (g.H + kTileSide - 1) / kTileSide,
-                across = (g.W + kTileSide - 1) / kTileSide;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kMost) weights[thread] = thread < taps ? weight[thread] : A(0);
-  for (int64_t t = blockIdx.x; t < s.N * down * across; t += gridDim.x) {
-    const int64_t image = t / (down * across), place = t % (down * across);
-    const int64_t top = place / across * kTileSide, left = place % across * kTileSide;
-    const A* plane = in + image * g.H * g.W;
-#pragma unroll 4
-    for (int row = thread / kWarp; row < side; row += kThreads / kWarp) {
-      const int64_t h = top + row - radius;
-#pragma unroll
-      for (int step = 0; step < kSide; step += kWarp) {
-        const int column = step + thread % kWarp;
-        const int64_t w = left + column - radius;
-        if (column < side) {
-          tile[row * kSide + column] =
-              h >= 0 && h < g.H && w >= 0 && w < g.W ? plane[h * g.W + w] : A(0);
-        }
-      }
-    }
-    __syncthreads();
-    for (int i = thread; i < side * kGroups; i += kThreads) {
-      const A* x = tile + i / kGroups * kSide + i % kGroups * 4;
-      store_pack(blurred_rows + 4 * i,
-                 correlate_four([&](int k) { return load_pack<4>(x + k); }, weights, taps));
-    }
-    __syncthreads();
-    for (int i = thread; i < kTileSide * kGroups; i += kThreads) {
-      const int row = i / kTileSide * 4;
-      const int64_t h = top + row, w = left + i % kTileSide;
-      const A* x = blurred_rows + row * kTileSide + i % kTileSide;
-      const Pack<A, 4> sums = correlate_four(
-          [&](int k) -> Pack<A, 4> {
-            const A* from = x + k * kTileSide;
-            return {from[0], from[kTileSide], from[2 * kTileSide], from[3 * kTileSide]};
-          },
-          weights, taps);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (h + j < g.H && w < g.W) {
-          finish(s, step, sums.values[j], (image * g.H + h + j) * g.W + w, (h + j) * g.W + w);
-        }
-      }
-    }
-    __syncthreads();  // before the next turn overwrites the tile
-  }
-}
-
 // ------------------------------------------------------------------------------------------ apply
 
 // The numbers of a plane for n neighbours in memory, of which the first belongs to `pixel`: n
@@ -429,11 +361,6 @@ struct Problem {
     const BlurGeometry& g = s.geometry;
     const int64_t pixels = s.N * s.HW;
     const A* weight = adjoint ? s.flipped : s.weight;
-    if (g.separable && g.taps_w / 2 <= kTileRadius) {
-      const int64_t tiles = ceil_div(g.H, kTileSide) * ceil_div(g.W, kTileSide);
-      launcher.run(blur_tile_kernel<A>, s.N * tiles, 1, kThreads, s, step, in, weight);
-      return;
-    }
     const int64_t one = 1;
     if (g.separable) {
       launcher.run_over(blur_kernel<A>, pixels, s, Finish::kRows, in, weight, one, g.taps_w);
