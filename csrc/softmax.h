@@ -215,6 +215,11 @@ MNIST_OPS_HD constexpr bool keeps_powers(SoftmaxKind kind) {
 
 struct LossSum {
   double losses, divisor;
+
+  // NaN over a divisor of 0, also where smoothed losses have a sum, as in PyTorch.
+  MNIST_OPS_HD double mean() const {
+    return divisor == 0 ? std::numeric_limits<double>::quiet_NaN() : losses / divisor;
+  }
 };
 
 template <typename T>

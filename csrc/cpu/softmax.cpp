@@ -621,15 +621,16 @@ struct Kernels {
     if (loss == nullptr) return;
     const T* values = losses.const_data_ptr<T>();
     const int64_t count = losses.numel();
-    double sum = 0, divisor = 0;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(static_cast<A>(values[i]));
     if (total != nullptr) {
+      LossSum all{sum, 0};
       for (int64_t i = 0; i < count; ++i) {
-        divisor += static_cast<double>(f.target_of(i, 0).divisor());
+        all.divisor += static_cast<double>(f.target_of(i, 0).divisor());
       }
-      sum /= divisor;
-      *total->mutable_data_ptr<A>() = static_cast<A>(divisor);
+      sum = all.mean();
+      *total->mutable_data_ptr<A>() = static_cast<A>(all.divisor);
     }
     *loss->mutable_data_ptr<T>() = static_cast<T>(static_cast<A>(sum));
   }

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kSumBlock)
   if (threadIdx.x > 0) return;
   if (parts == nullptr && f.blocks > 1) return write_sum(f, sum);
   if (total != nullptr) {
-    sum.losses /= sum.divisor;
+    sum.losses = sum.mean();
     *total = static_cast<A>(sum.divisor);
   }
   *loss = static_cast<T>(static_cast<A>(sum.losses));

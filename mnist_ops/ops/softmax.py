@@ -552,7 +552,7 @@ def _batched_nll(input, target, weight, beta, reduction, *options):
         loss, *totals = (r.flatten(1).sum(1) if r.dim() > 1 else r for r in rows)
         if totals:
             total = totals[0]
-            loss = (loss / total).to(loss.dtype)
+            loss = torch.where(total == 0, math.nan, loss / total).to(loss.dtype)
     return (loss, total), (0, 0)
 
 

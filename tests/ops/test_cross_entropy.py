@@ -235,6 +235,22 @@ def test_an_ignored_row_may_hold_anything(device):
     torch.testing.assert_close(loss, F.cross_entropy(x[1:], target[1:]))
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("smoothing", (0.0, 0.3, 1.0))
+def test_mean_over_weights_that_are_all_0(device, dtype, smoothing):
+    """NaN, also where the smoothed losses have a sum, and NaN for its gradient, as in PyTorch."""
+    x = torch.randn(4, 3, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([0.0, 1.0, 2.0], device=device, dtype=dtype)
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    options = {"weight": weight, "label_smoothing": smoothing}
+    loss = mnist_ops.softmax_nll(x, target, **options)
+    assert loss.isnan() and F.cross_entropy(x, target, **options).isnan()
+    assert torch.autograd.grad(loss, x)[0].isnan().all()
+    rows = torch.vmap(lambda v: mnist_ops.softmax_nll(v, target, **options))(x.detach()[None])
+    assert rows.isnan().all()
+
+
+
 @pytest.mark.parametrize("row", [(math.inf, 0.5), (math.nan, 0.5), (-math.inf, -math.inf)], ids=str)
 def test_rows_without_a_softmax_have_no_gradient_either(device, row):
     """NaN in the whole row, ignored or of weight 0, as in PyTorch, and in no other row."""
