@@ -486,8 +486,9 @@ inline Tensor pooled_like(const char* op, const char* name, const Tensor& tensor
 // p as usable_norm_type gives it,
 //   pooled(x, geometry, p),
 //   pool_gradient(grad_output, x, output, geometry, p) and
-//   pool_second(direction, grad_output, x, output, geometry, p), which gives the derivative of the
-//   gradient in that direction with respect to grad_output and to x.
+//   pool_second(direction, grad_output, x, output, geometry, p, by_grad, by_input), all tensors in
+//   the type to compute in, which writes the derivatives of the gradient in that direction with
+//   respect to grad_output and to x.
 template <auto pooled, auto pool_gradient, auto pool_second>
 struct PoolOperators {
   using Sizes = std::vector<int64_t>;
@@ -519,9 +520,15 @@ struct PoolOperators {
     const PoolGeometry g = pool_geometry(op, x, {p, kernel, stride, padding, ceil_mode});
     p = usable_norm_type(op, p, input.scalar_type());
     check_like(op, "grad_grad_input", grad_grad_input, "input", input);
-    const Tensor direction = dense(grad_grad_input, x.channels_last);
-    const Tensor y = pooled_like(op, "output", output, x, g);
-    return pool_second(direction, pooled_like(op, "grad_output", grad_output, x, g), x, y, g, p);
+    const ScalarType stored = input.scalar_type(), dtype = type_to_compute_in(input);
+    const Tensor direction = converted(dense(grad_grad_input, x.channels_last), dtype);
+    const Tensor y = converted(pooled_like(op, "output", output, x, g), dtype);
+    const Tensor grad = converted(pooled_like(op, "grad_output", grad_output, x, g), dtype);
+    Images image = x;
+    image.data = converted(x.data, dtype);
+    Tensor by_grad = new_pooled(image, g), by_input = empty_images(image, g.H, g.W);
+    if (x.data.numel() != 0) pool_second(direction, grad, image, y, g, p, by_grad, by_input);
+    return {converted(by_grad, stored), converted(by_input, stored)};
   }
 
   static void register_all(torch::stable::detail::StableLibrary& m) {

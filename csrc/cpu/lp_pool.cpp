@@ -245,20 +245,13 @@ Tensor lp_pool2d_backward(const Tensor& grad, const Images& x, const Tensor& y,
 
 namespace {
 
-std::tuple<Tensor, Tensor> pool_second(const Tensor& stored_direction, const Tensor& stored_grad,
-                                       const Images& x, const Tensor& stored_y,
-                                       const PoolGeometry& g, double p) {
-  if (x.data.numel() == 0) return {new_pooled(x, g), empty_images(x, g.H, g.W)};
-  const ScalarType stored = x.data.scalar_type(), dtype = type_to_compute_in(x.data);
-  const Tensor direction = converted(stored_direction, dtype), image = converted(x.data, dtype);
-  const Tensor y = converted(stored_y, dtype), grad = converted(stored_grad, dtype);
-  Tensor directional = empty_images(x, g.OH, g.OW, dtype);
-  Tensor grad_input = empty_images(x, g.H, g.W, dtype);
-  dispatch_computed(image, [&](auto element) {
+void pool_second(const Tensor& direction, const Tensor& grad, const Images& x, const Tensor& y,
+                 const PoolGeometry& g, double p, Tensor& by_grad, Tensor& by_input) {
+  dispatch_computed(x.data, [&](auto element) {
     using A = decltype(element);
-    const A *in = image.const_data_ptr<A>(), *v = direction.const_data_ptr<A>();
+    const A *in = x.data.const_data_ptr<A>(), *v = direction.const_data_ptr<A>();
     const A *out = y.const_data_ptr<A>(), *go = grad.const_data_ptr<A>();
-    A *dd = directional.mutable_data_ptr<A>(), *gi = grad_input.mutable_data_ptr<A>();
+    A *dd = by_grad.mutable_data_ptr<A>(), *gi = by_input.mutable_data_ptr<A>();
     const int64_t cost = std::min(g.kernel_h * g.kernel_w, kGrain);
     dispatch_norm(p, [&](auto tag) {
       constexpr Norm norm = decltype(tag)::value;
@@ -276,7 +269,6 @@ std::tuple<Tensor, Tensor> pool_second(const Tensor& stored_direction, const Ten
           });
     });
   });
-  return {converted(directional, stored), converted(grad_input, stored)};
 }
 
 }  // namespace

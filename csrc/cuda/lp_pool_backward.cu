@@ -190,34 +190,32 @@ bool backward_packs(const Launcher& launcher, const PoolGeometry& g, bool channe
 
 // ------------------------------------------------------------- the backward pass, differentiated
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, int64_t>)
-    directional_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
-                       const T* __restrict__ direction, const T* __restrict__ input,
-                       const T* __restrict__ output, T* __restrict__ directional) {
-  using A = opmath_t<T>;
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<A, int64_t>)
+    directional_kernel(int64_t count, PoolGeometry g, bool channels_last, A p,
+                       const A* __restrict__ direction, const A* __restrict__ input,
+                       const A* __restrict__ output, A* __restrict__ directional) {
   for (int64_t i = first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
     const auto at = position_of(i, g, channels_last, g.OH, g.OW);
     with_norm(AnyNorm{}, p, [&](auto tag) {
-      directional[i] = static_cast<T>(directional_derivative<decltype(tag)::value>(
-          direction + at.in_plane, input + at.in_plane, static_cast<A>(output[i]), g, p, at.h,
-          at.w));
+      directional[i] = directional_derivative<decltype(tag)::value>(
+          direction + at.in_plane, input + at.in_plane, output[i], g, p, at.h, at.w);
     });
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, int64_t>)
-    second_kernel(int64_t count, PoolGeometry g, bool channels_last, opmath_t<T> p,
-                  const T* __restrict__ direction, const T* __restrict__ grad_output,
-                  const T* __restrict__ input, const T* __restrict__ output,
-                  const T* __restrict__ directional, T* __restrict__ grad_input) {
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<A, int64_t>)
+    second_kernel(int64_t count, PoolGeometry g, bool channels_last, A p,
+                  const A* __restrict__ direction, const A* __restrict__ grad_output,
+                  const A* __restrict__ input, const A* __restrict__ output,
+                  const A* __restrict__ directional, A* __restrict__ grad_input) {
   for (int64_t i = first_item<int64_t>(); i < count; i += item_stride<int64_t>()) {
     const auto at = position_of(i, g, channels_last, g.H, g.W);
     with_norm(AnyNorm{}, p, [&](auto tag) {
-      grad_input[i] = static_cast<T>(second_gradient<decltype(tag)::value>(
+      grad_input[i] = second_gradient<decltype(tag)::value>(
           direction + at.in_plane, grad_output + at.out_plane, input + at.in_plane,
-          output + at.out_plane, directional + at.out_plane, g, p, at.h, at.w));
+          output + at.out_plane, directional + at.out_plane, g, p, at.h, at.w);
     });
   }
 }
@@ -252,25 +250,20 @@ Tensor lp_pool2d_backward(const Tensor& grad_output, const Images& x, const Tens
 
 namespace {
 
-std::tuple<Tensor, Tensor> pool_second(const Tensor& direction, const Tensor& grad, const Images& x,
-                                       const Tensor& y, const PoolGeometry& g, double p) {
+void pool_second(const Tensor& direction, const Tensor& grad, const Images& x, const Tensor& y,
+                 const PoolGeometry& g, double p, Tensor& by_grad, Tensor& by_input) {
   const Launcher launcher(x.data);
-  Tensor directional = new_pooled(x, g);
-  Tensor grad_input = empty_images(x, g.H, g.W);
-  if (x.data.numel() == 0) return {directional, grad_input};
-  dispatch_floating("lp_pool2d", x.data.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    using A = opmath_t<T>;
-    const T *in = x.data.const_data_ptr<T>(), *out = y.const_data_ptr<T>();
-    const T *v = direction.const_data_ptr<T>(), *gy = grad.const_data_ptr<T>();
-    T* dd = directional.mutable_data_ptr<T>();
-    launcher.run_over(directional_kernel<T>, directional.numel(), directional.numel(), g,
-                      x.channels_last, static_cast<A>(p), v, in, out, dd);
-    launcher.run_over(second_kernel<T>, grad_input.numel(), grad_input.numel(), g, x.channels_last,
-                      static_cast<A>(p), v, gy, in, out, static_cast<const T*>(dd),
-                      grad_input.mutable_data_ptr<T>());
+  dispatch_computed(x.data, [&](auto element) {
+    using A = decltype(element);
+    const A *in = x.data.const_data_ptr<A>(), *out = y.const_data_ptr<A>();
+    const A *v = direction.const_data_ptr<A>(), *gy = grad.const_data_ptr<A>();
+    A* dd = by_grad.mutable_data_ptr<A>();
+    launcher.run_over(directional_kernel<A>, by_grad.numel(), by_grad.numel(), g, x.channels_last,
+                      static_cast<A>(p), v, in, out, dd);
+    launcher.run_over(second_kernel<A>, by_input.numel(), by_input.numel(), g, x.channels_last,
+                      static_cast<A>(p), v, gy, in, out, static_cast<const A*>(dd),
+                      by_input.mutable_data_ptr<A>());
   });
-  return {directional, grad_input};
 }
 
 }  // namespace
