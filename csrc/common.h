@@ -200,8 +200,22 @@ inline Tensor new_like(const Tensor& like) {
   return new_strided(like, like.sizes(), like.strides(), like.scalar_type());
 }
 
+// The tensor, whose storage has all of its elements: one can be resized, to nothing by those who
+// free memory for a while, and a kernel would read beyond it.
+inline const Tensor& in_storage(const Tensor& tensor) {
+  if (tensor.numel() == 0) return tensor;
+  int64_t last = 0, elements = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_numel(tensor.get(), &elements));
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  for (size_t d = 0; d < size.size(); ++d) last += (size[d] - 1) * stride[d];
+  MNIST_OPS_CHECK(last < elements, "mnist_ops: a tensor of the shape ", shape_string(tensor),
+                  " needs ", last + 1, " elements of its storage, which has ", elements);
+  return tensor;
+}
+
 inline Tensor contiguous_of(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return in_storage(tensor).is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
@@ -219,6 +233,7 @@ inline Tensor contiguous_to_write(const Tensor& tensor) {
 // An image or a batch of images, dense in one of two layouts: the tensor itself where it is.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
   if (!channels_last) return contiguous_of(tensor);
+  in_storage(tensor);
   bool is_dense = true;
   int64_t inner = 1;
   for (const int d : {1, 3, 2, 0}) {

@@ -101,7 +101,7 @@ inline void check_norm_thresholds(const char* op, const LocalNormOptions& o, Sca
 
 // The kernel as contiguous float64, whatever it came as: it is normalised in float64.
 inline Tensor kernel_in_double(const Tensor& kernel) {
-  return contiguous_of(converted(kernel, ScalarType::Double));
+  return contiguous_of(converted(in_storage(kernel), ScalarType::Double));
 }
 
 // What a kernel is divided by.

@@ -12,6 +12,7 @@ inline Tensor in_memory_order_of(const Tensor& out, const Tensor& input) {
   for (int64_t d = 0; d < out.dim(); ++d) {
     same = same && (out.size(d) == 1 || out.stride(d) == input.stride(d));
   }
+  in_storage(input);
   if (same) return input;
   Tensor copy = new_like(out);
   torch::stable::copy_(copy, input);

@@ -441,8 +441,10 @@ struct SoftmaxOperators {
     dispatch_floating(op, input.scalar_type(), [&](auto element) {
       using T = decltype(element);
       SoftmaxForward<T> f = a.kernel_arguments<T>(grad_input);
-      f.grad = {grad.const_data_ptr<T>(), a.reduction == Reduction::kNone ? 1 : 0,
-                a.reduction == Reduction::kMean ? total.const_data_ptr<opmath_t<T>>() : nullptr};
+      const auto* divisor = a.reduction == Reduction::kMean
+                                ? in_storage(total).const_data_ptr<opmath_t<T>>()
+                                : nullptr;
+      f.grad = {grad.const_data_ptr<T>(), a.reduction == Reduction::kNone ? 1 : 0, divisor};
       Kernels::template run<Kind::kNllGradient>(grad_input, f);
     });
     return grad_input;

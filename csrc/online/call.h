@@ -8,7 +8,7 @@ namespace mnist_ops::online {
 
 inline Tensor on_host(const Tensor& tensor) {
   const torch::stable::Device host(torch::headeronly::DeviceType::CPU, 0);
-  return contiguous_of(tensor.is_cpu() ? tensor : torch::stable::to(tensor, host));
+  return contiguous_of(tensor.is_cpu() ? tensor : torch::stable::to(in_storage(tensor), host));
 }
 
 // Steps of some models of one shape. The lists have the tensors of one model after the other.

@@ -201,6 +201,24 @@ def test_opcheck(device, layout, grad):
         )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None], ids=str)
+def test_tensors_without_their_storage_are_refused(device, layout):
+    """One element too few: nothing is read beyond the end. None: in no dense order."""
+    for name, arguments in registered_calls(device, torch.float32):
+        tensors = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.numel() > 0]
+        for i in tensors:
+            short = arguments[i].clone()
+            if short.dim() == 4 and layout is None:
+                short = short.mT.contiguous().mT
+            elif short.dim() == 4:
+                short = short.to(memory_format=layout)
+            storage = short.untyped_storage()
+            storage.resize_(storage.nbytes() - short.element_size())
+            given = (*arguments[:i], short, *arguments[i + 1 :])
+            with pytest.raises(RuntimeError, match="of its storage, which has"):
+                getattr(torch.ops.mnist_ops, name)(*given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fake_kernels_say_what_the_kernels_do(device, dtype):
     """Shape, strides, dtype, for layouts in which nothing is where one would think."""
