@@ -104,8 +104,25 @@ def test_without_autocasts_name_the_devices_with_kernels_are_asked(monkeypatch):
 
 
 def test_without_levels_every_tensor_may_have_a_tangent(monkeypatch):
-    assert not _torch_private.within_dual_level()
-    assert without(monkeypatch, forward_ad, "_current_level").within_dual_level()
+    assert not _torch_private.past_eager()
+    assert without(monkeypatch, forward_ad, "_current_level").past_eager()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch._C, "_dispatch_tls_set_dispatch_key_excluded"),
+        (torch._C, "_dispatch_tls_is_dispatch_key_excluded"),
+        (torch._C, "DispatchKey"),
+    ],
+    ids=str,
+)
+def test_without_its_key_autograd_counts_as_excluded(monkeypatch, owner, name):
+    assert not _torch_private.is_excluded(_torch_private.AUTOGRAD)
+    with torch.inference_mode():
+        assert _torch_private.is_excluded(_torch_private.AUTOGRAD)
+    module = without(monkeypatch, owner, name)
+    assert module.is_excluded(module.AUTOGRAD)
 
 
 def test_without_an_entry_the_operator_is_called():
@@ -183,6 +200,7 @@ def test_without_all_that_can_be_done_without():
             (torch._C._functorch, "peek_interpreter_stack"),
             (torch._functorch.autograd_function, "enable_single_level_autograd_function"),
             (torch._C, "_is_any_autocast_enabled"),
+            (torch._C, "_dispatch_tls_set_dispatch_key_excluded"),
             *((torch, name) for name in dir(torch) if name.startswith("_foreach_")),
         ):
             delattr(owner, name)
