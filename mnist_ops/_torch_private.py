@@ -39,14 +39,14 @@ def _optional(module: str, name: str) -> Any:
 below_autograd: Callable[[], Any] = _required(torch._C, "_AutoDispatchBelowAutograd")
 
 # The same for tensors of the CPU and of CUDA, without an object: 0.1 us where the context takes
-# 0.3, an eighth of a small call. exclude(AUTOGRAD, True) holds for the thread until
-# exclude(AUTOGRAD, False). Without these names autograd counts as excluded already: what is called
-# then is the Autograd kernel, which enters the context.
+# 0.3, an eighth of a small call. What exclude sets holds for the thread; is_excluded says what to
+# restore. Without these names exclude does nothing: the Autograd kernel, which then comes, enters
+# the context.
 AUTOGRAD: Any = getattr(getattr(torch._C, "DispatchKey", None), "AutogradFunctionality", None)
 exclude: Any = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
 is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
 if None in (AUTOGRAD, exclude, is_excluded):
-    AUTOGRAD, is_excluded = True, bool
+    exclude, is_excluded = (lambda key, value: None), (lambda key: False)
 
 # Switches the recording of tangents on within an autograd function, for the outer levels of nested
 # transforms. Without it derivatives would be 0 there and nobody told: an error.

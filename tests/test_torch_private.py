@@ -117,12 +117,14 @@ def test_without_levels_every_tensor_may_have_a_tangent(monkeypatch):
     ],
     ids=str,
 )
-def test_without_its_key_autograd_counts_as_excluded(monkeypatch, owner, name):
-    assert not _torch_private.is_excluded(_torch_private.AUTOGRAD)
-    with torch.inference_mode():
-        assert _torch_private.is_excluded(_torch_private.AUTOGRAD)
-    module = without(monkeypatch, owner, name)
-    assert module.is_excluded(module.AUTOGRAD)
+def test_without_its_key_autograd_is_not_excluded(monkeypatch, owner, name):
+    for module in (_torch_private, without(monkeypatch, owner, name)):
+        key = module.AUTOGRAD
+        before = module.is_excluded(key)
+        module.exclude(key, True)
+        assert module.is_excluded(key) is (module is _torch_private)
+        module.exclude(key, before)
+        assert not before and not module.is_excluded(key)
 
 
 def test_without_an_entry_the_operator_is_called():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ._common import batch_first, check_floating, direct, register_by_output, re
 from ._public import public
 
 _ops = torch.ops.mnist_ops
-_sigmoid = direct("sigmoid")
+_sigmoid = direct("sigmoid", functools.partial(check_floating, "sigmoid", "input"))
 
 
 @public(lambda arguments: range(arguments["input"].dim()))
@@ -38,7 +40,6 @@ def sigmoid(input: Tensor) -> Tensor:
         >>> mnist_ops.sigmoid(torch.tensor([0.0]))
         tensor([0.5000])
     """
-    check_floating("sigmoid", "input", input)
     return _sigmoid(input)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,18 @@ from ._common import (
 from ._public import public
 
 _ops = torch.ops.mnist_ops
-_softmax = direct("softmax")
-_log_softmax = direct("log_softmax")
-_softmax_nll = direct("softmax_nll")
-_softmax_nll_grad = direct("softmax_nll_backward")
+
+
+def _check(op: str) -> Callable[..., None]:
+    def check(input: Tensor, dim: int, beta: float) -> None:
+        _dim(op, input, dim)
+        check_beta(op, beta, input.dtype)
+
+    return check
+
+
+_softmax = direct("softmax", _check("softmax"))
+_log_softmax = direct("log_softmax", _check("log_softmax"))
 
 
 def _other_dims(arguments: dict[str, Any]) -> list[int]:
@@ -73,7 +81,7 @@ def softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     op = "softmax"
-    return _softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
+    return _softmax(input, check_int(op, "dim", dim), check_number(op, "beta", beta))
 
 
 @public(_other_dims)
@@ -106,7 +114,7 @@ def log_softmax(input: Tensor, dim: int = -1, beta: float = 1.0) -> Tensor:
         tensor([-0.6931, -0.6931])
     """
     op = "log_softmax"
-    return _log_softmax(input, _dim(op, input, dim), check_beta(op, beta, input.dtype))
+    return _log_softmax(input, check_int(op, "dim", dim), check_number(op, "beta", beta))
 
 
 def _rows(arguments: dict[str, Any]) -> list[int]:
@@ -175,6 +183,25 @@ def softmax_nll(
         tensor(2.3026)
     """
     op = "softmax_nll"
+    if weight is not None or getattr(target, "dtype", None) is not torch.int64:
+        _check_nll(input, target, weight, beta, reduction, ignore_index, label_smoothing)
+        target = target.to(input.dtype if target.is_floating_point() else torch.int64)
+        weight = None if weight is None else weight.to(compute_type(input.dtype))
+    beta = check_number(op, "beta", beta)
+    ignore_index, label_smoothing = check_smoothing(op, ignore_index, label_smoothing)
+    return _softmax_nll(input, target, weight, beta, reduction, ignore_index, label_smoothing)[0]
+
+
+def _check_nll(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    beta: Any,
+    reduction: str,
+    ignore_index: Any,
+    label_smoothing: Any,
+) -> None:
+    op = "softmax_nll"
     check_floating(op, "input", input)
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a Tensor, got {type(target).__name__}")
@@ -183,21 +210,18 @@ def softmax_nll(
     if weight is not None:
         check_floating(op, "weight", weight)
         check_same_device(op, "weight", weight, "input", input)
-        weight = weight.to(compute_type(input.dtype))
     _check_shapes(op, input, target, weight)
     ignore_index, label_smoothing = check_smoothing(op, ignore_index, label_smoothing)
-    dtype = torch.int64
-    if target.is_floating_point():
-        dtype = input.dtype
-        if ignore_index >= 0:
-            raise ValueError(
-                f"{op}: ignore_index must be negative where target has probabilities, got "
-                f"{ignore_index}"
-            )
-    if target.dtype is not dtype:
-        target = target.to(dtype)
-    beta = check_beta(op, beta, input.dtype)
-    return _softmax_nll(input, target, weight, beta, reduction, ignore_index, label_smoothing)[0]
+    if target.is_floating_point() and ignore_index >= 0:
+        raise ValueError(
+            f"{op}: ignore_index must be negative where target has probabilities, got "
+            f"{ignore_index}"
+        )
+    check_beta(op, beta, input.dtype)
+
+
+_softmax_nll = direct("softmax_nll", _check_nll)
+_softmax_nll_grad = direct("softmax_nll_backward")
 
 
 def _class_dim(input: Tensor) -> int:
