@@ -90,14 +90,10 @@ class _LPPool(torch.nn.Module):
         super().__setstate__(state)
         self.__dict__.setdefault("dilation", 1)  # pickles from before there was one
 
-    def _arguments(self) -> tuple[Any, ...]:
-        """What the function takes behind the input."""
-        windows = self.kernel_size, self.stride, self.padding, self.ceil_mode, self.dilation
-        return self.norm_type, *windows
-
     def forward(self, input: Tensor) -> Tensor:
         """Pool a batch, or one example without N."""
-        return type(self)._function(input, *self._arguments())
+        windows = self.kernel_size, self.stride, self.padding, self.ceil_mode, self.dilation
+        return type(self)._function(input, self.norm_type, *windows)
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""
@@ -141,8 +137,10 @@ class LPPool2d(_LPPool):
         super().__init__(norm_type, kernel_size, stride, padding, ceil_mode, dilation)
         self.average = average
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return *super()._arguments(), self.average
+    def forward(self, input: Tensor) -> Tensor:
+        """Pool a batch, or one image without N."""
+        windows = self.kernel_size, self.stride, self.padding, self.ceil_mode, self.dilation
+        return ops.lp_pool2d(input, self.norm_type, *windows, self.average)
 
     def extra_repr(self) -> str:
         """Return the arguments, as in the constructor."""

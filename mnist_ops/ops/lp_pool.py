@@ -28,6 +28,7 @@ from .windows import (
     Places,
     Sides,
     check_fit,
+    check_that_they_fit,
     has_gaps,
     has_sides,
     is_infinite,
@@ -38,7 +39,7 @@ from .windows import (
 )
 
 _ops = torch.ops.mnist_ops
-_lp_pool2d = direct("lp_pool2d")
+_lp_pool2d = direct("lp_pool2d", check_that_they_fit("lp_pool2d"))
 _lp_pool2d_grad = direct("lp_pool2d_backward")
 
 
@@ -139,17 +140,17 @@ def lp_pool2d(
         input, places = lay_out(op, input, 2, dilation, places)
     number = 1 if isinstance(norm_type, Tensor) else norm_type
     windows = windows_for(op, number, *places, input.dtype)
-    check_fit(op, input, windows[1], windows[3])
+    p, kernel = windows[:2]
+    if not (average or isinstance(norm_type, Tensor)):
+        return _lp_pool2d(input, *windows)
+    check_fit(op, input, kernel, windows[3])
     if isinstance(norm_type, Tensor):
         return pool_by_tensor(op, input, norm_type, *windows[1:], average)
-    if average:
-        p, kernel = windows[:2]
-        wide = input.to(compute_type(input.dtype))
-        if math.log2(kernel[0] * kernel[1]) / p > 8:  # binary digits by which the norm is above
-            power = torch.full((), p, dtype=wide.dtype, device=input.device)
-            return pool_by_tensor(op, input, power, *windows[1:], average)
-        return (_lp_pool2d(wide, *windows) * _share(wide, *windows)).to(input.dtype)
-    return _lp_pool2d(input, *windows)
+    wide = input.to(compute_type(input.dtype))
+    if math.log2(kernel[0] * kernel[1]) / p > 8:  # binary digits by which the norm is above
+        power = torch.full((), p, dtype=wide.dtype, device=input.device)
+        return pool_by_tensor(op, input, power, *windows[1:], average)
+    return (_lp_pool2d(wide, *windows) * _share(wide, *windows)).to(input.dtype)
 
 
 def _share(

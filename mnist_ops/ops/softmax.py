@@ -378,16 +378,14 @@ def _keep(ctx: Any, tensors: Sequence[Tensor], weight: Tensor | None, options: A
 
 
 def _save_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, weight, *options = inputs
     total = output[1]
     ctx.mark_non_differentiable(total)
     ctx.set_materialize_grads(False)
-    _keep(ctx, (input, target, total), weight, options)
+    _keep(ctx, (*inputs[:2], total), inputs[2], inputs[3:])
 
 
 def _save_nll_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, weight, beta, reduction, ignore_index, label_smoothing = inputs
-    _keep(ctx, tensors, weight, (beta, reduction, ignore_index, label_smoothing))
+    _keep(ctx, inputs[:4], inputs[4], inputs[5:])
 
 
 class _Nll:
@@ -450,12 +448,13 @@ def _refuse_derivative(name: str, **of: Any) -> None:
 
 
 def _nll_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_derivative("softmax_nll", weight=ctx.needs_input_grad[2])
+    _, target_needs_it, weight_needs_it, *_ = ctx.needs_input_grad
+    _refuse_derivative("softmax_nll", weight=weight_needs_it)
     by_input = by_target = None
     if grad_loss is not None:
         saved = *ctx.saved_tensors, *ctx.options
         by_input = _softmax_nll_grad(grad_loss, *saved)
-        if ctx.needs_input_grad[1]:
+        if target_needs_it:
             nll = _Nll(*saved)
             by_target = nll.factors(grad_loss) * nll.by_probabilities()
     return by_input, by_target, *(None,) * 5

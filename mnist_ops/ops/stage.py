@@ -27,10 +27,10 @@ from .local_norm import (
     refuse_kernel_gradient,
     refuse_kernel_tangent,
 )
-from .windows import check_fit, output_size, windows_for
+from .windows import check_that_they_fit, output_size, windows_for
 
 _ops = torch.ops.mnist_ops
-_stage2d = direct("stage2d")
+_stage2d = direct("stage2d", check_that_they_fit("stage2d"))
 _stage2d_grad = direct("stage2d_backward")
 _activate = direct("activate")
 _lp_pool2d = direct("lp_pool2d")
@@ -103,7 +103,6 @@ def stage2d(
     check_images(op, input)
     check_activation(op, activation)
     windows = windows_for(op, norm_type, kernel_size, stride, padding, ceil_mode, input.dtype)
-    check_fit(op, input, windows[1], windows[3])
     return _stage2d(input, kernel_beside(op, input, kernel), activation, *windows)
 
 

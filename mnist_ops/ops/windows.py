@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _torch_private as private
 from ._common import check_number, compute_type, pair, sizes
 
 #: A padding before and after, for each of two dimensions.
@@ -47,7 +49,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None), torch.dtype))
 
 def windows_for(*arguments: Any) -> tuple[float, list[int], list[int], list[int], bool]:
     """As :func:`check_windows`, once for plain numbers: it takes longer than a small pooling."""
-    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, arguments)):
+    if private.is_dynamo() or not _PLAIN.issuperset(map(type, arguments)):
         return check_windows(*arguments)
     return _known_windows(*arguments)
 
@@ -186,6 +188,11 @@ def check_fit(op: str, input: Tensor, kernel: list[int], padding: list[int]) -> 
                 f"{op}: kernel_size {tuple(kernel)} does not fit into {image}{tuple(extent)} with "
                 f"padding {tuple(padding)}"
             )
+
+
+def check_that_they_fit(op: str) -> Callable[..., None]:
+    """As :func:`check_fit`, of the arguments of an operator that ends with windows."""
+    return lambda *args: check_fit(op, args[0], args[-4], args[-2])
 
 
 def output_size(
