@@ -191,9 +191,6 @@ def batch_first(tensor: Tensor, in_dim: int | None, batch_size: int) -> Tensor:
     return tensor.movedim(in_dim, 0)
 
 
-#: Devices whose kernels are there; elsewhere the operators are what definitions.py says.
-HAS_KERNELS = {"cpu": CPU_CAPABILITY != "none", "cuda": not CUDA_MISSING}
-
 #: How the autograd functions for eager PyTorch that register_autograd made are called.
 _eager_functions: dict[str, Callable[..., Any]] = {}
 
@@ -218,7 +215,8 @@ def direct(name: str, check: Callable[..., object] = lambda *args: None) -> Call
     dispatch, past_eager = private.entry(op), private.past_eager
     autograd, exclude, is_excluded = private.AUTOGRAD, private.exclude, private.is_excluded
     is_grad_enabled, autocast = torch.is_grad_enabled, private.autocast
-    on_cpu, on_cuda = HAS_KERNELS["cpu"], HAS_KERNELS["cuda"]
+    # Whether there are kernels; elsewhere the operators are what definitions.py says.
+    on_cpu, on_cuda = CPU_CAPABILITY != "none", not CUDA_MISSING
     # The places in args of the others that can require grad.
     others = [i for i, a in enumerate(private.arguments(op)) if i > 0 and "Tensor" in str(a.type)]
 
@@ -229,8 +227,8 @@ def direct(name: str, check: Callable[..., object] = lambda *args: None) -> Call
             check(*args)
             return op(*args)
         # Asking for the name of the device would take a quarter of the call's time.
-        known = on_cpu if input.is_cpu else on_cuda and input.is_cuda
-        if not known:
+        has_kernels = on_cpu if input.is_cpu else on_cuda and input.is_cuda
+        if not has_kernels:
             check(*args)
         before = is_excluded(autograd)
         try:
@@ -238,15 +236,17 @@ def direct(name: str, check: Callable[..., object] = lambda *args: None) -> Call
             for i in others:
                 requires_grad = requires_grad or (args[i] is not None and args[i].requires_grad)
             if requires_grad and is_grad_enabled():
-                return (_eager_functions[name] if known and not autocast() else op)(*args)
+                return (_eager_functions[name] if has_kernels and not autocast() else op)(*args)
             exclude(autograd, True)
             return dispatch(*args)
-        except Exception as error:
-            refused = error
+        except Exception:
+            try:
+                check(*args)
+            except Exception as better:
+                raise better from None
+            raise
         finally:
             exclude(autograd, before)
-        check(*args)
-        raise refused
 
     return call
 

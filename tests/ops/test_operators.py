@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import torch
 from conftest import first_of_each, other_capabilities, thinned
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mnist_ops
 from mnist_ops import _torch_private, gaussian1d, gaussian2d
@@ -305,6 +308,65 @@ def test_export(device, operator):
     program = torch.export.export(Module(), (x,))
     torch.testing.assert_close(program.module()(x), operator(x), rtol=0, atol=0)
     assert any(f"mnist_ops.{operator.name}" in str(n.target) for n in program.graph.nodes)
+
+
+# ---------------------------------------------------------------------------- ways through PyTorch
+
+CLASSES = torch.tensor([0, 1])
+REFUSED = {
+    "sigmoid": lambda x: mnist_ops.sigmoid(x.int()),
+    "softmax dim": lambda x: mnist_ops.softmax(x, 4),
+    "softmax dtype": lambda x: mnist_ops.softmax(x.int()),
+    "log_softmax": lambda x: mnist_ops.log_softmax(x, beta=1e39),
+    "softmax_nll shape": lambda x: mnist_ops.softmax_nll(x[..., 0, 0], CLASSES[:1].to(x.device)),
+    "softmax_nll device": lambda x: mnist_ops.softmax_nll(x[..., 0, 0], CLASSES.to("meta")),
+    "softmax_nll target": lambda x: mnist_ops.softmax_nll(x[..., 0, 0], [0, 1]),
+    "softmax_nll reduction": lambda x: mnist_ops.softmax_nll(
+        x[..., 0, 0], CLASSES.to(x.device), reduction="max"
+    ),
+    "lp_pool2d": lambda x: mnist_ops.lp_pool2d(x, 2, 7),
+    "stage2d": lambda x: mnist_ops.stage2d(x, KERNEL, kernel_size=7),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_refused_in_the_same_words_on_every_way(device, call):
+    """Plain tensors are checked when kernels have refused them, others before that."""
+    x = torch.randn(2, 4, 5, 6, device=device)
+    private = _torch_private
+    seen = set()
+    for tensor in (x, x.clone().requires_grad_(), torch.nn.Parameter(x)):
+        for mode in (contextlib.nullcontext, torch.inference_mode, forward_ad.dual_level):
+            with mode():
+                before = private.is_excluded(private.AUTOGRAD)
+                with pytest.raises((TypeError, ValueError, IndexError, RuntimeError)) as caught:
+                    call(tensor)
+                assert private.is_excluded(private.AUTOGRAD) == before
+                assert caught.value.__cause__ is None
+                assert caught.value.__context__ is None or caught.value.__suppress_context__
+                seen.add((caught.type, str(caught.value)))
+    assert len(seen) == 1
+    assert next(iter(seen))[1].split(":")[0] in {operator.name for operator in OPERATORS}
+
+
+@every_operator
+def test_within_a_dispatch_mode_autograd_is_as_it_was(device, operator):
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 4, 5, 6, device=device)
+    expected = operator(x)
+    for mode in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
+        for tensor in (x, x.clone().requires_grad_()):
+            seen: list[str] = []
+            with mode(), Mode():
+                y = operator(tensor)
+            assert any(name.startswith("mnist_ops.") for name in seen)
+            assert torch.equal(y, expected)
+            assert y.requires_grad == (mode is contextlib.nullcontext and tensor is not x)
+    assert not _torch_private.is_excluded(_torch_private.AUTOGRAD)
 
 
 # ---------------------------------------------------------------------------------- vmap, autocast
