@@ -43,7 +43,7 @@ __global__ void __launch_bounds__((kMostImageThreads<T>), 2)
   T* const g = gradient ? x + a.room : nullptr;
   const int stride = static_cast<int>(gridDim.x >> a.plan.log_cluster);
   block.prepare();
-  if (kHasBulkCopies && block.thread == 0) begin_arrivals(block.arrival());
+  if (has_bulk_copies() && block.thread == 0) begin_arrivals(block.arrival());
   bool parity = false;
   for (int image = static_cast<int>(blockIdx.x >> a.plan.log_cluster); image < a.N;
        image += stride, parity = !parity) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__((kMostImageThreads<T>), 2)
     block.load(x, g, image, parity);
     normalize_image<gradient>(block, g, x);
   }
-  if (kHasBulkCopies && block.thread == 0) wait_for_bulk_stores();
+  if (has_bulk_copies() && block.thread == 0) wait_for_bulk_stores();
 }
 
 template <bool gradient, bool kLast, int n, typename T>

@@ -145,12 +145,13 @@ struct ImageBlock {
     return static_cast<int>(blockIdx.x) & (a.plan.cluster - 1);
   }
   __device__ __forceinline__ int share_begin() const { return rank() * a.plan.share; }
-  // Of this block's share: its first element in memory, and how many there are.
+  // Of this block's share: its first element in memory, and how many there are: none where the
+  // blocks before it have all.
   __device__ __forceinline__ int64_t begin(int image) const {
     return int64_t{image} * a.size + int64_t{rank()} * a.piece;
   }
   __device__ __forceinline__ int count() const {
-    return std::min(a.piece, a.size - rank() * a.piece);
+    return std::max(0, std::min(a.piece, a.size - rank() * a.piece));
   }
 
   // Planes, and what a plane's values are divided by.
@@ -205,13 +206,13 @@ struct ImageBlock {
   // barrier, which load() ends with. What store() reads must not change before the next load().
   __device__ __forceinline__ void load(T* x, T* grad, int image, bool parity) const {
     const int64_t first = begin(image);
-    if (kHasBulkCopies && a.aligned) {
+    if (has_bulk_copies() && a.aligned) {
       if (thread == 0) {
         const int bytes = count() * static_cast<int>(sizeof(T));
         wait_for_bulk_stores();
         expect_bytes(arrival(), gradient ? 2 * bytes : bytes);
-        bulk_load(x, a.input + first, bytes, arrival());
-        if constexpr (gradient) bulk_load(grad, a.grad + first, bytes, arrival());
+        if (bytes > 0) bulk_load(x, a.input + first, bytes, arrival());
+        if (gradient && bytes > 0) bulk_load(grad, a.grad + first, bytes, arrival());
       }
       return wait_for_bytes(arrival(), parity);
     }
@@ -222,10 +223,12 @@ struct ImageBlock {
   }
   __device__ __forceinline__ void store(int image, const T* x) const {
     T* const to = a.out + begin(image);
-    if (kHasBulkCopies && a.aligned) {
+    if (has_bulk_copies() && a.aligned) {
       order_bulk_store();
       __syncthreads();
-      if (thread == 0) bulk_store(to, x, count() * static_cast<int>(sizeof(T)));
+      if (thread == 0 && count() > 0) {
+        bulk_store(to, x, count() * static_cast<int>(sizeof(T)));
+      }
       return;
     }
     __syncthreads();

@@ -167,9 +167,19 @@ __device__ __forceinline__ void wait_for_copies() {
 // so many bytes; parity changes from one wait to the next. A store is done with shared memory after
 // wait_for_bulk_stores(); what threads wrote there is what it reads if they call order_bulk_store()
 // and then a barrier.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kHasBulkCopies = true;
-
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+using cuda_emulator::begin_arrivals;
+using cuda_emulator::bulk_load;
+using cuda_emulator::bulk_store;
+using cuda_emulator::expect_bytes;
+using cuda_emulator::has_bulk_copies;
+using cuda_emulator::order_bulk_store;
+using cuda_emulator::wait_for_bulk_stores;
+using cuda_emulator::wait_for_bytes;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ constexpr bool has_bulk_copies() {
+  return true;
+}
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
@@ -216,7 +226,9 @@ __device__ __forceinline__ void wait_for_bulk_stores() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 #else
-constexpr bool kHasBulkCopies = false;
+__device__ constexpr bool has_bulk_copies() {
+  return false;
+}
 __device__ __forceinline__ void order_bulk_store() {}
 __device__ __forceinline__ void begin_arrivals(uint64_t*) {}
 __device__ __forceinline__ void expect_bytes(uint64_t*, int) {}

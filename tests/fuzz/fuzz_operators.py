@@ -140,7 +140,8 @@ def say(**message: Any) -> None:
 
 def child(options: argparse.Namespace) -> int:
     """Make the calls [first, first + calls), and tell the parent of each before it is made."""
-    sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]  # the cases, and loops.py
+    tests = Path(__file__).parents[1]  # the cases, loops.py, the emulator's modes
+    sys.path[:0] = [str(tests / "fuzz"), str(tests), str(tests / "kernels")]
     import torch
 
     import mnist_ops  # noqa: F401

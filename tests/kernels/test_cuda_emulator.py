@@ -636,6 +636,22 @@ def test_local_normalization_of_many_images(configure):
             emulator.check("subtractive_norm2d_backward", x, kernel)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 9, 30, 30), (1, 1024, 3, 3)], ids=str)
+def test_local_normalization_where_a_block_has_no_share(configure, dtype, shape):
+    """Of 9 channels, or 9 pixels in NHWC, three of a cluster's four blocks have all."""
+    emulator = Emulator(configure, MODES[0])
+    layout = "contiguous" if shape[1] == 9 else "channels last"
+    case = Cases(3, dtype)
+    x, grad = case.normal(shape, layout), case.normal(shape, layout)
+    kernel = torch.tensor([1.0, 2.0, 4.0, 2.0, 1.0])
+    emulator.check("subtractive_norm2d", x, kernel)
+    emulator.check("subtractive_norm2d_backward", grad, kernel)
+    for name in ("divisive_norm2d", "contrastive_norm2d"):
+        emulator.check(name, x, kernel, 1e-4, 1e-4, loosen=4)
+        emulator.check(f"{name}_backward", grad, x, kernel, 1e-4, 1e-4, loosen=20)
+
+
 @cases(1)
 def test_local_normalization_of_images_in_shared_memory(emulator: Emulator, case: Cases):
     """An image a block, one for two, four or eight, one that does not fit, and more than blocks.

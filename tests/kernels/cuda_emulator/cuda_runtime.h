@@ -104,6 +104,21 @@ V* cluster_peer(V* mine, int rank) {
   return reinterpret_cast<V*>(address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
 }
 
+// Copies by the copy engine, which the device has where grids are not limited, so that both ways
+// are tried. They take place as late as they may: loads when their bytes are waited for, by all
+// threads of a block, stores when their end is. A size or an address that the engine would not
+// take, bytes that never come and stores that nobody waits for are reported.
+inline bool has_bulk_copies() {
+  return settings.max_blocks > INT32_MAX;
+}
+void begin_arrivals(uint64_t* barrier);
+void expect_bytes(uint64_t* barrier, int bytes);
+void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier);
+void wait_for_bytes(uint64_t* barrier, bool parity);
+inline void order_bulk_store() {}
+void bulk_store(void* to, const void* from, int bytes);
+void wait_for_bulk_stores();
+
 // The same with all blocks alive at once.
 void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
                        size_t shared_bytes = 0);

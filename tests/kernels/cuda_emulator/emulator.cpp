@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -55,6 +56,37 @@ constexpr size_t kMarginLines = 4;
 constexpr unsigned char kNaN = 0xff;  // every byte of a NaN, in all floating-point types
 std::vector<Line> dynamic_shared;
 size_t block_lines;  // from one block's to the next one's, in a cluster
+
+// Bulk copies on their way: loads by their barrier in shared memory, stores by their block.
+struct BulkCopy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+struct Arrivals {
+  bool expecting = false, parity = false;  // of the phase that has not ended
+  size_t expected = 0;
+  std::vector<BulkCopy> loads;
+};
+std::map<const uint64_t*, Arrivals> arrivals;
+std::map<unsigned, std::vector<BulkCopy>> bulk_stores;
+std::string fault;  // a fiber cannot throw
+
+void expect(bool condition, const char* otherwise) {
+  if (!condition) fault = otherwise;
+}
+
+BulkCopy bulk_copy(void* to, const void* from, int bytes) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  expect(bytes > 0 && bytes % 16 == 0 && aligned(to) && aligned(from),
+         "a bulk copy that is not of 16 bytes, or at no multiple of them");
+  return {to, from, static_cast<size_t>(std::max(bytes, 0))};
+}
+
+void make(std::vector<BulkCopy>& copies) {
+  for (const BulkCopy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  copies.clear();
+}
 
 void back_to_scheduler() {
   if (_setjmp(fibers[first_fiber + current]->resume) == 0) _longjmp(scheduler, 1);
@@ -125,6 +157,9 @@ unsigned at_grid_barrier;
 void start_block(unsigned threads) {
   finished = at_grid_barrier = 0;
   block_barrier = {threads, {}};
+  arrivals.clear();
+  bulk_stores.clear();
+  fault.clear();
   std::memset(static_cast<void*>(dynamic_shared.data()), kNaN,
               dynamic_shared.size() * sizeof(Line));
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
@@ -260,7 +295,12 @@ void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
       for (unsigned block = 0; block < cluster; ++block) {
         check_margin(dynamic_shared.data() + (block + 1) * block_lines);
       }
-      continue;
+      for (const auto& [block, stores] : bulk_stores) {
+        expect(stores.empty(), "a bulk store that nobody waited for");
+      }
+      if (fault.empty()) continue;
+      blocks_of_cluster = 0;
+      throw std::runtime_error("CUDA emulator: " + fault);
     }
     blocks_of_cluster = 0;
     fibers.clear();
@@ -272,6 +312,45 @@ void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
 void cluster_wait() {
   if (blocks_of_cluster == 0) std::abort();
   wait(block_barrier);
+}
+
+void begin_arrivals(uint64_t* barrier) {
+  arrivals[barrier] = {};
+}
+
+void expect_bytes(uint64_t* barrier, int bytes) {
+  const auto found = arrivals.find(barrier);
+  expect(found != arrivals.end() && !found->second.expecting && bytes >= 0,
+         "bytes expected at a barrier that is not ready, or fewer than none");
+  Arrivals& a = arrivals[barrier];
+  a.expecting = true;
+  a.expected = static_cast<size_t>(std::max(bytes, 0));
+}
+
+void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+  arrivals[barrier].loads.push_back(bulk_copy(to, from, bytes));
+}
+
+void wait_for_bytes(uint64_t* barrier, bool parity) {
+  wait_for_block();
+  Arrivals& a = arrivals[barrier];
+  if (a.expecting) {
+    size_t bytes = 0;
+    for (const BulkCopy& load : a.loads) bytes += load.bytes;
+    expect(bytes == a.expected, "other bytes came than were expected");
+    make(a.loads);
+    a.expecting = false;
+    a.parity = !a.parity;
+  }
+  expect(parity != a.parity, "a wait for bytes of another phase");
+}
+
+void bulk_store(void* to, const void* from, int bytes) {
+  bulk_stores[blockIdx.x].push_back(bulk_copy(to, from, bytes));
+}
+
+void wait_for_bulk_stores() {
+  make(bulk_stores[blockIdx.x]);
 }
 
 unsigned char* address_of_block(const unsigned char* mine, int rank) {
