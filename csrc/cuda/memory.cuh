@@ -136,8 +136,12 @@ struct RawPack {
 // Both addresses are so many elements further, by numbers in the instruction.
 template <int n, int further = 0, typename T>
 __device__ __forceinline__ void copy_pack(T* to, const T* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+  if constexpr (kBytes >= 4) {
+    return cuda_emulator::copy_later(to + further, from + further, kBytes);
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   constexpr int kFurther = static_cast<int>(sizeof(T)) * further;
   if constexpr (kBytes >= 4) {
     const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -157,7 +161,9 @@ __device__ __forceinline__ void copy_pack(T* to, const T* from) {
 }
 
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(MNIST_OPS_CUDA_EMULATOR)
+  cuda_emulator::wait_for_copies();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

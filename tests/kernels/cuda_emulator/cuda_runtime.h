@@ -104,6 +104,10 @@ V* cluster_peer(V* mine, int rank) {
   return reinterpret_cast<V*>(address_of_block(reinterpret_cast<const unsigned char*>(mine), rank));
 }
 
+// Copies that a thread begins and waits for: they take place when it waits.
+void copy_later(void* to, const void* from, int bytes);
+void wait_for_copies();
+
 // Copies by the copy engine, which the device has where grids are not limited, so that both ways
 // are tried. They take place as late as they may: loads when their bytes are waited for, by all
 // threads of a block, stores when their end is. A size or an address that the engine would not

@@ -57,35 +57,46 @@ constexpr unsigned char kNaN = 0xff;  // every byte of a NaN, in all floating-po
 std::vector<Line> dynamic_shared;
 size_t block_lines;  // from one block's to the next one's, in a cluster
 
-// Bulk copies on their way: loads by their barrier in shared memory, stores by their block.
-struct BulkCopy {
+// Copies on their way: of threads by their fiber; by the copy engine, loads by their barrier in
+// shared memory, stores by their block.
+struct Copy {
   void* to;
   const void* from;
   size_t bytes;
 };
+std::vector<std::vector<Copy>> copies_of_threads;
 struct Arrivals {
   bool expecting = false, parity = false;  // of the phase that has not ended
   size_t expected = 0;
-  std::vector<BulkCopy> loads;
+  std::vector<Copy> loads;
 };
 std::map<const uint64_t*, Arrivals> arrivals;
-std::map<unsigned, std::vector<BulkCopy>> bulk_stores;
+std::map<unsigned, std::vector<Copy>> bulk_stores;
 std::string fault;  // a fiber cannot throw
 
 void expect(bool condition, const char* otherwise) {
   if (!condition) fault = otherwise;
 }
 
-BulkCopy bulk_copy(void* to, const void* from, int bytes) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  expect(bytes > 0 && bytes % 16 == 0 && aligned(to) && aligned(from),
-         "a bulk copy that is not of 16 bytes, or at no multiple of them");
+// Of so many bytes, or multiples of them, at multiples of them.
+Copy checked_copy(void* to, const void* from, int bytes, int unit) {
+  const auto aligned = [&](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(unit) == 0;
+  };
+  expect(bytes > 0 && bytes % unit == 0 && aligned(to) && aligned(from),
+         "a copy of no bytes, or at no multiple of what it copies at once");
   return {to, from, static_cast<size_t>(std::max(bytes, 0))};
 }
 
-void make(std::vector<BulkCopy>& copies) {
-  for (const BulkCopy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+void make(std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
   copies.clear();
+}
+
+void throw_fault() {
+  if (fault.empty()) return;
+  blocks_of_cluster = 0;
+  throw std::runtime_error("CUDA emulator: " + fault);
 }
 
 void back_to_scheduler() {
@@ -108,6 +119,8 @@ void fiber_main() {
 }
 
 void make_fibers(size_t count) {
+  copies_of_threads.assign(count, {});
+  fault.clear();
   while (fibers.size() < count) {
     auto fiber = std::make_unique<Fiber>();
     fiber->stack = std::make_unique<unsigned char[]>(kStackBytes);
@@ -159,7 +172,6 @@ void start_block(unsigned threads) {
   block_barrier = {threads, {}};
   arrivals.clear();
   bulk_stores.clear();
-  fault.clear();
   std::memset(static_cast<void*>(dynamic_shared.data()), kNaN,
               dynamic_shared.size() * sizeof(Line));
   warp_barriers.assign((threads + kWarp - 1) / kWarp, {});
@@ -212,6 +224,7 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread, size_t
     fibers.clear();
     throw std::runtime_error("CUDA emulator: blocks wait for each other in an ordinary launch");
   }
+  throw_fault();
 }
 
 void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& thread,
@@ -255,7 +268,7 @@ void run_grid_together(dim3 grid, dim3 block, const std::function<void()>& threa
     }
   }
   first_fiber = 0;
-  if (waiting.empty()) return;
+  if (waiting.empty()) return throw_fault();
   fibers.clear();
   throw std::runtime_error("CUDA emulator: " + std::to_string(waiting.size()) +
                            " blocks wait for ones that never come");
@@ -298,9 +311,8 @@ void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
       for (const auto& [block, stores] : bulk_stores) {
         expect(stores.empty(), "a bulk store that nobody waited for");
       }
-      if (fault.empty()) continue;
-      blocks_of_cluster = 0;
-      throw std::runtime_error("CUDA emulator: " + fault);
+      throw_fault();
+      continue;
     }
     blocks_of_cluster = 0;
     fibers.clear();
@@ -312,6 +324,14 @@ void run_clusters(unsigned clusters, unsigned cluster, unsigned threads,
 void cluster_wait() {
   if (blocks_of_cluster == 0) std::abort();
   wait(block_barrier);
+}
+
+void copy_later(void* to, const void* from, int bytes) {
+  copies_of_threads[first_fiber + current].push_back(checked_copy(to, from, bytes, bytes));
+}
+
+void wait_for_copies() {
+  make(copies_of_threads[first_fiber + current]);
 }
 
 void begin_arrivals(uint64_t* barrier) {
@@ -328,7 +348,7 @@ void expect_bytes(uint64_t* barrier, int bytes) {
 }
 
 void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
-  arrivals[barrier].loads.push_back(bulk_copy(to, from, bytes));
+  arrivals[barrier].loads.push_back(checked_copy(to, from, bytes, 16));
 }
 
 void wait_for_bytes(uint64_t* barrier, bool parity) {
@@ -336,7 +356,7 @@ void wait_for_bytes(uint64_t* barrier, bool parity) {
   Arrivals& a = arrivals[barrier];
   if (a.expecting) {
     size_t bytes = 0;
-    for (const BulkCopy& load : a.loads) bytes += load.bytes;
+    for (const Copy& load : a.loads) bytes += load.bytes;
     expect(bytes == a.expected, "other bytes came than were expected");
     make(a.loads);
     a.expecting = false;
@@ -346,7 +366,7 @@ void wait_for_bytes(uint64_t* barrier, bool parity) {
 }
 
 void bulk_store(void* to, const void* from, int bytes) {
-  bulk_stores[blockIdx.x].push_back(bulk_copy(to, from, bytes));
+  bulk_stores[blockIdx.x].push_back(checked_copy(to, from, bytes, 16));
 }
 
 void wait_for_bulk_stores() {
