@@ -14,7 +14,7 @@ inline void split_pairs(const A* x, A* even, A* odd, int64_t count) {
   };
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<A, float>) {
-    const auto eight = [&](int64_t j) {
+    const auto eight = [=](int64_t j) {
       _mm256_storeu_ps(even + j, swap_middle(every_other(x + 2 * j, false)));
       _mm256_storeu_ps(odd + j, swap_middle(every_other(x + 2 * j, true)));
     };
@@ -33,7 +33,7 @@ inline void join_pairs(const A* even, const A* odd, A* x, int64_t count) {
   };
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<A, float>) {
-    const auto eight = [&](int64_t j) {
+    const auto eight = [=](int64_t j) {
       const __m256 a = _mm256_loadu_ps(even + j), b = _mm256_loadu_ps(odd + j);
       const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
       _mm256_storeu_ps(x + 2 * j, _mm256_permute2f128_ps(low, high, 0x20));
@@ -99,10 +99,12 @@ struct Grouping {
   template <typename T, typename A>
   void gather(const T* image, int64_t oh, int64_t n_rows, int64_t ow, int64_t n_columns, A* to,
               A* row) const {
-    const int64_t width = n_columns * inner;
-    for (int64_t r = 0; r < n_rows; ++r) {
-      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
-        A* tap = to + kh * g.kernel_w * capacity + r * width;
+    const int64_t width = n_columns * inner, twos = in_pairs() ? g.kernel_w / 2 * 2 : 0;
+    const bool odd = twos > 0 && twos < g.kernel_w;
+    for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+      A* const taps_of_row = to + kh * g.kernel_w * capacity;
+      for (int64_t r = 0; r < n_rows; ++r) {
+        A* tap = taps_of_row + r * width;
         const int64_t ih = (oh + r) * g.stride_h - g.padding_h + kh;
         if (ih < 0 || ih >= g.H) {
           for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
@@ -111,39 +113,50 @@ struct Grouping {
           continue;
         }
         const A* x = load(image + ih * g.in_h, row, g.W * inner);
-        int64_t kw = 0;
-        if (in_pairs()) {
-          for (; kw + 1 < g.kernel_w; kw += 2) {
-            split_pairs(x + kw, tap + kw * capacity, tap + (kw + 1) * capacity, width);
-          }
-          if (kw > 0 && kw < g.kernel_w) {  // the last one with its neighbour, for a second time
-            split_pairs(x + kw - 1, tap + (kw - 1) * capacity, tap + kw * capacity, width);
-            ++kw;
-          }
+        for (int64_t kw = 0; kw < twos; kw += 2) {
+          split_pairs(x + kw, tap + kw * capacity, tap + (kw + 1) * capacity, width);
         }
-        for (; kw < g.kernel_w; ++kw) gather_tap(x, kw, ow, n_columns, tap + kw * capacity);
+        for (int64_t kw = odd ? g.kernel_w : twos; kw < g.kernel_w; ++kw) {
+          gather_tap(x, kw, ow, n_columns, tap + kw * capacity);
+        }
+      }
+      if (!odd) continue;
+      // An odd number's last tap is the next window's last but two; all rows at once.
+      A* const last = taps_of_row + twos * capacity;
+      std::copy(last - 2 * capacity + 1, last - 2 * capacity + n_rows * width, last);
+      for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t ih = (oh + r) * g.stride_h - g.padding_h + kh;
+        const T* const end = image + ih * g.in_h + twos + 2 * (width - 1);
+        last[(r + 1) * width - 1] = ih < 0 || ih >= g.H ? A(0) : static_cast<A>(*end);
       }
     }
   }
 
-  // The reverse: the rows [top, bottom) of an image, of which the first is at gradients; row has
-  // room for two rows.
+  // The reverse: the rows [top, bottom) of an image, of which the first is at gradients; spare has
+  // room for three numbers a window, where windows are three wide.
   template <typename A>
   void scatter(const A* from, int64_t oh, int64_t n_rows, int64_t ow, int64_t n_columns,
-               int64_t top, int64_t bottom, bool add, A* gradients, A* row) const {
+               int64_t top, int64_t bottom, bool add, A* gradients, A* spare) const {
     const int64_t width = n_columns * inner;
-    for (int64_t r = 0; r < n_rows; ++r) {
-      for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
-        const A* tap = from + kh * g.kernel_w * capacity + r * width;
+    const bool twos = in_pairs() && g.kernel_w == 2 && !add;
+    const bool threes = in_pairs() && g.kernel_w == 3;
+    for (int64_t kh = g.kernel_h - 1; kh >= 0; --kh) {  // an element's windows in their order
+      const A* const taps_of_row = from + kh * g.kernel_w * capacity;
+      if (threes) join_threes(taps_of_row, n_rows, spare);
+      for (int64_t r = 0; r < n_rows; ++r) {
+        const A* tap = taps_of_row + r * width;
         const int64_t ih = (oh + r) * g.stride_h - g.padding_h + kh;
         if (ih < top || ih >= bottom) continue;
         A* gx = gradients + (ih - top) * g.W * inner;
-        if (in_pairs() && g.kernel_w == 2 && !add) {
-          join_pairs(tap, tap + capacity, gx, width);
+        if (threes) {
+          const A* const sums = spare + 2 * r * width;
+#pragma omp simd
+          for (int64_t i = 0; i < 2 * width; ++i) gx[i] += sums[i];
+          gx[2 * width] += taps_of_row[2 * capacity + (r + 1) * width - 1];
           continue;
         }
-        if (in_pairs() && g.kernel_w == 3) {
-          add_threes(tap, width, gx, row);
+        if (twos) {
+          join_pairs(tap, tap + capacity, gx, width);
           continue;
         }
         for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
@@ -159,19 +172,18 @@ struct Grouping {
     return inner == 1 && g.stride_w == 2 && g.padding_w == 0 && 2 * (g.OW - 1) + g.kernel_w <= g.W;
   }
 
-  // The gradients of three taps at every other element: those with an even index come from the
-  // first tap and the window before's third, the others from the second tap.
+  // The gradients of three taps at every other element, but for each row's last: those with an even
+  // index come from the first tap and the window before's third, the others from the second tap.
+  // All rows at once: a row is short.
   template <typename A>
-  void add_threes(const A* taps_of_row, int64_t count, A* gx, A* row) const {
-    const A *first = taps_of_row, *second = first + capacity, *third = second + capacity;
-    A *even = row, *sums = row + count + 1;
-    even[0] = first[0];
+  void join_threes(const A* first, int64_t n_rows, A* sums) const {
+    const A *const second = first + capacity, *const third = second + capacity;
+    const int64_t count = n_rows * g.OW;
+    A* const even = sums + 2 * capacity;
 #pragma omp simd
     for (int64_t j = 1; j < count; ++j) even[j] = first[j] + third[j - 1];
+    for (int64_t j = 0; j < count; j += g.OW) even[j] = first[j];
     join_pairs(even, second, sums, count);
-#pragma omp simd
-    for (int64_t i = 0; i < 2 * count; ++i) gx[i] += sums[i];
-    gx[2 * count] += third[count - 1];
   }
 
   template <typename A>

@@ -96,8 +96,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
   const int64_t cost = 2 * width * band * power_cost(norm_type);
   const BatchLoops<A> loops = loops_of<A>(norm_type, all.taps);
   parallel_for(all.outer * bands, cost, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch((all.taps + 3) * all.capacity + 2 * width +
-                           (kDirect ? 0 : band * width));
+    std::vector<A> scratch((all.taps + 3) * all.capacity + width + (kDirect ? 0 : band * width));
     A *elements = scratch.data(), *y = elements + all.taps * all.capacity;
     A *grad = y + all.capacity, *spare = grad + all.capacity, *row = spare + all.capacity;
     for (int64_t item = begin; item < end; ++item) {
@@ -106,7 +105,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
       const T* in = input + image * g.H * g.in_h;
       const T *out = output + image * g.OH * g.out_h, *go = grad_output + image * g.OH * g.out_h;
       T* const to = grad_input + image * g.H * g.in_h + top * g.in_h;
-      A* const gx = stage(to, row + 2 * width);
+      A* const gx = stage(to, row + width);
       if (clear) std::fill(gx, gx + (bottom - top) * width, A(0));
       const auto gathered = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         const int64_t count = rows * columns * all.inner, o = oh * g.out_h + ow * all.inner;
@@ -115,7 +114,7 @@ void backward_batches(const Grouping& all, double norm_type, const T* grad_outpu
         convert(go + o, grad, count);
         const Batch<A> batch{elements, all.capacity, (count + kStep - 1) / kStep * kStep, all.taps};
         loops.gradients(batch, p, grad, y, spare);
-        all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, row);
+        all.scatter(elements, oh, rows, ow, columns, top, bottom, add, gx, y);
       };
       const auto pool = [&](int64_t oh, int64_t rows, int64_t ow, int64_t columns) {
         if constexpr (in_place) {

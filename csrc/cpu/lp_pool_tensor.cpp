@@ -55,7 +55,7 @@ struct PowerBatch {
   // Channels lie side by side in NHWC; in NCHW `begin` gives the p of a plane.
   PowerBatch(const Grouping& grouping, const A* p_of_channels)
       : all(grouping),
-        scratch((2 * all.taps + 12) * all.capacity + 2 * all.g.W * all.inner, A(1)),
+        scratch((2 * all.taps + 12) * all.capacity + all.g.W * all.inner, A(1)),
         taps(scratch.data()),
         kept(taps + all.taps * all.capacity) {
     A* next = kept + all.taps * all.capacity;
@@ -216,7 +216,7 @@ void backward_batches(const Grouping& all, const opmath_t<T>* p, bool average, c
                            sum[j % all.inner] += static_cast<double>(terms[j]);
                        }
                        all.scatter(batch.taps, oh, rows, ow, columns, top, bottom, add, gx,
-                                   batch.row);
+                                   batch.kept);
                      });
       store(gx, to, (bottom - top) * width);
     }

@@ -59,13 +59,13 @@ MNIST_OPS_HD A root(A sum, A p) {
   return sum;
 }
 
-// dy/dx; for p = inf without the division by the ties.
+// dy/dx; for p = inf without the division by the ties, for a y that is above 0 or NaN.
 template <Power power, typename A>
 MNIST_OPS_HD A slope(A x, A y, A p) {
   if constexpr (power == Power::kOne) return sign_of(x);
   if constexpr (power == Power::kInf) {
-    const A s = magnitude(x) == y ? sign_of(x) : A(0);
-    return y != y ? y : s;
+    const A s = x == -y ? A(-1) : A(0);
+    return x == y ? A(1) : s;
   }
   if constexpr (power == Power::kGeneral) {
     const Quotient<A> ratio(magnitude(x), y);
@@ -213,11 +213,15 @@ void batch_gradients(const Batch<A>& batch, A p, A* grad, A* y, A* scratch) {
   if constexpr (power == Power::kInf) {
     A* const ties = scratch;
     batch.template fold<kTaps>(ties, A(0), [=](A sum, A x, int64_t j) {
-      return sum + (magnitude(x) == y[j] ? A(1) : A(0));
+      return sum + (std::fabs(x) == y[j] ? A(1) : A(0));
     });
     const int64_t n = batch.count;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) grad[j] = ties[j] > A(0) ? grad[j] / ties[j] : grad[j];
+    for (int64_t j = 0; j < n; ++j) {
+      const A share = ties[j] > A(0) ? grad[j] / ties[j] : grad[j];
+      grad[j] = y[j] != y[j] ? y[j] : share;
+      y[j] = y[j] > A(0) ? y[j] : std::numeric_limits<A>::quiet_NaN();  // no element is equal
+    }
   }
   batch.template map<kTaps>([=](A x, int64_t j) { return grad[j] * slope<power>(x, y[j], p); });
 }
@@ -360,7 +364,7 @@ inline void gradients_of_few(const float* upper, const float* lower, const float
 // Calls eight(j) for eight windows from j on, some of them twice if count is no multiple of eight,
 // or few() if there are not so many.
 template <typename Eight, typename Few>
-void by_eights(int64_t count, const Eight& eight, const Few& few) {
+[[gnu::always_inline]] inline void by_eights(int64_t count, const Eight& eight, const Few& few) {
   if (count < 8) return few();
   for (int64_t j = 0; j + 8 <= count; j += 8) eight(j);
   if (count % 8 != 0) eight(count - 8);
