@@ -37,35 +37,50 @@ struct Blur {
     apply(ones.data(), coef.data(), scratch.data(), false);
   }
 
+  // Some rows at a time, as if they were one: loops over single rows of 14 pixels are little but
+  // ends.
+  static constexpr int64_t kPart = 1024;  // pixels
+  template <typename F>
+  void in_parts(int64_t begin, int64_t end, const F& body) const {
+    const int64_t most = std::max<int64_t>(kPart / W, 1);
+    for (int64_t h = begin; h < end; h += most) body(h, std::min(most, end - h));
+  }
+
   void rows(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
-    const int64_t radius = taps_w / 2;
-    std::vector<A> padded(W + 2 * radius);
-    for (int64_t h = begin; h < end; ++h) {
-      std::copy(in + h * W, in + (h + 1) * W, padded.begin() + radius);
-      A* sum = out + h * W;
-      std::fill(sum, sum + W, A(0));
+    // The zeros behind a row are those before the next; sums that begin in them do not count.
+    const int64_t radius = taps_w / 2, pitch = W + radius;
+    std::vector<A> padded(std::max(kPart / W, int64_t{1}) * pitch + 2 * radius),
+        sums(padded.size());
+    in_parts(begin, end, [&](int64_t h, int64_t n) {
+      for (int64_t r = 0; r < n; ++r) {
+        std::copy(in + (h + r) * W, in + (h + r + 1) * W, padded.data() + radius + r * pitch);
+      }
+      A* sum = sums.data();
+      std::fill(sum, sum + n * pitch, A(0));
       for (int64_t k = 0; k < taps_w; ++k) {
         const A weight_k = taps[k];
         const A* x = padded.data() + k;
 #pragma omp simd
-        for (int64_t w = 0; w < W; ++w) sum[w] += x[w] * weight_k;
+        for (int64_t i = 0; i < n * pitch; ++i) sum[i] += x[i] * weight_k;
       }
-    }
+      for (int64_t r = 0; r < n; ++r) {
+        std::copy(sum + r * pitch, sum + r * pitch + W, out + (h + r) * W);
+      }
+    });
   }
 
   void columns(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
-    for (int64_t h = begin; h < end; ++h) {
-      A* sum = out + h * W;
-      std::fill(sum, sum + W, A(0));
+    in_parts(begin, end, [&](int64_t h, int64_t n) {
+      std::fill(out + h * W, out + (h + n) * W, A(0));
       for (int64_t k = 0; k < taps_h; ++k) {
-        const int64_t row = h + k - taps_h / 2;
-        if (row < 0 || row >= H) continue;
+        const int64_t down = k - taps_h / 2;
+        const int64_t first = std::max(h, -down), last = std::min(h + n, H - down);
         const A weight_k = taps[k];
-        const A* x = in + row * W;
+        const A* x = in + down * W;
 #pragma omp simd
-        for (int64_t w = 0; w < W; ++w) sum[w] = fused_fmadd(x[w], weight_k, sum[w]);
+        for (int64_t i = first * W; i < last * W; ++i) out[i] = fused_fmadd(x[i], weight_k, out[i]);
       }
-    }
+    });
   }
 
   void whole_kernel(const A* in, A* out, const A* taps, int64_t begin, int64_t end) const {
