@@ -230,18 +230,23 @@ inline Tensor contiguous_to_write(const Tensor& tensor) {
   return contiguous;
 }
 
-// An image or a batch of images, dense in one of two layouts: the tensor itself where it is.
+// An image or a batch of images, dense in one of two layouts: the tensor itself where it is, and
+// where is_channels_last() says so, which strides of dimensions of size 1 can keep it from.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
   if (!channels_last) return contiguous_of(tensor);
-  in_storage(tensor);
-  bool is_dense = true;
+  const auto size = in_storage(tensor).sizes(), stride = tensor.strides();
+  const bool same_memory = size[1] == 1 || size[2] * size[3] == 1;
+  bool is_dense = same_memory || is_channels_last(tensor);
   int64_t inner = 1;
   for (const int d : {1, 3, 2, 0}) {
-    const int64_t size = tensor.size(d);
-    is_dense = is_dense && (size == 1 || tensor.stride(d) == inner);
-    inner *= size;
+    is_dense = is_dense && (size[d] == 1 || stride[d] == inner);
+    inner *= size[d];
   }
-  return is_dense ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
+  if (is_dense) return tensor;
+  const std::vector<int64_t> strides{size[1] * size[2] * size[3], 1, size[3] * size[1], size[1]};
+  Tensor copy = new_strided(tensor, size, strides, tensor.scalar_type());
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 inline Images images_of(const char* op, const char* name, const Tensor& tensor) {

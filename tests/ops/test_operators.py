@@ -104,13 +104,16 @@ def images(device: str, dtype: torch.dtype = torch.float64, **options: Any) -> T
 # ----------------------------------------------------------------------------------------- opcheck
 
 
-def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...]]]:
+def registered_calls(
+    device: str, dtype: torch.dtype, width: int = 6
+) -> list[tuple[str, tuple[Any, ...]]]:
     """Every registered operator with arguments, backward operators too."""
     ops = torch.ops.mnist_ops
-    x, kernel = images(device, dtype), KERNEL.to(device)
+    x, kernel = images(device, dtype)[..., :width].contiguous(), KERNEL.to(device)
+    sides = [2, min(2, width)]
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for p in (1.0, 2.0, 3.0, float("inf")):
-        windows = (p, [2, 2], [2, 1], [1, 0], True)
+        windows = (p, sides, [2, 1], [1, 0], True)
         y = ops.lp_pool2d(x, *windows)
         calls += [
             ("lp_pool2d", (x, *windows)),
@@ -123,7 +126,7 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         ]
     p = POWERS.to(device, torch.float64 if dtype is torch.float64 else torch.float32)
     for average in (False, True):
-        rest = ([2, 2], [2, 1], [1, 0], True, average)
+        rest = (sides, [2, 1], [1, 0], True, average)
         y = ops.lp_pool2d_tensor_p(x, p, *rest)
         calls += [
             ("lp_pool2d_tensor_p", (x, p, *rest)),
@@ -131,7 +134,8 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
         ]
     g = torch.randn_like(x)
     calls += [("subtractive_norm2d", (x, kernel)), ("subtractive_norm2d_backward", (g, kernel))]
-    for mode in ("renormalized", "zeros", "reflect", "replicate"):
+    modes = ("renormalized", "zeros", "replicate", "reflect")
+    for mode in modes[: 4 if width > 1 else 3]:  # there is nothing to reflect
         calls += [("local_mean2d", (x, kernel, mode)), ("local_mean2d_backward", (g, kernel, mode))]
     for name in ("divisive_norm2d", "contrastive_norm2d"):
         calls += [
@@ -139,7 +143,7 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
             (f"{name}_backward", (g, x, kernel, 0.5, 0.7)),
         ]
     for activation, p in (("tanh", 2.0), ("relu", 1.0), ("sigmoid", 3.0), ("identity", math.inf)):
-        options = (activation, p, [2, 2], [2, 1], [1, 0], True)
+        options = (activation, p, sides, [2, 1], [1, 0], True)
         y = ops.stage2d(x, kernel, *options)
         calls += [
             ("stage2d", (x, kernel, *options)),
@@ -154,7 +158,7 @@ def registered_calls(device: str, dtype: torch.dtype) -> list[tuple[str, tuple[A
     for name in ("softmax", "log_softmax"):
         y = getattr(ops, name)(x, 1, -2.0)
         calls += [(name, (x, 1, -2.0)), (f"{name}_backward", (g, y, 1, -2.0))]
-    target = torch.arange(60, device=device).reshape(2, 5, 6) % 4
+    target = torch.arange(10 * width, device=device).reshape(2, 5, width) % 4
     for reduction in ("none", "mean", "sum"):
         options = None, -1.5, reduction, -100, 0.0
         loss, total = ops.softmax_nll(x, target, *options)
@@ -202,6 +206,24 @@ def test_opcheck(device, layout, grad):
         torch.library.opcheck(
             getattr(torch.ops.mnist_ops, name).default, tuple(differentiable), test_utils=tests
         )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_strides_of_dimensions_of_size_1_say_nothing(device, layout):
+    """Images of one column, each tensor in turn with a stride of 0 there, or a large one."""
+    for name, arguments in registered_calls(device, torch.float64, width=1):
+        op = getattr(torch.ops.mnist_ops, name)
+        given = [
+            a.to(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
+            for a in arguments
+        ]
+        expected = op(*given)
+        for i, a in enumerate(given):
+            if isinstance(a, Tensor) and a.dim() == 4:
+                for stride in (0, 1, 1000):
+                    view = a.as_strided(a.shape, (*a.stride()[:3], stride))
+                    result = op(*given[:i], view, *given[i + 1 :])
+                    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None], ids=str)
