@@ -16,7 +16,6 @@
 #include "local_norm.cuh"
 
 namespace mnist_ops::cuda {
-namespace {
 
 // What the steps work on: planes of all images in global memory, N * H * W numbers each.
 template <typename A>
@@ -46,6 +45,8 @@ struct Steps : Planes<opmath_t<T>> {
   MNIST_OPS_HD int64_t stride_c() const { return channels_last ? 1 : this->HW; }
   MNIST_OPS_HD int64_t stride_pixel() const { return channels_last ? this->C : 1; }
 };
+
+namespace {
 
 // Every block adds up the kernel for itself and leaves the same weights, so that one launch does.
 // For coef a thread computes a pixel; the taps come from L1, one address for all threads of a warp.

@@ -250,7 +250,6 @@ def test_mean_over_weights_that_are_all_0(device, dtype, smoothing):
     assert rows.isnan().all()
 
 
-
 @pytest.mark.parametrize("row", [(math.inf, 0.5), (math.nan, 0.5), (-math.inf, -math.inf)], ids=str)
 def test_rows_without_a_softmax_have_no_gradient_either(device, row):
     """NaN in the whole row, ignored or of weight 0, as in PyTorch, and in no other row."""
