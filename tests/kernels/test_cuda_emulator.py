@@ -7,7 +7,8 @@ thread of a block runs as a fiber, in random order between barriers. The operato
 What this shows: indices, strides, masks, tails and grid-stride loops; the choice of a kernel and of
 its launch by shape, layout and alignment; reductions and their order; barriers and warp shuffles
 that not every thread reaches; barriers that are missing, as far as some order of whole threads
-makes them visible (each call runs in two orders, which must give the same bits). Inputs lie among
+makes them visible (each call runs in two orders, which must give the same bits); asynchronous
+copies that nobody waits for, and bulk copies that the copy engine would not take. Inputs lie among
 NaN and fresh memory is filled with NaN, so a read outside of an input, or of what was never
 written, shows as well.
 
