@@ -381,8 +381,8 @@ template <bool log, typename A>
 MNIST_OPS_HD A gradient_of(A grad, A y, A sum, A beta) {
   if constexpr (log) {
     // No logarithm of a share is above 64: infinity then.
-    const A beyond = y > A(64) ? std::numeric_limits<A>::infinity() : A(0);
-    return beta * (grad - (exp_of_negative(y) + beyond) * sum);
+    const A share = exp_of_negative(y);
+    return beta * (grad - (y > A(64) ? std::numeric_limits<A>::infinity() : share) * sum);
   } else {
     return beta * y * (grad - sum);
   }

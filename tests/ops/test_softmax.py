@@ -156,6 +156,18 @@ def test_scalars_and_vectors(device):
     assert scalar.grad.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [6, 40])
+def test_gradient_of_what_is_no_logarithm_of_a_share(device, dtype, columns):
+    """An output as large as the type has them: infinite, as in PyTorch, not NaN."""
+    y = torch.zeros(2, columns, device=device, dtype=dtype)
+    y[0], grad = torch.finfo(dtype).max, torch.ones_like(y)
+    for dim in (0, 1):
+        ours = torch.ops.mnist_ops.log_softmax_backward(grad, y, dim, 1.0)
+        theirs = torch._log_softmax_backward_data(grad, y, dim, dtype)
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "case",
     [case for case in torch7_cases("modules") if case["name"].startswith("logsoftmax")],
