@@ -136,7 +136,7 @@ struct RawPack {
 // Both addresses are so many elements further, by numbers in the instruction.
 template <int n, int further = 0, typename T>
 __device__ __forceinline__ void copy_pack(T* to, const T* from) {
-  constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
+  [[maybe_unused]] constexpr int kBytes = static_cast<int>(sizeof(T)) * n;
 #if defined(MNIST_OPS_CUDA_EMULATOR)
   if constexpr (kBytes >= 4) {
     return cuda_emulator::copy_later(to + further, from + further, kBytes);
