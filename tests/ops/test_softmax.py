@@ -163,9 +163,9 @@ def test_gradient_of_what_is_no_logarithm_of_a_share(device, dtype, columns):
     y = torch.zeros(2, columns, device=device, dtype=dtype)
     y[0], grad = torch.finfo(dtype).max, torch.ones_like(y)
     for dim in (0, 1):
-        ours = torch.ops.mnist_ops.log_softmax_backward(grad, y, dim, 1.0)
-        theirs = torch._log_softmax_backward_data(grad, y, dim, dtype)
-        torch.testing.assert_close(ours, theirs)
+        result = torch.ops.mnist_ops.log_softmax_backward(grad, y, dim, 1.0)
+        assert (result[0] == -math.inf).all()
+        assert (result[1] == 1 - y.shape[dim]).all()
 
 
 @pytest.mark.parametrize(
