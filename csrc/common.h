@@ -230,6 +230,17 @@ inline Tensor contiguous_to_write(const Tensor& tensor) {
   return contiguous;
 }
 
+// A new tensor for images with the layout and device of others, but another height and width.
+inline Tensor empty_images(const Images& like, int64_t H, int64_t W, ScalarType dtype) {
+  if (!like.batched) return new_tensor(like.data, {like.C, H, W}, dtype);
+  if (!like.channels_last) return new_tensor(like.data, {like.N, like.C, H, W}, dtype);
+  return new_strided(like.data, {like.N, like.C, H, W}, {H * W * like.C, 1, W * like.C, like.C},
+                     dtype);
+}
+inline Tensor empty_images(const Images& like, int64_t H, int64_t W) {
+  return empty_images(like, H, W, like.data.scalar_type());
+}
+
 // An image or a batch of images, dense in one of two layouts: the tensor itself where it is, and
 // where is_channels_last() says so, which strides of dimensions of size 1 can keep it from.
 inline Tensor dense(const Tensor& tensor, bool channels_last) {
@@ -243,8 +254,8 @@ inline Tensor dense(const Tensor& tensor, bool channels_last) {
     inner *= size[d];
   }
   if (is_dense) return tensor;
-  const std::vector<int64_t> strides{size[1] * size[2] * size[3], 1, size[3] * size[1], size[1]};
-  Tensor copy = new_strided(tensor, size, strides, tensor.scalar_type());
+  const Images like{tensor, size[0], size[1], size[2], size[3], true, true};
+  Tensor copy = empty_images(like, like.H, like.W);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
@@ -261,17 +272,6 @@ inline Images images_of(const char* op, const char* name, const Tensor& tensor) 
                 tensor.size(dim - 1),
                 channels_last,
                 dim == 4};
-}
-
-// A new tensor for images with the layout and device of others, but another height and width.
-inline Tensor empty_images(const Images& like, int64_t H, int64_t W, ScalarType dtype) {
-  if (!like.batched) return new_tensor(like.data, {like.C, H, W}, dtype);
-  if (!like.channels_last) return new_tensor(like.data, {like.N, like.C, H, W}, dtype);
-  return new_strided(like.data, {like.N, like.C, H, W}, {H * W * like.C, 1, W * like.C, like.C},
-                     dtype);
-}
-inline Tensor empty_images(const Images& like, int64_t H, int64_t W) {
-  return empty_images(like, H, W, like.data.scalar_type());
 }
 
 }  // namespace mnist_ops

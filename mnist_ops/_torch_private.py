@@ -82,21 +82,17 @@ is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_t
 is_dynamo = torch.compiler.is_dynamo_compiling
 
 
-def past_eager() -> bool:
-    """Whether TorchDynamo or torch.jit traces, torch.func transforms, or tensors can have tangents.
+def within_dual_level() -> bool:
+    """Whether tensors can have tangents now: within ``forward_ad.dual_level`` or ``func.jvp``.
 
-    The last is so within ``forward_ad.dual_level`` and ``func.jvp``. Without ``_current_level``
-    every tensor may have one, and calls take the longer way.
+    Without ``_current_level`` every tensor may have one, and calls take the longer way.
     """
-    try:
-        return (
-            is_dynamo()
-            or is_tracing()
-            or transforms() is not None
-            or forward_ad._current_level >= 0
-        )
-    except AttributeError:
-        return True
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def past_eager() -> bool:
+    """Whether Dynamo or torch.jit traces, torch.func transforms, or tensors can have tangents."""
+    return is_dynamo() or is_tracing() or transforms() is not None or within_dual_level()
 
 
 def entry(op: Any) -> Callable[..., Any]:

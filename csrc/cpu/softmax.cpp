@@ -305,17 +305,18 @@ void forward(const SoftmaxForward<T>& f) {
           subtract_target(f, block.row + j, block.first_of(j), y + j * g.size, 1);
         }
       } else {
-        for (int64_t j = 0; !block.has_short_rows() && j < block.rows; ++j) {
-          const A* const row = v + j * g.size;
-          const A m = largest[j], log_sum = sum[j];
-          fill_row(y + j * g.size, g.size,
-                   [=](int64_t i) { return difference(row[i], m) - log_sum; });
-        }
         if (block.has_short_rows()) {
           const A* const largests = block.scratch[0];
           spread(sum, block.rows, g.size, numbers);
           fill_with(y, block.count,
                     [=](int64_t i) { return difference(v[i], largests[i]) - numbers[i]; });
+        } else {
+          for (int64_t j = 0; j < block.rows; ++j) {
+            const A* const row = v + j * g.size;
+            const A m = largest[j], log_sum = sum[j];
+            fill_row(y + j * g.size, g.size,
+                     [=](int64_t i) { return difference(row[i], m) - log_sum; });
+          }
         }
       }
       store(y, out + block.first, block.count);

@@ -115,9 +115,10 @@ struct ImageBlock {
   using Data = T*;  // which the result takes the place of
   using A = opmath_t<T>;
   using Sums = ChannelSums<gradient, A>;
-  static constexpr int m = kLast ? 1 : n;           // pixels of a pack
-  static constexpr int w = kLast && n > 1 ? 2 : m;  // sums that a thread adds to in turn
-  static constexpr bool kExact = sizeof(A) == 8;    // coef and d; or they are reciprocals
+  static constexpr int m = kLast ? 1 : n;                   // pixels of a pack
+  static constexpr int w = kLast && n > 1 ? 2 : m;          // sums that a thread adds to in turn
+  static constexpr int kUnrolled = kLast && n > 1 ? 1 : 4;  // packs
+  static constexpr bool kExact = sizeof(A) == 8;            // coef and d; or they are reciprocals
   static constexpr int kGroups = kLaneGroups<kLast>, kColumns = kLaneColumns<kLast>;
 
   const ImageArguments<T>& a;
@@ -277,7 +278,7 @@ struct ImageBlock {
   __device__ __forceinline__ void each_pack(int column, const Body& body) const {
     const int step = kGroups * a.plan.slots * a.plan.entry_step;
     int at = first_pack(column);
-#pragma unroll(kLast&& n > 1 ? 1 : 4)
+#pragma unroll(kUnrolled)
     for (int left = packs; left > 0; --left, at += step) body(at);
   }
   __device__ __forceinline__ int first_pack(int column) const {

@@ -1,9 +1,8 @@
 // Local normalization step by step, of images of any size: each step is a kernel for all images.
 //   prepare   the kernel divided by its sum, and the coef plane
 //   reduce    sums over channels, several in one pass over the data
-//   blur      rows, then columns; 2-D kernels at once. The last launch finishes the plane (divides
-//   by
-//             coef, takes the root, applies the threshold, ...)
+//   blur      rows, then columns; 2-D kernels at once. The last launch finishes the plane: divides
+//             by coef, takes the root, applies the threshold, ...
 //   apply     from planes back to every channel
 //   repair    images whose squares left the range once more, a block each
 // Launches: subtractive 5 forward and backward; divisive 6 and 8; contrastive 9 and 13, repair

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ._common import is_channels_last
+from ._common import PLAIN, is_channels_last
 
 _P = ParamSpec("_P")
 
@@ -38,7 +38,7 @@ def public(
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
             kind = type(args[0] if args else kwargs.get("input"))
-            if kind is not Tensor and kind is not torch.nn.Parameter:
+            if kind not in PLAIN:
                 values = (*args, *kwargs.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **kwargs)

@@ -247,7 +247,7 @@ def _is_recorded(arguments: Sequence[Tensor | None]) -> bool:
     tensors = [t for t in arguments if t is not None]  # which the operator refuses
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    return private.past_eager() and any(
+    return private.within_dual_level() and any(
         forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors
     )
 
